@@ -1,0 +1,711 @@
+"""The submission kernel: every strip once through every member under every flip, offline.
+
+Read it top to bottom: images → manifest → members → ensemble → rows → run. It is the only code
+that turns pixels into a submission; training, packing and the dry run import their steps from here.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+log = logging.getLogger("kernel")
+
+Image = npt.NDArray[np.uint8]  # grey, (H, W), 0-255
+Mask = npt.NDArray[np.bool_]  # (H, W)
+
+MANIFEST = "ensemble.json"
+SAMPLE = "sample_submission.csv"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+
+# --- images and masks ---------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> Image:
+    """One image as grey, (H, W), uint8, 0-255, whatever colours the file has.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: its bytes are no image that OpenCV decodes.
+    """
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if data.size else None
+    if image is None:
+        raise ValueError(f"{path}: {data.size} bytes that are no image")
+    return image.astype(np.uint8, copy=False)
+
+
+def encode_rle(mask: Mask) -> str:
+    """Run-length code of a mask (H, W): `start length` pairs, empty for an empty mask.
+
+    Column-major and 1-indexed, as the competition's evaluation page asks.
+    """
+    pixels = np.zeros(mask.size + 2, np.int8)  # one off pixel at each end closes every run
+    pixels[1:-1] = mask.T.ravel()
+    edges = np.flatnonzero(np.diff(pixels)) + 1
+    edges[1::2] -= edges[::2]  # ends become lengths
+    return " ".join(map(str, edges))
+
+
+def decode_rle(rle: str, size: tuple[int, int]) -> Mask:
+    """The mask (H, W) of a run-length code, the inverse of `encode_rle`.
+
+    Raises:
+        ValueError: the code is not made of pairs, or a run leaves the image.
+    """
+    runs = np.array(rle.split(), dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(size[0] * size[1], np.bool_)
+    for start, length in runs:
+        if start < 1 or length < 1 or start - 1 + length > mask.size:
+            raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
+        mask[start - 1 : start - 1 + length] = True
+    return mask.reshape(size[1], size[0]).T
+
+
+# --- rows: sample, ground truth and submission share two layouts --------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a csv names an (image, class) pair: 2019 in one column, today in two."""
+
+    columns: tuple[str, ...]
+
+    def row(self, image: str, label: int, rle: str) -> dict[str, str | int]:
+        """One row of the csv; `label` is the class, from 1."""
+        cells: dict[str, str | int]
+        cells = {"ImageId_ClassId": f"{image}_{label}", "ImageId": image, "ClassId": label}
+        return {column: cells.get(column, rle) for column in self.columns}
+
+
+LAYOUTS = {
+    "2019": Layout(("ImageId_ClassId", "EncodedPixels")),
+    "today": Layout(("ImageId", "EncodedPixels", "ClassId")),
+}
+
+
+def read_rows(path: Path) -> tuple[Layout, list[tuple[str, int, str]]]:
+    """A csv's layout and its rows (image, class, RLE) in its order, in either layout.
+
+    Today's sample names each image once, with class 0.
+
+    Raises:
+        ValueError: the header is neither layout's, or a class is no number.
+    """
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    layout = Layout(tuple(table.columns))
+    if set(table.columns) == set(LAYOUTS["2019"].columns):
+        pairs = table["ImageId_ClassId"].str.rpartition("_")
+        images, labels = pairs[0], pairs[2]
+    elif set(table.columns) == set(LAYOUTS["today"].columns):
+        images, labels = table["ImageId"], table["ClassId"]
+    else:
+        known = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
+        raise ValueError(f"{path}: header {','.join(table.columns)}, expected {known}")
+    wrong = table.index[~labels.str.fullmatch(r"\d+")]
+    if len(wrong):
+        raise ValueError(
+            f"{path}: line {wrong[0] + 2} names no class: {','.join(table.loc[wrong[0]])}"
+        )
+    return layout, list(zip(images, labels.astype(int), table["EncodedPixels"], strict=True))
+
+
+def write_submission(
+    path: Path, layout: Layout, pairs: Iterable[tuple[str, int]], rles: dict[tuple[str, int], str]
+) -> None:
+    """All rows at once: a reader sees the old file or the new one, never a part of it."""
+    rows = [layout.row(image, label, rles.get((image, label), "")) for image, label in pairs]
+    part = path.with_name(path.name + ".part")
+    pd.DataFrame(rows, columns=list(layout.columns)).to_csv(part, index=False, lineterminator="\n")
+    part.replace(path)
+
+
+# --- the manifest: a bundle describes itself ----------------------------------------------------
+
+FLIPS: dict[str, tuple[int, ...]] = {  # name → the axes of (B, C, H, W) that it turns round
+    "none": (),
+    "horizontal": (-1,),
+    "vertical": (-2,),
+    "both": (-2, -1),
+}
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """One member's entry in the manifest."""
+
+    name: str
+    file: str  # beside the manifest
+    model: dict[str, Any]  # keyword arguments of smp.create_model
+    mean: list[float]  # of grey in [0, 1], one number a channel
+    std: list[float]
+    sha256: str = ""  # of the file; empty before the bundle is built
+
+    @property
+    def gated(self) -> bool:
+        """Whether the member has a presence head beside its mask head."""
+        return bool(self.model.get("aux_params"))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`ensemble.json`: which members under which flips, and what becomes of their mean."""
+
+    members: list[MemberSpec]
+    classes: int = 4
+    threshold: float = 0.55  # on the mean probability
+    min_area: int = 0  # pixels; a class with fewer is left empty
+    flips: tuple[str, ...] = ("none", "horizontal", "vertical")
+    image_size: tuple[int, int] = (256, 1600)  # (H, W), what the members were trained for
+    empty_rows: bool = True  # today's layout: write the rows of empty masks too
+    competition: str = "severstal-steel-defect-detection"
+    format: int = 1
+
+
+def first_fault(manifest: Manifest) -> str | None:
+    """What makes a manifest unusable, in words, or nothing."""
+    names = Counter(member.name for member in manifest.members)
+    files = Counter(member.file for member in manifest.members)
+    rules = [
+        (manifest.format == 1, f"format {manifest.format}, this kernel reads format 1"),
+        (bool(manifest.members), "no members"),
+        (max(names.values(), default=1) == 1, f"two members named {names.most_common(1)}"),
+        (max(files.values(), default=1) == 1, f"two members share {files.most_common(1)}"),
+        (manifest.classes >= 1, f"classes {manifest.classes}, expected 1 or more"),
+        (0 < manifest.threshold < 1, f"threshold {manifest.threshold}, expected between 0 and 1"),
+        (manifest.min_area >= 0, f"min_area {manifest.min_area}, expected 0 or more"),
+        (bool(manifest.flips), "no flips; name at least none"),
+        (set(manifest.flips) <= set(FLIPS), f"flips {manifest.flips}, known are {list(FLIPS)}"),
+    ]
+    rules += itertools.chain.from_iterable(member_rules(m, manifest) for m in manifest.members)
+    return next((fault for holds, fault in rules if not holds), None)
+
+
+def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str]]:
+    """What a member's entry must fulfil, each with what is wrong where it does not."""
+    who, model = f"member {member.name}: ", member.model
+    channels = model.get("in_channels", 3)
+    aux = model.get("aux_params") or {"classes": manifest.classes}
+    return [
+        (
+            Path(member.file).name == member.file,
+            f"{who}file {member.file!r} is not beside the manifest",
+        ),
+        ({"arch", "encoder_name"} <= set(model), f"{who}model {model} lacks arch or encoder_name"),
+        (
+            model.get("classes", 1) == aux.get("classes") == manifest.classes,
+            f"{who}its classes differ from the manifest's {manifest.classes}: {model}",
+        ),
+        (
+            len(member.mean) == len(member.std) == channels and channels in (1, 3),
+            f"{who}mean {member.mean}, std {member.std} for {channels} channels (1 or 3)",
+        ),
+        (all(std > 0 for std in member.std), f"{who}std {member.std}, expected above 0"),
+    ]
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle's (or the weights') folder, checked.
+
+    Raises:
+        ValueError: it is missing, no JSON, or breaks one of the rules; the message says which.
+    """
+    path = folder / MANIFEST
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        members = [MemberSpec(**member) for member in entries.pop("members")]
+        entries |= {key: tuple(entries[key]) for key in ("flips", "image_size") if key in entries}
+        manifest = Manifest(members=members, **entries)
+        fault = first_fault(manifest)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest: {error!r}") from error
+    if fault:
+        raise ValueError(f"{path}: {fault}")
+    return manifest
+
+
+# --- members ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trained network with what it expects of its input."""
+
+    spec: MemberSpec
+    network: Any  # what build_network gives
+    mean: Tensor  # (1, channels, 1, 1)
+    std: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Probabilities (B, classes, H, W) of grey images (B, 1, H, W) in [0, 1]."""
+        outputs = self.network((images - self.mean) / self.std)  # one channel becomes the member's
+        if not self.spec.gated:
+            return torch.sigmoid(outputs)
+        logits, presence = outputs  # (B, C, H, W), (B, C)
+        return torch.sigmoid(logits) * torch.sigmoid(presence)[:, :, None, None]
+
+
+def use_wheels(bundle: Path) -> None:
+    """Puts the bundle's wheels first on the import path: what was packed is what runs."""
+    sys.path[:0] = [str(wheel) for wheel in sorted(bundle.glob("*.whl"))]
+
+
+def build_network(model: dict[str, Any]) -> nn.Module:
+    """An untrained network of `smp.create_model`'s keyword arguments; downloads nothing."""
+    import segmentation_models_pytorch as smp
+
+    network: nn.Module = smp.create_model(**{**model, "encoder_weights": None})
+    return network.eval()
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Loads strictly, in the network's own precision.
+
+    Raises:
+        ValueError: a key is missing, unexpected or of another shape; the first is named.
+    """
+    wanted = network.state_dict()
+    faults = [f"lacks {key}" for key in wanted if key not in weights]
+    faults += [f"has the unexpected {key}" for key in weights if key not in wanted]
+    faults += [
+        f"has {key} as {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if faults:
+        raise ValueError(f"{path}: {faults[0]}; {len(faults)} keys differ from the declared model")
+    network.load_state_dict(weights, strict=True)
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises ValueError where a file is missing or not the one that was packed."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; the bundle is not whole, build and upload it again"
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected and found != expected:
+        raise ValueError(
+            f"{path}: sha256 {found[:12]}…, the manifest says {expected[:12]}…: "
+            "the file changed after it was packed, build and upload it again"
+        )
+
+
+def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
+    """One member of a bundle, in fp32 and ready to run.
+
+    Raises:
+        ValueError: its file is missing, changed, unreadable or not of the declared model.
+    """
+    path = folder / spec.file
+    check_sha256(path, spec.sha256)
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no safetensors file: {error}") from error
+    network = build_network(spec.model)
+    load_weights(network, weights, path)
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
+    return Member(spec, network.float().to(device), mean, std)
+
+
+def pick_device() -> torch.device:
+    """CUDA where one real operation runs on it, else the CPU.
+
+    Kaggle's P100 says that it is available and dies at its first operation.
+    """
+    if torch.cuda.is_available():
+        try:
+            ones = torch.ones(1, 1, 8, 8, device="cuda", dtype=torch.float16)
+            torch.nn.functional.conv2d(ones, ones[:, :, :3, :3]).sum().item()
+            return torch.device("cuda")
+        except Exception as error:  # a failed device must not cost the submission
+            log.warning("the GPU fails its first operation, using the CPU: %s", error)
+    return torch.device("cpu")
+
+
+# --- the ensemble -------------------------------------------------------------------------------
+
+
+class Stages:
+    """Seconds spent per named stage; what the dry run's table is made of."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time inside to stage `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Images (B, 1, H, W) with the last row and column repeated up to the next multiple."""
+    height, width = images.shape[-2:]
+    padding = (0, -width % multiple, 0, -height % multiple)
+    return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
+
+
+class Ensemble:
+    """Members × flips → mean of probabilities → masks; one call takes a batch of images."""
+
+    def __init__(
+        self, manifest: Manifest, members: Sequence[Member], device: torch.device, stages: Stages
+    ) -> None:
+        self.manifest, self.members, self.device, self.stages = manifest, members, device, stages
+        self.multiple = max(m.network.encoder.output_stride for m in members)
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[Image]) -> Tensor:
+        """Mean over all passes, (B, classes, H, W), of images of one size."""
+        height, width = images[0].shape
+        batch = torch.from_numpy(np.stack(images))[:, None].to(self.device) / 255  # (B, 1, H, W)
+        batch = pad_to_multiple(batch, self.multiple)
+        total = torch.zeros((), device=self.device)
+        for member, flip in itertools.product(self.members, self.manifest.flips):
+            with self.stages(f"networks/{member.spec.name}/{flip}"):
+                total = total + self.predict_pass(member, batch, FLIPS[flip])
+        passes = len(self.members) * len(self.manifest.flips)
+        return (total / passes)[:, :, :height, :width]
+
+    def predict_pass(self, member: Member, images: Tensor, flip: tuple[int, ...]) -> Tensor:
+        """One member under one flip, turned back: probabilities (B, classes, H, W), fp32."""
+        with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
+            return member(images.flip(flip)).float().flip(flip)
+
+    def __call__(self, images: Sequence[Image]) -> npt.NDArray[np.bool_]:
+        """Masks (B, classes, H, W) of images (H, W) of one size."""
+        masks = self.probabilities(images) > self.manifest.threshold
+        with self.stages("threshold"):
+            areas = masks.sum(dim=(-2, -1), keepdim=True)
+            return (masks & (areas >= self.manifest.min_area)).cpu().numpy()
+
+
+# --- finding what is mounted --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; its defaults are what runs on Kaggle."""
+
+    input: Path = Path("/kaggle/input")
+    bundle: Path | None = None
+    images: Path | None = None
+    sample: Path | None = None
+    output: Path = Path("submission.csv")
+    layout: str | None = None
+    batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
+    report: Path | None = None
+
+
+def find_one(root: Path, name: str, what: str, option: str) -> Path:
+    """The folder under `root`, at any depth, that holds the file `name`.
+
+    Raises:
+        ValueError: there is none or more than one; the message says what to add or to name.
+    """
+    folders = sorted(path.parent for path in root.rglob(name))
+    if not folders:
+        raise ValueError(
+            f"no {name} under {root}: add {what} to the kernel's sources, or give {option}"
+        )
+    if len(folders) > 1:
+        listed = ", ".join(map(str, folders))
+        raise ValueError(f"more than one {name}: {listed}; choose with {option}")
+    return folders[0]
+
+
+def find_images(sample: Path, names: set[str]) -> Path:
+    """The folder beside the sample that holds most of its images.
+
+    Raises:
+        ValueError: no folder holds any.
+    """
+    folders = sorted(path for path in sample.parent.iterdir() if path.is_dir())
+    shares = {folder: len(names & {path.name for path in folder.iterdir()}) for folder in folders}
+    best = max(folders, key=lambda folder: shares[folder], default=sample.parent)
+    if not shares.get(best):
+        raise ValueError(f"no folder beside {sample} holds its images; name theirs with --images")
+    return best
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be predicted, and how it is to be written."""
+
+    images: Path
+    layout: Layout
+    pairs: list[tuple[str, int]]  # (image, class) of every row, in order
+
+    @property
+    def names(self) -> list[str]:
+        """Every image once, in the order of its first row."""
+        return list(dict.fromkeys(name for name, _ in self.pairs))
+
+
+def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
+    """(image, class) pairs in order, each once; class 0 stands for every class of its image."""
+    spread = ((n, c) for n, label in rows for c in ([label] if label else range(1, classes + 1)))
+    return list(dict.fromkeys(spread))
+
+
+def read_sample(
+    sample: Path, layout: str | None, classes: int
+) -> tuple[Layout, list[tuple[str, int]]]:
+    """A sample's layout and (image, class) pairs; ValueError for a class above `classes`."""
+    found, rows = read_rows(sample)
+    pairs = [(name, label) for name, label, _ in rows]
+    above = next((pair for pair in pairs if pair[1] > classes), None)
+    if above:
+        raise ValueError(f"{sample}: row {above} names a class above the members' {classes}")
+    return LAYOUTS[layout] if layout else found, expand_rows(pairs, classes)
+
+
+def find_task(options: Options, classes: int) -> Task:
+    """The sample's rows, or, where only `--images` is given, every image of that folder.
+
+    Raises:
+        ValueError: nothing to predict is found, or a row names a class the members do not know.
+    """
+    images, sample = options.images, options.sample
+    if images and not images.is_dir():
+        raise ValueError(f"{images}: no such folder of images")
+    if images and not sample:
+        found = sorted(p.name for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        pairs = expand_rows([(name, 0) for name in found], classes)
+        task = Task(images, LAYOUTS[options.layout or "2019"], pairs)
+    else:
+        sample = sample or find_one(options.input, SAMPLE, "the competition", "--sample") / SAMPLE
+        layout, pairs = read_sample(sample, options.layout, classes)
+        task = Task(images or find_images(sample, {name for name, _ in pairs}), layout, pairs)
+    if not task.pairs:
+        raise ValueError(f"{sample or images}: names no image")
+    return task
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A decoded image, or the reason why there is none."""
+
+    name: str
+    image: Image | None
+    fault: str = ""
+
+
+def decode_strip(folder: Path, name: str) -> Strip:
+    """Reads one image; a bad one costs its own rows, never the run."""
+    try:
+        return Strip(name, read_image(folder / name))
+    except Exception as error:  # one bad strip must not cost the submission
+        return Strip(name, None, str(error))
+
+
+def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Strip]:
+    """Strips in order, up to `ahead` of them decoded beside the network."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting: list[Future[Strip]] = []
+        for name in names:
+            waiting.append(pool.submit(decode_strip, folder, name))
+            if len(waiting) > ahead:
+                yield waiting.pop(0).result()
+        for strip in waiting:
+            yield strip.result()
+
+
+def batched(strips: Iterable[Strip], size: int) -> Iterator[list[Strip]]:
+    """Neighbours of one image size, up to `size` of them; a faulty strip comes alone."""
+    for _, group in itertools.groupby(
+        strips, lambda s: s.image.shape if s.image is not None else None
+    ):
+        while batch := list(itertools.islice(group, size)):
+            yield batch
+
+
+def predict_strips(
+    ensemble: Ensemble, strips: list[Strip]
+) -> list[tuple[Strip, npt.NDArray[np.bool_] | None]]:
+    """Masks (classes, H, W) of each strip; a batch that fails is halved, a strip given up."""
+    try:
+        images = [strip.image for strip in strips if strip.image is not None]
+        return list(zip(strips, ensemble(images), strict=True))
+    except Exception as error:  # out of memory, or one strip that a network cannot take
+        if len(strips) == 1:
+            return [(Strip(strips[0].name, None, f"the networks failed: {error}"), None)]
+    half = len(strips) // 2
+    return predict_strips(ensemble, strips[:half]) + predict_strips(ensemble, strips[half:])
+
+
+def load_ensemble(
+    bundle: Path, manifest: Manifest, device: torch.device, stages: Stages
+) -> Ensemble:
+    """Every member of a bundle, ready to run; raises ValueError as `load_member` does."""
+    with stages("import"):
+        use_wheels(bundle)
+        import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
+    with stages("load"):
+        specs = tqdm(manifest.members, desc="members", unit="member", disable=None)
+        members = [load_member(bundle, spec, device) for spec in specs]
+    return Ensemble(manifest, members, device, stages)
+
+
+def timed(batches: Iterator[list[Strip]], stages: Stages, name: str) -> Iterator[list[Strip]]:
+    """The same batches; the time spent waiting for each goes to stage `name`."""
+    while True:
+        with stages(name):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def predict_task(
+    ensemble: Ensemble, task: Task, batch_size: int
+) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
+    """RLE of every (image, class) that has a mask, and the reason for every image that failed."""
+    rles: dict[tuple[str, int], str] = {}
+    faults: dict[str, str] = {}
+    strips = decode_ahead(task.images, task.names, ahead=4 * batch_size)
+    interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
+    with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
+        for batch in timed(batched(strips, batch_size), ensemble.stages, "decode"):
+            for strip, masks in predict_strips(ensemble, batch):
+                if masks is None:
+                    faults[strip.name] = strip.fault
+                    log.warning("%s stays empty: %s", strip.name, strip.fault)
+                    continue
+                with ensemble.stages("rle"):
+                    rles |= {
+                        (strip.name, c): encode_rle(m) for c, m in enumerate(masks, 1) if m.any()
+                    }
+            bar.update(len(batch))
+    return rles, faults
+
+
+def write_result(
+    options: Options, task: Task, empty_rows: bool, rles: dict[tuple[str, int], str]
+) -> None:
+    """The submission; today's layout may leave the rows of empty masks out."""
+    keep_all = empty_rows or "ClassId" not in task.layout.columns
+    pairs = task.pairs if keep_all else [pair for pair in task.pairs if pair in rles]
+    write_submission(options.output, task.layout, pairs, rles)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Predicts and writes the submission; returns what `--report` writes.
+
+    Raises:
+        ValueError: the bundle, the sample or the images are not usable.
+        RuntimeError: not one strip could be predicted.
+    """
+    start, stages = time.perf_counter(), Stages()
+    bundle = options.bundle or find_one(options.input, MANIFEST, "the bundle's dataset", "--bundle")
+    manifest = load_manifest(bundle)
+    task = find_task(options, manifest.classes)
+    write_result(options, task, True, {})  # a valid submission stands from here on
+    device = pick_device()
+    ensemble = load_ensemble(bundle, manifest, device, stages)
+    log.info("%d images of %s on %s", len(task.names), task.images, device)
+    batch_size = options.batch_size or (8 if device.type == "cuda" else 1)
+    rles, faults = predict_task(ensemble, task, batch_size)
+    if len(faults) == len(task.names):
+        raise RuntimeError(
+            f"not one of {len(faults)} strips could be predicted; the submission is all empty"
+        )
+    with stages("write"):
+        write_result(options, task, manifest.empty_rows, rles)
+    seconds = time.perf_counter() - start
+    working_s = seconds - stages.seconds["import"] - stages.seconds["load"]
+    log.info(
+        "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
+        *(options.output, len(task.pairs), sum(pair in rles for pair in task.pairs)),
+        *(len(faults), seconds, len(task.names) / working_s),
+    )
+    return {
+        "strips": len(task.names),
+        "rows": len(task.pairs),
+        "non_empty": len(rles),
+        "faults": faults,
+        "device": str(device),
+        "seconds": seconds,
+        "stages": dict(stages.seconds),
+    }
+
+
+EXAMPLE = "  python inference.py --bundle dist/dataset --images strips/ --output submission.csv"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """The command line as Options; none is needed on Kaggle."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        type=Path,
+        default=Options.input,
+        help="where the bundle and the competition are mounted",
+    )
+    add("--bundle", type=Path, help=f"folder with {MANIFEST} (default: found under --input)")
+    add("--images", type=Path, help="folder of images (default: beside the sample)")
+    add(
+        "--sample",
+        type=Path,
+        help=f"the rows to write (default: {SAMPLE} under --input, or every image of --images)",
+    )
+    add("--output", type=Path, default=Options.output, help="default submission.csv")
+    add("--layout", choices=sorted(LAYOUTS), help="default: the sample's own, or 2019 without one")
+    add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
+    add("--report", type=Path, help="also write seconds per stage and every failed strip, as JSON")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; bad input ends it with one clear line and exit code 2."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout
+    )
+    options = parse_options(arguments)
+    try:
+        report = run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        log.error("%s", error)
+        sys.exit(2)
+    if options.report:
+        options.report.write_text(
+            json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Scores against ground truth: the competition's mean Dice, and what it hides.
+
+Predicting nothing scores 0.85 over all (image, class) pairs, so the mean over the pairs that have
+a mask, and the share of clean strips left wholly empty, always stand beside it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kernel.inference import (
+    decode_rle,
+    read_rows,
+)
+
+Masks = npt.NDArray[np.bool_]  # (classes, H, W)
+
+
+def read_truth(path: Path) -> dict[str, dict[int, str]]:
+    """RLE per class of every image that a train.csv names, in either layout."""
+    truth: dict[str, dict[int, str]] = defaultdict(dict)
+    for image, label, rle in read_rows(path)[1]:
+        truth[image] |= {label: rle} if rle else {}
+    return dict(truth)
+
+
+def draw_truth(rles: dict[int, str], classes: int, size: tuple[int, int]) -> Masks:
+    """Masks (classes, H, W) of one image's RLEs."""
+    return np.stack([decode_rle(rles.get(label, ""), size) for label in range(1, classes + 1)])
+
+
+def dice(found: Masks, truth: Masks) -> list[float]:
+    """Dice per class of masks (classes, H, W); two empty masks score 1, as on Kaggle."""
+    both = (found & truth).sum(axis=(-2, -1))
+    sizes = found.sum(axis=(-2, -1)) + truth.sum(axis=(-2, -1))
+    return [float(2 * b / s) if s else 1.0 for b, s in zip(both, sizes, strict=True)]
+
+
+@dataclass
+class Scores:
+    """Dice of every (image, class) pair so far."""
+
+    all_pairs: list[float] = field(default_factory=list)
+    per_class: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    clean_strips: list[bool] = field(default_factory=list)  # whether each was left wholly empty
+
+    def add(self, found: Masks, truth: Masks) -> None:
+        """One image's masks (classes, H, W) beside its ground truth."""
+        values = dice(found, truth)
+        self.all_pairs += values
+        for label, (value, mask) in enumerate(zip(values, truth, strict=True), 1):
+            if mask.any():
+                self.per_class[label].append(value)
+        if not truth.any():
+            self.clean_strips.append(not found.any())
+
+    @property
+    def non_empty(self) -> float:
+        """Mean Dice over the pairs that have a mask."""
+        return mean(value for values in self.per_class.values() for value in values)
+
+    def summary(self) -> dict[str, float | dict[str, float]]:
+        """The three figures that belong together, and the classes' own."""
+        return {
+            "dice": round(mean(self.all_pairs), 4),
+            "dice_non_empty": round(self.non_empty, 4),
+            "clean_left_empty": round(mean(self.clean_strips), 4),
+            "per_class": {str(k): round(mean(v), 4) for k, v in sorted(self.per_class.items())},
+        }
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, or NaN of nothing, without numpy's warning."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else float("nan")
