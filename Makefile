@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips drawn on the spot
+	@echo "== packing the members of weights/ into dist/"
+	$(BIN)/python build_kernel.py
+	@echo "== dry run: the packed kernel, as its own process, in a Kaggle-like tree"
+	$(BIN)/python kernel/dry_run.py
+
+test: lint  ## lint, types and every test
+	@echo "== tests"
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	@echo "== ruff and mypy"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "== installing into .venv: PyTorch alone is some gigabytes, so the first time takes minutes"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf dist data runs .cache
