@@ -87,7 +87,7 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
     return result | {"seconds": seconds}
 
 
-# --- what it took -----------------------------------------------------------------------------------
+# --- what it took ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def print_projection(report: dict[str, Any]) -> None:
         )
 
 
-# --- the picture ------------------------------------------------------------------------------------
+# --- the picture ----------------------------------------------------------------------------------
 
 
 def draw_strip(
@@ -175,7 +175,8 @@ class Drawn:
 
 def draw_sheet(drawn: Drawn, sheet: Path, most: int = 24) -> Scores:
     """Writes the contact sheet of the first `most` strips, and scores all that have a truth."""
-    scores, strips = Scores(), []
+    scores = Scores()
+    strips: list[npt.NDArray[np.uint8]] = []
     for name, rles in drawn.found.items():
         try:
             image = read_image(drawn.images / name)
@@ -194,7 +195,7 @@ def draw_sheet(drawn: Drawn, sheet: Path, most: int = 24) -> Scores:
     return scores
 
 
-# --- command line -----------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 EXAMPLE = "  python kernel/dry_run.py --bundle dist --images severstal/test_images"
 

@@ -38,7 +38,7 @@ MANIFEST = "ensemble.json"
 SAMPLE = "sample_submission.csv"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
-# --- images and masks ---------------------------------------------------------------------------
+# --- images and masks -----------------------------------------------------------------------------
 
 
 def read_image(path: Path) -> Image:
@@ -82,7 +82,7 @@ def decode_rle(rle: str, size: tuple[int, int]) -> Mask:
     return mask.reshape(size[1], size[0]).T
 
 
-# --- rows: sample, ground truth and submission share two layouts --------------------------------
+# --- rows: sample, ground truth and submission share two layouts ----------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def write_submission(
     part.replace(path)
 
 
-# --- the manifest: a bundle describes itself ----------------------------------------------------
+# --- the manifest: a bundle describes itself ------------------------------------------------------
 
 FLIPS: dict[str, tuple[int, ...]] = {  # name → the axes of (B, C, H, W) that it turns round
     "none": (),
@@ -246,7 +246,7 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-# --- members ------------------------------------------------------------------------------------
+# --- members --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-# --- the ensemble -------------------------------------------------------------------------------
+# --- the ensemble ---------------------------------------------------------------------------------
 
 
 class Stages:
@@ -382,18 +382,20 @@ class Ensemble:
         self.manifest, self.members, self.device, self.stages = manifest, members, device, stages
         self.multiple = max(m.network.encoder.output_stride for m in members)
 
+    def prepare(self, images: Sequence[Image]) -> Tensor:
+        """Images of one size as a pass takes them: (B, 1, H, W) in [0, 1], padded."""
+        batch = torch.from_numpy(np.stack(images))[:, None].to(self.device) / 255
+        return pad_to_multiple(batch, self.multiple)
+
     @torch.inference_mode()
-    def probabilities(self, images: Sequence[Image]) -> Tensor:
-        """Mean over all passes, (B, classes, H, W), of images of one size."""
+    def passes(self, images: Sequence[Image]) -> Iterator[tuple[Member, str, Tensor]]:
+        """Every member under every flip: probabilities (B, classes, H, W) of images of one size."""
         height, width = images[0].shape
-        batch = torch.from_numpy(np.stack(images))[:, None].to(self.device) / 255  # (B, 1, H, W)
-        batch = pad_to_multiple(batch, self.multiple)
-        total = torch.zeros((), device=self.device)
+        batch = self.prepare(images)
         for member, flip in itertools.product(self.members, self.manifest.flips):
             with self.stages(f"networks/{member.spec.name}/{flip}"):
-                total = total + self.predict_pass(member, batch, FLIPS[flip])
-        passes = len(self.members) * len(self.manifest.flips)
-        return (total / passes)[:, :, :height, :width]
+                probabilities = self.predict_pass(member, batch, FLIPS[flip])
+            yield member, flip, probabilities[..., :height, :width]
 
     def predict_pass(self, member: Member, images: Tensor, flip: tuple[int, ...]) -> Tensor:
         """One member under one flip, turned back: probabilities (B, classes, H, W), fp32."""
@@ -402,13 +404,20 @@ class Ensemble:
 
     def __call__(self, images: Sequence[Image]) -> npt.NDArray[np.bool_]:
         """Masks (B, classes, H, W) of images (H, W) of one size."""
-        masks = self.probabilities(images) > self.manifest.threshold
+        total = torch.zeros((), device=self.device)
+        for _, _, probabilities in self.passes(images):
+            total = total + probabilities
+        return self.masks(total / (len(self.members) * len(self.manifest.flips)))
+
+    def masks(self, mean: Tensor) -> npt.NDArray[np.bool_]:
+        """Masks of the mean probabilities (B, classes, H, W), those under min_area emptied."""
         with self.stages("threshold"):
+            masks = mean > self.manifest.threshold
             areas = masks.sum(dim=(-2, -1), keepdim=True)
             return (masks & (areas >= self.manifest.min_area)).cpu().numpy()
 
 
-# --- finding what is mounted --------------------------------------------------------------------
+# --- finding what is mounted ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -510,7 +519,7 @@ def find_task(options: Options, classes: int) -> Task:
     return task
 
 
-# --- the run ------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Scores against ground truth: the competition's mean Dice, and what it hides.
+"""Scores a bundle against ground truth: the competition's mean Dice, and what it hides.
 
 Predicting nothing scores 0.85 over all (image, class) pairs, so the mean over the pairs that have
 a mask, and the share of clean strips left wholly empty, always stand beside it.
 """
 
+import argparse
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,9 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from tqdm import tqdm
 
 from kernel.inference import (
+    Ensemble,
+    Image,
+    Stages,
     decode_rle,
+    load_ensemble,
+    load_manifest,
+    pick_device,
+    read_image,
     read_rows,
 )
 
@@ -77,3 +88,52 @@ def mean(values: Iterable[float]) -> float:
     """The mean, or NaN of nothing, without numpy's warning."""
     listed = list(values)
     return sum(listed) / len(listed) if listed else float("nan")
+
+
+def score_strip(ensemble: Ensemble, image: Image, truth: Masks, scores: dict[str, Scores]) -> None:
+    """Adds one strip to every member's score (alone, without flips) and to the ensemble's."""
+    total = torch.zeros((), device=ensemble.device)
+    for member, flip, probabilities in ensemble.passes([image]):
+        total = total + probabilities
+        if flip == "none":
+            scores[member.spec.name].add(ensemble.masks(probabilities)[0], truth)
+    passes = len(ensemble.members) * len(ensemble.manifest.flips)
+    scores["ensemble"].add(ensemble.masks(total / passes)[0], truth)
+
+
+EXAMPLE = "  python weights/score.py --images data/steel/test_images --truth data/steel/test.csv"
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
+    add("--images", type=Path, required=True, help="folder of strips")
+    add("--truth", type=Path, required=True, help="a train.csv of these strips, either layout")
+    add("--out", type=Path, default=Path("scores.json"), help="kept up to date strip by strip")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Scores every strip of `--images`; those that `--truth` does not name are clean."""
+    args = parse_args()
+    truth = read_truth(args.truth)
+    manifest = load_manifest(args.bundle)
+    ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+    scores: dict[str, Scores] = defaultdict(Scores)
+    names = sorted(path.name for path in args.images.iterdir())
+    for name in tqdm(names, desc="strips", unit="strip"):
+        image = read_image(args.images / name)
+        size = (image.shape[0], image.shape[1])
+        masks = draw_truth(truth.get(name, {}), manifest.classes, size)
+        score_strip(ensemble, image, masks, scores)
+        summary = {who: score.summary() for who, score in scores.items()}
+        args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(args.out.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
