@@ -38,6 +38,7 @@ from weights.score import Masks, Scores, dice, draw_truth, read_truth
 SCORED_STRIPS = 5506  # of the scored run
 BUDGET_S = 3600  # Kaggle's hour
 COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
+BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ def draw_strip(
         edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, edges, -1, (255, 255, 255), 5)
         cv2.drawContours(canvas, edges, -1, colour, 2)
-    bar = np.full((44, canvas.shape[1], 3), 24, np.uint8)
+    bar = np.full((BAR, canvas.shape[1], 3), 24, np.uint8)
     cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
     return np.vstack([bar, canvas]).astype(np.uint8)
 
@@ -190,7 +191,7 @@ def draw_sheet(drawn: Drawn, sheet: Path, most: int = 24) -> Scores:
         if len(strips) < most:
             strips.append(draw_strip(image, masks, truth, caption))
     width = max(strip.shape[1] for strip in strips)
-    padded = [np.pad(s, ((0, 8), (0, width - s.shape[1]), (0, 0))) for s in strips]
+    padded = [np.pad(s, ((0, GAP), (0, width - s.shape[1]), (0, 0))) for s in strips]
     cv2.imwrite(str(sheet), np.vstack(padded))
     return scores
 

@@ -80,7 +80,7 @@ class Config:
         return MemberSpec(self.name, f"{self.name}.safetensors", model, [self.mean], [self.std])
 
 
-# --- data ---------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def random_noise(image: Image, masks: Masks, rng: np.random.Generator) -> tuple[
 AUGMENTATIONS = (random_flip, random_brightness, random_noise)
 
 
-# --- batches: step i is always the same batch, so a killed run resumes exactly ------------------
+# --- batches: step i is always the same batch, so a killed run resumes exactly --------------------
 
 
 def crop_at(array: npt.NDArray[Any], centre: tuple[int, int], size: tuple[int, int]) -> Any:

@@ -1,0 +1,568 @@
+"""Synthetic steel strips in the competition's own layout, seeded, for training and trying out.
+
+Numbers without another source were measured on 22 of the competition's strips (256 × 1600, grey):
+lit surface mean 0.23–0.50 of white, grain 4–11 grey levels, dark margins of 5–85 % on 8 of them.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kernel.inference import encode_rle
+
+Rng = np.random.Generator
+Real = NDArray[np.float32] | NDArray[np.float64]
+Field = NDArray[np.float32]  # (H, W), a gain around 1 or a weight in [0, 1]
+Mask = NDArray[np.bool_]  # (H, W)
+Span = tuple[int, int]  # first and last column of the steel, the rest is dark margin
+Size = tuple[int, int]  # (H, W)
+Point = tuple[float, float] | NDArray[np.float64]  # (x, y)
+
+CLASSES = 4
+DEFECTIVE = 6666 / 12568  # images of train with a defect; the other 5,902 are clean
+SHARES = (897.0, 247.0, 5150.0, 801.0)  # images of train with class 1, 2, 3, 4
+SECOND_CLASS = 429 / 6666  # 7,095 (image, class) pairs on 6,666 defective images
+LAYOUTS = ("today", "2019")  # of the ground truth's rows
+TRAIN, TEST = 0, 1  # splits, the second word of every strip's seed
+
+
+# --- building blocks ---------------------------------------------------------
+
+
+def noise(rng: Rng, size: Size, wide: float, high: float) -> Field:
+    """Smooth noise of zero mean and unit deviation, features `wide` × `high` pixels."""
+    height, width = size
+    grid = (max(2, round(height / high) + 1), max(2, round(width / wide) + 1))
+    coarse = rng.standard_normal(grid, dtype=np.float32)
+    field = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.asarray((field - field.mean()) / (field.std() + 1e-6), np.float32)
+
+
+def blurred(field: NDArray[np.generic], sigma: float) -> Field:
+    """Gaussian blur, as float."""
+    return np.asarray(cv2.GaussianBlur(field.astype(np.float32), (0, 0), sigma), np.float32)
+
+
+def step(field: Real, sharpness: float) -> Field:
+    """A soft threshold at zero: 0 where `field` is low, 1 where it is high."""
+    return np.asarray(np.clip(0.5 + sharpness * field, 0, 1), np.float32)
+
+
+def specks(rng: Rng, density: Field | float, size: Size, sigma: float) -> Field:
+    """Dots at random places with `density` of them a pixel, mostly faint, some near 1."""
+    dots = rng.random(size, dtype=np.float32) < density
+    peak = 6.3 * sigma**2  # a blurred unit dot is 1 / (2πσ²) high
+    strength = rng.random(size, dtype=np.float32)
+    return np.asarray(np.clip(blurred(dots * strength, sigma) * peak, 0, 1))
+
+
+def relief(rng: Rng, size: Size, wide: float, high: float) -> Field:
+    """Folds and bumps lit from the upper left, zero mean and unit deviation."""
+    height = np.abs(noise(rng, size, wide, high)) + 0.5 * np.abs(
+        noise(rng, size, wide / 2.5, high / 2.5)
+    )
+    height += 0.12 * noise(rng, size, 3, 3)
+    lit = blurred(np.roll(height, (2, 2), (0, 1)) - height, 0.7)
+    return np.asarray(lit / (lit.std() + 1e-6), np.float32)
+
+
+def bent(rng: Rng, field: Field) -> Field:
+    """Shift rows and columns slowly by some pixels: the mill's lines are seldom straight."""
+    height, width = field.shape
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    rows += rng.uniform(0, 7) * noise(rng, field.shape, 200, 300)
+    columns += rng.uniform(0, 4) * noise(rng, field.shape, 300, 90)
+    return np.asarray(cv2.remap(field, columns, rows, cv2.INTER_LINEAR, None, cv2.BORDER_REFLECT))
+
+
+def blob(rng: Rng, mask: Mask, centre: Point, radii: Point) -> None:
+    """Fill one annotator's polygon, 9–14 corners around `centre` (x, y), into `mask`."""
+    corners = int(rng.integers(9, 15))
+    angles = 2 * np.pi * (np.arange(corners) + rng.uniform(0, 0.9, corners)) / corners
+    reach = rng.uniform(0.7, 1.15, corners)[:, None] * np.array(radii)
+    fill(mask, np.array(centre) + reach * np.stack([np.cos(angles), np.sin(angles)], 1))
+
+
+def fill(mask: Mask, corners: NDArray[np.float64]) -> None:
+    """Fill a polygon of (x, y) corners into `mask`; never nothing, even where it is a sliver."""
+    height, width = mask.shape
+    canvas = mask.view(np.uint8)
+    points = np.clip(np.rint(corners), (0, 0), (width - 1, height - 1)).astype(np.int32)
+    cv2.fillPoly(canvas, [points], 1)
+
+
+def inside(rng: Rng, mask: Mask, border: float) -> Field:
+    """How much of the defect shows: 1 well inside the outline, 0 outside, a ragged `border` px."""
+    ragged = 0.1 * noise(rng, mask.shape, 2 * border + 1, 2 * border + 1)
+    ragged += 0.05 * noise(rng, mask.shape, 3, 3)
+    return step(blurred(mask, border + 0.3) - 0.6 + ragged, 4) * mask
+
+
+# --- the clean surface -------------------------------------------------------
+
+
+def illumination(rng: Rng, size: Size) -> Field:
+    """Brightness bands along and across and the lamp's falloff: deviation 16 of 95 grey levels."""
+    height, width = size
+    columns = 0.12 * noise(rng, (1, width), 300, 1) + 0.06 * noise(rng, (1, width), 60, 1)
+    columns += rng.uniform(0, 0.06) * noise(rng, (1, width), 12, 1)
+    slope = rng.uniform(0.05, 0.35) * rng.choice([-1, 1, 1, 1])  # most are brighter below
+    rows = slope * np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    falloff = rng.uniform(0, 0.3) * np.linspace(-1, 1, width, dtype=np.float32) ** 2
+    light = (1 + columns + rows - falloff) * (1 + 0.05 * noise(rng, size, 250, 120))
+    return np.asarray(np.maximum(light, 0.3), np.float32)
+
+
+def grain(rng: Rng, size: Size) -> Field:
+    """Fine grain, neighbours correlated 0.3–0.8, coarser or finer from one band to the next."""
+    white = rng.standard_normal(size, dtype=np.float32)
+    fine = np.asarray(
+        cv2.GaussianBlur(white, (0, 0), rng.uniform(0.5, 0.9), sigmaY=rng.uniform(0.3, 0.7))
+    )
+    loud = 1 + 0.3 * noise(rng, (1, size[1]), 90, 1)
+    return np.asarray(rng.uniform(0.04, 0.1) * loud * fine / fine.std(), np.float32)
+
+
+def rolled_texture(rng: Rng, size: Size) -> Field:
+    """Lines of the rolling mill: wavy ripples along the strip, streaks across it, mottling."""
+    across, along = rng.permutation([rng.uniform(0.02, 0.06), rng.uniform(0, 0.012)])
+    texture = across * noise(rng, size, rng.uniform(1.3, 4), rng.uniform(15, 200))
+    texture += along * noise(rng, size, rng.uniform(15, 120), rng.uniform(1.3, 3))
+    texture += rng.uniform(0.0, 0.05) * noise(rng, size, rng.uniform(4, 12), rng.uniform(4, 25))
+    if rng.random() < 0.4:
+        rows = np.arange(size[0], dtype=np.float32)[:, None] / rng.uniform(4, 12)
+        waves = np.sin(2 * np.pi * (rows + 1.5 * noise(rng, size, 250, 60)))
+        waves += 0.8 * noise(rng, size, rng.uniform(40, 120), 3)
+        texture += rng.uniform(0.02, 0.09) * step(noise(rng, size, 400, 120), 0.5) * waves
+    return bent(rng, texture)
+
+
+def scale_blotches(rng: Rng, size: Size) -> Field:
+    """Flat patches with sharp edges, hanging down like drips, lighter or darker than the rest."""
+    shape = noise(rng, size, rng.uniform(6, 25), rng.uniform(20, 120))
+    shape += 0.5 * noise(rng, size, rng.uniform(3, 8), rng.uniform(6, 30))
+    where = noise(rng, size, 200, 300) + 0.3 * noise(rng, size, 20, 300)
+    tone = rng.uniform(0.06, 0.22) * rng.choice([-1, 1])
+    patches = bent(rng, shape) - rng.uniform(0.9, 1.5) + 0.7 * where
+    return np.asarray(tone * step(patches, rng.uniform(0.5, 3)))
+
+
+def shiny_specks(rng: Rng, size: Size) -> Field:
+    """Bright dots, dense in some bands and rare elsewhere."""
+    density = 0.012 * np.clip(noise(rng, size, 120, 300) - 0.2, 0.02, 2)
+    return rng.uniform(0.2, 0.8) * specks(rng, density, size, 0.8)
+
+
+def chequered_plate(rng: Rng, size: Size) -> Field:
+    """Embossed diamonds, about 100 px wide and a strip high, as on tread plate."""
+    height, width = size
+    pitch = rng.uniform(85, 115)
+    across = np.arange(width, dtype=np.float32) / pitch + rng.random()
+    down = np.arange(height, dtype=np.float32)[:, None] / rng.uniform(170, 230)
+    ridges = np.zeros(size, np.float32)
+    for side in (-1, 1):
+        distance = ((across + side * down) % 1 - 0.5) * pitch  # px from the ridge
+        ridges += 0.35 * np.exp(-(((distance + 3) / 3) ** 2)) - 0.6 * np.exp(
+            -(((distance - 3) / 2.5) ** 2)
+        )
+    return ridges
+
+
+# --- what looks like a defect and is none ------------------------------------
+
+
+def soft_shadow(rng: Rng, size: Size) -> Field:
+    """A wide curved patch with a clear edge, a little lighter or darker."""
+    height, width = size
+    canvas = np.zeros(size, np.uint8)
+    centre = (int(rng.uniform(0, width)), int(rng.uniform(-1, 2) * height))
+    axes = (int(rng.uniform(0.1, 0.4) * width) + 1, int(rng.uniform(0.5, 1.6) * height) + 1)
+    cv2.ellipse(canvas, centre, axes, rng.uniform(-20, 20), 0, 360, 1, -1)
+    return rng.uniform(-0.12, 0.12) * blurred(canvas, rng.uniform(1, 8))
+
+
+def oil_specks(rng: Rng, size: Size, unit: float) -> Field:
+    """A few small round dark spots, each alone: pits come in clusters and have bright rims."""
+    canvas = np.zeros(size, np.float32)
+    for _ in range(rng.poisson(7)):
+        centre = (int(rng.integers(size[1])), int(rng.integers(size[0])))
+        axes = (int(rng.integers(1, 4) * unit), int(rng.integers(1, 5) * unit))
+        cv2.ellipse(canvas, centre, axes, 0, 0, 360, -rng.uniform(0.15, 0.6), -1)
+    return blurred(canvas, 0.9)
+
+
+def straight_lines(rng: Rng, size: Size) -> Field:
+    """Hair lines exactly across the strip, dark or light, one pixel or two wide."""
+    height, width = size
+    lines = np.zeros(size, np.float32)
+    first = rng.integers(width)
+    for _ in range(rng.integers(1, 9)):
+        column = int(np.clip(first + rng.normal(0, 0.06 * width), 0, width - 1))
+        end = int(height * rng.choice([1.0, rng.random()]))
+        lines[:end, column : column + rng.integers(1, 3)] = rng.choice([-0.4, -0.25, 0.3])
+    return blurred(lines, 0.5)
+
+
+def light_streak(rng: Rng, size: Size, unit: float) -> Field:
+    """A soft bright band across the strip, straight and smooth: a rough one is class 3."""
+    columns = np.arange(size[1], dtype=np.float32)
+    centre = rng.uniform(0, size[1]) + 2 * unit * noise(rng, (size[0], 1), 1, 90)
+    width = rng.uniform(5, 25) * unit
+    band = np.exp(-(((columns - centre) / width) ** 2))
+    return np.asarray(band * (rng.uniform(0.1, 0.4) + 0.05 * noise(rng, size, 2, 2)), np.float32)
+
+
+def water_stain(rng: Rng, size: Size, unit: float) -> Field:
+    """Splashes that dazzle the camera: white drops in a few columns, some with a dark middle."""
+    height, width = size
+    drops = np.zeros(size, np.float32)
+    start = rng.uniform(0, width)
+    for column in rng.uniform(start, start + 200 * unit, rng.integers(1, 5)):
+        for _ in range(rng.integers(4, 25)):
+            centre = (int(column + rng.normal(0, 9 * unit)), int(rng.integers(height)))
+            radius = rng.gamma(1.5, 3) * unit
+            axes = (int(radius) + 1, int(radius * rng.uniform(0.8, 3)) + 1)
+            cv2.ellipse(drops, centre, axes, rng.uniform(-15, 15), 0, 360, 1, -1)
+            if radius > 5 * unit and rng.random() < 0.3:
+                cv2.ellipse(drops, centre, (axes[0] // 3, axes[1] // 2), 0, 0, 360, -0.1, -1)
+    ragged = 0.15 * noise(rng, size, 3, 3) + 0.25 * noise(rng, size, 9, 9)
+    return 3 * step(blurred(drops, 2.5 * unit + 0.3) + ragged * (blurred(drops, 4) > 0.05) - 0.5, 3)
+
+
+# --- defects: the outline and the gain inside it -----------------------------
+
+
+def place(rng: Rng, steel: Span, unit: float, near_edge: float = 0.0) -> float:
+    """A column on the steel; with chance `near_edge` 25–160 px from one of its ends."""
+    left, right = steel
+    offset = min(rng.uniform(25, 160) * unit, (right - left) / 2)
+    if rng.random() < near_edge:
+        return float(rng.choice([left + offset, right - offset]))
+    return float(rng.uniform(left + 0.1 * (right - left), right - 0.1 * (right - left)))
+
+
+def pits(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 1: a narrow upright cluster of small pits with bright rims, near the strip's edge."""
+    mask = np.zeros(size, bool)
+    for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
+        centre = (place(rng, steel, unit, 0.7), rng.uniform(0.15, 0.85) * size[0])
+        blob(rng, mask, centre, (rng.uniform(8, 15) * unit + 2, rng.uniform(24, 48) * unit + 2))
+    density = 0.035 * inside(rng, mask, 3 * unit)
+    rims, holes = specks(rng, density, size, 1.3), specks(rng, density, size, 1.9)
+    shade = rng.uniform(0.15, 0.35) * inside(rng, mask, 3 * unit)
+    return mask, np.asarray(1 - shade - 0.6 * holes + rng.uniform(0.8, 2.0) * rims, np.float32)
+
+
+def cracks(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 2: thin jagged upright cracks; the outline is a narrow stripe around each."""
+    height = size[0]
+    mask, lines = np.zeros(size, bool), np.zeros(size, np.float32)
+    for _ in range(rng.choice([1, 1, 2])):
+        length = rng.uniform(0.35, 0.95) * height
+        top = rng.uniform(0, height - length)
+        rows = np.linspace(top, top + length, 16)
+        walk = np.cumsum(rng.normal(rng.normal(0, 0.6), 1.3, 16)) * unit
+        half = rng.uniform(5, 9) * unit + 1
+        columns = np.clip(place(rng, steel, unit, 0.6) + walk, steel[0] + 2, steel[1] - 3)
+        left, right = np.stack([columns - half, rows], 1), np.stack([columns + half, rows], 1)
+        fill(mask, np.concatenate([left[::3], right[::-1][::3]]))
+        for _ in range(rng.integers(1, 4)):
+            jitter = rng.normal(0, 0.25 * half) + rng.normal(0, 0.9 * unit, 16)
+            points = np.rint(np.stack([columns + jitter, rows], 1)).astype(np.int32)
+            cv2.polylines(lines, [points], False, 1.0, max(1, round(rng.uniform(1, 3) * unit)))
+    depth = rng.uniform(0.3, 0.65) * blurred(lines, 0.7)
+    shade = rng.uniform(0.05, 0.2) * inside(rng, mask, 3 * unit)
+    return mask, np.asarray(1 - depth - shade, np.float32)
+
+
+def scratches(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 3: bundles of dark, slightly slanted scoring lines, often from the upper border."""
+    height = size[0]
+    mask, lines = np.zeros(size, bool), np.zeros(size, np.float32)
+    slant = rng.uniform(-0.12, 0.12)
+    for _ in range(1 + rng.poisson(0.9)):
+        half, column = rng.uniform(5, 12) * unit + 1, place(rng, steel, unit)
+        top, bottom = 0.0, height * rng.uniform(0.4, 1.0)
+        if rng.random() < 0.5:
+            top, bottom = height - bottom, float(height)
+        low, high = column + slant * top, column + slant * bottom
+        ends = [(low - half, top), (low + half, top), (high + half, bottom), (high - half, bottom)]
+        fill(mask, np.array(ends))
+        for offset in rng.uniform(-0.7, 0.7, rng.integers(3, 7)) * half:
+            stop = high + offset, top + rng.uniform(0.8, 1) * (bottom - top)
+            cv2.line(
+                lines,
+                (round(low + offset), round(top)),
+                (round(stop[0]), round(stop[1])),
+                rng.uniform(0.4, 1),
+                max(1, round(rng.uniform(1, 4) * unit)),
+            )
+    depth = rng.uniform(0.45, 0.75) * blurred(lines, 0.7)
+    shade = rng.uniform(0.05, 0.2) * inside(rng, mask, 3 * unit)
+    return mask, np.asarray(1 - depth - shade, np.float32)
+
+
+def scale_patches(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 3: torn patches, dark slanted gouges with bright rims or a rough ground with specks."""
+    mask = np.zeros(size, bool)
+    upright = rng.random() < 0.5
+    for _ in range(rng.integers(1, 5)):
+        centre = (place(rng, steel, unit), rng.uniform(0.1, 0.9) * size[0])
+        radii = np.array([rng.uniform(10, 26), rng.uniform(20, 55)]) * unit + 2
+        blob(rng, mask, centre, radii if upright else 0.8 * radii[::-1])
+    shown = inside(rng, mask, 3 * unit)
+    gouges = bent(rng, relief(rng, size, rng.uniform(7, 18) * unit + 2, 9 * unit + 2))
+    gain = 1 - shown * (
+        rng.uniform(0.1, 0.35) + 0.1 * noise(rng, size, 12 * unit + 1, 12 * unit + 1)
+    )
+    gain += rng.uniform(0.1, 0.3) * shown * np.clip(gouges, -3, 2)
+    gain -= (
+        rng.uniform(0, 0.4) * shown * step(noise(rng, size, 5 * unit + 1, 9 * unit + 1) - 0.8, 1)
+    )
+    gain += rng.uniform(0, 1.5) * specks(rng, 0.01 * shown, size, 1.1)
+    return mask, np.asarray(gain, np.float32)
+
+
+def scale_bands(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 3: rough zones over the strip's whole height, a blocky dark crust or a bright rash."""
+    height = size[0]
+    mask = np.zeros(size, bool)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        column, half = place(rng, steel, unit), rng.uniform(20, 80) * unit + 1
+        edges = column + half * (rng.normal(0, 0.12, (2, 4)) + np.array([[-1], [1]]))
+        rows = np.linspace(0, height - 1, 4)
+        left, right = np.stack([edges[0], rows], 1), np.stack([edges[1], rows], 1)
+        fill(mask, np.concatenate([left, right[::-1]]))
+    shown = inside(rng, mask, 10 * unit)
+    crust = noise(rng, size, 9 * unit + 1, 60 * unit + 2)
+    crust += 0.8 * noise(rng, size, 40 * unit + 1, 5 * unit + 1)
+    crust += 0.6 * noise(rng, size, 3, 3) + 0.5 * noise(rng, size, 15 * unit + 1, 15 * unit + 1)
+    crust = step(crust + 2.5 * blurred(mask, 14 * unit + 1) - 2.5, 1)
+    if rng.random() < 0.6:
+        return mask, np.asarray(1 - rng.uniform(0.4, 0.75) * shown * crust, np.float32)
+    rash = specks(rng, shown * (0.03 + 0.05 * crust), size, 1.2) + 0.25 * crust * shown
+    return mask, np.asarray(1 + rng.uniform(0.4, 0.9) * rash, np.float32)
+
+
+def rolled_in_patch(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 4: a large crust rolled into the steel, folded, with dark cracks and bright crests."""
+    mask = np.zeros(size, bool)
+    centre = np.array([place(rng, steel, unit), rng.uniform(0.1, 0.9) * size[0]])
+    scale = rng.lognormal(0.18, 0.3) * unit
+    for _ in range(rng.integers(1, 4)):
+        blob(rng, mask, centre, (rng.uniform(50, 120) * scale, rng.uniform(45, 80) * scale))
+        centre = centre + rng.normal(0, (70, 40)) * scale
+    shown = inside(rng, mask, 7 * unit)
+    folds = relief(rng, size, rng.uniform(30, 110) * unit + 2, rng.uniform(15, 45) * unit + 2)
+    gain = 1 + shown * (rng.uniform(-0.45, 0.0) + 0.12 * noise(rng, size, 40 * unit, 25 * unit))
+    gain += rng.uniform(0.2, 0.35) * shown * bent(rng, np.clip(folds, -2, 4))
+    gain += shown * specks(rng, 0.004 * step(folds - 0.5, 1), size, 1.3)
+    rim = 4 * shown * (1 - shown)
+    return mask, np.asarray(gain - 0.25 * rim, np.float32)
+
+
+def any_scale(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+    """Class 3 in one of its looks; its heavy tail of areas comes from the bands."""
+    look = rng.choice(3, p=(0.35, 0.48, 0.17))
+    return (scratches, scale_patches, scale_bands)[look](rng, size, steel, unit)
+
+
+DEFECTS: tuple[Callable[[Rng, Size, Span, float], tuple[Mask, Field]], ...] = (
+    pits,
+    cracks,
+    any_scale,
+    rolled_in_patch,
+)
+
+
+# --- one strip ---------------------------------------------------------------
+
+
+def dark_margin(rng: Rng, size: Size, chance: float) -> tuple[Field, Span]:
+    """Where the strip ends before the picture does, mostly little, up to 85 % of the width."""
+    width = size[1]
+    columns = np.arange(width, dtype=np.float32)
+    if rng.random() > chance:
+        return np.ones((1, width), np.float32), (0, width)
+    share = min(0.85, rng.beta(1, 1.8))
+    steel = width - int(share * width)
+    unit = size[0] / 256
+    shade = step(steel - columns, 1 / (rng.uniform(2, 8) * unit + 1))
+    shade *= 1 - rng.uniform(0, 0.6) * np.exp(
+        np.minimum(columns - steel, 0) / (rng.uniform(8, 60) * unit + 1)
+    )
+    if rng.random() < 0.5:
+        return shade[None, ::-1], (width - steel, width)
+    return shade[None], (0, steel)
+
+
+def surface(rng: Rng, size: Size, unit: float) -> Field:
+    """The clean steel with everything on it that is no defect, mean about 1."""
+    gain = illumination(rng, size) * (1 + grain(rng, size) + rolled_texture(rng, size))
+    extras: tuple[tuple[float, Callable[[], Field]], ...] = (  # chance, what
+        (0.5, lambda: scale_blotches(rng, size)),
+        (0.5, lambda: shiny_specks(rng, size)),
+        (0.3, lambda: soft_shadow(rng, size)),
+        (0.6, lambda: oil_specks(rng, size, unit)),
+        (0.15, lambda: straight_lines(rng, size)),
+        (0.25, lambda: light_streak(rng, size, unit)),
+        (0.03, lambda: chequered_plate(rng, size)),
+        (0.12, lambda: water_stain(rng, size, unit)),
+    )
+    for chance, extra in extras:
+        if rng.random() < chance:
+            gain *= 1 + extra()
+    return gain
+
+
+def draw_strip(
+    rng: Rng, classes: Sequence[int] = (), size: Size = (256, 1600)
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """One strip with the defects of `classes` (1–4): grey (H, W) and its masks (4, H, W)."""
+    unit = size[0] / 256  # shapes are drawn in pixels of a full strip and shrink with it
+    margin, steel = dark_margin(rng, size, 0.8 if {1, 2} & set(classes) else 0.35)
+    gain = surface(rng, size, unit)
+    masks = np.zeros((CLASSES, *size), bool)
+    for number in classes:
+        mask, defect = DEFECTS[number - 1](rng, size, steel, unit)
+        mask[:, : steel[0]] = mask[:, steel[1] :] = False
+        masks[number - 1] = mask
+        gain *= 1 + rng.uniform(0.6, 1.1) * (defect - 1)  # some are faint
+    grey = 255 * np.clip(rng.normal(0.415, 0.08), 0.24, 0.56) * gain * margin
+    grey += 2.5 + rng.standard_normal(size, dtype=np.float32)  # the camera's black and its noise
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), masks
+
+
+def draw_classes(rng: Rng, shares: Sequence[float]) -> tuple[int, ...]:
+    """The classes of one strip: often none, else one in proportion to `shares`, seldom two."""
+    if rng.random() > DEFECTIVE:
+        return ()
+    count = 2 if rng.random() < SECOND_CLASS else 1
+    chances = np.array(shares) / np.sum(shares)
+    return tuple(int(c) + 1 for c in sorted(rng.choice(CLASSES, count, replace=False, p=chances)))
+
+
+# --- the competition's files -------------------------------------------------
+
+
+def strip_name(seed: int, split: int, index: int) -> str:
+    """Nine hex digits; multiplying by an odd number permutes them, so no two strips collide."""
+    return f"{((2 * index + split) * 0x9E3779B97 + seed * 0x51ED27) % 16**9:09x}.jpg"
+
+
+def write_strip(
+    folder: Path, split: int, seed: int, shares: Sequence[float], size: Size, index: int
+) -> tuple[str, list[str]]:
+    """Write strip `index` of a split as JPEG; its name and its four runs, "" for no mask."""
+    rng = np.random.default_rng([seed, split, index])
+    image, masks = draw_strip(rng, draw_classes(rng, shares), size)
+    name = strip_name(seed, split, index)
+    quality = 95 if rng.random() < 0.8 else 90  # the quantisation tables of the real files
+    written = cv2.imwrite(
+        str(folder / name), cv2.merge([image] * 3), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    if not written:
+        raise ValueError(f"cannot write {folder / name}: is the folder there and writable?")
+    return name, [encode_rle(mask) for mask in masks]
+
+
+def write_split(
+    folder: Path, count: int, split: int, seed: int, shares: Sequence[float], size: Size, jobs: int
+) -> list[tuple[str, list[str]]]:
+    """Write `count` strips into `folder`; their names and runs in name order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write = partial(write_strip, folder, split, seed, shares, size)
+    if jobs == 1:
+        return sorted(tqdm(map(write, range(count)), folder.name, count, unit="strip"))
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        strips = pool.map(write, range(count), chunksize=8)
+        return sorted(tqdm(strips, folder.name, count, unit="strip"))
+
+
+def write_truth(path: Path, strips: Sequence[tuple[str, list[str]]], layout: str) -> None:
+    """Write the ground truth: "2019" has four rows a strip, "today" only the non-empty ones."""
+    rows = [(name, n, run) for name, runs in strips for n, run in enumerate(runs, 1)]
+    truth = pd.DataFrame(rows, columns=["ImageId", "ClassId", "EncodedPixels"])
+    if layout == "2019":
+        truth.insert(0, "ImageId_ClassId", truth.ImageId + "_" + truth.ClassId.astype(str))
+        truth = truth[["ImageId_ClassId", "EncodedPixels"]]
+    else:
+        truth = truth[truth.EncodedPixels != ""]
+    truth.to_csv(path, index=False)
+
+
+def write_competition(
+    folder: Path,
+    train: int,
+    test: int,
+    seed: int,
+    layout: str = "today",
+    shares: Sequence[float] = SHARES,
+    size: Size = (256, 1600),
+    jobs: int = 1,
+) -> None:
+    """Write a folder like the competition's, and test.csv, which Kaggle keeps to itself.
+
+    `shares` weighs the classes of the train strips; the test strips keep the real proportions.
+    Raises ValueError for a layout other than "today" and "2019".
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
+    train_strips = write_split(folder / "train_images", train, TRAIN, seed, shares, size, jobs)
+    test_strips = write_split(folder / "test_images", test, TEST, seed, SHARES, size, jobs)
+    write_truth(folder / "train.csv", train_strips, layout)
+    write_truth(folder / "test.csv", test_strips, layout)
+    everything = f"1 {size[0] * size[1]}"  # the real sample: all pixels, of no class
+    sample = [(name, everything, 0) for name, _ in test_strips]
+    columns = ["ImageId", "EncodedPixels", "ClassId"]
+    pd.DataFrame(sample, columns=columns).to_csv(folder / "sample_submission.csv", index=False)
+
+
+# --- command line ------------------------------------------------------------
+
+
+def parse_size(text: str) -> Size:
+    """A size like 256x1600, height × width in pixels."""
+    height, times, width = text.partition("x")
+    if not (times and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"size is {text!r}, expected HEIGHTxWIDTH like 256x1600")
+    return int(height), int(width)
+
+
+def main() -> None:
+    """Write the strips that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description="python weights/steel.py --out data/steel --train 1200 --test 400 --seed 0\n\n"
+        "Draw synthetic steel strips in the competition's layout.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--train", type=int, default=1200, help="strips in train_images")
+    parser.add_argument("--test", type=int, default=400, help="strips in test_images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", choices=LAYOUTS, default="today", help="of train.csv")
+    parser.add_argument(
+        "--balanced", action="store_true", help="equal class shares in train; test stays natural"
+    )
+    parser.add_argument(
+        "--size", type=parse_size, default=(256, 1600), help="HEIGHTxWIDTH in pixels, 256x1600"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that draw")
+    args = parser.parse_args()
+    shares = (1.0,) * CLASSES if args.balanced else SHARES
+    write_competition(
+        args.out, args.train, args.test, args.seed, args.layout, shares, args.size, args.jobs
+    )
+
+
+if __name__ == "__main__":
+    main()
