@@ -224,26 +224,35 @@ def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str
     ]
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle's (or the weights') folder, checked.
+def parse_manifest(entries: dict[str, Any], path: Path) -> Manifest:
+    """The manifest in the JSON object of the file `path`, checked.
 
     Raises:
-        ValueError: it is missing, no JSON, or breaks one of the rules; the message says which.
+        ValueError: a field is missing or unknown, or one of the rules is broken.
     """
-    path = folder / MANIFEST
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        members = [MemberSpec(**member) for member in entries.pop("members")]
-        entries |= {key: tuple(entries[key]) for key in ("flips", "image_size") if key in entries}
-        manifest = Manifest(members=members, **entries)
+        members = [MemberSpec(**member) for member in entries["members"]]
+        fields = entries | {"members": members}
+        fields |= {key: tuple(fields[key]) for key in ("flips", "image_size") if key in fields}
+        manifest = Manifest(**fields)
         fault = first_fault(manifest)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest: {error!r}") from error
     if fault:
         raise ValueError(f"{path}: {fault}")
     return manifest
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle; raises ValueError where it is missing or not as it must be."""
+    path = folder / MANIFEST
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    return parse_manifest(entries, path)
 
 
 # --- members --------------------------------------------------------------------------------------
@@ -310,7 +319,7 @@ def check_sha256(path: Path, expected: str) -> None:
     if expected and found != expected:
         raise ValueError(
             f"{path}: sha256 {found[:12]}…, the manifest says {expected[:12]}…: "
-            "the file changed after it was packed, build and upload it again"
+            "the file changed after it was hashed; restore it, or build and upload again"
         )
 
 

