@@ -9,13 +9,14 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,11 @@ def decode_rle(rle: str, size: tuple[int, int]) -> Mask:
     Raises:
         ValueError: the code is not made of pairs, or a run leaves the image.
     """
-    runs = np.array(rle.split(), dtype=np.int64).reshape(-1, 2)
+    numbers = np.array(rle.split(), dtype=np.int64)
+    if numbers.size % 2:
+        raise ValueError(f"{numbers.size} numbers, expected pairs of start and length")
     mask = np.zeros(size[0] * size[1], np.bool_)
-    for start, length in runs:
+    for start, length in numbers.reshape(-1, 2):
         if start < 1 or length < 1 or start - 1 + length > mask.size:
             raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
         mask[start - 1 : start - 1 + length] = True
@@ -389,7 +392,7 @@ class Ensemble:
         self, manifest: Manifest, members: Sequence[Member], device: torch.device, stages: Stages
     ) -> None:
         self.manifest, self.members, self.device, self.stages = manifest, members, device, stages
-        self.multiple = max(m.network.encoder.output_stride for m in members)
+        self.multiple = math.lcm(*(m.network.encoder.output_stride for m in members))
 
     def prepare(self, images: Sequence[Image]) -> Tensor:
         """Images of one size as a pass takes them: (B, 1, H, W) in [0, 1], padded."""
@@ -572,13 +575,15 @@ def batched(strips: Iterable[Strip], size: int) -> Iterator[list[Strip]]:
 def predict_strips(
     ensemble: Ensemble, strips: list[Strip]
 ) -> list[tuple[Strip, npt.NDArray[np.bool_] | None]]:
-    """Masks (classes, H, W) of each strip; a batch that fails is halved, a strip given up."""
+    """Each strip with its masks (classes, H, W); None where it is faulty or the networks fail."""
+    images = [strip.image for strip in strips if strip.image is not None]
+    if not images:
+        return [(strip, None) for strip in strips]
     try:
-        images = [strip.image for strip in strips if strip.image is not None]
         return list(zip(strips, ensemble(images), strict=True))
     except Exception as error:  # out of memory, or one strip that a network cannot take
         if len(strips) == 1:
-            return [(Strip(strips[0].name, None, f"the networks failed: {error}"), None)]
+            return [(replace(strips[0], fault=f"the networks failed: {error!r}"), None)]
     half = len(strips) // 2
     return predict_strips(ensemble, strips[:half]) + predict_strips(ensemble, strips[half:])
 
