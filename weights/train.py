@@ -237,24 +237,26 @@ class Outputs:
 
     masks: Tensor  # (B, C, H, W)
     presence: Tensor  # (B, C)
-    cells: Tensor  # (B, C, h, w), the presence head asked of each cell of the deepest features
+    together: Tensor  # (C,), the presence head asked of the whole batch as if it were one strip
+    cells: Tensor  # (B, C, h, w), and of each cell of the deepest features alone
 
 
 def outputs_of(network: Any, images: Tensor) -> Outputs:
-    """All three logits of normalised images (B, channels, H, W)."""
+    """All logits of normalised images (B, channels, H, W)."""
     features = network.encoder(images)
     masks = network.segmentation_head(network.decoder(features))
     head = network.classification_head
     linear = next(module for module in head if isinstance(module, nn.Linear))
+    together = linear(features[-1].amax(dim=(0, 2, 3)))
     cells = F.conv2d(features[-1], linear.weight[:, :, None, None], linear.bias)
-    return Outputs(masks, head(features[-1]), cells)
+    return Outputs(masks, head(features[-1]), together, cells)
 
 
 def loss_of(outputs: Outputs, masks: Tensor) -> Tensor:
-    """BCE and soft Dice of the masks (B, C, H, W), BCE of the presence, pooled and by cell.
+    """BCE and soft Dice of the masks (B, C, H, W); BCE of the presence by cell, image and batch.
 
-    One label a crop is too few to teach the deepest features thin and small defects: without the
-    cells, classes 2 and 3 had a presence near 0.1 on every strip after 880 steps.
+    One label a crop is too few to teach the deepest features small defects, and a strip has twelve
+    times a crop's cells to take the maximum of: hence the cells, and the batch pooled together.
     """
     bce = F.binary_cross_entropy_with_logits
     present = masks.amax(dim=(-2, -1))
@@ -265,8 +267,8 @@ def loss_of(outputs: Outputs, masks: Tensor) -> Tensor:
     soft_dice = ((2 * both + 1) / (sizes + 1))[there]
     overlap = 1 - soft_dice.mean() if there.any() else sizes.new_zeros(())
     cells = F.adaptive_max_pool2d(masks, outputs.cells.shape[-2:])
-    pooled = bce(outputs.presence, present)
-    return 2 * bce(outputs.masks, masks) + overlap + pooled + 2 * bce(outputs.cells, cells)
+    pooled = bce(outputs.presence, present) + bce(outputs.together, present.amax(dim=0))
+    return 4 * bce(outputs.masks, masks) + overlap + pooled + 2 * bce(outputs.cells, cells)
 
 
 def freeze_statistics(network: nn.Module) -> None:
@@ -303,8 +305,8 @@ class Fit:
         torch.manual_seed(config.seed)
         self.config = config
         self.network = build_network(config.spec.model)
-        if weights:
-            self.network.load_state_dict(weights, strict=True)
+        self.network.to(memory_format=torch.channels_last)  # a step takes an eighth less on a CPU
+        self.start_from(weights or {})
         self.ema = self.new_average()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=1e-2
@@ -314,6 +316,14 @@ class Fit:
         )
         self.step = 0
         self.seconds = 0.0
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Takes what fits by name and shape: a whole member's weights, or another's encoder."""
+        own = self.network.state_dict()
+        fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+        if weights:
+            print(f"{self.config.name}: {len(fitting)} of {len(own)} tensors to start from")
+        self.network.load_state_dict(own | fitting)
 
     def new_average(self) -> AveragedModel:
         """An EMA that starts from the network as it stands, batch-norm statistics included."""
@@ -466,7 +476,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--folds", type=int, default=5)
     add("--crop-steps", type=int, default=600, help="steps on crops (default 600)")
     add("--whole-steps", type=int, default=150, help="steps on whole strips (default 150)")
-    add("--start-from", type=Path, help="a checkpoint of the same model to go on from")
+    add("--start-from", type=Path, help="a checkpoint whose weights to begin with, all that fit")
     add("--classes", type=int, default=4)
     add("--seed", type=int, default=0)
     add("--validation-strips", type=int, default=100, help="of the held-out fold (default 100)")
