@@ -74,11 +74,11 @@ def decode_rle(rle: str, size: tuple[int, int]) -> Mask:
     Raises:
         ValueError: the code is not made of pairs, or a run leaves the image.
     """
-    numbers = np.array(rle.split(), dtype=np.int64)
-    if numbers.size % 2:
-        raise ValueError(f"{numbers.size} numbers, expected pairs of start and length")
+    numbers = [int(number) for number in rle.split()]
+    if len(numbers) % 2:
+        raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
     mask = np.zeros(size[0] * size[1], np.bool_)
-    for start, length in numbers.reshape(-1, 2):
+    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
         if start < 1 or length < 1 or start - 1 + length > mask.size:
             raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
         mask[start - 1 : start - 1 + length] = True
@@ -113,23 +113,25 @@ def read_rows(path: Path) -> tuple[Layout, list[tuple[str, int, str]]]:
     Today's sample names each image once, with class 0.
 
     Raises:
-        ValueError: the header is neither layout's, or a class is no number.
+        ValueError: it is no csv, the header is neither layout's, or a class is no number.
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' own errors are ValueErrors that name no file
+        raise ValueError(f"{path}: no csv that can be read: {error}") from error
     layout = Layout(tuple(table.columns))
     if set(table.columns) == set(LAYOUTS["2019"].columns):
-        pairs = table["ImageId_ClassId"].str.rpartition("_")
-        images, labels = pairs[0], pairs[2]
+        images = table["ImageId_ClassId"].str.replace(r"_[^_]*$", "", regex=True)
+        labels = table["ImageId_ClassId"].str.replace(r"^.*_", "", regex=True)
     elif set(table.columns) == set(LAYOUTS["today"].columns):
         images, labels = table["ImageId"], table["ClassId"]
     else:
         known = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
         raise ValueError(f"{path}: header {','.join(table.columns)}, expected {known}")
-    wrong = table.index[~labels.str.fullmatch(r"\d+")]
-    if len(wrong):
-        raise ValueError(
-            f"{path}: line {wrong[0] + 2} names no class: {','.join(table.loc[wrong[0]])}"
-        )
+    wrong = np.flatnonzero(~labels.str.fullmatch(r"[0-9]+"))
+    if wrong.size:
+        cells = ",".join(table.iloc[wrong[0]])
+        raise ValueError(f"{path}: line {wrong[0] + 2} names no class: {cells}")
     return layout, list(zip(images, labels.astype(int), table["EncodedPixels"], strict=True))
 
 
@@ -285,10 +287,17 @@ def use_wheels(bundle: Path) -> None:
 
 
 def build_network(model: dict[str, Any]) -> nn.Module:
-    """An untrained network of `smp.create_model`'s keyword arguments; downloads nothing."""
+    """An untrained network of `smp.create_model`'s keyword arguments; downloads nothing.
+
+    Raises:
+        ValueError: SMP knows no such architecture, encoder or option.
+    """
     import segmentation_models_pytorch as smp
 
-    network: nn.Module = smp.create_model(**{**model, "encoder_weights": None})
+    try:
+        network: nn.Module = smp.create_model(**{**model, "encoder_weights": None})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"SMP builds no network of {model}: {error}") from error
     return network.eval()
 
 
@@ -617,6 +626,7 @@ def predict_task(
     """RLE of every (image, class) that has a mask, and the reason for every image that failed."""
     rles: dict[tuple[str, int], str] = {}
     faults: dict[str, str] = {}
+    asked = set(task.pairs)
     strips = decode_ahead(task.images, task.names, ahead=4 * batch_size)
     interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
     with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
@@ -627,9 +637,8 @@ def predict_task(
                     log.warning("%s stays empty: %s", strip.name, strip.fault)
                     continue
                 with ensemble.stages("rle"):
-                    rles |= {
-                        (strip.name, c): encode_rle(m) for c, m in enumerate(masks, 1) if m.any()
-                    }
+                    pairs = [((strip.name, label), mask) for label, mask in enumerate(masks, 1)]
+                    rles |= {p: encode_rle(m) for p, m in pairs if p in asked and m.any()}
             bar.update(len(batch))
     return rles, faults
 
@@ -670,7 +679,7 @@ def run(options: Options) -> dict[str, Any]:
     working_s = seconds - stages.seconds["import"] - stages.seconds["load"]
     log.info(
         "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
-        *(options.output, len(task.pairs), sum(pair in rles for pair in task.pairs)),
+        *(options.output, len(task.pairs), len(rles)),
         *(len(faults), seconds, len(task.names) / working_s),
     )
     return {
