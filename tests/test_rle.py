@@ -1,0 +1,177 @@
+"""Run-length code: pycocotools, whose runs are column-major too, is the independent oracle."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pycocotools import mask as coco
+
+from kernel.inference import decode_rle, encode_rle
+
+repeatable = settings(deadline=None, derandomize=True, max_examples=150)
+
+
+def drawn_masks() -> st.SearchStrategy[Any]:
+    """Masks from 1×1 to 24×24, scattered and almost empty or almost full."""
+    sizes = array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)
+    scattered = arrays(np.bool_, sizes)
+    sparse = arrays(np.bool_, sizes, elements=st.just(True), fill=st.just(False))
+    return st.one_of(scattered, sparse, sparse.map(np.logical_not))
+
+
+def mask_with(size: tuple[int, int], *pixels: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(size, np.bool_)
+    for row, column in pixels:
+        mask[row, column] = True
+    return mask
+
+
+BORDER_CASES = {
+    "empty": mask_with((5, 7)),
+    "full": ~mask_with((5, 7)),
+    "one pixel": mask_with((5, 7), (2, 3)),
+    "first pixel": mask_with((5, 7), (0, 0)),
+    "last pixel": mask_with((5, 7), (4, 6)),
+    "last column": mask_with((5, 7), *((row, 6) for row in range(5))),
+    "one image pixel, on": mask_with((1, 1), (0, 0)),
+    "one image pixel, off": mask_with((1, 1)),
+    "one row": mask_with((1, 9), (0, 2), (0, 3), (0, 8)),
+    "one column": mask_with((9, 1), (2, 0), (3, 0), (8, 0)),
+    "foot of a column and head of the next": mask_with((5, 7), (4, 2), (0, 3)),
+}
+
+
+def numbers(rle: str) -> list[int]:
+    return [int(word) for word in rle.split()]
+
+
+def runs(rle: str) -> list[tuple[int, int]]:
+    listed = numbers(rle)
+    return list(zip(listed[::2], listed[1::2], strict=True))
+
+
+def counts_of(rle: str, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's uncompressed counts of `start length` pairs: off, on, off, … from the first pixel."""
+    counts, end = [], 0  # pixels before the run
+    for start, length in runs(rle):
+        counts += [start - 1 - end, length]
+        end = start - 1 + length
+    tail = size[0] * size[1] - end
+    return {"size": list(size), "counts": counts + ([tail] if tail else [])}
+
+
+def assert_cocos_code(mask: np.ndarray) -> None:
+    expected = coco.encode(np.asfortranarray(mask, np.uint8))
+    found = coco.frPyObjects(counts_of(encode_rle(mask), mask.shape), *mask.shape)
+    same = found["counts"] == expected["counts"]
+    assert same, f"{encode_rle(mask)[:80]} is not {expected}"[:200]
+
+
+@pytest.mark.parametrize("case", BORDER_CASES)
+def test_the_code_is_pycocotools_at_the_borders(case: str) -> None:
+    assert_cocos_code(BORDER_CASES[case])
+
+
+@repeatable
+@given(mask=drawn_masks())
+def test_the_code_is_pycocotools(mask: np.ndarray) -> None:
+    assert_cocos_code(mask)
+
+
+# pycocotools 2.0 answers numpy 2 with a warning of its own
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@repeatable
+@given(mask=drawn_masks())
+def test_a_code_decodes_to_the_mask_that_pycocotools_decodes(mask: np.ndarray) -> None:
+    rle = encode_rle(mask)
+    expected = coco.decode(coco.frPyObjects(counts_of(rle, mask.shape), *mask.shape))
+    np.testing.assert_array_equal(decode_rle(rle, mask.shape), expected.astype(bool))
+
+
+@repeatable
+@given(mask=drawn_masks())
+@example(mask=BORDER_CASES["empty"])
+@example(mask=BORDER_CASES["last pixel"])
+@example(mask=BORDER_CASES["one row"])
+@example(mask=BORDER_CASES["one column"])
+def test_decoding_what_was_encoded_gives_the_mask_back(mask: np.ndarray) -> None:
+    found = decode_rle(encode_rle(mask), mask.shape)
+    assert found.dtype == np.bool_
+    np.testing.assert_array_equal(found, mask)
+
+
+@repeatable
+@given(mask=drawn_masks())
+@example(mask=BORDER_CASES["foot of a column and head of the next"])
+def test_runs_are_sorted_and_do_not_touch(mask: np.ndarray) -> None:
+    listed = runs(encode_rle(mask))
+    assert all(length >= 1 for _, length in listed)
+    ends = [start + length for start, length in listed]
+    assert all(end < start for end, (start, _) in zip(ends, listed[1:], strict=False))
+    assert sum(length for _, length in listed) == mask.sum()
+
+
+def test_a_mask_of_a_real_strips_size_is_pycocotools() -> None:
+    mask = np.random.default_rng(0).random((256, 1600)) < 0.3
+    assert 0 < mask.mean() < 1
+    assert_cocos_code(mask)
+    np.testing.assert_array_equal(decode_rle(encode_rle(mask), mask.shape), mask)
+
+
+def test_pixels_are_counted_from_one_down_the_columns() -> None:
+    # (H, W) = (3, 4): pixel 1 is the top left, 2 the one below it, 4 the head of column two
+    assert encode_rle(mask_with((3, 4), (0, 0), (1, 0))) == "1 2"
+    assert encode_rle(mask_with((3, 4), (0, 1))) == "4 1"
+    assert encode_rle(mask_with((3, 4), (2, 0), (0, 1))) == "3 2"
+
+
+def test_the_competitions_own_sample_row_is_the_full_strip() -> None:
+    assert encode_rle(np.ones((256, 1600), np.bool_)) == "1 409600"
+
+
+def test_an_empty_mask_is_an_empty_string_both_ways() -> None:
+    assert encode_rle(np.zeros((4, 6), np.bool_)) == ""
+    assert not decode_rle("", (4, 6)).any()
+    assert decode_rle("", (4, 6)).shape == (4, 6)
+
+
+def test_a_mask_that_is_a_view_is_encoded_as_it_looks() -> None:
+    mask = np.random.default_rng(1).random((10, 14)) < 0.5
+    view = mask[::2, ::-1]
+    assert encode_rle(view) == encode_rle(view.copy())
+
+
+MALFORMED = {
+    "an odd count": "1 2 5",
+    "a start of zero": "0 2",
+    "a negative start": "-3 2",
+    "a length of zero": "3 0",
+    "a negative length": "3 -1",
+    "a run past the last pixel": "24 2",
+    "a start past the last pixel": "25 1",
+    "a run longer than the image": "1 25",
+    "a second run past the last pixel": "1 2 20 9",
+    "a word": "1 two",
+    "a fraction": "1 2.5",
+    "a comma": "1,2",
+    "a number that no integer holds": "99999999999999999999 1",
+    "a sum that wraps round": "9223372036854775807 9223372036854775807",
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_decoding_refuses(case: str) -> None:
+    with pytest.raises(ValueError):
+        decode_rle(MALFORMED[case], (4, 6))
+
+
+def test_a_refused_run_is_named() -> None:
+    with pytest.raises(ValueError, match=r"run 24 2 .*24 pixels"):
+        decode_rle("1 3 24 2", (4, 6))
+
+
+def test_the_last_pixel_alone_is_no_malformed_run() -> None:
+    np.testing.assert_array_equal(decode_rle("24 1", (4, 6)), mask_with((4, 6), (3, 5)))
