@@ -200,6 +200,7 @@ def first_fault(manifest: Manifest) -> str | None:
         (0 < manifest.threshold < 1, f"threshold {manifest.threshold}, expected between 0 and 1"),
         (manifest.min_area >= 0, f"min_area {manifest.min_area}, expected 0 or more"),
         (bool(manifest.flips), "no flips; name at least none"),
+        (len(set(manifest.flips)) == len(manifest.flips), f"flips {manifest.flips} name one twice"),
         (set(manifest.flips) <= set(FLIPS), f"flips {manifest.flips}, known are {list(FLIPS)}"),
     ]
     rules += itertools.chain.from_iterable(member_rules(m, manifest) for m in manifest.members)
@@ -645,11 +646,12 @@ def predict_task(
 
 def write_result(
     options: Options, task: Task, empty_rows: bool, rles: dict[tuple[str, int], str]
-) -> None:
-    """The submission; today's layout may leave the rows of empty masks out."""
+) -> int:
+    """The submission and its number of rows; today's layout may leave those of empty masks out."""
     keep_all = empty_rows or "ClassId" not in task.layout.columns
     pairs = task.pairs if keep_all else [pair for pair in task.pairs if pair in rles]
     write_submission(options.output, task.layout, pairs, rles)
+    return len(pairs)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -674,17 +676,17 @@ def run(options: Options) -> dict[str, Any]:
             f"not one of {len(faults)} strips could be predicted; the submission is all empty"
         )
     with stages("write"):
-        write_result(options, task, manifest.empty_rows, rles)
+        rows = write_result(options, task, manifest.empty_rows, rles)
     seconds = time.perf_counter() - start
     working_s = seconds - stages.seconds["import"] - stages.seconds["load"]
     log.info(
         "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
-        *(options.output, len(task.pairs), len(rles)),
+        *(options.output, rows, len(rles)),
         *(len(faults), seconds, len(task.names) / working_s),
     )
     return {
         "strips": len(task.names),
-        "rows": len(task.pairs),
+        "rows": rows,
         "non_empty": len(rles),
         "faults": faults,
         "device": str(device),

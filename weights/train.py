@@ -142,6 +142,11 @@ def read_strips(data: Path, classes: int) -> Strips:
 # --- augmentation: each takes and gives an image (H, W) and masks (classes, H, W) -----------------
 
 
+def as_grey(values: npt.NDArray[np.floating[Any]]) -> Image:
+    """Rounded, 0-255: cut off instead, every image would darken by half a grey level."""
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
 def random_flip(image: Image, masks: Masks, rng: np.random.Generator) -> tuple[Image, Masks]:
     """Turns image and masks round together, along either axis, each with even odds."""
     for axis in (-1, -2):
@@ -153,13 +158,13 @@ def random_flip(image: Image, masks: Masks, rng: np.random.Generator) -> tuple[I
 def random_brightness(image: Image, masks: Masks, rng: np.random.Generator) -> tuple[Image, Masks]:
     """Another exposure: contrast ±25 %, brightness ±30 of 255."""
     changed = image * rng.uniform(0.75, 1.25) + rng.uniform(-30, 30)
-    return np.clip(changed, 0, 255).astype(np.uint8), masks
+    return as_grey(changed), masks
 
 
 def random_noise(image: Image, masks: Masks, rng: np.random.Generator) -> tuple[Image, Masks]:
     """Sensor noise with a standard deviation of up to 6 of 255."""
     noise = rng.normal(0, rng.uniform(0, 6), image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8), masks
+    return as_grey(image + noise), masks
 
 
 AUGMENTATIONS = (random_flip, random_brightness, random_noise)
@@ -361,6 +366,7 @@ class Fit:
 
     def take_step(self, images: Tensor, masks: Tensor) -> float:
         """One batch through forward, backward and the optimiser; its loss."""
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout, resumed or not
         self.network.train()
         if self.step >= self.config.crop_steps:
             freeze_statistics(self.network)
