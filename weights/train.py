@@ -144,7 +144,8 @@ def read_strips(data: Path, classes: int) -> Strips:
 
 def as_grey(values: npt.NDArray[np.floating[Any]]) -> Image:
     """Rounded, 0-255: cut off instead, every image would darken by half a grey level."""
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    grey: Image = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return grey
 
 
 def random_flip(image: Image, masks: Masks, rng: np.random.Generator) -> tuple[Image, Masks]:
