@@ -75,7 +75,12 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
     deny = without_network()
     print(f"   network: {'denied' if deny else 'NOT denied, this system does not allow it'}")
     report = root / "working" / "run.json"
-    command = [sys.executable, str(kernel / "inference.py"), "--input", str(root / "input")]
+    command = [
+        sys.executable,
+        str(kernel.resolve() / "inference.py"),
+        "--input",
+        str(root / "input"),
+    ]
     start = time.perf_counter()
     ended = subprocess.run(
         [*deny, *command, "--report", str(report)], cwd=root / "working", check=False

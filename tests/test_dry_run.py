@@ -29,8 +29,10 @@ def strips(tmp_path: Path) -> Path:
 
 def rehearse(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The real command line, as its own process."""
-    command = [sys.executable, str(ROOT / "kernel" / "dry_run.py"), "--bundle", str(bundle)]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "kernel" / "dry_run.py"), "--bundle", bundle.name]
+    return subprocess.run(
+        [*command, *arguments], cwd=bundle.parent, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture
