@@ -481,6 +481,8 @@ def write_split(
     """Write `count` strips into `folder`; their names and runs in name order."""
     folder.mkdir(parents=True, exist_ok=True)
     write = partial(write_strip, folder, split, seed, shares, size)
+    if not count:
+        return []
     if jobs == 1:
         return sorted(tqdm(map(write, range(count)), folder.name, count, unit="strip"))
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
