@@ -200,8 +200,8 @@ def first_fault(manifest: Manifest) -> str | None:
         (0 < manifest.threshold < 1, f"threshold {manifest.threshold}, expected between 0 and 1"),
         (manifest.min_area >= 0, f"min_area {manifest.min_area}, expected 0 or more"),
         (bool(manifest.flips), "no flips; name at least none"),
-        (len(set(manifest.flips)) == len(manifest.flips), f"flips {manifest.flips} name one twice"),
         (set(manifest.flips) <= set(FLIPS), f"flips {manifest.flips}, known are {list(FLIPS)}"),
+        (len(set(manifest.flips)) == len(manifest.flips), f"flips {manifest.flips} name one twice"),
     ]
     rules += itertools.chain.from_iterable(member_rules(m, manifest) for m in manifest.members)
     return next((fault for holds, fault in rules if not holds), None)

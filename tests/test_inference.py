@@ -500,6 +500,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no flips": ({"flips": []}, "no flips; name at least none"),
     "an unknown flip": ({"flips": ["none", "diagonal"]}, "flips .*diagonal.*known are .*both"),
     "flips as one word": ({"flips": "none"}, "known are"),
+    "a flip named twice": ({"flips": ["none", "vertical", "none"]}, "name one twice"),
     "a file elsewhere": (
         {"members": [member(file="../one.safetensors")]},
         "member one: file '../one.safetensors' is not beside the manifest",
