@@ -73,7 +73,8 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
         ValueError: it ended with another exit code than 0; its own words stand above.
     """
     deny = without_network()
-    print(f"   network: {'denied' if deny else 'NOT denied, this system does not allow it'}")
+    state = "denied" if deny else "NOT denied, this system does not allow it"
+    print(f"   network: {state}", flush=True)  # before the kernel's own lines
     report = root / "working" / "run.json"
     command = [
         sys.executable,
