@@ -1,11 +1,12 @@
 """Scores a bundle against ground truth: the competition's mean Dice, and what it hides.
 
-Predicting nothing scores 0.85 over all (image, class) pairs, so the mean over the pairs that have
-a mask, and the share of clean strips left wholly empty, always stand beside it.
+Predicting nothing scores 0.856 on Kaggle, for most (image, class) pairs are empty, so the mean over
+the pairs that have a mask, and the share of clean strips left wholly empty, always stand beside it.
 """
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -136,4 +137,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

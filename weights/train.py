@@ -11,6 +11,7 @@ question (a gate of that kind took a prototype's Dice from 0.83 to 0.03).
 import argparse
 import csv
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -520,4 +521,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
