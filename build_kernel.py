@@ -32,6 +32,7 @@ from kernel.inference import (
     load_member,
     pad_to_multiple,
     parse_manifest,
+    read_json,
 )
 from weights.checkpoints import fit, read_checkpoint, read_model, weights_file, without_activation
 
@@ -54,19 +55,6 @@ WHEELS = {  # file → sha256
 }
 
 # --- the source manifest ------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError where the file is missing or holds none."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(entries).__name__}")
-    return entries
 
 
 def source_of(weights: Path, entry: dict[str, Any]) -> Path:

@@ -249,16 +249,25 @@ def parse_manifest(entries: dict[str, Any], path: Path) -> Manifest:
     return manifest
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle; raises ValueError where it is missing or not as it must be."""
-    path = folder / MANIFEST
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError where the file is missing or holds none."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py") from None
-    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no such file") from None
+    except ValueError as error:  # not JSON, or not even UTF-8
         raise ValueError(f"{path}: no JSON: {error}") from error
-    return parse_manifest(entries, path)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: no JSON object, found a {type(entries).__name__}")
+    return entries
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle; raises ValueError where it is missing or not as it must be."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py")
+    return parse_manifest(read_json(path), path)
 
 
 # --- members --------------------------------------------------------------------------------------
