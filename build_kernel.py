@@ -267,7 +267,6 @@ class Packed:
     spec: MemberSpec
     parameters: int
     size: int  # bytes
-    flops: int  # of one pass over one image; a multiply-add counts as 2
     notes: list[str]
 
 
@@ -291,13 +290,16 @@ def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in half.items()}
 
 
-def count_flops(member: Member, size: tuple[int, int]) -> int:
-    """FLOPs of one pass over one image (H, W), a multiply-add counted as 2; drops the weights."""
-    images = torch.empty(1, len(member.spec.mean), *size, device="meta")  # shapes only: no time
-    network = member.network.to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(pad_to_multiple(images, network.encoder.output_stride))
-    return int(counter.get_total_flops())
+def count_flops(member: Member, size: tuple[int, int]) -> list[int]:
+    """FLOPs of encoder and decoder for one image (H, W), a multiply-add as 2; drops the weights."""
+    encoder, decoder = (half.to("meta") for half in (member.encode, member.decode))  # no arithmetic
+    images = pad_to_multiple(torch.empty(1, 1, *size, device="meta"), member.stride)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as first:
+            encoded = encoder(images)
+        with FlopCounterMode(display=False) as second:
+            decoder(*encoded)
+    return [int(first.get_total_flops()), int(second.get_total_flops())]
 
 
 def check_probabilities(member: Member, classes: int, path: Path) -> None:
@@ -320,16 +322,17 @@ def pack_member(source: Path, spec: MemberSpec, manifest: Manifest, folder: Path
     """
     checkpoint = read_checkpoint(source)
     fit(checkpoint, spec.model)
-    entry = {key: value for key, value in asdict(spec).items() if key != "sha256"}
+    known_later = ("sha256", "flops")
+    entry = {key: value for key, value in asdict(spec).items() if key not in known_later}
     path = folder / spec.file
     header = {"member": json.dumps(entry, sort_keys=True)}  # one key: several have no fixed order
     path.write_bytes(save(to_half(checkpoint.weights, checkpoint.path), header))
     spec = replace(spec, sha256=sha256_of(path))
     member = load_member(folder, spec, torch.device("cpu"))
     check_probabilities(member, manifest.classes, checkpoint.path)
-    parameters = sum(weight.numel() for weight in member.network.parameters())
-    flops = count_flops(member, manifest.image_size)
-    return Packed(spec, parameters, path.stat().st_size, flops, checkpoint.notes)
+    parameters = sum(weight.numel() for weight in member.encode.network.parameters())
+    spec = replace(spec, flops=count_flops(member, manifest.image_size))
+    return Packed(spec, parameters, path.stat().st_size, checkpoint.notes)
 
 
 # --- staging ------------------------------------------------------------------------------------
@@ -422,11 +425,12 @@ def print_table(packed: list[Packed]) -> None:
     for p in packed:
         model = p.spec.model
         names = (p.spec.name, model["encoder_name"], model["arch"])
-        print(table_line(*names, p.parameters, p.size, p.flops))
+        print(table_line(*names, p.parameters, p.size, sum(p.spec.flops)))
         for note in p.notes:
             print(f"  {note}")
     parameters, size = sum(p.parameters for p in packed), sum(p.size for p in packed)
-    print(table_line("total", "", "", parameters, size, sum(p.flops for p in packed)))
+    flops = sum(sum(p.spec.flops) for p in packed)
+    print(table_line("total", "", "", parameters, size, flops))
     print("A pass is one image through one member; a multiply-add counts as 2.")
 
 

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,23 @@ def read_image(path: Path) -> Image:
     if image is None:
         raise ValueError(f"{path}: {data.size} bytes that are no image")
     return image.astype(np.uint8, copy=False)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A decoded image, or the reason why there is none."""
+
+    name: str
+    image: Image | None
+    fault: str = ""
+
+
+def decode_strip(folder: Path, name: str) -> Strip:
+    """Reads one image; a bad one costs its own rows, never the run."""
+    try:
+        return Strip(name, read_image(folder / name))
+    except Exception as error:  # one bad strip must not cost the submission
+        return Strip(name, None, str(error))
 
 
 def encode_rle(mask: Mask) -> str:
@@ -165,6 +182,9 @@ class MemberSpec:
     mean: list[float]  # of grey in [0, 1], one number a channel
     std: list[float]
     sha256: str = ""  # of the file; empty before the bundle is built
+    flops: list[int] = field(
+        default_factory=lambda: [1, 1]
+    )  # a pass's encoder and decoder, counted
 
     @property
     def gated(self) -> bool:
@@ -227,6 +247,10 @@ def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str
             f"{who}mean {member.mean}, std {member.std} for {channels} channels (1 or 3)",
         ),
         (all(std > 0 for std in member.std), f"{who}std {member.std}, expected above 0"),
+        (
+            len(member.flops) == 2 and min(member.flops) > 0,
+            f"{who}flops {member.flops}, expected its encoder's and its decoder's",
+        ),
     ]
 
 
@@ -273,22 +297,76 @@ def load_manifest(folder: Path) -> Manifest:
 # --- members --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Member:
-    """A trained network with what it expects of its input."""
+class Encoder(nn.Module):
+    """A pass's first half: grey images (B, 1, H, W) in [0, 1] → gates (B, classes) and features.
 
-    spec: MemberSpec
-    network: Any  # what build_network gives
+    A gate is the most that any probability of its class can be: what the presence head says, or 1.
+    A network with a way of its own (DPT) runs whole here, and its logits are the features.
+    """
+
     mean: Tensor  # (1, channels, 1, 1)
     std: Tensor
 
+    def __init__(self, network: Any, spec: MemberSpec, whole: bool) -> None:
+        super().__init__()
+        self.network, self.gated, self.whole = network, spec.gated, whole
+        self.classes = spec.model.get("classes", 1)  # SMP's default
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Gates, then the features from the highest resolution to the lowest."""
+        images = (images - self.mean) / self.std  # one channel becomes the member's
+        if self.whole:
+            outputs = self.network(images)
+            features, presence = [outputs[0]] if self.gated else [outputs], outputs[-1]
+        else:
+            features = self.network.encoder(images)
+            presence = self.network.classification_head(features[-1]) if self.gated else None
+        if self.gated:
+            return torch.sigmoid(presence), *features
+        return images.new_ones(images.shape[0], self.classes), *features
+
+
+class Decoder(nn.Module):
+    """A pass's second half: gates and features → probabilities (B, classes, H, W)."""
+
+    def __init__(self, network: Any, whole: bool) -> None:
+        super().__init__()
+        self.network, self.whole = network, whole
+
+    def forward(self, gates: Tensor, *features: Tensor) -> Tensor:
+        """The soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate."""
+        if self.whole:
+            logits = features[0]
+        else:
+            logits = self.network.segmentation_head(self.network.decoder(list(features)))
+        return torch.sigmoid(logits) * gates[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trained network, its two halves ready to run."""
+
+    spec: MemberSpec
+    encode: Any  # an Encoder, or an engine's
+    decode: Any
+    stride: int  # pixels; an image's sides must be multiples of it
+
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of grey images (B, 1, H, W) in [0, 1]."""
-        outputs = self.network((images - self.mean) / self.std)  # one channel becomes the member's
-        if not self.spec.gated:
-            return torch.sigmoid(outputs)
-        logits, presence = outputs  # (B, C, H, W), (B, C)
-        return torch.sigmoid(logits) * torch.sigmoid(presence)[:, :, None, None]
+        probabilities: Tensor = self.decode(*self.encode(images))
+        return probabilities
+
+
+def split(network: Any, spec: MemberSpec, device: torch.device) -> Member:
+    """A member of its network, cut where the presence head is known and the masks are not."""
+    from segmentation_models_pytorch.base import SegmentationModel
+
+    whole = getattr(type(network), "forward", None) is not SegmentationModel.forward
+    encoder, decoder = Encoder(network, spec, whole), Decoder(network, whole)
+    stride = int(network.encoder.output_stride)
+    return Member(spec, encoder.eval().to(device), decoder.eval().to(device), stride)
 
 
 def use_wheels(bundle: Path) -> None:
@@ -359,8 +437,7 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
         raise ValueError(f"{path}: no safetensors file: {error}") from error
     network = build_network(spec.model)
     load_weights(network, weights, path)
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
-    return Member(spec, network.float().to(device), mean, std)
+    return split(network.float(), spec, device)
 
 
 def pick_device() -> torch.device:
@@ -404,48 +481,274 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
 
 
+HOPE = 0.8  # of the sum that is needed: below it a strip looks clean
+MARGIN = 1e-4  # of a sum of probabilities; rounding is a hundred times smaller
+
+
+class Tally:
+    """The passes of one image: their sum, and what it proves before the last of them has run.
+
+    K passes give probabilities p in [0, 1], and a pixel of a class is on where their mean exceeds
+    t, that is where their sum exceeds tK. At any moment the first d passes are decoded, their sum
+    is S; those after them up to e are encoded, so that their gates g are known and p ≤ g; the
+    others can add 1 at the most. The final sum lies between S and S + Σg + (K − e), hence
+
+        surely on   once S > tK,
+        surely off  once S + Σg + (K − e) ≤ tK.
+
+    A class is closed when this decides each of its pixels, or when fewer than `min_area` can still
+    be on, for then it will be empty. When all classes are closed no pass can change the masks, and
+    none is run. As long as nothing is decoded S is 0, and an image is proven empty by gates alone.
+
+    Probabilities are added in one order and none is negative, so a sum never falls by rounding;
+    MARGIN keeps both comparisons on the safe side of it. Where all passes were decoded, the masks
+    are those of `mean > t` and no bound. The proof speaks of a pass's probabilities as they are,
+    so they must not depend on what else is in the batch. They do not as long as the batch has one
+    size, so all are filled up to it: tested bit by bit on the CPU. A GPU's libraries promise no
+    more than they document; after running out of memory the size is another, and last bits may be.
+    """
+
+    def __init__(self, passes: int, manifest: Manifest, early_exit: bool) -> None:
+        self.passes, self.early_exit = passes, early_exit
+        self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
+        self.needed = passes * manifest.threshold  # what a sum must exceed
+        self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
+        self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
+        self.decoded = 0
+        self.open = list(range(manifest.classes))  # classes not proven
+
+    def encode(self, gates: npt.NDArray[np.float64]) -> None:
+        """One more pass is encoded; `gates` (classes,) bound its probabilities."""
+        self.gates.append(gates)
+        self.close()
+
+    def decode(self, probabilities: Tensor) -> None:
+        """The next pass is decoded: probabilities (classes, H, W)."""
+        self.total = probabilities.clone() if self.total is None else self.total.add_(probabilities)
+        self.decoded += 1
+        self.close()
+
+    def close(self) -> None:
+        """Drops the classes that are proven now."""
+        if self.decoded == self.passes:
+            self.open = []
+        elif self.early_exit:
+            self.open = [label for label in self.open if not self.proven(label)]
+
+    def proven(self, label: int) -> bool:
+        """Whether no pass to come can change this class's mask."""
+        rest = sum(gates[label] for gates in self.gates[self.decoded :])
+        rest += self.passes - len(self.gates)
+        if rest > self.needed - MARGIN:  # not even a pixel of sum 0 is off
+            return False
+        if self.total is None:
+            return True
+        possible = self.total[label] > self.needed - MARGIN - rest
+        count = int(possible.sum())
+        return count < self.min_area or count == int(
+            (self.total[label] > self.needed + MARGIN).sum()
+        )
+
+    @property
+    def looks_clean(self) -> bool:
+        """Whether gates alone may prove all open classes, were the next ones like those seen.
+
+        A guess that costs or saves work and changes no mask: no decoder runs while it holds.
+        """
+        if not self.early_exit:
+            return False
+        usual = np.mean(self.gates, axis=0)
+        for label in self.open:
+            highest = 0.0 if self.total is None else float(self.total[label].max())
+            kept = sum(gates[label] for gates in self.gates[self.decoded :])
+            rest = (self.passes - len(self.gates)) * usual[label]
+            if highest + kept + rest > HOPE * self.needed:
+                return False
+        return True
+
+    def masks(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Masks (classes, H, W); call it when no class is open."""
+        if self.total is None:
+            return np.zeros((len(self.gates[0]), *size), np.bool_)
+        if self.decoded == self.passes:
+            masks = self.total / self.passes > self.threshold
+        else:
+            masks = self.total > self.needed + MARGIN
+        areas = masks.sum(dim=(-2, -1), keepdim=True)
+        return (masks & (areas >= self.min_area)).cpu().numpy()
+
+
+@dataclass(eq=False)
+class Flight:
+    """A strip on its way through the passes."""
+
+    strip: Strip
+    images: Tensor  # (1, 1, H, W), padded, on the device
+    tally: Tally
+    size: tuple[int, int] = (0, 0)  # of the strip, without padding
+    kept: list[tuple[Tensor, ...]] = field(default_factory=list)  # encoded, not decoded
+    step: tuple[str, int] = ("encode", 0)  # the half and the pass that it needs next
+    fault: str = ""
+
+    @property
+    def landed(self) -> bool:
+        """Whether its masks are known, or never will be."""
+        return bool(self.fault) or not self.tally.open
+
+    def encode(self, encoded: tuple[Tensor, ...], gates: npt.NDArray[np.float64]) -> None:
+        """Takes what the next pass's encoder gave, and its gates (classes,) once more."""
+        self.kept.append(encoded)
+        self.tally.encode(gates)
+        self.plan()
+
+    def decode(self, probabilities: Tensor) -> None:
+        """Takes the probabilities (classes, H, W), padded, of the oldest pass that it keeps."""
+        del self.kept[0]
+        self.tally.decode(probabilities[:, : self.size[0], : self.size[1]])
+        self.plan()
+
+    def plan(self) -> None:
+        """Encoders alone while they may prove all; else what is kept is decoded first."""
+        tally = self.tally
+        if self.kept and (len(tally.gates) == tally.passes or not tally.looks_clean):
+            self.step = ("decode", tally.decoded)
+        else:
+            self.step = ("encode", len(tally.gates))
+
+
+def turned(images: Tensor, flip: str) -> Tensor:
+    """Images (B, C, H, W) under a flip, which is also its own way back."""
+    return images.flip(FLIPS[flip]) if FLIPS[flip] else images
+
+
+def joined(tensors: Sequence[Tensor], size: int) -> Tensor:
+    """A batch of `size`, filled up with the last image; one alone is not copied."""
+    filled = list(tensors) + [tensors[-1]] * (size - len(tensors))
+    return torch.cat(filled) if size > 1 else tensors[0]
+
+
 class Ensemble:
-    """Members × flips → mean of probabilities → masks; one call takes a batch of images."""
+    """Members × flips → mean of probabilities → masks, for strips that come one after another."""
 
     def __init__(
-        self, manifest: Manifest, members: Sequence[Member], device: torch.device, stages: Stages
+        self,
+        manifest: Manifest,
+        members: Sequence[Member],
+        device: torch.device,
+        stages: Stages,
+        batch_size: int = 1,
+        early_exit: bool = True,
     ) -> None:
-        self.manifest, self.members, self.device, self.stages = manifest, members, device, stages
-        self.multiple = math.lcm(*(m.network.encoder.output_stride for m in members))
+        self.manifest, self.device, self.stages = manifest, device, stages
+        self.batch_size, self.early_exit = batch_size, early_exit
+        self.multiple = math.lcm(*(member.stride for member in members))
+        cheapest_first = sorted(members, key=lambda member: sum(member.spec.flops))
+        self.passes = list(itertools.product(cheapest_first, manifest.flips))
 
-    def prepare(self, images: Sequence[Image]) -> Tensor:
-        """Images of one size as a pass takes them: (B, 1, H, W) in [0, 1], padded."""
-        batch = torch.from_numpy(np.stack(images))[:, None].to(self.device) / 255
-        return pad_to_multiple(batch, self.multiple)
+    def prepare(self, image: Image) -> Tensor:
+        """An image (H, W) as a pass takes it: (1, 1, H, W) in [0, 1], padded."""
+        images = torch.from_numpy(image)[None, None].to(self.device) / 255
+        return pad_to_multiple(images, self.multiple)
+
+    def encode(self, index: int, images: Tensor) -> tuple[Tensor, ...]:
+        """Pass `index` as far as its gates: gates (B, classes) and features of images turned."""
+        member, flip = self.passes[index]
+        with self.stages(f"networks/{member.spec.name}/encoder"), self.half_precision():
+            encoded: tuple[Tensor, ...] = member.encode(turned(images, flip))
+        return encoded
+
+    def decode(self, index: int, encoded: Sequence[Tensor]) -> Tensor:
+        """The rest of pass `index`, turned back: probabilities (B, classes, H, W), fp32."""
+        member, flip = self.passes[index]
+        with self.stages(f"networks/{member.spec.name}/decoder"), self.half_precision():
+            probabilities: Tensor = member.decode(*encoded).float()
+        return turned(probabilities, flip)
+
+    def half_precision(self) -> torch.autocast:
+        """fp16 where a GPU computes; the CPU stays in fp32."""
+        return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
 
     @torch.inference_mode()
-    def passes(self, images: Sequence[Image]) -> Iterator[tuple[Member, str, Tensor]]:
-        """Every member under every flip: probabilities (B, classes, H, W) of images of one size."""
-        height, width = images[0].shape
-        batch = self.prepare(images)
-        for member, flip in itertools.product(self.members, self.manifest.flips):
-            with self.stages(f"networks/{member.spec.name}/{flip}"):
-                probabilities = self.predict_pass(member, batch, FLIPS[flip])
-            yield member, flip, probabilities[..., :height, :width]
+    def fly(self, strips: Iterable[Strip]) -> Iterator[Flight]:
+        """Every strip with its masks proven or its fault told, as they land, not as they came.
 
-    def predict_pass(self, member: Member, images: Tensor, flip: tuple[int, ...]) -> Tensor:
-        """One member under one flip, turned back: probabilities (B, classes, H, W), fp32."""
-        with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
-            return member(images.flip(flip)).float().flip(flip)
+        Strips that need the same half of the same pass go through it together.
+        """
+        coming, flying = iter(strips), list[Flight]()
+        while True:
+            most = 1 if self.batch_size == 1 else 4 * self.batch_size  # so that batches stay full
+            room = max(most - len(flying), 0)
+            flying += [self.take_off(strip) for strip in itertools.islice(coming, room)]
+            if not flying:
+                return
+            groups = defaultdict(list)
+            for flight in flying:
+                if not flight.landed:
+                    groups[*flight.step, flight.images.shape].append(flight)
+            if groups:  # the largest, and of equals the one furthest behind
+                size = {step: min(len(group), self.batch_size) for step, group in groups.items()}
+                step = max(groups, key=lambda step: (size[step], -step[1]))
+                self.advance(step[0], step[1], groups[step][: self.batch_size])
+            yield from (flight for flight in flying if flight.landed)
+            flying = [flight for flight in flying if not flight.landed]
+
+    def take_off(self, strip: Strip) -> Flight:
+        """A strip before its first pass; one that could not be read has landed already."""
+        tally = Tally(len(self.passes), self.manifest, self.early_exit)
+        if strip.image is None:
+            return Flight(strip, torch.empty(0), tally, fault=strip.fault)
+        size = (strip.image.shape[0], strip.image.shape[1])
+        with self.stages("prepare"):
+            return Flight(strip, self.prepare(strip.image), tally, size)
+
+    def advance(self, half: str, index: int, flights: list[Flight]) -> None:
+        """One half of a pass for strips of one size; where it fails, in smaller batches."""
+        try:
+            (self.encode_flights if half == "encode" else self.decode_flights)(index, flights)
+        except Exception as error:  # out of memory, or one strip that a network cannot take
+            if isinstance(error, torch.cuda.OutOfMemoryError) and self.batch_size > 1:
+                self.batch_size //= 2  # these flights are where they were, and come again
+                log.warning("out of memory: %d strips at a time from here on", self.batch_size)
+            elif len(flights) == 1:
+                flights[0].fault = f"the networks failed: {error!r}"
+            else:
+                middle = len(flights) // 2
+                self.advance(half, index, flights[:middle])
+                self.advance(half, index, flights[middle:])
+
+    def encode_flights(self, index: int, flights: list[Flight]) -> None:
+        """Pass `index` of these strips as far as their gates."""
+        images = joined([flight.images for flight in flights], self.batch_size)
+        encoded = self.encode(index, images)
+        gates = encoded[0].cpu().double().numpy()  # (B, classes)
+        for row, flight in enumerate(flights):
+            with self.stages("tally"):
+                flight.encode(tuple(tensor[row : row + 1] for tensor in encoded), gates[row])
+
+    def decode_flights(self, index: int, flights: list[Flight]) -> None:
+        """The rest of pass `index` of these strips, which is the oldest they keep."""
+        oldest = zip(*(flight.kept[0] for flight in flights), strict=True)
+        encoded = [joined(tensors, self.batch_size) for tensors in oldest]
+        probabilities = self.decode(index, encoded)
+        for row, flight in enumerate(flights):
+            with self.stages("tally"):
+                flight.decode(probabilities[row])
+
+    def work(self, tally: Tally) -> dict[str, float]:
+        """What was run for a strip, and its share of the flops of all passes."""
+        flops = np.array([member.spec.flops for member, _ in self.passes])  # (passes, halves)
+        run = flops[: len(tally.gates), 0].sum() + flops[: tally.decoded, 1].sum()
+        encoders, decoders = len(tally.gates), tally.decoded
+        return {"encoders": encoders, "decoders": decoders, "share": float(run / flops.sum())}
 
     def __call__(self, images: Sequence[Image]) -> npt.NDArray[np.bool_]:
         """Masks (B, classes, H, W) of images (H, W) of one size."""
-        total = torch.zeros((), device=self.device)
-        for _, _, probabilities in self.passes(images):
-            total = total + probabilities
-        return self.masks(total / (len(self.members) * len(self.manifest.flips)))
-
-    def masks(self, mean: Tensor) -> npt.NDArray[np.bool_]:
-        """Masks of the mean probabilities (B, classes, H, W), those under min_area emptied."""
-        with self.stages("threshold"):
-            masks = mean > self.manifest.threshold
-            areas = masks.sum(dim=(-2, -1), keepdim=True)
-            return (masks & (areas >= self.manifest.min_area)).cpu().numpy()
+        flights = list(self.fly(Strip(str(index), image) for index, image in enumerate(images)))
+        faults = [flight.fault for flight in flights if flight.fault]
+        if faults:
+            raise RuntimeError(faults[0])
+        flights.sort(key=lambda flight: int(flight.strip.name))
+        return np.stack([flight.tally.masks(flight.size) for flight in flights])
 
 
 # --- finding what is mounted ----------------------------------------------------------------------
@@ -462,6 +765,7 @@ class Options:
     output: Path = Path("submission.csv")
     layout: str | None = None
     batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
+    early_exit: bool = True
     report: Path | None = None
 
 
@@ -553,23 +857,6 @@ def find_task(options: Options, classes: int) -> Task:
 # --- the run --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A decoded image, or the reason why there is none."""
-
-    name: str
-    image: Image | None
-    fault: str = ""
-
-
-def decode_strip(folder: Path, name: str) -> Strip:
-    """Reads one image; a bad one costs its own rows, never the run."""
-    try:
-        return Strip(name, read_image(folder / name))
-    except Exception as error:  # one bad strip must not cost the submission
-        return Strip(name, None, str(error))
-
-
 def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Strip]:
     """Strips in order, up to `ahead` of them decoded beside the network."""
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -582,33 +869,13 @@ def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Str
             yield strip.result()
 
 
-def batched(strips: Iterable[Strip], size: int) -> Iterator[list[Strip]]:
-    """Neighbours of one image size, up to `size` of them; a faulty strip comes alone."""
-    for _, group in itertools.groupby(
-        strips, lambda s: s.image.shape if s.image is not None else None
-    ):
-        while batch := list(itertools.islice(group, size)):
-            yield batch
-
-
-def predict_strips(
-    ensemble: Ensemble, strips: list[Strip]
-) -> list[tuple[Strip, npt.NDArray[np.bool_] | None]]:
-    """Each strip with its masks (classes, H, W); None where it is faulty or the networks fail."""
-    images = [strip.image for strip in strips if strip.image is not None]
-    if not images:
-        return [(strip, None) for strip in strips]
-    try:
-        return list(zip(strips, ensemble(images), strict=True))
-    except Exception as error:  # out of memory, or one strip that a network cannot take
-        if len(strips) == 1:
-            return [(replace(strips[0], fault=f"the networks failed: {error!r}"), None)]
-    half = len(strips) // 2
-    return predict_strips(ensemble, strips[:half]) + predict_strips(ensemble, strips[half:])
-
-
 def load_ensemble(
-    bundle: Path, manifest: Manifest, device: torch.device, stages: Stages
+    bundle: Path,
+    manifest: Manifest,
+    device: torch.device,
+    stages: Stages,
+    batch_size: int = 1,
+    early_exit: bool = True,
 ) -> Ensemble:
     """Every member of a bundle, ready to run; raises ValueError as `load_member` does."""
     with stages("import"):
@@ -617,40 +884,47 @@ def load_ensemble(
     with stages("load"):
         specs = tqdm(manifest.members, desc="members", unit="member", disable=None)
         members = [load_member(bundle, spec, device) for spec in specs]
-    return Ensemble(manifest, members, device, stages)
+    return Ensemble(manifest, members, device, stages, batch_size, early_exit)
 
 
-def timed(batches: Iterator[list[Strip]], stages: Stages, name: str) -> Iterator[list[Strip]]:
-    """The same batches; the time spent waiting for each goes to stage `name`."""
+def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
+    """The same strips; the time spent waiting for each goes to stage `name`."""
     while True:
         with stages(name):
-            batch = next(batches, None)
-        if batch is None:
+            strip = next(strips, None)
+        if strip is None:
             return
-        yield batch
+        yield strip
 
 
-def predict_task(
-    ensemble: Ensemble, task: Task, batch_size: int
-) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
-    """RLE of every (image, class) that has a mask, and the reason for every image that failed."""
-    rles: dict[tuple[str, int], str] = {}
-    faults: dict[str, str] = {}
-    asked = set(task.pairs)
-    strips = decode_ahead(task.images, task.names, ahead=4 * batch_size)
+@dataclass
+class Outcome:
+    """What became of every image."""
+
+    rles: dict[tuple[str, int], str] = field(default_factory=dict)  # (image, class) with a mask
+    faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
+    work: dict[str, dict[str, float]] = field(default_factory=dict)  # image → what was run for it
+
+
+def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
+    """Every image of a task through the ensemble."""
+    outcome, asked = Outcome(), set(task.pairs)
+    strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
     interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
     with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
-        for batch in timed(batched(strips, batch_size), ensemble.stages, "decode"):
-            for strip, masks in predict_strips(ensemble, batch):
-                if masks is None:
-                    faults[strip.name] = strip.fault
-                    log.warning("%s stays empty: %s", strip.name, strip.fault)
-                    continue
+        for flight in ensemble.fly(timed(strips, ensemble.stages, "decode")):
+            name = flight.strip.name
+            if flight.fault:
+                outcome.faults[name] = flight.fault
+                log.warning("%s stays empty: %s", name, flight.fault)
+            else:
+                outcome.work[name] = ensemble.work(flight.tally)
                 with ensemble.stages("rle"):
-                    pairs = [((strip.name, label), mask) for label, mask in enumerate(masks, 1)]
-                    rles |= {p: encode_rle(m) for p, m in pairs if p in asked and m.any()}
-            bar.update(len(batch))
-    return rles, faults
+                    masks = enumerate(flight.tally.masks(flight.size), 1)
+                    pairs = [((name, label), mask) for label, mask in masks]
+                    outcome.rles |= {p: encode_rle(m) for p, m in pairs if p in asked and m.any()}
+            bar.update()
+    return outcome
 
 
 def write_result(
@@ -676,28 +950,30 @@ def run(options: Options) -> dict[str, Any]:
     task = find_task(options, manifest.classes)
     write_result(options, task, True, {})  # a valid submission stands from here on
     device = pick_device()
-    ensemble = load_ensemble(bundle, manifest, device, stages)
-    log.info("%d images of %s on %s", len(task.names), task.images, device)
     batch_size = options.batch_size or (8 if device.type == "cuda" else 1)
-    rles, faults = predict_task(ensemble, task, batch_size)
-    if len(faults) == len(task.names):
+    ensemble = load_ensemble(bundle, manifest, device, stages, batch_size, options.early_exit)
+    log.info("%d images of %s on %s", len(task.names), task.images, device)
+    outcome = predict_task(ensemble, task)
+    if not outcome.work:
         raise RuntimeError(
-            f"not one of {len(faults)} strips could be predicted; the submission is all empty"
+            f"not one of {len(task.names)} strips could be predicted; the submission is all empty"
         )
     with stages("write"):
-        rows = write_result(options, task, manifest.empty_rows, rles)
+        rows = write_result(options, task, manifest.empty_rows, outcome.rles)
     seconds = time.perf_counter() - start
     working_s = seconds - stages.seconds["import"] - stages.seconds["load"]
     log.info(
         "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
-        *(options.output, rows, len(rles)),
-        *(len(faults), seconds, len(task.names) / working_s),
+        *(options.output, rows, len(outcome.rles)),
+        *(len(outcome.faults), seconds, len(task.names) / working_s),
     )
     return {
         "strips": len(task.names),
         "rows": rows,
-        "non_empty": len(rles),
-        "faults": faults,
+        "non_empty": len(outcome.rles),
+        "faults": outcome.faults,
+        "work": outcome.work,
+        "share": float(np.mean([work["share"] for work in outcome.work.values()])),
         "device": str(device),
         "seconds": seconds,
         "stages": dict(stages.seconds),
@@ -729,6 +1005,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--output", type=Path, default=Options.output, help="default submission.csv")
     add("--layout", choices=sorted(LAYOUTS), help="default: the sample's own, or 2019 without one")
     add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
+    add(
+        "--no-early-exit",
+        dest="early_exit",
+        action="store_false",
+        help="run every pass, for the same submission",
+    )
     add("--report", type=Path, help="also write seconds per stage and every failed strip, as JSON")
     return Options(**vars(parser.parse_args(arguments)))
 

@@ -127,6 +127,19 @@ def ensemble_of(folder: Path) -> kernel.Ensemble:
     return kernel.load_ensemble(folder, kernel.load_manifest(folder), CPU, kernel.Stages())
 
 
+def each_pass(ensemble: kernel.Ensemble, image: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """Member, flip and probabilities (classes, H, W) of every pass."""
+    found = []
+    with torch.inference_mode():
+        for index, (member, flip) in enumerate(ensemble.passes):
+            encoded = ensemble.encode(index, ensemble.prepare(image))
+            probabilities = ensemble.decode(index, encoded)[
+                0, :, : image.shape[0], : image.shape[1]
+            ]
+            found.append((member.spec.name, flip, probabilities.numpy()))
+    return found
+
+
 def script(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real script as its own process, its working directory `folder`."""
     return subprocess.run(
@@ -585,10 +598,10 @@ def sha256(path: Path) -> str:
 def test_a_member_whose_bytes_are_those_packed_is_loaded(light: Path) -> None:
     path = light / "fpn.safetensors"
     found = kernel.load_member(light, spec_of(light, sha256=sha256(path)), CPU)
-    weights, expected = found.network.state_dict(), load_file(path)
+    weights, expected = found.encode.network.state_dict(), load_file(path)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
-    assert not any(module.training for module in found.network.modules())
+    assert not any(module.training for module in found.encode.network.modules())
 
 
 def test_a_missing_member_is_named(light: Path) -> None:
@@ -645,7 +658,7 @@ def test_half_precision_weights_run_in_full_precision(light: Path) -> None:
     path = light / "fpn.safetensors"
     halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
     save_file(halves, path)
-    network = kernel.load_member(light, spec_of(light), CPU).network
+    network = kernel.load_member(light, spec_of(light), CPU).encode.network
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     weights = network.state_dict()
     assert all(torch.equal(weights[key], value.to(weights[key])) for key, value in halves.items())
@@ -679,25 +692,26 @@ def test_the_masks_are_those_of_a_double_loop(size: tuple[int, int], bundle: Pat
 
 def test_each_pass_is_that_of_the_double_loop_in_the_manifests_order(bundle: Path) -> None:
     image = drawn_image(4)
-    found = list(ensemble_of(bundle).passes([image]))
+    found = each_pass(ensemble_of(bundle), image)
     flips = ("none", "horizontal", "vertical")
     expected = [(entry, net, flip) for entry, net in oracle_networks(bundle) for flip in flips]
     assert len(found) == len(expected) == 9
     for (made, name, probabilities), (entry, network, flip) in zip(found, expected, strict=True):
-        assert (made.spec.name, name) == (entry["name"], flip)
+        assert (made, name) == (entry["name"], flip)
         by_hand = oracle_pass(entry, network, image / 255, flip)
-        np.testing.assert_allclose(probabilities[0].numpy(), by_hand, atol=1e-5)
+        np.testing.assert_allclose(probabilities, by_hand, atol=1e-5)
 
 
 def test_a_gate_never_raises_a_probability(bundle: Path) -> None:
     """The three members are one with a gate, one more, and one without: both kinds are mixed."""
-    members = ensemble_of(bundle).members
+    members = [member for member, flip in ensemble_of(bundle).passes if flip == "none"]
     assert [m.spec.gated for m in members] == [True, True, False]
-    assert [m.mean.shape[1] for m in members] == [1, 1, 3]
+    assert [m.encode.mean.shape[1] for m in members] == [1, 1, 3]
     grey = torch.from_numpy(drawn_image(5))[None, None] / 255
     for gated in members[:2]:
         with torch.inference_mode():
-            logits, presence = gated.network((grey - gated.mean) / gated.std)
+            normalised = (grey - gated.encode.mean) / gated.encode.std
+            logits, presence = gated.encode.network(normalised)
             found = gated(grey)
         assert (found <= presence.sigmoid()[:, :, None, None] + 1e-6).all()
         assert (found <= logits.sigmoid() + 1e-6).all()
@@ -743,7 +757,7 @@ class Ramp(nn.Module):
 
 def ramp_ensemble(flips: tuple[str, ...], stride: int = 1) -> kernel.Ensemble:
     spec = kernel.MemberSpec("ramp", "ramp", {"classes": 2, "in_channels": 1}, [0.0], [1.0])
-    stub = kernel.Member(spec, Ramp(stride), torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    stub = kernel.split(Ramp(stride), spec, CPU)
     manifest = kernel.Manifest([spec], classes=2, flips=flips)
     return kernel.Ensemble(manifest, [stub], CPU, kernel.Stages())
 
@@ -768,9 +782,9 @@ def ramp_by_hand(image: np.ndarray, flip: str) -> np.ndarray:
 @pytest.mark.parametrize("flip", kernel.FLIPS)
 def test_a_flip_turns_the_image_and_turns_the_answer_back(flip: str) -> None:
     image = drawn_image(7, (6, 10))
-    [(_, name, found)] = ramp_ensemble((flip,)).passes([image])
+    [(_, name, found)] = each_pass(ramp_ensemble((flip,)), image)
     assert name == flip
-    np.testing.assert_allclose(found[0].numpy(), ramp_by_hand(image, flip), atol=1e-5)
+    np.testing.assert_allclose(found, ramp_by_hand(image, flip), atol=1e-5)
 
 
 def test_no_two_flips_of_the_stub_agree() -> None:
@@ -791,10 +805,10 @@ def test_the_mean_runs_over_every_flip() -> None:
 
 def test_an_image_is_padded_with_its_own_border_and_cut_back() -> None:
     image = drawn_image(8, (6, 10))
-    [(_, _, found)] = ramp_ensemble(("both",), stride=8).passes([image])
+    [(_, _, found)] = each_pass(ramp_ensemble(("both",), stride=8), image)
     padded = np.pad(image, ((0, 2), (0, 6)), mode="edge")
     expected = ramp_by_hand(padded, "both")[:, :6, :10]
-    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_an_image_that_fits_is_not_padded() -> None:
@@ -901,19 +915,6 @@ def test_strips_of_mixed_sizes_in_batches_get_what_they_get_one_by_one(
                 assert_masks(found, mean[label - 1], threshold_of(light))
 
 
-def test_batches_are_neighbours_of_one_size() -> None:
-    sizes = [(4, 4), (4, 4), (4, 4), (4, 6), None, None, (4, 4)]
-    strips = [
-        kernel.Strip(str(i), None if size is None else np.zeros(size, np.uint8))
-        for i, size in enumerate(sizes)
-    ]
-    batches = list(kernel.batched(strips, 2))
-    assert [strip.name for batch in batches for strip in batch] == list("0123456")
-    shapes = [{None if s.image is None else s.image.shape for s in b} for b in batches]
-    assert all(len(shape) == 1 for shape in shapes)
-    assert max(map(len, batches)) == 2
-
-
 def spoil(path: Path, how: str) -> None:
     if how == "missing":
         path.unlink()
@@ -965,7 +966,7 @@ def white_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(*arguments: Any) -> kernel.Member:
         loaded = load_member(*arguments)
-        loaded.network.register_forward_pre_hook(refuse)
+        loaded.encode.register_forward_pre_hook(refuse)
         return loaded
 
     monkeypatch.setattr(kernel, "load_member", load)
@@ -1056,9 +1057,8 @@ def test_the_script_finds_everything_in_kaggles_tree(
     report = json.loads((working / "run.json").read_text())
     non_empty = sum(map(bool, rles.values()))
     assert (report["strips"], report["rows"], report["non_empty"]) == (2, 8, non_empty)
-    assert {"import", "load", "decode", "rle", "write", "networks/fpn/none"} <= set(
-        report["stages"]
-    )
+    stages = {"import", "load", "decode", "rle", "write", "networks/fpn/encoder"}
+    assert stages <= set(report["stages"])
     last = ended.stdout.splitlines()[-1]
     assert f"8 rows, {non_empty} non-empty masks, 0 strips failed" in last
     assert last.endswith("strips/s")

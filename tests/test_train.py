@@ -369,6 +369,21 @@ def test_a_cell_asks_for_what_lies_in_it() -> None:
     assert min(range(6), key=loss) == 5
 
 
+def test_each_part_has_a_cycle_of_its_own_and_no_step_stands_still() -> None:
+    config = replace(CONFIG, crop_steps=200, whole_steps=40)
+    rates = [config.rate(step) for step in range(config.steps)]
+    crops, whole = rates[:200], rates[200:]
+    assert 0.9 < max(crops) <= 1
+    assert 0.25 < max(whole) <= 0.3
+    for part in (crops, whole):
+        peak = part.index(max(part))
+        assert 0 < peak < len(part) / 4
+        assert part[: peak + 1] == sorted(part[: peak + 1])
+        assert part[peak:] == sorted(part[peak:], reverse=True)
+        assert 0 < part[-1] < max(part) / 50
+    assert min(rates) > 0
+
+
 @pytest.mark.parametrize("arch", ["Unet", "FPN"])
 def test_the_trained_outputs_are_those_of_the_whole_network(arch: str) -> None:
     network = train.Fit(replace(CONFIG, arch=arch)).network.eval()

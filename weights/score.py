@@ -21,6 +21,7 @@ from kernel.inference import (
     Ensemble,
     Image,
     Stages,
+    Tally,
     decode_rle,
     load_ensemble,
     load_manifest,
@@ -91,15 +92,20 @@ def mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else float("nan")
 
 
+@torch.inference_mode()
 def score_strip(ensemble: Ensemble, image: Image, truth: Masks, scores: dict[str, Scores]) -> None:
     """Adds one strip to every member's score (alone, without flips) and to the ensemble's."""
-    total = torch.zeros((), device=ensemble.device)
-    for member, flip, probabilities in ensemble.passes([image]):
-        total = total + probabilities
+    height, width = image.shape
+    tally = Tally(len(ensemble.passes), ensemble.manifest, early_exit=False)
+    for index, (member, flip) in enumerate(ensemble.passes):
+        encoded = ensemble.encode(index, ensemble.prepare(image))
+        probabilities = ensemble.decode(index, encoded)[0, :, :height, :width]
+        tally.decode(probabilities)
         if flip == "none":
-            scores[member.spec.name].add(ensemble.masks(probabilities)[0], truth)
-    passes = len(ensemble.members) * len(ensemble.manifest.flips)
-    scores["ensemble"].add(ensemble.masks(total / passes)[0], truth)
+            alone = Tally(1, ensemble.manifest, early_exit=False)
+            alone.decode(probabilities)
+            scores[member.spec.name].add(alone.masks((height, width)), truth)
+    scores["ensemble"].add(tally.masks((height, width)), truth)
 
 
 EXAMPLE = "  python weights/score.py --images data/steel/test_images --truth data/steel/test.csv"

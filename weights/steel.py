@@ -151,7 +151,7 @@ def scale_blotches(rng: Rng, size: Size) -> Field:
     shape = noise(rng, size, rng.uniform(6, 25), rng.uniform(20, 120))
     shape += 0.5 * noise(rng, size, rng.uniform(3, 8), rng.uniform(6, 30))
     where = noise(rng, size, 200, 300) + 0.3 * noise(rng, size, 20, 300)
-    tone = rng.uniform(0.06, 0.22) * rng.choice([-1, 1])
+    tone = rng.uniform(0.05, 0.14) * rng.choice([-1, 1])
     patches = bent(rng, shape) - rng.uniform(0.9, 1.5) + 0.7 * where
     return np.asarray(tone * step(patches, rng.uniform(0.5, 3)))
 
@@ -208,7 +208,7 @@ def straight_lines(rng: Rng, size: Size) -> Field:
     for _ in range(rng.integers(1, 9)):
         column = int(np.clip(first + rng.normal(0, 0.06 * width), 0, width - 1))
         end = int(height * rng.choice([1.0, rng.random()]))
-        lines[:end, column : column + rng.integers(1, 3)] = rng.choice([-0.4, -0.25, 0.3])
+        lines[:end, column : column + rng.integers(1, 3)] = rng.choice([-0.25, -0.15, 0.2])
     return blurred(lines, 0.5)
 
 
@@ -409,12 +409,12 @@ def surface(rng: Rng, size: Size, unit: float) -> Field:
     """The clean steel with everything on it that is no defect, mean about 1."""
     gain = illumination(rng, size) * (1 + grain(rng, size) + rolled_texture(rng, size))
     extras: tuple[tuple[float, Callable[[], Field]], ...] = (  # chance, what
-        (0.5, lambda: scale_blotches(rng, size)),
+        (0.3, lambda: scale_blotches(rng, size)),
         (0.5, lambda: shiny_specks(rng, size)),
         (0.3, lambda: soft_shadow(rng, size)),
         (0.6, lambda: oil_specks(rng, size, unit)),
         (0.15, lambda: straight_lines(rng, size)),
-        (0.25, lambda: light_streak(rng, size, unit)),
+        (0.2, lambda: light_streak(rng, size, unit)),
         (0.03, lambda: chequered_plate(rng, size)),
         (0.12, lambda: water_stain(rng, size, unit)),
     )
@@ -436,7 +436,7 @@ def draw_strip(
         mask, defect = DEFECTS[number - 1](rng, size, steel, unit)
         mask[:, : steel[0]] = mask[:, steel[1] :] = False
         masks[number - 1] = mask
-        gain *= 1 + rng.uniform(0.6, 1.1) * (defect - 1)  # some are faint
+        gain *= 1 + rng.uniform(0.85, 1.3) * (defect - 1)  # fainter ones no eye would find
     grey = 255 * np.clip(rng.normal(0.415, 0.08), 0.24, 0.56) * gain * margin
     grey += 2.5 + rng.standard_normal(size, dtype=np.float32)  # the camera's black and its noise
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8), masks
