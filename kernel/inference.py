@@ -5,18 +5,23 @@ that turns pixels into a submission; training, packing and the dry run import th
 """
 
 import argparse
+import atexit
 import hashlib
 import itertools
 import json
 import logging
 import math
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 log = logging.getLogger("kernel")
@@ -370,8 +376,20 @@ def split(network: Any, spec: MemberSpec, device: torch.device) -> Member:
 
 
 def use_wheels(bundle: Path) -> None:
-    """Puts the bundle's wheels first on the import path: what was packed is what runs."""
-    sys.path[:0] = [str(wheel) for wheel in sorted(bundle.glob("*.whl"))]
+    """Puts the bundle's wheels first on the import path: what was packed is what runs.
+
+    Compiled code cannot be imported from inside a wheel, so that one is unpacked, where it is for
+    this Python, into a folder that goes when the run ends.
+    """
+    this_python = "-cp{}{}-".format(*sys.version_info)
+    for wheel in sorted(bundle.glob("*.whl"), reverse=True):
+        if wheel.name.endswith("-none-any.whl"):
+            sys.path.insert(0, str(wheel))
+        elif this_python in wheel.name:
+            folder = tempfile.mkdtemp(prefix=wheel.stem)
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            shutil.unpack_archive(wheel, folder, "zip")
+            sys.path.insert(0, folder)
 
 
 def build_network(model: dict[str, Any]) -> nn.Module:
@@ -438,6 +456,110 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
     network = build_network(spec.model)
     load_weights(network, weights, path)
     return split(network.float(), spec, device)
+
+
+# --- engines: both halves at the machine's speed --------------------------------------------------
+
+AGREE = 1e-3  # mean difference of probabilities; fp16's is below it, a wrong network's far above
+
+
+def fold_batch_norm(module: nn.Module) -> None:
+    """Folds each batch norm into the convolution before it: the same numbers, one step less.
+
+    Neighbours are taken to run one after another; where they do not, `check_engine` will tell.
+    """
+    for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if type(norm) is nn.BatchNorm2d and conv.out_channels == norm.num_features:
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
+    for child in module.children():
+        fold_batch_norm(child)
+
+
+class OpenVino:
+    """One half as OpenVINO runs it on the CPU, compiled once for every shape that comes."""
+
+    def __init__(self, path: Path) -> None:
+        import openvino
+
+        self.core = openvino.Core()
+        self.model = self.core.read_model(path)
+        self.compiled: dict[tuple[torch.Size, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """What the half that was packed gives: one tensor, or a tuple of them."""
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.compiled:
+            self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
+            precise = {"INFERENCE_PRECISION_HINT": "f32"}
+            self.compiled[shapes] = self.core.compile_model(self.model, "CPU", precise)
+        found = self.compiled[shapes]([tensor.numpy() for tensor in tensors], share_inputs=True)
+        outputs = tuple(torch.from_numpy(found[index]) for index in range(len(found)))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+def openvino_files(file: str) -> list[str]:
+    """Where a member's halves lie beside its checkpoint `file`, if they were packed."""
+    return [f"{Path(file).stem}.{half}.xml" for half in ("encoder", "decoder")]
+
+
+def in_half_precision(half: nn.Module) -> Callable[..., Any]:
+    """A half that computes in fp16 on a GPU."""
+
+    def run(*tensors: Tensor) -> Any:
+        with torch.autocast("cuda", torch.float16):
+            return half(*tensors)
+
+    return run
+
+
+def fastest(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
+    """A member on the fastest engine that this machine has for it.
+
+    OpenVINO on the CPU, where it imports and `build_kernel.py --openvino` packed the halves. Else
+    PyTorch with batch norm folded; on a GPU in fp16, channels last.
+
+    Raises:
+        ValueError: as `load_member`.
+    """
+    halves = [folder / name for name in openvino_files(spec.file)]
+    if device.type == "cpu" and halves[0].is_file():
+        try:
+            encode, decode = map(OpenVino, halves)
+            stride = int(encode.model.get_rt_info("stride").value)
+            return Member(spec, encode, decode, stride)
+        except Exception as error:  # a failed engine must not cost the submission
+            log.warning("%s runs on PyTorch, not on OpenVINO: %r", spec.name, error)
+    member = load_member(folder, spec, device)
+    fold_batch_norm(member.encode.network)  # which both halves share
+    if device.type == "cpu":
+        return member
+    member.encode.network.to(memory_format=torch.channels_last)
+    fp16 = in_half_precision
+    return replace(member, encode=fp16(member.encode), decode=fp16(member.decode))
+
+
+def check_engine(engine: Member, plain: Member, images: Tensor) -> Member:
+    """The engine, or plain fp32 PyTorch where the engine fails or gives something else.
+
+    Gates and masks are compared apart: a shut gate would hide wrong masks.
+    """
+    answers = []
+    try:
+        for member in (plain, engine):
+            gates, *features = member.encode(images)
+            masks = member.decode(torch.ones_like(gates), *features)
+            answers.append((gates.float(), masks.float()))
+        apart = [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
+        agree = all(difference <= AGREE for difference in apart)  # which NaN is not
+        fault = "" if agree else f"gates and masks are {apart} apart"
+    except Exception as error:  # a failed engine must not cost the submission
+        fault = repr(error)
+    if fault:
+        log.warning("%s runs on plain PyTorch, the engine fails: %s", plain.spec.name, fault)
+    return plain if fault else engine
 
 
 def pick_device() -> torch.device:
@@ -642,31 +764,41 @@ class Ensemble:
         self.manifest, self.device, self.stages = manifest, device, stages
         self.batch_size, self.early_exit = batch_size, early_exit
         self.multiple = math.lcm(*(member.stride for member in members))
-        cheapest_first = sorted(members, key=lambda member: sum(member.spec.flops))
-        self.passes = list(itertools.product(cheapest_first, manifest.flips))
+        self.members = sorted(members, key=lambda member: sum(member.spec.flops))  # cheapest first
+
+    @property
+    def passes(self) -> list[tuple[Member, str]]:
+        """Every member under every flip, in the order in which they run."""
+        return list(itertools.product(self.members, self.manifest.flips))
+
+    @torch.inference_mode()
+    def check_engines(self, bundle: Path, image: Image) -> None:
+        """Replaces every engine that gives another answer than plain PyTorch for one image."""
+        images = self.prepare(image)
+        for index, engine in enumerate(self.members):
+            plain = load_member(bundle, engine.spec, self.device)  # one at a time in memory
+            self.members[index] = check_engine(engine, plain, images)
 
     def prepare(self, image: Image) -> Tensor:
         """An image (H, W) as a pass takes it: (1, 1, H, W) in [0, 1], padded."""
-        images = torch.from_numpy(image)[None, None].to(self.device) / 255
-        return pad_to_multiple(images, self.multiple)
+        images = torch.from_numpy(image)[None, None]
+        if self.device.type == "cuda":  # from pinned memory the copy runs beside the networks
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        return pad_to_multiple(images / 255, self.multiple)
 
     def encode(self, index: int, images: Tensor) -> tuple[Tensor, ...]:
         """Pass `index` as far as its gates: gates (B, classes) and features of images turned."""
         member, flip = self.passes[index]
-        with self.stages(f"networks/{member.spec.name}/encoder"), self.half_precision():
+        with self.stages(f"networks/{member.spec.name}/encoder"):
             encoded: tuple[Tensor, ...] = member.encode(turned(images, flip))
         return encoded
 
     def decode(self, index: int, encoded: Sequence[Tensor]) -> Tensor:
         """The rest of pass `index`, turned back: probabilities (B, classes, H, W), fp32."""
         member, flip = self.passes[index]
-        with self.stages(f"networks/{member.spec.name}/decoder"), self.half_precision():
+        with self.stages(f"networks/{member.spec.name}/decoder"):
             probabilities: Tensor = member.decode(*encoded).float()
         return turned(probabilities, flip)
-
-    def half_precision(self) -> torch.autocast:
-        """fp16 where a GPU computes; the CPU stays in fp32."""
-        return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
 
     @torch.inference_mode()
     def fly(self, strips: Iterable[Strip]) -> Iterator[Flight]:
@@ -766,6 +898,8 @@ class Options:
     layout: str | None = None
     batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
     early_exit: bool = True
+    workers: int = 0  # processes; 0 is one a GPU
+    shard: str = ""  # "2/3" in the second of three workers
     report: Path | None = None
 
 
@@ -812,6 +946,11 @@ class Task:
     def names(self) -> list[str]:
         """Every image once, in the order of its first row."""
         return list(dict.fromkeys(name for name, _ in self.pairs))
+
+    def shard(self, index: int, count: int) -> "Task":
+        """The rows of every `count`-th image from `index`, from 0."""
+        names = set(self.names[index::count])
+        return replace(self, pairs=[pair for pair in self.pairs if pair[0] in names])
 
 
 def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
@@ -883,8 +1022,16 @@ def load_ensemble(
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
     with stages("load"):
         specs = tqdm(manifest.members, desc="members", unit="member", disable=None)
-        members = [load_member(bundle, spec, device) for spec in specs]
+        members = [fastest(bundle, spec, device) for spec in specs]
     return Ensemble(manifest, members, device, stages, batch_size, early_exit)
+
+
+def check_engines(ensemble: Ensemble, bundle: Path, task: Task) -> None:
+    """Checks every engine on the first strip that can be read."""
+    strips = (decode_strip(task.images, name) for name in task.names)
+    image = next((strip.image for strip in strips if strip.image is not None), None)
+    if image is not None:
+        ensemble.check_engines(bundle, image)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
@@ -904,11 +1051,19 @@ class Outcome:
     rles: dict[tuple[str, int], str] = field(default_factory=dict)  # (image, class) with a mask
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
     work: dict[str, dict[str, float]] = field(default_factory=dict)  # image → what was run for it
+    device: str = ""
+
+    def add(self, other: "Outcome") -> None:
+        """Takes in what became of other images."""
+        self.rles |= other.rles
+        self.faults |= other.faults
+        self.work |= other.work
+        self.device = other.device
 
 
 def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
     """Every image of a task through the ensemble."""
-    outcome, asked = Outcome(), set(task.pairs)
+    outcome, asked = Outcome(device=str(ensemble.device)), set(task.pairs)
     strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
     interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
     with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
@@ -937,6 +1092,81 @@ def write_result(
     return len(pairs)
 
 
+def predict_here(
+    options: Options, bundle: Path, manifest: Manifest, task: Task, stages: Stages
+) -> Outcome:
+    """A task in this process, on its own device."""
+    device = pick_device()
+    batch_size = options.batch_size or (8 if device.type == "cuda" else 1)
+    ensemble = load_ensemble(bundle, manifest, device, stages, batch_size, options.early_exit)
+    with stages("check"):
+        check_engines(ensemble, bundle, task)
+    log.info("%d images of %s on %s", len(task.names), task.images, device)
+    return predict_task(ensemble, task)
+
+
+def start_worker(
+    options: Options, bundle: Path, task: Task, folder: Path, shard: tuple[int, int]
+) -> subprocess.Popen[bytes]:
+    """This script once more, for one shard of the images on one GPU, its results into `folder`."""
+    number, count = shard
+    script = bundle / "inference.py"  # a notebook has no file of its own
+    command = [sys.executable, str(script if script.is_file() else Path(__file__).resolve())]
+    command += [
+        "--bundle",
+        str(bundle),
+        "--images",
+        str(task.images),
+        "--shard",
+        f"{number}/{count}",
+    ]
+    command += ["--sample", str(options.sample)] if options.sample else []
+    command += [
+        "--output",
+        str(folder / f"{number}.csv"),
+        "--report",
+        str(folder / f"{number}.json"),
+    ]
+    command += ["--batch-size", str(options.batch_size)]
+    command += [] if options.early_exit else ["--no-early-exit"]
+    threads = max((os.cpu_count() or 1) // count, 1)
+    environment = {"CUDA_VISIBLE_DEVICES": str(number - 1), "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, env=os.environ | environment)
+
+
+def read_worker(folder: Path, number: int, stages: Stages, share: float) -> Outcome:
+    """What a worker left in `folder`; its seconds count by its `share` of the workers."""
+    report = read_json(folder / f"{number}.json")
+    rows = read_rows(folder / f"{number}.csv")[1]
+    for stage, seconds in report["stages"].items():
+        stages.seconds[stage] += share * seconds
+    rles = {(name, label): rle for name, label, rle in rows if rle}
+    return Outcome(rles, report["faults"], report["work"], report["device"])
+
+
+def predict_by_workers(
+    options: Options, bundle: Path, manifest: Manifest, task: Task, stages: Stages, count: int
+) -> Outcome:
+    """A task dealt out to `count` processes; what one of them cannot finish is done here."""
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        numbers = range(1, count + 1)
+        running = [start_worker(options, bundle, task, folder, (n, count)) for n in numbers]
+        codes = [worker.wait() for worker in running]
+        for number, code in zip(numbers, codes, strict=True):
+            if code == 0:
+                outcome.add(read_worker(folder, number, stages, 1 / count))
+                continue
+            rest = task.shard(number - 1, count)
+            log.warning(
+                "worker %d of %d ended with exit code %d: its %d images run here",
+                *(number, count, code, len(rest.names)),
+            )
+            outcome.add(predict_here(options, bundle, manifest, rest, stages))
+    return outcome
+
+
 def run(options: Options) -> dict[str, Any]:
     """Predicts and writes the submission; returns what `--report` writes.
 
@@ -948,12 +1178,15 @@ def run(options: Options) -> dict[str, Any]:
     bundle = options.bundle or find_one(options.input, MANIFEST, "the bundle's dataset", "--bundle")
     manifest = load_manifest(bundle)
     task = find_task(options, manifest.classes)
+    if options.shard:
+        number, count = map(int, options.shard.split("/"))
+        task = task.shard(number - 1, count)
     write_result(options, task, True, {})  # a valid submission stands from here on
-    device = pick_device()
-    batch_size = options.batch_size or (8 if device.type == "cuda" else 1)
-    ensemble = load_ensemble(bundle, manifest, device, stages, batch_size, options.early_exit)
-    log.info("%d images of %s on %s", len(task.names), task.images, device)
-    outcome = predict_task(ensemble, task)
+    workers = 1 if options.shard else options.workers or max(torch.cuda.device_count(), 1)
+    if min(workers, len(task.names)) > 1:
+        outcome = predict_by_workers(options, bundle, manifest, task, stages, workers)
+    else:
+        outcome = predict_here(options, bundle, manifest, task, stages)
     if not outcome.work:
         raise RuntimeError(
             f"not one of {len(task.names)} strips could be predicted; the submission is all empty"
@@ -961,7 +1194,7 @@ def run(options: Options) -> dict[str, Any]:
     with stages("write"):
         rows = write_result(options, task, manifest.empty_rows, outcome.rles)
     seconds = time.perf_counter() - start
-    working_s = seconds - stages.seconds["import"] - stages.seconds["load"]
+    working_s = seconds - sum(stages.seconds[stage] for stage in ("import", "load", "check"))
     log.info(
         "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
         *(options.output, rows, len(outcome.rles)),
@@ -974,7 +1207,8 @@ def run(options: Options) -> dict[str, Any]:
         "faults": outcome.faults,
         "work": outcome.work,
         "share": float(np.mean([work["share"] for work in outcome.work.values()])),
-        "device": str(device),
+        "device": outcome.device,
+        "workers": workers,
         "seconds": seconds,
         "stages": dict(stages.seconds),
     }
@@ -1011,6 +1245,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         action="store_false",
         help="run every pass, for the same submission",
     )
+    add("--workers", type=int, default=0, help="processes; default one a GPU")
+    add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
     add("--report", type=Path, help="also write seconds per stage and every failed strip, as JSON")
     return Options(**vars(parser.parse_args(arguments)))
 

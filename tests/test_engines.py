@@ -1,0 +1,257 @@
+"""The engines: each gives what plain PyTorch gives, and where one does not it is not used."""
+
+import shutil
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_network, tiny_model, write_tiny_weights
+from torch import nn
+
+import build_kernel
+from kernel import inference as kernel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny members packed with OpenVINO's halves, without its wheel of 59 MB."""
+    pytest.importorskip("openvino")
+    folder = tmp_path_factory.mktemp("openvino")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_kernel, "OPENVINO_WHEEL", {})
+        build_kernel.build(write_tiny_weights(folder / "w"), folder / "a", "somebody", True)
+        build_kernel.build(folder / "w", folder / "b", "somebody", True)
+    return folder
+
+
+@pytest.fixture
+def dataset(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the packed dataset, to be broken."""
+    return Path(shutil.copytree(bundle / "a" / "dataset", tmp_path / "dataset"))
+
+
+def specs_of(dataset: Path) -> list[kernel.MemberSpec]:
+    return kernel.load_manifest(dataset).members
+
+
+def greys(seed: int, batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.rand(batch, 1, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def answers(member: kernel.Member, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode():
+        gates, *features = member.encode(images)
+        return gates, member.decode(gates, *features)
+
+
+# --- batch norm folded ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoder", "left"),  # the share of norms that follow no convolution, or are more than a norm
+    [("tu-test_resnet", 0.1), ("efficientnet-b0", 0), ("densenet121", 0.6), ("tu-regnety_002", 1)],
+)
+@pytest.mark.parametrize("arch", ["FPN", "Unet"])
+def test_folding_leaves_the_answers_and_takes_the_norms(
+    encoder: str, left: float, arch: str
+) -> None:
+    network = random_network(tiny_model(arch) | {"encoder_name": encoder}, seed=1)
+    images = greys(0, 2, 64, 96)
+    with torch.no_grad():
+        before = network(images)
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        kernel.fold_batch_norm(network)
+        after = network(images)
+    assert norms > 0
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) <= left * norms
+    for found, expected in zip(after, before, strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * scale)
+
+
+def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:
+    for path in dataset.glob("*.xml"):
+        path.unlink()
+    for spec in specs_of(dataset):
+        engine, plain = kernel.fastest(dataset, spec, CPU), kernel.load_member(dataset, spec, CPU)
+        counts = [
+            sum(type(module) is nn.BatchNorm2d for module in member.encode.modules())
+            for member in (engine, plain)
+        ]
+        assert counts[0] < counts[1] / 2
+        images = greys(1, 1, 64, 96)
+        for found, expected in zip(answers(engine, images), answers(plain, images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# --- OpenVINO -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 64, 96), (1, 256, 320), (3, 32, 64)], ids=str)
+def test_openvino_gives_what_plain_pytorch_gives(
+    shape: tuple[int, int, int], dataset: Path
+) -> None:
+    for spec in specs_of(dataset):
+        engine, plain = kernel.fastest(dataset, spec, CPU), kernel.load_member(dataset, spec, CPU)
+        assert isinstance(engine.encode, kernel.OpenVino)
+        assert engine.stride == plain.stride
+        images = greys(2, *shape)
+        found, expected = answers(engine, images), answers(plain, images)
+        assert expected[1].std() > 0.01
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_only_the_features_that_a_decoder_reads_leave_the_encoder(dataset: Path) -> None:
+    counts = {
+        spec.model["arch"]: len(kernel.fastest(dataset, spec, CPU).encode(greys(3, 1, 64, 96)))
+        for spec in specs_of(dataset)
+    }
+    assert counts == {"Unet": 1 + 6, "FPN": 1 + 4}  # gates, and the levels from the image down
+
+
+def test_what_an_engine_gave_stays_when_it_runs_again(dataset: Path) -> None:
+    engine = kernel.fastest(dataset, specs_of(dataset)[0], CPU)
+    first = engine.encode(greys(4, 1, 64, 96))
+    copies = [tensor.clone() for tensor in first]
+    engine.encode(greys(5, 1, 64, 96))
+    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+def test_two_builds_with_openvino_are_the_same_bytes(bundle: Path) -> None:
+    first = {p.name: p.read_bytes() for p in (bundle / "a" / "dataset").iterdir()}
+    second = {p.name: p.read_bytes() for p in (bundle / "b" / "dataset").iterdir()}
+    assert sum(name.endswith(".bin") for name in first) == 6
+    assert first == second
+
+
+@pytest.mark.parametrize("how", ["torn", "not installed"])
+def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
+    how: str, dataset: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = specs_of(dataset)[0]
+    if how == "torn":
+        (dataset / kernel.openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
+    else:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    engine = kernel.fastest(dataset, spec, CPU)
+    assert isinstance(engine.encode, kernel.Encoder)
+    assert "unet-a runs on PyTorch, not on OpenVINO" in caplog.text
+
+
+def test_openvino_that_is_not_installed_stops_the_build_with_the_remedy(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_kernel, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"--openvino: not installed here; pip install"):
+        build_kernel.build(tiny_weights, tmp_path / "dist", "somebody", openvino=True)
+    assert not (tmp_path / "dist").exists()
+
+
+# --- the check at the start -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(dataset: Path) -> kernel.Member:
+    return kernel.load_member(dataset, specs_of(dataset)[0], CPU)
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("no kernel image is available")
+
+
+ENGINES: dict[str, Any] = {
+    "other gates": lambda p: replace(p, encode=lambda x: (p.encode(x)[0] / 2, *p.encode(x)[1:])),
+    "other masks": lambda p: replace(p, decode=lambda *parts: p.decode(*parts).flip(-1)),
+    "masks of NaN": lambda p: replace(p, decode=lambda *parts: p.decode(*parts) * torch.nan),
+    "masks of another shape": lambda p: replace(p, decode=lambda *parts: p.decode(*parts)[:, :1]),
+    "an encoder that fails": lambda p: replace(p, encode=fails),
+    "a decoder that fails": lambda p: replace(p, decode=fails),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+@torch.inference_mode()
+def test_an_engine_is_replaced_and_named_for(
+    case: str, plain: kernel.Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = greys(6, 1, 64, 96)
+    assert kernel.check_engine(ENGINES[case](plain), plain, images) is plain
+    assert "unet-a runs on plain PyTorch, the engine fails" in caplog.text
+
+
+@torch.inference_mode()
+def test_wrong_masks_show_behind_a_shut_gate(plain: kernel.Member) -> None:
+    shut = replace(plain, encode=lambda x: (plain.encode(x)[0] * 0, *plain.encode(x)[1:]))
+    wrong = replace(shut, decode=lambda *parts: plain.decode(*parts).flip(-1))
+    images = greys(6, 1, 64, 96)
+    assert torch.equal(shut(images), wrong(images))
+    assert kernel.check_engine(wrong, shut, images) is shut
+
+
+@torch.inference_mode()
+def test_an_engine_that_agrees_within_rounding_is_kept(
+    plain: kernel.Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    close = replace(plain, decode=lambda *parts: plain.decode(*parts) + 1e-4)
+    assert kernel.check_engine(close, plain, greys(6, 1, 64, 96)) is close
+    assert not caplog.text
+
+
+def test_a_run_with_a_wrong_engine_writes_the_masks_of_plain_pytorch(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another member's halves lie where this one's should be."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for seed in range(2):
+        grey = np.random.default_rng(seed).integers(0, 255, (64, 96), np.uint8)
+        kernel.cv2.imwrite(str(images / f"{seed}.png"), grey)
+    (images / "0 broken.png").write_bytes(b"")  # the first in order is not the one to check on
+
+    def submission(name: str) -> bytes:
+        output = tmp_path / name
+        kernel.run(kernel.Options(bundle=dataset, images=images, output=output))
+        return output.read_bytes()
+
+    expected = submission("right.csv")
+    assert "plain PyTorch" not in caplog.text
+    wrong = next(spec for spec in specs_of(dataset) if spec.name == "fpn-b")
+    model = tiny_model("FPN")
+    other = kernel.split(random_network(model, seed=9), wrong, CPU)
+    build_kernel.pack_openvino(other, dataset)
+    assert submission("wrong.csv") == expected
+    assert "fpn-b runs on plain PyTorch" in caplog.text
+
+
+# --- the bundle's wheels --------------------------------------------------------------------------
+
+
+def write_wheel(folder: Path, tag: str, module: str) -> None:
+    with zipfile.ZipFile(folder / f"{module}-1.0-{tag}.whl", "w") as archive:
+        archive.writestr(f"{module}/__init__.py", "PLACE = __file__\n")
+
+
+def test_compiled_wheels_are_unpacked_where_they_are_for_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = "cp{}{}".format(*sys.version_info), "cp27"
+    write_wheel(tmp_path, f"{mine}-{mine}-manylinux_2_28_x86_64", "compiled_here")
+    write_wheel(tmp_path, f"{other}-{other}-manylinux_2_28_x86_64", "compiled_elsewhere")
+    write_wheel(tmp_path, "py3-none-any", "pure_python")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    kernel.use_wheels(tmp_path)
+    import compiled_here  # type: ignore[import-not-found]
+    import pure_python  # type: ignore[import-not-found]
+
+    assert Path(compiled_here.PLACE).is_file()
+    assert ".whl" in pure_python.PLACE
+    with pytest.raises(ModuleNotFoundError):
+        import compiled_elsewhere  # type: ignore[import-not-found]  # noqa: F401
