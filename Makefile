@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips drawn on the spot
 	@echo "== packing the members of weights/ into dist/"
@@ -24,6 +24,13 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+bench: .venv/installed  ## race the packed members against the ways in which others run them
+	@echo "== installing the peers: OpenVINO, ONNX Runtime"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@echo "== packing with OpenVINO's halves, then the race: minutes to an hour"
+	$(BIN)/python build_kernel.py --openvino --out dist
+	$(BIN)/python bench/bench.py
 
 clean:
 	rm -rf dist data runs .cache

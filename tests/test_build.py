@@ -311,6 +311,77 @@ def test_a_multiply_add_counts_as_two_flops() -> None:
     assert count_flops(member, (60, 90)) == count_flops(member, (64, 96))  # padded to 32
 
 
+# --- the source manifest --------------------------------------------------------------------------
+
+
+def member(**changes: Any) -> dict[str, Any]:
+    return tiny_entry("one", tiny_model()) | changes
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return tiny_model() | changes
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no members": ({"members": []}, "no members"),
+    "one name twice": (
+        {"members": [member(), member(file="b.safetensors")]},
+        "two members named .*one",
+    ),
+    "one file twice": (
+        {"members": [member(), member(name="two")]},
+        r"two members share .*one\.safetensors",
+    ),
+    "no classes": ({"classes": 0}, "classes 0, expected 1 or more"),
+    "a threshold of nought": ({"threshold": 0}, "threshold 0, expected between 0 and 1"),
+    "a threshold of one": ({"threshold": 1.0}, "threshold 1.0, expected between 0 and 1"),
+    "a negative area": ({"min_area": -1}, "min_area -1, expected 0 or more"),
+    "no flips": ({"flips": []}, "no flips; name at least none"),
+    "an unknown flip": ({"flips": ["none", "diagonal"]}, "flips .*diagonal.*known are .*both"),
+    "flips as one word": ({"flips": "none"}, "known are"),
+    "a flip named twice": ({"flips": ["none", "vertical", "none"]}, "name one twice"),
+    "a file elsewhere": (
+        {"members": [member(file="../one.safetensors")]},
+        "member one: file '../one.safetensors' is not beside the manifest",
+    ),
+    "a model without encoder": (
+        {"members": [member(model={"arch": "Unet", "in_channels": 1, "classes": 4})]},
+        "member one: model .* lacks arch or encoder_name",
+    ),
+    "a model of other classes": (
+        {"members": [member(model=model(classes=3))]},
+        "member one: its classes differ from the manifest's 4",
+    ),
+    "a presence head of other classes": (
+        {"members": [member(model=model(aux_params={"classes": 5}))]},
+        "member one: its classes differ from the manifest's 4",
+    ),
+    "two means for one channel": (
+        {"members": [member(mean=[0.1, 0.2])]},
+        r"member one: mean \[0.1, 0.2\], std .* for 1 channels",
+    ),
+    "no std": ({"members": [member(std=[])]}, r"member one: mean .*, std \[\] for 1 channels"),
+    "two channels": (
+        {"members": [member(model=model(in_channels=2), mean=[0, 0], std=[1, 1])]},
+        r"for 2 channels \(1 or 3\)",
+    ),
+    "a std of nought": ({"members": [member(std=[0.0])]}, r"std \[0.0\], expected above 0"),
+    "a threshold in words": ({"threshold": "0.55"}, "not a manifest"),
+    "a model that is no object": ({"members": [member(model=None)]}, "not a manifest"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_source_manifest_is_refused_for(case: str, tmp_path: Path) -> None:
+    changes, message = FAULTS[case]
+    write_manifest(tmp_path, **{"members": [member()], **changes})
+    path = tmp_path / "ensemble.json"
+    entries = build_kernel.read_json(path)
+    with pytest.raises(ValueError, match=message) as error:
+        build_kernel.check_manifest(build_kernel.parse_manifest(entries, path), path)
+    assert str(path) in str(error.value)
+
+
 # --- wheels -------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from kernel import dry_run
-from kernel.inference import decode_rle
 from weights import steel
+from weights.score import decode_rle
 
 ROOT = Path(__file__).resolve().parent.parent
 

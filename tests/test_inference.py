@@ -491,55 +491,8 @@ def member(**changes: Any) -> dict[str, Any]:
     return tiny_entry("one", tiny_model()) | changes
 
 
-def model(**changes: Any) -> dict[str, Any]:
-    return tiny_model() | changes
-
-
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a later format": ({"format": 2}, "format 2, this kernel reads format 1"),
-    "no members": ({"members": []}, "no members"),
-    "one name twice": (
-        {"members": [member(), member(file="b.safetensors")]},
-        "two members named .*one",
-    ),
-    "one file twice": (
-        {"members": [member(), member(name="two")]},
-        r"two members share .*one\.safetensors",
-    ),
-    "no classes": ({"classes": 0}, "classes 0, expected 1 or more"),
-    "a threshold of nought": ({"threshold": 0}, "threshold 0, expected between 0 and 1"),
-    "a threshold of one": ({"threshold": 1.0}, "threshold 1.0, expected between 0 and 1"),
-    "a negative area": ({"min_area": -1}, "min_area -1, expected 0 or more"),
-    "no flips": ({"flips": []}, "no flips; name at least none"),
-    "an unknown flip": ({"flips": ["none", "diagonal"]}, "flips .*diagonal.*known are .*both"),
-    "flips as one word": ({"flips": "none"}, "known are"),
-    "a flip named twice": ({"flips": ["none", "vertical", "none"]}, "name one twice"),
-    "a file elsewhere": (
-        {"members": [member(file="../one.safetensors")]},
-        "member one: file '../one.safetensors' is not beside the manifest",
-    ),
-    "a model without encoder": (
-        {"members": [member(model={"arch": "Unet", "in_channels": 1, "classes": 4})]},
-        "member one: model .* lacks arch or encoder_name",
-    ),
-    "a model of other classes": (
-        {"members": [member(model=model(classes=3))]},
-        "member one: its classes differ from the manifest's 4",
-    ),
-    "a presence head of other classes": (
-        {"members": [member(model=model(aux_params={"classes": 5}))]},
-        "member one: its classes differ from the manifest's 4",
-    ),
-    "two means for one channel": (
-        {"members": [member(mean=[0.1, 0.2])]},
-        r"member one: mean \[0.1, 0.2\], std .* for 1 channels",
-    ),
-    "no std": ({"members": [member(std=[])]}, r"member one: mean .*, std \[\] for 1 channels"),
-    "two channels": (
-        {"members": [member(model=model(in_channels=2), mean=[0, 0], std=[1, 1])]},
-        r"for 2 channels \(1 or 3\)",
-    ),
-    "a std of nought": ({"members": [member(std=[0.0])]}, r"std \[0.0\], expected above 0"),
     "an unknown key": ({"treshold": 0.5}, "not a manifest: .*treshold"),
     "an unknown key of a member": ({"members": [member(sha="")]}, "not a manifest: .*sha"),
     "a member without a file": (
@@ -547,8 +500,6 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "not a manifest: .*file",
     ),
     "members that are no list": ({"members": 5}, "not a manifest"),
-    "a threshold in words": ({"threshold": "0.55"}, "not a manifest"),
-    "a model that is no object": ({"members": [member(model=None)]}, "not a manifest"),
 }
 
 
@@ -633,15 +584,9 @@ def without(weights: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tenso
 
 BIAS = "segmentation_head.0.bias"
 MISFITS: dict[str, tuple[Callable[..., Any], str]] = {
-    "missing": (lambda w: without(w, BIAS), f"lacks {BIAS}; 1 keys differ"),
-    "unexpected": (
-        lambda w: w | {"head.bias": w[BIAS].clone()},
-        "has the unexpected head.bias; 1 ",
-    ),
-    "of another shape": (
-        lambda w: w | {BIAS: torch.zeros(7)},
-        rf"has {BIAS} as \(7,\), expected \(4,\)",
-    ),
+    "missing": (lambda w: without(w, BIAS), f"Missing key.*{BIAS}"),
+    "unexpected": (lambda w: w | {"head.bias": w[BIAS].clone()}, r"Unexpected key.*head\.bias"),
+    "of another shape": (lambda w: w | {BIAS: torch.zeros(7)}, f"size mismatch for {BIAS}"),
 }
 
 
@@ -650,7 +595,7 @@ def test_the_first_key_is_named_that_is(case: str, light: Path) -> None:
     change, message = MISFITS[case]
     path = light / "fpn.safetensors"
     save_file(change(load_file(path)), path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"fpn\.safetensors: not of the declared.*{message}"):
         kernel.load_member(light, spec_of(light), CPU)
 
 
@@ -1092,7 +1037,7 @@ def break_sample(light: Path, folder: Path) -> dict[str, Path]:
 
 
 def break_manifest(light: Path, folder: Path) -> dict[str, Path]:
-    changed_manifest(light, threshold=2)
+    changed_manifest(light, format=2)
     return {}
 
 
@@ -1125,7 +1070,7 @@ def name_missing_output_folder(light: Path, folder: Path) -> dict[str, Path]:
 
 BAD_INPUT: dict[str, tuple[Callable[..., dict[str, Path]], str]] = {
     "a wrong header": (break_sample, "header Id,Pixels"),
-    "a wrong manifest": (break_manifest, "threshold 2"),
+    "a wrong manifest": (break_manifest, "format 2"),
     "a wrong member": (break_member, "no safetensors file"),
     "an unknown encoder": (name_unknown_encoder, "resnet35"),
     "an unknown architecture": (name_unknown_architecture, "(?i)unett"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
-from kernel.inference import decode_rle, encode_rle
+from kernel.inference import encode_rle
+from weights.score import decode_rle
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=150)
 

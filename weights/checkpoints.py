@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kernel.inference import build_network, load_weights
+from kernel.inference import build_network
 
 PARTS = "encoder|decoder|segmentation_head|classification_head"  # what an SMP network is made of
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # batch norm's statistics
@@ -208,6 +208,25 @@ def build_declared(model: dict[str, Any], where: str) -> nn.Module:
         else:
             fault = f"SMP cannot build {model}: {error}"
         raise ValueError(f"{where}: {fault}") from error
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Loads strictly, in the network's own precision.
+
+    Raises:
+        ValueError: a key is missing, unexpected or of another shape; the first is named.
+    """
+    wanted = network.state_dict()
+    faults = [f"lacks {key}" for key in wanted if key not in weights]
+    faults += [f"has the unexpected {key}" for key in weights if key not in wanted]
+    faults += [
+        f"has {key} as {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if faults:
+        raise ValueError(f"{path}: {faults[0]}; {len(faults)} keys differ from the declared model")
+    network.load_state_dict(weights, strict=True)
 
 
 def fit(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:

@@ -61,6 +61,7 @@ class Config:
     crops: int = 4  # a step
     crop_size: tuple[int, int] = (128, 256)
     defect_share: float = 0.6  # of the crops lie on a defect's pixel
+    evenness: float = 0.5  # exponent of the classes' counts: 1 as they come, 0 all alike
     learning_rate: float = 3e-4  # at 1e-3 with four crops a step the loss rises again
     mean: float = 0.34  # of grey in [0, 1], measured on the competition's strips
     std: float = 0.13
@@ -205,10 +206,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         self.strips, self.config = strips, config
         by_class = [strips.with_class(label) for label in range(1, strips.classes + 1)]
         self.by_class = {label: names for label, names in enumerate(by_class, 1) if names}
-        counts = np.sqrt([len(names) for names in self.by_class.values()])
-        self.odds = (
-            counts / counts.sum()
-        )  # rare classes oftener than they are, common ones still more
+        counts = np.array([len(names) for names in self.by_class.values()]) ** config.evenness
+        self.odds = counts / counts.sum()
         self.clean = strips.clean() or strips.names
 
     def __len__(self) -> int:
@@ -504,6 +503,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--crop-steps", type=int, default=600, help="steps on crops (default 600)")
     add("--whole-steps", type=int, default=150, help="steps on whole strips (default 150)")
     add("--learning-rate", type=float, default=Config.learning_rate, help="its peak (default 3e-4)")
+    add("--evenness", type=float, default=Config.evenness, help="1: classes as they come, 0: alike")
     add("--start-from", type=Path, help="a checkpoint whose weights to begin with, all that fit")
     add("--classes", type=int, default=4)
     add("--seed", type=int, default=0)
@@ -522,6 +522,7 @@ def main() -> None:
         name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
         crop_steps=args.crop_steps, whole_steps=args.whole_steps, classes=args.classes,
         seed=args.seed, learning_rate=args.learning_rate, bfloat16=args.bfloat16,
+        evenness=args.evenness,
     )  # fmt: skip
     strips = read_strips(args.data, args.classes)
     train, held_out = split_folds(strips, args.folds, args.fold)

@@ -1,0 +1,447 @@
+"""A race on one machine: the packed ensemble against the ways in which others run the same members.
+
+    python bench/bench.py --bundle dist --strips 8 --rounds 5
+
+Every contestant gets the same strips, half of them clean, and takes its turn in every round;
+medians count, and their ratios. Writes results.json, chart.png and table.md beside this file.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+import ttach
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from build_kernel import build
+from kernel.dry_run import SCORED_STRIPS
+from kernel.inference import (
+    Ensemble,
+    Manifest,
+    Member,
+    Stages,
+    build_network,
+    decode_ahead,
+    encode_rle,
+    load_ensemble,
+    load_manifest,
+    load_member,
+    read_image,
+)
+from weights import steel
+from weights.score import Masks, dice
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips are clean
+
+
+# --- contestants: each takes paths and gives every image's masks (classes, H, W) ------------------
+
+
+@dataclass
+class Contestant:
+    """One way to run the members."""
+
+    name: str
+    run: Callable[[list[Path]], dict[str, Masks]]
+    ensemble: Ensemble | None = None  # whose stages tell where its time went
+
+
+class Whole(nn.Module):
+    """A member in one piece: grey images (B, 1, H, W) in [0, 1] → probabilities."""
+
+    def __init__(self, member: Member) -> None:
+        super().__init__()
+        self.encode, self.decode = member.encode, member.decode
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Both halves."""
+        probabilities: Tensor = self.decode(*self.encode(images))
+        return probabilities
+
+
+def as_public_kernels(bundle: Path, manifest: Manifest) -> Contestant:
+    """(a) Eager PyTorch: member by member, each strip decoded anew, two a batch, flips by ttach."""
+    members = [load_member(bundle, spec, CPU) for spec in manifest.members]
+    views = list(ttach.Compose([ttach.VerticalFlip(), ttach.HorizontalFlip()]))[:3]  # not both
+
+    @torch.inference_mode()
+    def run(paths: list[Path]) -> dict[str, Masks]:
+        sums: dict[str, Tensor] = {}
+        for member in members:
+            for start in range(0, len(paths), 2):
+                pair = paths[start : start + 2]
+                images = torch.from_numpy(np.stack([read_image(path) for path in pair]))
+                images = images[:, None] / 255
+                for view in views:
+                    found = view.deaugment_mask(member(view.augment_image(images)))
+                    for path, probabilities in zip(pair, found, strict=True):
+                        sums[path.name] = sums.get(path.name, 0) + probabilities
+        masks = {}
+        for name, total in sums.items():
+            masks[name] = (total / len(members) / len(views) > manifest.threshold).numpy()
+            for mask in masks[name]:
+                encode_rle(mask)
+        return masks
+
+    return Contestant("(a) eager, as public kernels", run)
+
+
+def through(name: str, ensemble: Ensemble) -> Contestant:
+    """An ensemble behind this project's own loading."""
+
+    def run(paths: list[Path]) -> dict[str, Masks]:
+        strips = decode_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
+        masks = {}
+        for flight in ensemble.fly(strips):
+            if flight.fault:
+                raise RuntimeError(f"{name}: {flight.strip.name}: {flight.fault}")
+            masks[flight.strip.name] = flight.tally.masks(flight.size)
+            with ensemble.stages("rle"):
+                for mask in masks[flight.strip.name]:
+                    encode_rle(mask)
+        return masks
+
+    return Contestant(name, run, ensemble)
+
+
+def in_one_piece(member: Member, run: Callable[[Tensor], Tensor]) -> Member:
+    """A member that has done everything when its encoder is done."""
+
+    def encode(images: Tensor) -> tuple[Tensor, ...]:
+        probabilities = run(images)
+        return torch.ones(probabilities.shape[:2]), probabilities
+
+    return replace(member, encode=encode, decode=lambda _, probabilities: probabilities)
+
+
+def traced(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """TorchScript, frozen."""
+    module: Callable[[Tensor], Tensor] = torch.jit.freeze(
+        torch.jit.trace(whole.eval(), images)  # type: ignore[no-untyped-call]
+    )
+    return module
+
+
+def openvino(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """OpenVINO for this one shape, fp32."""
+    import openvino as ov
+
+    model = ov.convert_model(whole, example_input=images, input=list(images.shape))
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: torch.from_numpy(compiled([images.numpy()], share_inputs=True)[0])
+
+
+def onnx_runtime(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "member.onnx")
+        torch.onnx.export(whole.eval(), (images,), str(path), dynamo=False, opset_version=17)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def exported(
+    name: str, bundle: Path, manifest: Manifest, export: Callable[..., Callable[[Tensor], Tensor]]
+) -> Contestant:
+    """Every member through an export, all passes, this project's own loading."""
+    images, members = torch.rand(1, 1, *manifest.image_size), []
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # they trace in ways that PyTorch calls deprecated
+        for spec in tqdm(manifest.members, desc=name, unit="member", leave=False):
+            member = load_member(bundle, spec, CPU)
+            members.append(in_one_piece(member, export(Whole(member), images)))
+    return through(name, Ensemble(manifest, members, CPU, Stages(), early_exit=False))
+
+
+def contestants(bundle: Path, manifest: Manifest) -> list[Contestant]:
+    """All of them, ready to run."""
+    ours = [
+        through(name, load_ensemble(bundle, manifest, CPU, Stages(), 1, early))
+        for name, early in (("(e) ours, every pass", False), ("(e) ours, early exit", True))
+    ]
+    return [
+        as_public_kernels(bundle, manifest),
+        exported("(b) traced", bundle, manifest, traced),
+        exported("(c) OpenVINO", bundle, manifest, openvino),
+        exported("(d) ONNX Runtime", bundle, manifest, onnx_runtime),
+        *ours,
+    ]
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def matrix_rate(side: int = 3000, repeats: int = 3) -> float:
+    """The best FLOP/s of a product of two fp32 matrices."""
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    seconds: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * side * side * side / min(seconds)
+
+
+def draw_strips(folder: Path, count: int) -> list[Path]:
+    """Synthetic strips, every other one clean."""
+    paths = []
+    for index in range(count):
+        rng = np.random.default_rng([2020, index])
+        image, _ = steel.draw_strip(rng, CLASSES_DRAWN[index % len(CLASSES_DRAWN)])
+        paths.append(folder / f"{index:04}.png")
+        cv2.imwrite(str(paths[-1]), image)
+    return paths
+
+
+@dataclass(frozen=True)
+class Process:
+    """One run of the packed script."""
+
+    seconds: float
+    peak_gb: float
+    report: dict[str, Any]
+
+    @property
+    def before_first_strip_s(self) -> float:
+        """From the start of the process until the first strip enters its first pass."""
+        waits = ("decode", "prepare", "networks", "tally", "rle", "write")
+        working = (s for stage, s in self.report["stages"].items() if stage.startswith(waits))
+        return self.seconds - float(sum(working))
+
+
+def run_script(dataset: Path, images: Path) -> Process:
+    """The packed inference.py over a folder, as a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, str(dataset / "inference.py"), "--bundle", str(dataset)]
+        command += ["--images", str(images), "--report", "run.json"]
+        start = time.perf_counter()
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(command, cwd=scratch, stdout=quiet, stderr=quiet)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)  # Popen did not do the waiting
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        report = json.loads(Path(scratch, "run.json").read_text(encoding="utf-8"))
+    return Process(seconds, usage.ru_maxrss / 2**20, report)
+
+
+def repeat(paths: list[Path], folder: Path, count: int) -> Path:
+    """A folder of `count` names for the same strips."""
+    folder.mkdir()
+    for index in range(count):
+        (folder / f"{index:05}.png").symlink_to(paths[index % len(paths)])
+    return folder
+
+
+def stub_bundle(folder: Path) -> Path:
+    """A member of next to no work, to run the whole length of the scored run."""
+    model = {"arch": "FPN", "encoder_name": "tu-test_resnet", "in_channels": 1, "classes": 4}
+    model |= {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32}
+    folder.mkdir()
+    save_file(build_network(model).state_dict(), folder / "stub.safetensors")
+    entry = {"name": "stub", "file": "stub.safetensors", "model": model, "mean": [0.34]}
+    manifest = {"members": [entry | {"std": [0.13]}], "flips": ["none"]}
+    (folder / "ensemble.json").write_text(json.dumps(manifest), encoding="utf-8")
+    build(folder, folder / "dist", "bench")
+    return folder / "dist" / "dataset"
+
+
+# --- the race -------------------------------------------------------------------------------------
+
+
+def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
+    """Mean Dice over all (strip, class) pairs."""
+    return float(np.mean([dice(found[name], masks) for name, masks in reference.items()]))
+
+
+def mean_share(ensemble: Ensemble, paths: Iterable[Path]) -> dict[str, float]:
+    """Share of all flops that early exit runs, over clean strips (even numbers) and over all."""
+    strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
+    shares = {f.strip.name: ensemble.work(f.tally)["share"] for f in ensemble.fly(strips)}
+    clean = [share for name, share in shares.items() if int(Path(name).stem) % 2 == 0]
+    return {"clean": float(np.mean(clean)), "all": float(np.mean(list(shares.values())))}
+
+
+def race(field: list[Contestant], paths: list[Path], rounds: int) -> dict[str, Any]:
+    """Seconds a strip of every contestant in every round, and what they found."""
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in field}
+    found: dict[str, dict[str, Masks]] = {}
+    rates = []
+    for contestant in field:
+        contestant.run(paths[:1])  # compiled and warm
+        if contestant.ensemble:
+            contestant.ensemble.stages.seconds.clear()
+    bar = tqdm(total=rounds * len(field), desc="race", unit="turn")
+    for _ in range(rounds):
+        rates.append(matrix_rate())
+        for contestant in field:
+            start = time.perf_counter()
+            found[contestant.name] = contestant.run(paths)
+            seconds[contestant.name].append((time.perf_counter() - start) / len(paths))
+            bar.update()
+    bar.close()
+    return {"seconds": seconds, "found": found, "rates": rates}
+
+
+def outside_share(contestant: Contestant, seconds: list[float], strips: int) -> float:
+    """Share of the wall time that was not spent in networks."""
+    assert contestant.ensemble is not None
+    stages = contestant.ensemble.stages.seconds
+    networks = sum(s for stage, s in stages.items() if stage.startswith("networks"))
+    return float(1 - networks / (sum(seconds) * strips))
+
+
+def rle_ms(masks: Iterable[Masks]) -> float:
+    """Median milliseconds for the codes of one strip's masks."""
+    taken = []
+    for strip in masks:
+        start = time.perf_counter()
+        for mask in strip:
+            encode_rle(mask)
+        taken.append(1000 * (time.perf_counter() - start))
+    return median(taken)
+
+
+def measure(dataset: Path, strips: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Everything that the table and the chart say."""
+    manifest = load_manifest(dataset)
+    (folder / "strips").mkdir()
+    paths = draw_strips(folder / "strips", strips)
+    field = contestants(dataset, manifest)
+    result = race(field, paths, rounds)
+    seconds = {name: median(turns) for name, turns in result["seconds"].items()}
+    eager, peers, (every, early) = field[0], field[1:4], field[4:]
+    ours = result["found"][early.name]
+    flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
+    rate = median(result["rates"])
+    without = result["found"][every.name]
+    assert early.ensemble is not None
+    print("one strip, 100 strips and the scored run's 5,506 (stub members) as processes")
+    first = run_script(dataset, repeat(paths, folder / "one", 1))
+    hundred = run_script(dataset, repeat(paths, folder / "hundred", 100))
+    stub = run_script(stub_bundle(folder / "stub"), repeat(paths, folder / "all", SCORED_STRIPS))
+    return {
+        "members": [spec.name for spec in manifest.members],
+        "strips": strips,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "seconds_a_strip": seconds,
+        "turns": result["seconds"],
+        "matrix_gflops_a_second": rate / 1e9,
+        "physical_limit_s": flops / rate,
+        "gigaflops_a_strip": flops / 1e9,
+        "share_of_flops": mean_share(early.ensemble, paths),
+        "same_masks_with_and_without": all(np.array_equal(ours[k], without[k]) for k in without),
+        "dice_against_eager": {
+            name: agreement(masks, result["found"][eager.name])
+            for name, masks in result["found"].items()
+        },
+        "times_faster_than_eager": seconds[eager.name] / seconds[early.name],
+        "times_faster_than_best_peer": min(seconds[p.name] for p in peers) / seconds[early.name],
+        "outside_networks": outside_share(early, result["seconds"][early.name], strips),
+        "rle_ms_a_strip": rle_ms(ours.values()),
+        "start_to_first_strip_s": first.before_first_strip_s,
+        "of_which_check_s": first.report["stages"]["check"],
+        "peak_gb_100_strips": hundred.peak_gb,
+        "peak_gb_5506_strips_stub": stub.peak_gb,
+    }
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table for the README."""
+    seconds, eager = results["seconds_a_strip"], next(iter(results["seconds_a_strip"].values()))
+    lines = ["| way | seconds a strip | times (a) | Dice against (a) |", "|---|---|---|---|"]
+    for name, value in seconds.items():
+        agreed = results["dice_against_eager"][name]
+        lines.append(f"| {name} | {value:.2f} | {eager / value:.2f} | {agreed:.5f} |")
+    limit = results["physical_limit_s"]
+    lines.append(
+        f"| every pass at the rate of a matrix product | {limit:.2f} | {eager / limit:.2f} | |"
+    )
+    share = results["share_of_flops"]
+    lines += [
+        "",
+        f"Members: {', '.join(results['members'])}. {results['strips']} strips, half clean, "
+        f"medians of {results['rounds']} rounds, {results['threads']} threads, "
+        f"{results['matrix_gflops_a_second']:.0f} GFLOP/s in a matrix product.",
+        f"Early exit ran {share['clean']:.0%} of the flops on clean strips, {share['all']:.0%} "
+        f"over all; same masks with and without: {results['same_masks_with_and_without']}.",
+        f"Outside the networks: {results['outside_networks']:.1%} of the time; "
+        f"RLE of a strip {results['rle_ms_a_strip']:.2f} ms.",
+        f"From the start to the first strip: {results['start_to_first_strip_s']:.1f} s, "
+        f"{results['of_which_check_s']:.1f} s of it the check of the engines.",
+        f"Peak memory: {results['peak_gb_100_strips']:.2f} GB over 100 strips, "
+        f"{results['peak_gb_5506_strips_stub']:.2f} GB over 5,506 with a stub member.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_chart(results: dict[str, Any], path: Path) -> None:
+    """Bars of seconds a strip, and the physical limit as a line."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, values = zip(*results["seconds_a_strip"].items(), strict=True)
+    colours = ["#2b7bba" if name.startswith("(e)") else "#b0b7bf" for name in names]
+    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    bars = axes.barh(names, values, color=colours)
+    axes.bar_label(bars, fmt="%.2f s", padding=4)
+    limit = results["physical_limit_s"]
+    axes.axvline(limit, color="#c0392b", linestyle="--", linewidth=1.2)
+    axes.text(
+        limit, -0.75, f" every pass at a matrix product's rate: {limit:.2f} s", color="#c0392b"
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds a strip, {len(results['members'])} members × 3 flips, half clean")
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Runs the race and writes its three files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, default=Path("dist"), help="what build_kernel wrote")
+    parser.add_argument("--strips", type=int, default=8, help="half of them clean")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the three files")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(args.bundle / "dataset", args.strips, args.rounds, Path(scratch))
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2) + "\n"
+    (args.out / "results.json").write_text(text, encoding="utf-8")
+    (args.out / "table.md").write_text(table(results), encoding="utf-8")
+    draw_chart(results, args.out / "chart.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
