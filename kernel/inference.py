@@ -524,7 +524,6 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 HOPE = 0.8  # of the sum that is needed: below it a strip looks clean
-MARGIN = 1e-4  # of a sum of probabilities; rounding is a hundred times smaller
 
 
 class Tally:
@@ -542,9 +541,10 @@ class Tally:
     be on, for then it will be empty. When all classes are closed no pass can change the masks, and
     none is run. As long as nothing is decoded S is 0, and an image is proven empty by gates alone.
 
-    Probabilities are added in one order and none is negative, so a sum never falls by rounding;
-    MARGIN keeps both comparisons on the safe side of it. Where all passes were decoded, the masks
-    are those of `mean > t` and no bound. The proof speaks of a pass's probabilities as they are,
+    Adding K numbers of at most 1 in fp32 errs by less than K² 2⁻²⁴, the division and the scalars
+    that tensors are compared with by a few K 2⁻²⁴ more; `margin` is above their sum and keeps both
+    comparisons on the safe side. Where all passes were decoded, the masks are those of `mean > t`
+    and of no bound. The proof speaks of a pass's probabilities as they are,
     so they must not depend on what else is in the batch. They do not as long as the batch has one
     size, so all are filled up to it: tested bit by bit on the CPU. A GPU's libraries promise no
     more than they document; after running out of memory the size is another, and last bits may be.
@@ -554,6 +554,7 @@ class Tally:
         self.passes, self.early_exit = passes, early_exit
         self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
         self.needed = passes * manifest.threshold  # what a sum must exceed
+        self.margin = (passes + 1) ** 2 * 2**-23  # of rounding
         self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
         self.decoded = 0
@@ -581,14 +582,14 @@ class Tally:
         """Whether no pass to come can change this class's mask."""
         rest = sum(gates[label] for gates in self.gates[self.decoded :])
         rest += self.passes - len(self.gates)
-        if rest > self.needed - MARGIN:  # not even a pixel of sum 0 is off
+        if rest > self.needed - self.margin:  # not even a pixel of sum 0 is off
             return False
         if self.total is None:
             return True
-        possible = self.total[label] > self.needed - MARGIN - rest
+        possible = self.total[label] > self.needed - self.margin - rest
         count = int(possible.sum())
         return count < self.min_area or count == int(
-            (self.total[label] > self.needed + MARGIN).sum()
+            (self.total[label] > self.needed + self.margin).sum()
         )
 
     @property
@@ -615,7 +616,7 @@ class Tally:
         if self.decoded == self.passes:
             masks = self.total / self.passes > self.threshold
         else:
-            masks = self.total > self.needed + MARGIN
+            masks = self.total > self.needed + self.margin
         areas = masks.sum(dim=(-2, -1), keepdim=True)
         return (masks & (areas >= self.min_area)).cpu().numpy()
 
