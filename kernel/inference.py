@@ -84,11 +84,16 @@ def encode_rle(mask: Mask) -> str:
 
     Column-major and 1-indexed, as the competition's evaluation page asks.
     """
-    pixels = np.zeros(mask.size + 2, np.int8)  # one off pixel at each end closes every run
-    pixels[1:-1] = mask.T.ravel()
-    edges = np.flatnonzero(np.diff(pixels)) + 1
+    columns = np.flatnonzero(mask.any(axis=0))
+    if not columns.size:
+        return ""
+    first, height = int(columns[0]), mask.shape[0]
+    part = mask[:, first : int(columns[-1]) + 1]  # a defect is narrow, a strip is wide
+    pixels = np.zeros(part.size + 2, np.int8)  # one off pixel at each end closes every run
+    pixels[1:-1] = part.T.ravel()
+    edges = np.flatnonzero(np.diff(pixels)) + 1 + first * height
     edges[1::2] -= edges[::2]  # ends become lengths
-    return " ".join(map(str, edges))
+    return " ".join(map(str, edges.tolist()))
 
 
 # --- rows: sample, ground truth and submission share two layouts ----------------------------------
@@ -997,8 +1002,10 @@ def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
                 outcome.work[name] = ensemble.work(flight.tally)
                 with ensemble.stages("rle"):
                     masks = enumerate(flight.tally.masks(flight.size), 1)
-                    pairs = [((name, label), mask) for label, mask in masks]
-                    outcome.rles |= {p: encode_rle(m) for p, m in pairs if p in asked and m.any()}
+                    rles = {(name, label): encode_rle(mask) for label, mask in masks}
+                    outcome.rles |= {
+                        pair: rle for pair, rle in rles.items() if rle and pair in asked
+                    }
             bar.update()
     return outcome
 

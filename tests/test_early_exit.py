@@ -164,6 +164,32 @@ def test_a_sum_at_the_thresholds_edge_is_left_to_the_last_pass(side: int) -> Non
     assert bool(tally.masks((1, 1))[0, 0, 0]) == (float(edge) > 0.5)
 
 
+def sums_that_round_below_the_threshold() -> list[tuple[int, float, np.float32]]:
+    """Passes, threshold and a sum above their product whose mean is, in fp32, not above it."""
+    found = []
+    for passes in range(3, 40):
+        for threshold in np.linspace(0.5, 0.9, 41):
+            total = np.nextafter(np.float32(passes * threshold), np.float32(np.inf))
+            mean = torch.tensor(total) / passes
+            if float(total) > passes * threshold and not bool(mean > float(threshold)):
+                found.append((passes, float(threshold), total))
+    return found
+
+
+def test_a_sum_above_the_bound_by_a_rounding_is_not_surely_on() -> None:
+    cases = sums_that_round_below_the_threshold()
+    assert len(cases) > 20
+    for passes, threshold, total in cases:
+        whole = int(total)
+        steps = [1.0] * whole + [float(total) - whole] + [0.0] * (passes - whole - 1)
+        tally = kernel.Tally(passes, kernel.Manifest([], 1, threshold), early_exit=True)
+        for step in steps:
+            if tally.open:
+                tally.encode(np.ones(1))
+                tally.decode(torch.full((1, 1, 1), step))
+        assert not tally.masks((1, 1)).any(), (passes, threshold, total)
+
+
 def test_a_mask_that_cannot_reach_min_area_closes_its_class() -> None:
     """One pixel of 15 may still be on, the class needs two: nothing more is run."""
     probabilities = torch.zeros(1, *SIZE)

@@ -1,8 +1,11 @@
 """The checkpoints in weights/, packed and run as a user would run them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,29 @@ def test_the_shipped_ensemble_covers_a_rolled_in_patch(bundle: Path) -> None:
         image, truth = steel.draw_strip(np.random.default_rng([99, seed]), classes=[4])
         scores.append(dice(ensemble([image])[0], truth)[3])
     assert np.mean(scores) > 0.5, scores  # a wrong normalisation or weight gives 0
+
+
+def test_the_early_exit_writes_the_bytes_of_every_pass_and_runs_less(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """The real script, the real members: a clean strip, a scratched one, one with a patch."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for seed, classes in enumerate([(), (3,), (4,)]):
+        image, _ = steel.draw_strip(np.random.default_rng([98, seed]), classes)
+        cv2.imwrite(str(images / f"{seed}.png"), image)
+    command = [sys.executable, bundle / "inference.py", "--bundle", bundle, "--images", images]
+    for way in ("early", "--no-early-exit"):
+        options = ["--output", tmp_path / f"{way}.csv", "--report", tmp_path / f"{way}.json"]
+        options += [way] if way.startswith("--") else []
+        subprocess.run([*command, *options], check=True, capture_output=True, timeout=600)
+    early, full = (tmp_path / f"{way}.csv" for way in ("early", "--no-early-exit"))
+    assert early.read_bytes() == full.read_bytes()
+    assert b" " in early.read_bytes()  # a mask, not three empty strips
+    work = json.loads((tmp_path / "early.json").read_text())["work"]
+    assert work["0.png"]["decoders"] == 0
+    assert work["0.png"]["share"] < 0.5
+    assert max(w["decoders"] for w in work.values()) > 0
 
 
 def test_the_manifest_beside_the_checkpoints_names_just_those_that_are_there() -> None:
