@@ -111,8 +111,8 @@ class Projection:
 
 
 def project(report: dict[str, Any]) -> Projection:
-    """Start-up, import and loading are paid once; the rest grows with the strips."""
-    once_s = sum(report["stages"][stage] for stage in ("start", "import", "load"))
+    """Start-up, import, loading and the engines' check are paid once; the rest grows."""
+    once_s = sum(report["stages"][stage] for stage in ("start", "import", "load", "check"))
     return Projection(once_s, (report["seconds"] - once_s) / report["strips"])
 
 
