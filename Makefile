@@ -11,7 +11,9 @@ demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips d
 
 test: lint  ## lint, types and every test
 	@echo "== tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/test_engines.py
+	@echo "== tests of the engines, apart: OpenVINO and then training in one process ends in a segfault"
+	$(BIN)/python -m pytest tests/test_engines.py
 
 lint: .venv/installed
 	@echo "== ruff and mypy"

@@ -495,9 +495,8 @@ def killed_fit(
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker process, a state every second step, batch-norm statistics from two strips."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    in_this_process = {"num_workers": 0, "multiprocessing_context": None}
     monkeypatch.setattr(
-        train, "DataLoader", lambda *a, **named: DataLoader(*a, **named | in_this_process)
+        train, "DataLoader", lambda *a, **named: DataLoader(*a, **named | {"num_workers": 0})
     )
     whole_strips = train.whole_strips
     monkeypatch.setattr(train, "whole_strips", lambda s, _, seed: whole_strips(s, 2, seed))

@@ -416,10 +416,7 @@ def fit(config: Config, strips: Strips, state: Path, start_from: Path | None = N
         return (images - config.mean) / config.std
 
     todo = range(run.step, config.steps)
-    loader = DataLoader(
-        Batches(strips, config), batch_size=None, sampler=todo, num_workers=1,
-        multiprocessing_context="spawn",  # a fork would copy the threads of torch and others half
-    )  # fmt: skip
+    loader = DataLoader(Batches(strips, config), batch_size=None, sampler=todo, num_workers=1)
     bar = tqdm(loader, desc=config.name, unit="step", initial=run.step, total=config.steps)
     smooth = float("nan")
     for images, masks in bar:
