@@ -1,7 +1,7 @@
 """The engines: each gives what plain PyTorch gives, and where one does not it is not used.
 
-`make test` runs this file in a process of its own: after OpenVINO's work, training in the same process
-ended in a segmentation fault. Nothing but these tests does both.
+`make test` runs this file in a process of its own: after OpenVINO's work, training in the same
+process ended in a segmentation fault. Nothing but these tests does both.
 """
 
 import shutil
