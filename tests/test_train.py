@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -585,6 +586,67 @@ def test_the_statistics_are_frozen_in_the_second_part_only(strips: train.Strips)
         run.take_step(*batches[step])
         moved.append(not torch.equal(before, norm.running_mean))
     assert moved == [True, False]
+
+
+# --- the presence head once more ------------------------------------------------------------------
+
+
+def test_the_presence_layer_on_pooled_features_is_the_networks_presence(
+    network: nn.Module, strips: train.Strips
+) -> None:
+    some = strips.some(1, 4)
+    pooled, present = train.pooled_features(network, CONFIG, some)
+    assert some.names == strips.names[1:4]
+    for row, name in enumerate(some.names):
+        image, masks = some.load(name)
+        grey = torch.from_numpy(image / 255).float()[None, None]
+        with torch.inference_mode():
+            _, presence = network((grey - CONFIG.mean) / CONFIG.std)
+            found = train.presence_layer(network)(pooled[row])
+        assert torch.allclose(found, presence[0], atol=1e-4)
+        assert present[row].bool().tolist() == masks.any(axis=(1, 2)).tolist()
+    assert pooled.std() > 0
+
+
+def refit_example() -> tuple[nn.Linear, Tensor, Tensor]:
+    """A head that shuts every gate; features of which one tells a class of one strip in thirty."""
+    draw = torch.Generator().manual_seed(4)
+    pooled = torch.rand(300, 6, generator=draw) * torch.tensor([1, 1, 1, 1, 10, 0.1])
+    present = torch.zeros(300, 2)
+    present[::30, 0] = 1
+    present[::2, 1] = 1
+    pooled[:, 2] += present[:, 0]
+    layer = nn.Linear(6, 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, -4)
+    return layer, pooled, present
+
+
+def test_the_refitted_presence_opens_the_gate_of_a_rare_class() -> None:
+    layer, pooled, present = refit_example()
+    train.refit_presence(layer, pooled, present)
+    gates = layer(pooled).sigmoid()[:, 0]
+    assert gates[present[:, 0] > 0].mean() > 0.7
+    assert gates[present[:, 0] == 0].mean() < 0.1
+
+
+def test_the_refitted_presence_is_the_tethered_optimum() -> None:
+    """scipy's own optimiser of the same sum, written apart, finds the same weights."""
+    layer, pooled, present = refit_example()
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(5))
+    trained = layer.weight.detach().double().numpy()
+    train.refit_presence(layer, pooled, present)
+    features, labels = pooled.double().numpy(), present.numpy()
+
+    def objective(flat: np.ndarray) -> float:
+        weight, bias = flat[:12].reshape(2, 6), flat[12:]
+        logits = features @ weight.T + bias
+        losses = 8 * labels * np.logaddexp(0, -logits) + (1 - labels) * np.logaddexp(0, logits)
+        return losses.mean() + 0.01 * (((weight - trained) * features.std(axis=0)) ** 2).sum()
+
+    best = minimize(objective, np.zeros(14), method="BFGS")
+    found = np.concatenate([layer.weight.detach().numpy().ravel(), layer.bias.detach().numpy()])
+    assert objective(found) < best.fun + 1e-4  # in single precision
 
 
 # --- results --------------------------------------------------------------------------------------
