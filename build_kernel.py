@@ -5,7 +5,6 @@ Read top to bottom: manifest → metadata → wheels → members → staging →
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -28,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from kernel.inference import (
-    FLIPS,
     MANIFEST,
     Manifest,
     Member,
@@ -69,62 +66,6 @@ OPENVINO_WHEEL = {  # for Kaggle's Python; packed on request
 # --- the source manifest ------------------------------------------------------------------------
 
 
-def first_fault(manifest: Manifest) -> str | None:
-    """What makes a manifest unusable, in words, or nothing."""
-    names = Counter(member.name for member in manifest.members)
-    files = Counter(member.file for member in manifest.members)
-    rules = [
-        (bool(manifest.members), "no members"),
-        (max(names.values(), default=1) == 1, f"two members named {names.most_common(1)}"),
-        (max(files.values(), default=1) == 1, f"two members share {files.most_common(1)}"),
-        (manifest.classes >= 1, f"classes {manifest.classes}, expected 1 or more"),
-        (0 < manifest.threshold < 1, f"threshold {manifest.threshold}, expected between 0 and 1"),
-        (manifest.min_area >= 0, f"min_area {manifest.min_area}, expected 0 or more"),
-        (bool(manifest.flips), "no flips; name at least none"),
-        (set(manifest.flips) <= set(FLIPS), f"flips {manifest.flips}, known are {list(FLIPS)}"),
-        (len(set(manifest.flips)) == len(manifest.flips), f"flips {manifest.flips} name one twice"),
-    ]
-    rules += itertools.chain.from_iterable(member_rules(m, manifest) for m in manifest.members)
-    return next((fault for holds, fault in rules if not holds), None)
-
-
-def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str]]:
-    """What a member's entry must fulfil, each with what is wrong where it does not."""
-    who, model = f"member {member.name}: ", member.model
-    channels = model.get("in_channels", 3)
-    aux = model.get("aux_params") or {"classes": manifest.classes}
-    return [
-        (
-            Path(member.file).name == member.file,
-            f"{who}file {member.file!r} is not beside the manifest",
-        ),
-        ({"arch", "encoder_name"} <= set(model), f"{who}model {model} lacks arch or encoder_name"),
-        (
-            model.get("classes", 1) == aux.get("classes") == manifest.classes,
-            f"{who}its classes differ from the manifest's {manifest.classes}: {model}",
-        ),
-        (
-            len(member.mean) == len(member.std) == channels and channels in (1, 3),
-            f"{who}mean {member.mean}, std {member.std} for {channels} channels (1 or 3)",
-        ),
-        (all(std > 0 for std in member.std), f"{who}std {member.std}, expected above 0"),
-        (
-            len(member.flops) == 2 and min(member.flops) > 0,
-            f"{who}flops {member.flops}, expected its encoder's and its decoder's",
-        ),
-    ]
-
-
-def check_manifest(manifest: Manifest, path: Path) -> None:
-    """Raises ValueError for the first rule that a manifest breaks."""
-    try:
-        fault = first_fault(manifest)
-    except (TypeError, AttributeError) as error:  # a value of another type
-        raise ValueError(f"{path}: not a manifest: {error!r}") from error
-    if fault:
-        raise ValueError(f"{path}: {fault}")
-
-
 def source_of(weights: Path, entry: dict[str, Any]) -> Path:
     """Where a source entry's checkpoint lies; raises ValueError where it leaves the folder."""
     path = Path(weights, entry["file"])
@@ -162,7 +103,6 @@ def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest: {error!r}") from error
     manifest = parse_manifest(entries | {"members": members}, path)
-    check_manifest(manifest, path)
     for source, entry in zip(sources, entries["members"], strict=True):
         check_sha256(weights_file(source), entry.get("sha256", ""))
     return manifest, sources

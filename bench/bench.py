@@ -279,7 +279,7 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
 def mean_share(ensemble: Ensemble, paths: Iterable[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over clean strips (even numbers) and over all."""
     strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
-    shares = {f.strip.name: ensemble.work(f.tally)["share"] for f in ensemble.fly(strips)}
+    shares = {f.strip.name: ensemble.work(f)["share"] for f in ensemble.fly(strips)}
     clean = [share for name, share in shares.items() if int(Path(name).stem) % 2 == 0]
     return {"clean": float(np.mean(clean)), "all": float(np.mean(list(shares.values())))}
 

@@ -6,19 +6,24 @@ that turns pixels into a submission; training, packing and the dry run import th
 
 import argparse
 import atexit
+import csv
 import hashlib
+import io
 import itertools
 import json
 import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +34,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import PIL.Image
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -48,17 +54,40 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 # --- images and masks -----------------------------------------------------------------------------
 
 
+MOST_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
+
+
+def check_header(path: Path, data: bytes) -> None:
+    """Refuses what is better not decoded; ValueError for no image, a huge one, a JPEG cut off.
+
+    OpenCV fills up a JPEG that breaks off with grey, in which a network may see anything.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a large image, which is judged here
+            width, height = PIL.Image.open(io.BytesIO(data)).size
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (OSError, SyntaxError) as error:  # what Pillow raises for a header that is none
+        raise ValueError(f"{path}: {len(data)} bytes that are no image") from error
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{path}: {width}×{height} pixels, at most {MOST_PIXELS:,} are decoded")
+    if data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-1024:]:
+        raise ValueError(f"{path}: a JPEG that breaks off after {len(data)} bytes")
+
+
 def read_image(path: Path) -> Image:
     """One image as grey, (H, W), uint8, 0-255, whatever colours the file has.
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: its bytes are no image that OpenCV decodes.
+        ValueError: its bytes are no image, not a whole one or too large a one.
     """
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if data.size else None
+    data = path.read_bytes()
+    check_header(path, data)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
     if image is None:
-        raise ValueError(f"{path}: {data.size} bytes that are no image")
+        raise ValueError(f"{path}: {len(data)} bytes that OpenCV does not decode")
     return image.astype(np.uint8, copy=False)
 
 
@@ -99,17 +128,23 @@ def encode_rle(mask: Mask) -> str:
 # --- rows: sample, ground truth and submission share two layouts ----------------------------------
 
 
+def csv_line(cells: Iterable[str]) -> str:
+    """One line of a csv, its end included."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a csv names an (image, class) pair: 2019 in one column, today in two."""
 
     columns: tuple[str, ...]
 
-    def row(self, image: str, label: int, rle: str) -> dict[str, str | int]:
+    def line(self, image: str, label: int, rle: str) -> str:
         """One row of the csv; `label` is the class, from 1."""
-        cells: dict[str, str | int]
-        cells = {"ImageId_ClassId": f"{image}_{label}", "ImageId": image, "ClassId": label}
-        return {column: cells.get(column, rle) for column in self.columns}
+        cells = {"ImageId_ClassId": f"{image}_{label}", "ImageId": image, "ClassId": str(label)}
+        return csv_line(cells.get(column, rle) for column in self.columns)
 
 
 LAYOUTS = {
@@ -146,14 +181,67 @@ def read_rows(path: Path) -> tuple[Layout, list[tuple[str, int, str]]]:
     return layout, list(zip(images, labels.astype(int), table["EncodedPixels"], strict=True))
 
 
+class Submission:
+    """submission.csv: whole from the first second on, the rows of strips to come empty.
+
+    Each save writes all rows beside the file and puts them in its place: a reader, or a kill at any
+    moment, finds the old file or the new one, never a part of it.
+    """
+
+    SHARE = 0.01  # of the time may go into saving
+
+    def __init__(self, path: Path, layout: Layout, pairs: Iterable[tuple[str, int]]) -> None:
+        self.path, self.layout = path, layout
+        self.lines = {pair: layout.line(*pair, "") for pair in pairs}
+        self.rles: dict[tuple[str, int], str] = {}  # (image, class) with a mask
+        self.next_s = 0.0  # time.monotonic() of the next save that keeps within its share
+        self.saving = threading.Lock()  # the watchdog saves too
+
+    def put(self, image: str, rles: dict[int, str]) -> None:
+        """The masks of one strip, class → RLE; those that no row asks for are left out."""
+        for label, rle in rles.items():
+            pair = image, label
+            if rle and pair in self.lines:
+                self.rles[pair] = rle
+                self.lines[pair] = self.layout.line(*pair, rle)
+
+    def save(self, empty_rows: bool = True) -> int:
+        """Writes every row, or only those with a mask; their number.
+
+        Raises:
+            OSError: the folder is missing or read-only, or the disk is full.
+        """
+        start = time.monotonic()
+        rows = self.lines if empty_rows else self.rles.keys() & self.lines
+        text = csv_line(self.layout.columns)
+        text += "".join([line for pair, line in self.lines.items() if pair in rows])
+        part = self.path.with_name(self.path.name + ".part")
+        with self.saving:
+            part.write_text(text, encoding="utf-8", newline="")
+            part.replace(self.path)
+        now = time.monotonic()
+        self.next_s = now + (now - start) / self.SHARE
+        return len(rows)
+
+    def save_soon(self) -> None:
+        """Saves, unless too much time went into that lately; a full disk may be empty later."""
+        if time.monotonic() < self.next_s:
+            return
+        try:
+            self.save()
+        except OSError as error:
+            self.next_s = time.monotonic() + 10
+            log.warning("cannot write what is done so far, going on: %s", error)
+
+
 def write_submission(
     path: Path, layout: Layout, pairs: Iterable[tuple[str, int]], rles: dict[tuple[str, int], str]
 ) -> None:
-    """All rows at once: a reader sees the old file or the new one, never a part of it."""
-    rows = [layout.row(image, label, rles.get((image, label), "")) for image, label in pairs]
-    part = path.with_name(path.name + ".part")
-    pd.DataFrame(rows, columns=list(layout.columns)).to_csv(part, index=False, lineterminator="\n")
-    part.replace(path)
+    """All rows at once, with the masks of `rles`."""
+    submission = Submission(path, layout, pairs)
+    for (image, label), rle in rles.items():
+        submission.put(image, {label: rle})
+    submission.save()
 
 
 # --- the manifest: a bundle describes itself ------------------------------------------------------
@@ -201,11 +289,67 @@ class Manifest:
     format: int = 1
 
 
+def first_fault(manifest: Manifest) -> str | None:
+    """What makes a manifest unusable, in words, or nothing."""
+    names = Counter(member.name for member in manifest.members)
+    files = Counter(member.file for member in manifest.members)
+    rules = [
+        (bool(manifest.members), "no members"),
+        (max(names.values(), default=1) == 1, f"two members named {names.most_common(1)}"),
+        (max(files.values(), default=1) == 1, f"two members share {files.most_common(1)}"),
+        (manifest.classes >= 1, f"classes {manifest.classes}, expected 1 or more"),
+        (0 < manifest.threshold < 1, f"threshold {manifest.threshold}, expected between 0 and 1"),
+        (manifest.min_area >= 0, f"min_area {manifest.min_area}, expected 0 or more"),
+        (bool(manifest.flips), "no flips; name at least none"),
+        (set(manifest.flips) <= set(FLIPS), f"flips {manifest.flips}, known are {list(FLIPS)}"),
+        (len(set(manifest.flips)) == len(manifest.flips), f"flips {manifest.flips} name one twice"),
+    ]
+    rules += itertools.chain.from_iterable(member_rules(m, manifest) for m in manifest.members)
+    return next((fault for holds, fault in rules if not holds), None)
+
+
+def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str]]:
+    """What a member's entry must fulfil, each with what is wrong where it does not."""
+    who, model = f"member {member.name}: ", member.model
+    channels = model.get("in_channels", 3)
+    aux = model.get("aux_params") or {"classes": manifest.classes}
+    return [
+        (
+            Path(member.file).name == member.file,
+            f"{who}file {member.file!r} is not beside the manifest",
+        ),
+        ({"arch", "encoder_name"} <= set(model), f"{who}model {model} lacks arch or encoder_name"),
+        (
+            model.get("classes", 1) == aux.get("classes") == manifest.classes,
+            f"{who}its classes differ from the manifest's {manifest.classes}: {model}",
+        ),
+        (
+            len(member.mean) == len(member.std) == channels and channels in (1, 3),
+            f"{who}mean {member.mean}, std {member.std} for {channels} channels (1 or 3)",
+        ),
+        (all(std > 0 for std in member.std), f"{who}std {member.std}, expected above 0"),
+        (
+            len(member.flops) == 2 and min(member.flops) > 0,
+            f"{who}flops {member.flops}, expected its encoder's and its decoder's",
+        ),
+    ]
+
+
+def check_manifest(manifest: Manifest, path: Path) -> None:
+    """Raises ValueError for the first rule that a manifest breaks."""
+    try:
+        fault = first_fault(manifest)
+    except (TypeError, AttributeError) as error:  # a value of another type
+        raise ValueError(f"{path}: not a manifest: {error!r}") from error
+    if fault:
+        raise ValueError(f"{path}: {fault}")
+
+
 def parse_manifest(entries: dict[str, Any], path: Path) -> Manifest:
-    """The manifest in the JSON object of the file `path`; build_kernel.py has checked its values.
+    """The manifest in the JSON object of the file `path`.
 
     Raises:
-        ValueError: a field is missing or unknown, or the format is a later one.
+        ValueError: a field is missing or unknown, the format is a later one, or a rule is broken.
     """
     try:
         members = [MemberSpec(**member) for member in entries["members"]]
@@ -216,6 +360,7 @@ def parse_manifest(entries: dict[str, Any], path: Path) -> Manifest:
         raise ValueError(f"{path}: not a manifest: {error!r}") from error
     if manifest.format != 1:
         raise ValueError(f"{path}: format {manifest.format}, this kernel reads format 1")
+    check_manifest(manifest, path)
     return manifest
 
 
@@ -487,22 +632,29 @@ def check_engine(engine: Member, plain: Member, images: Tensor) -> Member:
     return plain if fault else engine
 
 
+class DeviceLost(RuntimeError):
+    """A GPU that runs nothing any more."""
+
+
+def works(device: torch.device) -> bool:
+    """Whether one real operation runs; Kaggle's P100 is available and dies at its first."""
+    try:
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        ones = torch.ones(1, 1, 8, 8, device=device, dtype=half)
+        torch.nn.functional.conv2d(ones, ones[:, :, :3, :3]).sum().item()
+    except Exception as error:  # a failed device must not cost the submission
+        log.warning("%s fails one small convolution: %s", device, error)
+        return False
+    return True
+
+
 def pick_device() -> torch.device:
-    """CUDA where one real operation runs on it, else the CPU.
-
-    Kaggle's P100 says that it is available and dies at its first operation.
-    """
-    if torch.cuda.is_available():
-        try:
-            ones = torch.ones(1, 1, 8, 8, device="cuda", dtype=torch.float16)
-            torch.nn.functional.conv2d(ones, ones[:, :, :3, :3]).sum().item()
-            return torch.device("cuda")
-        except Exception as error:  # a failed device must not cost the submission
-            log.warning("the GPU fails its first operation, using the CPU: %s", error)
-    return torch.device("cpu")
+    """CUDA where it works, else the CPU."""
+    cuda = torch.device("cuda")
+    return cuda if torch.cuda.is_available() and works(cuda) else torch.device("cpu")
 
 
-# --- the ensemble ---------------------------------------------------------------------------------
+# --- seconds and sums -----------------------------------------------------------------------------
 
 
 class Stages:
@@ -553,17 +705,29 @@ class Tally:
     so they must not depend on what else is in the batch. They do not as long as the batch has one
     size, so all are filled up to it: tested bit by bit on the CPU. A GPU's libraries promise no
     more than they document; after running out of memory the size is another, and last bits may be.
+
+    Two things take passes away, and the proof begins anew with the K that is left: `leave_out` of
+    a pass that gave NaN, and `cut` where the hour ends before the last pass.
     """
 
     def __init__(self, passes: int, manifest: Manifest, early_exit: bool) -> None:
         self.passes, self.early_exit = passes, early_exit
         self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
-        self.needed = passes * manifest.threshold  # what a sum must exceed
-        self.margin = (passes + 1) ** 2 * 2**-23  # of rounding
         self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
         self.decoded = 0
-        self.open = list(range(manifest.classes))  # classes not proven
+        self.classes = manifest.classes
+        self.open = list(range(manifest.classes))  # not proven
+
+    @property
+    def needed(self) -> float:
+        """What a sum must exceed."""
+        return self.passes * self.threshold
+
+    @property
+    def margin(self) -> float:
+        """Above what rounding can do to a sum."""
+        return float((self.passes + 1) ** 2 * 2**-23)
 
     def encode(self, gates: npt.NDArray[np.float64]) -> None:
         """One more pass is encoded; `gates` (classes,) bound its probabilities."""
@@ -574,6 +738,22 @@ class Tally:
         """The next pass is decoded: probabilities (classes, H, W)."""
         self.total = probabilities.clone() if self.total is None else self.total.add_(probabilities)
         self.decoded += 1
+        self.close()
+
+    def leave_out(self, encoded: bool) -> None:
+        """The next pass counts no more: the next to be encoded, or to be decoded if `encoded`."""
+        if encoded:
+            del self.gates[self.decoded]
+        self.restart(self.passes - 1)
+
+    def cut(self) -> None:
+        """No pass comes any more: the mean is that of the passes decoded."""
+        del self.gates[self.decoded :]
+        self.restart(self.decoded)
+
+    def restart(self, passes: int) -> None:
+        """All classes are open again, for another number of passes."""
+        self.passes, self.open = passes, list(range(self.classes))
         self.close()
 
     def close(self) -> None:
@@ -617,13 +797,111 @@ class Tally:
     def masks(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
         """Masks (classes, H, W); call it when no class is open."""
         if self.total is None:
-            return np.zeros((len(self.gates[0]), *size), np.bool_)
+            return np.zeros((self.classes, *size), np.bool_)
         if self.decoded == self.passes:
             masks = self.total / self.passes > self.threshold
         else:
             masks = self.total > self.needed + self.margin
         areas = masks.sum(dim=(-2, -1), keepdim=True)
         return (masks & (areas >= self.min_area)).cpu().numpy()
+
+
+# --- the hour -------------------------------------------------------------------------------------
+
+
+class Average:
+    """A mean that forgets: of the last 16 or so, and of all as long as there are fewer."""
+
+    def __init__(self) -> None:
+        self.sum = self.weight = 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        """One more value, or the sum of `weight` of them."""
+        self.sum, self.weight = 15 / 16 * self.sum + value, 15 / 16 * self.weight + weight
+
+    @property
+    def mean(self) -> float:
+        """0 of nothing."""
+        return self.sum / self.weight if self.weight else 0.0
+
+
+class Deadline:
+    """Which passes the next strip gets, so that the last strip ends inside the budget.
+
+    Measured are the seconds of each member's encoder and decoder, and how many seconds a strip
+    takes from one landing to the next for each second that its planned passes would take whole:
+    below 1 by the early exit, above it by all that runs outside the networks. A strip's seconds
+    under another plan are that ratio times that plan's. Before each strip takes off, passes are
+    dropped from its plan until all that are left would end in time: first flips, the dearest first,
+    for a member under another flip adds the least; then members, the dearest first, but for the
+    last. Nothing is decided for good: where the machine gets faster, passes come back.
+
+    Where even one pass is too much, strips stay empty from `end` on. A part of the budget is kept
+    in reserve for what lies outside: the interpreter's start, the last save, a pass that stalls.
+    """
+
+    RESERVE_S, RESERVE = 10.0, 0.05  # of the budget
+
+    def __init__(
+        self, budget_s: float, start: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self.end = start + (1 - self.RESERVE) * budget_s - self.RESERVE_S
+        self.last = start  # time of the last landing
+        self.seconds: defaultdict[tuple[str, str], Average] = defaultdict(Average)  # member, half
+        self.ratio = Average()
+        self.dropped = 0  # passes of the last plan
+        self.left_out: Counter[str] = Counter()  # "member/flip" → strips without it
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no time left for anything but the end."""
+        return self.clock() >= self.end
+
+    def ran(self, member: str, half: str, seconds: float, strips: int) -> None:
+        """One half of a member ran for a batch of strips."""
+        self.seconds[member, half].add(seconds, strips)
+
+    def whole_s(self, passes: Iterable[tuple[str, str]]) -> float:
+        """Seconds of passes (member, flip) if all of both halves ran."""
+        halves = itertools.product((member for member, _ in passes), ("encoder", "decoder"))
+        return sum(self.seconds[key].mean for key in halves if key in self.seconds)
+
+    def takes_off(self) -> None:
+        """The first strip: what came before it is no strip's time."""
+        self.last = self.clock()
+
+    def landed(self, passes: Sequence[tuple[str, str]]) -> None:
+        """One more strip is done, planned with these passes."""
+        now = self.clock()
+        self.ratio.add(now - self.last, self.whole_s(passes))
+        self.last = now
+
+    def plan(self, passes: Sequence[tuple[str, str]], strips: int) -> list[int]:
+        """The passes (member, flip) of the next strip, by number; `strips` are still to land."""
+        kept, left_s = list(range(len(passes))), self.end - self.clock()
+        ratio = self.ratio.mean if self.ratio.weight else 1.0
+
+        def worth(number: int) -> tuple[bool, float]:
+            return passes[number][1] == first_flip, -self.whole_s([passes[number]])
+
+        first_flip = passes[0][1]
+        for number in sorted(kept, key=worth)[:-1]:
+            if strips * ratio * self.whole_s([passes[n] for n in kept]) <= left_s:
+                break
+            kept.remove(number)
+        self.note([f"{member}/{flip}" for n, (member, flip) in enumerate(passes) if n not in kept])
+        return kept
+
+    def note(self, dropped: list[str]) -> None:
+        """Logs where more or fewer passes are dropped than for the strip before."""
+        self.left_out.update(dropped)
+        if len(dropped) != self.dropped:
+            log.info("passes left out to end in time: %s", ", ".join(dropped) or "none any more")
+        self.dropped = len(dropped)
+
+
+# --- the ensemble ---------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -633,10 +911,15 @@ class Flight:
     strip: Strip
     images: Tensor  # (1, 1, H, W), padded, on the device
     tally: Tally
+    passes: list[int] = field(default_factory=list)  # numbers of those that it is to go through
     size: tuple[int, int] = (0, 0)  # of the strip, without padding
     kept: list[tuple[Tensor, ...]] = field(default_factory=list)  # encoded, not decoded
-    step: tuple[str, int] = ("encode", 0)  # the half and the pass that it needs next
+    step: tuple[str, int] = ("encode", 0)  # the half and the number of the pass that it needs next
     fault: str = ""
+
+    def __post_init__(self) -> None:
+        if self.passes:
+            self.step = ("encode", self.passes[0])
 
     @property
     def landed(self) -> bool:
@@ -645,23 +928,46 @@ class Flight:
 
     def encode(self, encoded: tuple[Tensor, ...], gates: npt.NDArray[np.float64]) -> None:
         """Takes what the next pass's encoder gave, and its gates (classes,) once more."""
-        self.kept.append(encoded)
-        self.tally.encode(gates)
+        if np.isfinite(gates).all():
+            self.kept.append(encoded)
+            self.tally.encode(gates)
+        else:
+            self.leave_out(len(self.tally.gates))
         self.plan()
 
     def decode(self, probabilities: Tensor) -> None:
         """Takes the probabilities (classes, H, W), padded, of the oldest pass that it keeps."""
         del self.kept[0]
-        self.tally.decode(probabilities[:, : self.size[0], : self.size[1]])
+        if probabilities.sum().isfinite():
+            self.tally.decode(probabilities[:, : self.size[0], : self.size[1]])
+        else:
+            self.leave_out(self.tally.decoded)
         self.plan()
+
+    def leave_out(self, index: int) -> None:
+        """Goes on without a pass that gave NaN; without any pass there is no answer."""
+        number = self.passes.pop(index)
+        log.warning("%s: pass %d gives NaN and is left out of its mean", self.strip.name, number)
+        self.tally.leave_out(encoded=index < len(self.tally.gates))
+        self.fault = "" if self.passes else "every pass gave NaN"
+
+    def cut(self) -> None:
+        """Lands with what is decoded, for the hour ends."""
+        self.kept.clear()
+        if self.tally.decoded:
+            self.tally.cut()
+        else:
+            self.fault = "no time was left for it"
 
     def plan(self) -> None:
         """Encoders alone while they may prove all; else what is kept is decoded first."""
         tally = self.tally
+        if self.landed:
+            return
         if self.kept and (len(tally.gates) == tally.passes or not tally.looks_clean):
-            self.step = ("decode", tally.decoded)
+            self.step = ("decode", self.passes[tally.decoded])
         else:
-            self.step = ("encode", len(tally.gates))
+            self.step = ("encode", self.passes[len(tally.gates)])
 
 
 def turned(images: Tensor, flip: str) -> Tensor:
@@ -686,8 +992,10 @@ class Ensemble:
         stages: Stages,
         batch_size: int = 1,
         early_exit: bool = True,
+        deadline: Deadline | None = None,
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
+        self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.batch_size, self.early_exit = batch_size, early_exit
         self.multiple = math.lcm(*(member.stride for member in members))
         self.members = sorted(members, key=lambda member: sum(member.spec.flops))  # cheapest first
@@ -696,6 +1004,11 @@ class Ensemble:
     def passes(self) -> list[tuple[Member, str]]:
         """Every member under every flip, in the order in which they run."""
         return list(itertools.product(self.members, self.manifest.flips))
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """The passes as (member, flip)."""
+        return [(member.spec.name, flip) for member, flip in self.passes]
 
     @torch.inference_mode()
     def check_engines(self, bundle: Path, image: Image) -> None:
@@ -727,18 +1040,23 @@ class Ensemble:
         return turned(probabilities, flip)
 
     @torch.inference_mode()
-    def fly(self, strips: Iterable[Strip]) -> Iterator[Flight]:
+    def fly(self, strips: Iterable[Strip], count: int = 1) -> Iterator[Flight]:
         """Every strip with its masks proven or its fault told, as they land, not as they came.
 
-        Strips that need the same half of the same pass go through it together.
+        Strips that need the same half of the same pass go through it together. `count` strips are
+        expected; the deadline reckons with that.
         """
         coming, flying = iter(strips), list[Flight]()
+        self.deadline.takes_off()
         while True:
             most = 1 if self.batch_size == 1 else 4 * self.batch_size  # so that batches stay full
             room = max(most - len(flying), 0)
-            flying += [self.take_off(strip) for strip in itertools.islice(coming, room)]
+            flying += [self.take_off(strip, count) for strip in itertools.islice(coming, room)]
             if not flying:
                 return
+            if self.deadline.over:
+                for flight in flying:
+                    flight.cut()
             groups = defaultdict(list)
             for flight in flying:
                 if not flight.landed:
@@ -747,57 +1065,77 @@ class Ensemble:
                 size = {step: min(len(group), self.batch_size) for step, group in groups.items()}
                 step = max(groups, key=lambda step: (size[step], -step[1]))
                 self.advance(step[0], step[1], groups[step][: self.batch_size])
-            yield from (flight for flight in flying if flight.landed)
+            for flight in (flight for flight in flying if flight.landed):
+                count -= 1
+                if flight.passes:
+                    self.deadline.landed([self.names[number] for number in flight.passes])
+                yield flight
             flying = [flight for flight in flying if not flight.landed]
 
-    def take_off(self, strip: Strip) -> Flight:
+    def take_off(self, strip: Strip, count: int) -> Flight:
         """A strip before its first pass; one that could not be read has landed already."""
-        tally = Tally(len(self.passes), self.manifest, self.early_exit)
         if strip.image is None:
+            tally = Tally(len(self.passes), self.manifest, self.early_exit)
             return Flight(strip, torch.empty(0), tally, fault=strip.fault)
+        passes = self.deadline.plan(self.names, count)
+        tally = Tally(len(passes), self.manifest, self.early_exit)
         size = (strip.image.shape[0], strip.image.shape[1])
         with self.stages("prepare"):
-            return Flight(strip, self.prepare(strip.image), tally, size)
+            return Flight(strip, self.prepare(strip.image), tally, passes, size)
 
-    def advance(self, half: str, index: int, flights: list[Flight]) -> None:
-        """One half of a pass for strips of one size; where it fails, in smaller batches."""
+    def advance(self, half: str, number: int, flights: list[Flight]) -> None:
+        """One half of a pass for strips of one size; where it fails, in smaller batches.
+
+        Raises:
+            DeviceLost: the GPU runs nothing any more.
+        """
         try:
-            (self.encode_flights if half == "encode" else self.decode_flights)(index, flights)
+            start = time.monotonic()
+            (self.encode_flights if half == "encode" else self.decode_flights)(number, flights)
+            member, _ = self.names[number]
+            self.deadline.ran(member, f"{half}r", time.monotonic() - start, len(flights))
         except Exception as error:  # out of memory, or one strip that a network cannot take
             if isinstance(error, torch.cuda.OutOfMemoryError) and self.batch_size > 1:
                 self.batch_size //= 2  # these flights are where they were, and come again
                 log.warning("out of memory: %d strips at a time from here on", self.batch_size)
+            elif not works(self.device):
+                raise DeviceLost(f"{self.device} fails: {error!r}") from error
             elif len(flights) == 1:
                 flights[0].fault = f"the networks failed: {error!r}"
             else:
                 middle = len(flights) // 2
-                self.advance(half, index, flights[:middle])
-                self.advance(half, index, flights[middle:])
+                self.advance(half, number, flights[:middle])
+                self.advance(half, number, flights[middle:])
 
-    def encode_flights(self, index: int, flights: list[Flight]) -> None:
-        """Pass `index` of these strips as far as their gates."""
+    def encode_flights(self, number: int, flights: list[Flight]) -> None:
+        """This pass of these strips as far as their gates."""
         images = joined([flight.images for flight in flights], self.batch_size)
-        encoded = self.encode(index, images)
+        encoded = self.encode(number, images)
         gates = encoded[0].cpu().double().numpy()  # (B, classes)
         for row, flight in enumerate(flights):
             with self.stages("tally"):
                 flight.encode(tuple(tensor[row : row + 1] for tensor in encoded), gates[row])
 
-    def decode_flights(self, index: int, flights: list[Flight]) -> None:
-        """The rest of pass `index` of these strips, which is the oldest they keep."""
+    def decode_flights(self, number: int, flights: list[Flight]) -> None:
+        """The rest of this pass of these strips, which is the oldest they keep."""
         oldest = zip(*(flight.kept[0] for flight in flights), strict=True)
         encoded = [joined(tensors, self.batch_size) for tensors in oldest]
-        probabilities = self.decode(index, encoded)
+        probabilities = self.decode(number, encoded)
         for row, flight in enumerate(flights):
             with self.stages("tally"):
                 flight.decode(probabilities[row])
 
-    def work(self, tally: Tally) -> dict[str, float]:
+    def work(self, flight: Flight) -> dict[str, float]:
         """What was run for a strip, and its share of the flops of all passes."""
         flops = np.array([member.spec.flops for member, _ in self.passes])  # (passes, halves)
-        run = flops[: len(tally.gates), 0].sum() + flops[: tally.decoded, 1].sum()
-        encoders, decoders = len(tally.gates), tally.decoded
-        return {"encoders": encoders, "decoders": decoders, "share": float(run / flops.sum())}
+        encoders, decoders = len(flight.tally.gates), flight.tally.decoded
+        run = flops[flight.passes[:encoders], 0].sum() + flops[flight.passes[:decoders], 1].sum()
+        return {
+            "passes": len(flight.passes),
+            "encoders": encoders,
+            "decoders": decoders,
+            "share": float(run / flops.sum()),
+        }
 
     def __call__(self, images: Sequence[Image]) -> npt.NDArray[np.bool_]:
         """Masks (B, classes, H, W) of images (H, W) of one size."""
@@ -826,6 +1164,9 @@ class Options:
     early_exit: bool = True
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
+    budget_s: float = 3600.0  # of Kaggle's hour, from the start of `run`
+    strict: bool = False  # a strip that failed is an error
+    allow_missing_members: bool = False
     report: Path | None = None
 
 
@@ -878,6 +1219,10 @@ class Task:
         names = set(self.names[index::count])
         return replace(self, pairs=[pair for pair in self.pairs if pair[0] in names])
 
+    def without(self, names: Set[str]) -> "Task":
+        """The rows of all other images."""
+        return replace(self, pairs=[pair for pair in self.pairs if pair[0] not in names])
+
 
 def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
     """(image, class) pairs in order, each once; class 0 stands for every class of its image."""
@@ -894,6 +1239,9 @@ def read_sample(
     above = next((pair for pair in pairs if pair[1] > classes), None)
     if above:
         raise ValueError(f"{sample}: row {above} names a class above the members' {classes}")
+    twice = len(pairs) - len(set(pairs))
+    if twice:
+        log.warning("%s names %d rows twice: each is written once", sample, twice)
     return LAYOUTS[layout] if layout else found, expand_rows(pairs, classes)
 
 
@@ -916,6 +1264,9 @@ def find_task(options: Options, classes: int) -> Task:
         task = Task(images or find_images(sample, {name for name, _ in pairs}), layout, pairs)
     if not task.pairs:
         raise ValueError(f"{sample or images}: names no image")
+    others = {path.name for path in task.images.iterdir()} - set(task.names)
+    if others:
+        log.info("%s: %d files are in no row, %s…", task.images, len(others), min(others))
     return task
 
 
@@ -934,6 +1285,27 @@ def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Str
             yield strip.result()
 
 
+def load_members(
+    bundle: Path, specs: Sequence[MemberSpec], device: torch.device, allow_missing: bool
+) -> list[Member]:
+    """Every member of a bundle; with `allow_missing` without those that are not usable.
+
+    Raises:
+        ValueError: as `load_member`, or no member is left.
+    """
+    members = []
+    for spec in tqdm(specs, desc="members", unit="member", disable=None):
+        try:
+            members.append(fastest(bundle, spec, device))
+        except ValueError as error:
+            if not allow_missing:
+                raise
+            log.warning("going on without member %s: %s", spec.name, error)
+    if not members:
+        raise ValueError(f"{bundle}: not one member is usable")
+    return members
+
+
 def load_ensemble(
     bundle: Path,
     manifest: Manifest,
@@ -941,15 +1313,16 @@ def load_ensemble(
     stages: Stages,
     batch_size: int = 1,
     early_exit: bool = True,
+    allow_missing: bool = False,
+    deadline: Deadline | None = None,
 ) -> Ensemble:
-    """Every member of a bundle, ready to run; raises ValueError as `load_member` does."""
+    """The members of a bundle, ready to run; raises ValueError as `load_members` does."""
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
     with stages("load"):
-        specs = tqdm(manifest.members, desc="members", unit="member", disable=None)
-        members = [fastest(bundle, spec, device) for spec in specs]
-    return Ensemble(manifest, members, device, stages, batch_size, early_exit)
+        members = load_members(bundle, manifest.members, device, allow_missing)
+    return Ensemble(manifest, members, device, stages, batch_size, early_exit, deadline)
 
 
 def check_engines(ensemble: Ensemble, bundle: Path, task: Task) -> None:
@@ -972,174 +1345,284 @@ def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]
 
 @dataclass
 class Outcome:
-    """What became of every image."""
+    """What became of every image; its masks are in the submission."""
 
-    rles: dict[tuple[str, int], str] = field(default_factory=dict)  # (image, class) with a mask
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
     work: dict[str, dict[str, float]] = field(default_factory=dict)  # image → what was run for it
+    left_out: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
     device: str = ""
 
     def add(self, other: "Outcome") -> None:
         """Takes in what became of other images."""
-        self.rles |= other.rles
         self.faults |= other.faults
         self.work |= other.work
+        self.left_out += other.left_out
         self.device = other.device
 
 
-def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
-    """Every image of a task through the ensemble."""
-    outcome, asked = Outcome(device=str(ensemble.device)), set(task.pairs)
+@dataclass(frozen=True)
+class Run:
+    """What every step of a run needs."""
+
+    options: Options
+    bundle: Path
+    manifest: Manifest
+    submission: Submission
+    stages: Stages
+    end: float  # time.monotonic() at which the budget is spent
+
+    def left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.end - time.monotonic()
+
+    def workers(self, task: Task) -> int:
+        """Processes that a task is dealt out to: one a GPU, or as many as were asked for."""
+        asked = self.options.workers or max(torch.cuda.device_count(), 1)
+        return 1 if self.options.shard else min(asked, len(task.names))
+
+
+def predict_task(ensemble: Ensemble, task: Task, submission: Submission, outcome: Outcome) -> None:
+    """Every image of a task through the ensemble and into the submission."""
     strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
+    strips = timed(strips, ensemble.stages, "decode")
     interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
     with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
-        for flight in ensemble.fly(timed(strips, ensemble.stages, "decode")):
+        for flight in ensemble.fly(strips, len(task.names)):
             name = flight.strip.name
             if flight.fault:
                 outcome.faults[name] = flight.fault
                 log.warning("%s stays empty: %s", name, flight.fault)
             else:
-                outcome.work[name] = ensemble.work(flight.tally)
+                outcome.work[name] = ensemble.work(flight)
                 with ensemble.stages("rle"):
                     masks = enumerate(flight.tally.masks(flight.size), 1)
-                    rles = {(name, label): encode_rle(mask) for label, mask in masks}
-                    outcome.rles |= {
-                        pair: rle for pair, rle in rles.items() if rle and pair in asked
-                    }
+                    submission.put(name, {label: encode_rle(mask) for label, mask in masks})
+            with ensemble.stages("write"):
+                submission.save_soon()
             bar.update()
+
+
+def predict_on(device: torch.device, run: Run, task: Task, outcome: Outcome) -> None:
+    """A task in this process, on this device.
+
+    Raises:
+        DeviceLost: the device broke down; `outcome` tells which images are done.
+    """
+    options, stages = run.options, run.stages
+    outcome.device = str(device)
+    deadline = Deadline(run.left_s(), time.monotonic())
+    ensemble = load_ensemble(
+        run.bundle,
+        run.manifest,
+        device,
+        stages,
+        batch_size=options.batch_size or (8 if device.type == "cuda" else 1),
+        early_exit=options.early_exit,
+        allow_missing=options.allow_missing_members,
+        deadline=deadline,
+    )
+    with stages("check"):
+        check_engines(ensemble, run.bundle, task)
+    log.info("%d images of %s on %s", len(task.names), task.images, device)
+    try:
+        predict_task(ensemble, task, run.submission, outcome)
+    finally:
+        outcome.left_out += deadline.left_out
+
+
+def predict_here(run: Run, task: Task) -> Outcome:
+    """A task in this process; what a GPU that breaks down leaves undone runs on the CPU."""
+    outcome = Outcome()
+    try:
+        predict_on(pick_device(), run, task, outcome)
+    except DeviceLost as error:
+        rest = task.without(outcome.work.keys() | outcome.faults.keys())
+        log.warning("%s; its last %d images run on the CPU", error, len(rest.names))
+        predict_on(torch.device("cpu"), run, rest, outcome)
     return outcome
 
 
-def write_result(
-    options: Options, task: Task, empty_rows: bool, rles: dict[tuple[str, int], str]
-) -> int:
-    """The submission and its number of rows; today's layout may leave those of empty masks out."""
-    keep_all = empty_rows or "ClassId" not in task.layout.columns
-    pairs = task.pairs if keep_all else [pair for pair in task.pairs if pair in rles]
-    write_submission(options.output, task.layout, pairs, rles)
-    return len(pairs)
-
-
-def predict_here(
-    options: Options, bundle: Path, manifest: Manifest, task: Task, stages: Stages
-) -> Outcome:
-    """A task in this process, on its own device."""
-    device = pick_device()
-    batch_size = options.batch_size or (8 if device.type == "cuda" else 1)
-    ensemble = load_ensemble(bundle, manifest, device, stages, batch_size, options.early_exit)
-    with stages("check"):
-        check_engines(ensemble, bundle, task)
-    log.info("%d images of %s on %s", len(task.names), task.images, device)
-    return predict_task(ensemble, task)
-
-
 def start_worker(
-    options: Options, bundle: Path, task: Task, folder: Path, shard: tuple[int, int]
+    run: Run, task: Task, folder: Path, shard: tuple[int, int]
 ) -> subprocess.Popen[bytes]:
     """This script once more, for one shard of the images on one GPU, its results into `folder`."""
-    number, count = shard
-    script = bundle / "inference.py"  # a notebook has no file of its own
+    (number, count), options = shard, run.options
+    script = run.bundle / "inference.py"  # a notebook has no file of its own
     command = [sys.executable, str(script if script.is_file() else Path(__file__).resolve())]
-    command += [
-        "--bundle",
-        str(bundle),
-        "--images",
-        str(task.images),
-        "--shard",
-        f"{number}/{count}",
-    ]
-    command += ["--sample", str(options.sample)] if options.sample else []
-    command += [
-        "--output",
-        str(folder / f"{number}.csv"),
-        "--report",
-        str(folder / f"{number}.json"),
-    ]
-    command += ["--batch-size", str(options.batch_size)]
+    named = {
+        "bundle": run.bundle,
+        "images": task.images,
+        "sample": options.sample,
+        "shard": f"{number}/{count}",
+        "output": folder / f"{number}.csv",
+        "report": folder / f"{number}.json",
+        "batch-size": options.batch_size,
+        "budget-s": run.left_s(),
+    }
+    command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
     command += [] if options.early_exit else ["--no-early-exit"]
+    command += ["--allow-missing-members"] if options.allow_missing_members else []
     threads = max((os.cpu_count() or 1) // count, 1)
     environment = {"CUDA_VISIBLE_DEVICES": str(number - 1), "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(command, env=os.environ | environment)
 
 
-def read_worker(folder: Path, number: int, stages: Stages, share: float) -> Outcome:
-    """What a worker left in `folder`; its seconds count by its `share` of the workers."""
-    report = read_json(folder / f"{number}.json")
-    rows = read_rows(folder / f"{number}.csv")[1]
-    for stage, seconds in report["stages"].items():
+def collect(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
+    """Takes over the masks that the workers have written so far."""
+    for path in (folder / f"{number}.csv" for number in numbers):
+        if path.is_file():
+            for image, label, rle in read_rows(path)[1]:
+                submission.put(image, {label: rle})
+    submission.save_soon()
+
+
+def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
+    """What a worker says of its images; its seconds count by its `share` of the workers."""
+    entries = read_json(report)
+    for stage, seconds in entries["stages"].items():
         stages.seconds[stage] += share * seconds
-    rles = {(name, label): rle for name, label, rle in rows if rle}
-    return Outcome(rles, report["faults"], report["work"], report["device"])
+    left_out = Counter(entries["left_out"])
+    return Outcome(entries["faults"], entries["work"], left_out, entries["device"])
 
 
-def predict_by_workers(
-    options: Options, bundle: Path, manifest: Manifest, task: Task, stages: Stages, count: int
-) -> Outcome:
+def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
     """A task dealt out to `count` processes; what one of them cannot finish is done here."""
-    outcome = Outcome()
+    outcome, numbers = Outcome(), range(1, count + 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        numbers = range(1, count + 1)
-        running = [start_worker(options, bundle, task, folder, (n, count)) for n in numbers]
-        codes = [worker.wait() for worker in running]
-        for number, code in zip(numbers, codes, strict=True):
-            if code == 0:
-                outcome.add(read_worker(folder, number, stages, 1 / count))
+        workers = [start_worker(run, task, folder, (number, count)) for number in numbers]
+        try:
+            while any(worker.poll() is None for worker in workers):
+                time.sleep(COLLECT_S)
+                collect(folder, numbers, run.submission)
+        finally:  # interrupted: no worker outlives this process, and what they did stands
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.wait()
+            collect(folder, numbers, run.submission)
+        for number, worker in zip(numbers, workers, strict=True):
+            report = folder / f"{number}.json"
+            if report.is_file():
+                outcome.add(read_worker(report, run.stages, 1 / count))
                 continue
             rest = task.shard(number - 1, count)
             log.warning(
                 "worker %d of %d ended with exit code %d: its %d images run here",
-                *(number, count, code, len(rest.names)),
+                *(number, count, worker.returncode, len(rest.names)),
             )
-            outcome.add(predict_here(options, bundle, manifest, rest, stages))
+            outcome.add(predict_here(run, rest))
     return outcome
+
+
+COLLECT_S = 1.0  # seconds between two looks at what the workers have written
+LAST_S = 3.0  # seconds before the end of the budget at which nothing is waited for any more
+LEAST_FREE = 50_000_000  # bytes of disk: a submission takes some, and the copy beside it
+
+
+@contextmanager
+def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
+    """Ends the process with what is done where it hangs until the budget is all but spent.
+
+    `Deadline` ends a run in time as long as passes return; this is for one that does not.
+    """
+
+    def bite() -> None:
+        log.error("the budget is spent: ending with the strips that are done, the others empty")
+        submission.save()
+        logging.shutdown()
+        os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
+
+    timer = threading.Timer(max(left_s - LAST_S, 0.0), bite)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def open_submission(options: Options, task: Task) -> Submission:
+    """A whole, empty submission, before anything else is done.
+
+    Raises:
+        ValueError: the disk is all but full.
+        OSError: the folder is missing or read-only.
+    """
+    free = shutil.disk_usage(options.output.absolute().parent).free
+    if free < LEAST_FREE:
+        raise ValueError(
+            f"{options.output}: {free / 1e6:.0f} MB free, {LEAST_FREE / 1e6:.0f} wanted"
+        )
+    submission = Submission(options.output, task.layout, task.pairs)
+    submission.save()
+    return submission
+
+
+def predict(run: Run, task: Task) -> Outcome:
+    """A task by one process a GPU, or in this one.
+
+    Raises:
+        RuntimeError: not one strip could be predicted.
+    """
+    workers = run.workers(task)
+    outcome = predict_by_workers(run, task, workers) if workers > 1 else predict_here(run, task)
+    if not outcome.work:
+        raise RuntimeError(
+            f"not one of {len(task.names)} strips could be predicted; the submission is all empty"
+        )
+    return outcome
+
+
+def report_on(run: Run, task: Task, outcome: Outcome, rows: int, seconds: float) -> dict[str, Any]:
+    """What `--report` writes; its last line is said here."""
+    stages = run.stages.seconds
+    working_s = seconds - sum(stages[stage] for stage in ("import", "load", "check"))
+    log.info(
+        "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
+        *(run.options.output, rows, len(run.submission.rles)),
+        *(len(outcome.faults), seconds, len(task.names) / working_s),
+    )
+    return {
+        "strips": len(task.names),
+        "rows": rows,
+        "non_empty": len(run.submission.rles),
+        "faults": outcome.faults,
+        "work": outcome.work,
+        "left_out": dict(outcome.left_out),
+        "share": float(np.mean([work["share"] for work in outcome.work.values()])),
+        "device": outcome.device,
+        "workers": run.workers(task),
+        "budget_s": run.options.budget_s,
+        "seconds": seconds,
+        "stages": dict(stages),
+    }
 
 
 def run(options: Options) -> dict[str, Any]:
     """Predicts and writes the submission; returns what `--report` writes.
 
     Raises:
-        ValueError: the bundle, the sample or the images are not usable.
+        ValueError: the bundle, the sample or the images are not usable, or the disk is full.
         RuntimeError: not one strip could be predicted.
+        KeyboardInterrupt: as it came, when the submission holds what was done.
     """
-    start, stages = time.perf_counter(), Stages()
+    start, stages = time.monotonic(), Stages()
     bundle = options.bundle or find_one(options.input, MANIFEST, "the bundle's dataset", "--bundle")
     manifest = load_manifest(bundle)
     task = find_task(options, manifest.classes)
     if options.shard:
         number, count = map(int, options.shard.split("/"))
         task = task.shard(number - 1, count)
-    write_result(options, task, True, {})  # a valid submission stands from here on
-    workers = 1 if options.shard else options.workers or max(torch.cuda.device_count(), 1)
-    if min(workers, len(task.names)) > 1:
-        outcome = predict_by_workers(options, bundle, manifest, task, stages, workers)
-    else:
-        outcome = predict_here(options, bundle, manifest, task, stages)
-    if not outcome.work:
-        raise RuntimeError(
-            f"not one of {len(task.names)} strips could be predicted; the submission is all empty"
-        )
-    with stages("write"):
-        rows = write_result(options, task, manifest.empty_rows, outcome.rles)
-    seconds = time.perf_counter() - start
-    working_s = seconds - sum(stages.seconds[stage] for stage in ("import", "load", "check"))
-    log.info(
-        "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
-        *(options.output, rows, len(outcome.rles)),
-        *(len(outcome.faults), seconds, len(task.names) / working_s),
-    )
-    return {
-        "strips": len(task.names),
-        "rows": rows,
-        "non_empty": len(outcome.rles),
-        "faults": outcome.faults,
-        "work": outcome.work,
-        "share": float(np.mean([work["share"] for work in outcome.work.values()])),
-        "device": outcome.device,
-        "workers": workers,
-        "seconds": seconds,
-        "stages": dict(stages.seconds),
-    }
+    submission = open_submission(options, task)
+    this = Run(options, bundle, manifest, submission, stages, start + options.budget_s)
+    with watchdog(submission, this.left_s()):
+        try:
+            outcome = predict(this, task)
+        finally:  # interrupted too: what is done stands
+            with stages("write"):
+                rows = submission.save(manifest.empty_rows or "ClassId" not in task.layout.columns)
+    return report_on(this, task, outcome, rows, time.monotonic() - start)
 
 
 EXAMPLE = "  python inference.py --bundle dist/dataset --images strips/ --output submission.csv"
@@ -1175,6 +1658,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
+    add(
+        "--budget-s",
+        type=float,
+        default=Options.budget_s,
+        help="seconds until everything is written; default 3600, Kaggle's hour",
+    )
+    add("--strict", action="store_true", help="exit code 1 where a strip failed")
+    add("--allow-missing-members", action="store_true", help="go on without a bad member")
     add("--report", type=Path, help="also write seconds per stage and every failed strip, as JSON")
     return Options(**vars(parser.parse_args(arguments)))
 
@@ -1185,15 +1676,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout
     )
     options = parse_options(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
     try:
         report = run(options)
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        log.error("interrupted: %s is whole and holds what was done", options.output)
+        sys.exit(130)
     if options.report:
         options.report.write_text(
             json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
+    if options.strict and report["faults"]:
+        log.error("--strict: %d strips failed", len(report["faults"]))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

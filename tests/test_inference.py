@@ -397,13 +397,13 @@ def test_a_reader_meets_only_whole_submissions(
     path = tmp_path / "submission.csv"
     path.write_text("an old file", encoding="utf-8")
     seen = []
-    to_csv = pd.DataFrame.to_csv
+    write_text = Path.write_text
 
-    def spied(table: pd.DataFrame, *arguments: Any, **named: Any) -> None:
-        to_csv(table, *arguments, **named)
+    def spied(written: Path, *arguments: Any, **named: Any) -> None:
+        write_text(written, *arguments, **named)
         seen.append(path.read_text(encoding="utf-8"))
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", spied)
+    monkeypatch.setattr(Path, "write_text", spied)
     kernel.write_submission(path, kernel.LAYOUTS["2019"], [("a.jpg", 1)], {})
     assert seen == ["an old file"]
 
@@ -960,9 +960,9 @@ def test_a_complete_empty_submission_stands_before(
     found: list[dict[tuple[str, int], str]] = []
     original = getattr(kernel, moment)
 
-    def spied(*arguments: Any) -> Any:
+    def spied(*arguments: Any, **named: Any) -> Any:
         found.append(submitted(tmp_path / "out.csv"))
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(kernel, moment, spied)
     predict(light, tmp_path / "out.csv", images=tmp_path / "images")
