@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent
 DATASET = ROOT / "dataset-metadata.json"
 KERNEL = ROOT / "kernel" / "kernel-metadata.json"
 CODE = ROOT / "kernel" / "inference.py"
+VALIDATOR = ROOT / "kernel" / "validate.py"
 PARTS = ("dataset", "kernel", "report")  # of a bundle; the last is what the dry run leaves there
 CACHE = ROOT / ".cache" / "wheels"
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
@@ -276,7 +277,13 @@ def read_metadata(owner: str | None, manifest: Manifest) -> Metadata:
     dataset, kernel = read_json(DATASET), read_json(KERNEL)
     if owner:
         dataset["id"] = f"{owner}/{str(dataset.get('id', '')).rpartition('/')[2]}"
-    files = [MANIFEST, CODE.name, *WHEELS, *(member.file for member in manifest.members)]
+    files = [
+        MANIFEST,
+        CODE.name,
+        VALIDATOR.name,
+        *WHEELS,
+        *(member.file for member in manifest.members),
+    ]
     check_rules(DATASET, dataset_rules(dataset, files))
     kernel["id"] = f"{dataset['id'].split('/')[0]}/{str(kernel.get('id', '')).rpartition('/')[2]}"
     kernel["dataset_sources"] = [dataset["id"]]
@@ -465,6 +472,7 @@ def stage(
     write_json(kernel / KERNEL.name, metadata.kernel)
     for wheel in wheels:
         shutil.copyfile(wheel, dataset / wheel.name)
+    shutil.copyfile(VALIDATOR, dataset / VALIDATOR.name)
     for folder in (dataset, kernel):
         shutil.copyfile(CODE, folder / CODE.name)
     return packed

@@ -30,12 +30,15 @@ from kernel.inference import (
     Image,
     load_manifest,
     read_image,
+    read_sample,
     write_submission,
 )
+from kernel.validate import check_submission
 from weights import steel
 from weights.score import Masks, Scores, dice, draw_truth, read_truth
 
 SCORED_STRIPS = 5506  # of the scored run
+IMAGES = "test_images"  # the competition's folder of them
 BUDGET_S = 3600  # Kaggle's hour
 COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
 BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
@@ -43,18 +46,19 @@ BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
 
-def lay_tree(root: Path, bundle: Path, images: Path) -> None:
-    """`root`/input with the competition and the dataset as Kaggle mounts them today."""
+def lay_tree(root: Path, bundle: Path, images: Path) -> Path:
+    """`root`/input with the competition and the dataset as Kaggle mounts them today; the sample."""
     manifest = load_manifest(bundle / "dataset")
     slug = json.loads((bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
     shutil.copytree(bundle / "dataset", root / "input" / "datasets" / slug)
     competition = root / "input" / "competitions" / manifest.competition
-    shutil.copytree(images, competition / "test_images")
+    shutil.copytree(images, competition / IMAGES)
     names = sorted(path.name for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     everything = f"1 {manifest.image_size[0] * manifest.image_size[1]}"  # as the real sample has it
     rows = [(name, 0) for name in names]
     write_submission(competition / SAMPLE, LAYOUTS["today"], rows, dict.fromkeys(rows, everything))
     (root / "working").mkdir()
+    return competition / SAMPLE
 
 
 def without_network() -> list[str]:
@@ -92,6 +96,14 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     result["stages"] = {"start": seconds - result["seconds"], **result["stages"]}
     return result | {"seconds": seconds}
+
+
+def check_answer(submission: Path, sample: Path, classes: int) -> None:
+    """Raises ValueError where Kaggle would refuse the submission; the kernel's log has the rest."""
+    layout, pairs = read_sample(sample, None, classes)
+    errors = check_submission(submission, layout.columns, pairs, sample.parent / IMAGES).errors
+    if errors:
+        raise ValueError(f"{submission.name} is invalid: {'; '.join(errors)}")
 
 
 # --- what it took ---------------------------------------------------------------------------------
@@ -229,8 +241,10 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
         steel.write_competition(root / "steel", train=0, test=args.strips, seed=args.seed)
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
     print("== laying the Kaggle-like tree and running the kernel in it")
-    lay_tree(root, args.bundle, images)
+    sample = lay_tree(root, args.bundle, images)
     report = run_kernel(root, args.bundle / "kernel")
+    classes = load_manifest(args.bundle / "dataset").classes
+    check_answer(root / "working" / "submission.csv", sample, classes)
     print_stages(report)
     print_projection(report)
     out = args.bundle / "report"
@@ -238,7 +252,6 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     for name in ("submission.csv", "run.json"):
         shutil.copy(root / "working" / name, out / name)
     truth = read_truth(truth_csv) if truth_csv else None
-    classes = load_manifest(args.bundle / "dataset").classes
     drawn = Drawn(images, read_truth(out / "submission.csv"), truth, classes)
     scores = draw_sheet(drawn, out / "contact_sheet.png")
     if truth is not None:

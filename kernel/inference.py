@@ -7,6 +7,7 @@ that turns pixels into a submission; training, packing and the dry run import th
 import argparse
 import atexit
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -1095,6 +1096,20 @@ def predict_by_workers(
     return outcome
 
 
+def log_findings(bundle: Path, submission: Path, task: Task) -> None:
+    """What the bundle's validate.py, where it has one, says of the submission."""
+    if not (bundle / "validate.py").is_file():
+        return
+    sys.modules.setdefault("inference", sys.modules[__name__])  # which it imports: this very code
+    sys.path.insert(0, str(bundle))
+    try:
+        check = importlib.import_module("validate").check_submission
+        for line in check(submission, task.layout.columns, task.pairs, task.images).lines():
+            log.info("%s", line)
+    except Exception as error:  # a fault of the check must not cost the submission
+        log.warning("the submission stands, but was not checked: %r", error)
+
+
 def run(options: Options) -> dict[str, Any]:
     """Predicts and writes the submission; returns what `--report` writes.
 
@@ -1121,6 +1136,9 @@ def run(options: Options) -> dict[str, Any]:
         )
     with stages("write"):
         rows = write_result(options, task, manifest.empty_rows, outcome.rles)
+    if not options.shard:
+        with stages("validate"):
+            log_findings(bundle, options.output, task)
     seconds = time.perf_counter() - start
     working_s = seconds - sum(stages.seconds[stage] for stage in ("import", "load", "check"))
     log.info(

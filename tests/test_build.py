@@ -65,7 +65,8 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
     dataset, kernel = tmp_path / "dist/dataset", tmp_path / "dist/kernel"
     members = {"unet-a.safetensors", "fpn-b.safetensors", "unet-c.safetensors"}
     assert {p.name for p in dataset.iterdir()} == {
-        "inference.py", "ensemble.json", "dataset-metadata.json", *members, *WHEELS,
+        *("inference.py", "validate.py", "ensemble.json", "dataset-metadata.json"),
+        *members, *WHEELS,
     }  # fmt: skip
     assert {p.name for p in kernel.iterdir()} == {"inference.py", "kernel-metadata.json"}
     assert (dataset / "inference.py").read_bytes() == CODE.read_bytes()

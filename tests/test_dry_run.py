@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from kernel import dry_run
+from kernel.validate import decode_rle
 from weights import steel
-from weights.score import decode_rle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,6 +125,24 @@ def test_a_kernel_that_fails_fails_the_rehearsal(
     assert f"{member.name}: sha256" in ended.stdout
     assert "exit code 2" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_submission_that_kaggle_would_refuse_fails_the_rehearsal(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "dist"
+    shutil.copytree(tiny_bundle, bundle)
+    kernel = bundle / "kernel" / "inference.py"
+    code = kernel.read_text()
+    assert code.count("    rows = [layout.row(") == 1
+    kernel.write_text(
+        code.replace(
+            "    rows = [layout.row(", "    pairs = list(pairs)[::-1]\n    rows = [layout.row("
+        )
+    )
+    ended = rehearse(bundle, "--images", str(strips / "test_images"))
+    assert ended.returncode != 0
+    assert "submission.csv is invalid: row (" in ended.stderr and "order" in ended.stderr
 
 
 def site_without_smp(folder: Path) -> Path:
