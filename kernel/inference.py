@@ -1102,6 +1102,7 @@ def log_findings(bundle: Path, submission: Path, task: Task) -> None:
         return
     sys.modules.setdefault("inference", sys.modules[__name__])  # which it imports: this very code
     sys.path.insert(0, str(bundle))
+    sys.dont_write_bytecode = True  # the bundle stays what was packed
     try:
         check = importlib.import_module("validate").check_submission
         for line in check(submission, task.layout.columns, task.pairs, task.images).lines():

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import site_without_smp
 
 from kernel import dry_run
 from kernel.validate import decode_rle
@@ -143,18 +144,6 @@ def test_a_submission_that_kaggle_would_refuse_fails_the_rehearsal(
     ended = rehearse(bundle, "--images", str(strips / "test_images"))
     assert ended.returncode != 0
     assert "submission.csv is invalid: row (" in ended.stderr and "order" in ended.stderr
-
-
-def site_without_smp(folder: Path) -> Path:
-    """All installed packages but segmentation-models-pytorch and timm, as Kaggle's image has it."""
-    import torch
-
-    site = Path(torch.__file__).parent.parent
-    folder.mkdir()
-    for entry in site.iterdir():
-        if not entry.name.startswith(("segmentation_models_pytorch", "timm", "__editable__")):
-            (folder / entry.name).symlink_to(entry)
-    return folder
 
 
 def test_the_whole_path_runs_without_smp_and_without_a_network(
