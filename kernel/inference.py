@@ -44,6 +44,7 @@ Mask = npt.NDArray[np.bool_]  # (H, W)
 
 MANIFEST = "ensemble.json"
 SAMPLE = "sample_submission.csv"
+COMPETITION = "severstal-steel-defect-detection"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
 # --- images and masks -----------------------------------------------------------------------------
@@ -198,7 +199,7 @@ class Manifest:
     flips: tuple[str, ...] = ("none", "horizontal", "vertical")
     image_size: tuple[int, int] = (256, 1600)  # (H, W), what the members were trained for
     empty_rows: bool = True  # today's layout: write the rows of empty masks too
-    competition: str = "severstal-steel-defect-detection"
+    competition: str = COMPETITION
     format: int = 1
 
 
@@ -831,34 +832,43 @@ class Options:
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
-    """The folder under `root`, at any depth, that holds the file `name`.
+    """The folder under `root`, at any depth, that holds the file `name`; copies of it are one.
 
     Raises:
-        ValueError: there is none or more than one; the message says what to add or to name.
+        ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    folders = sorted(path.parent for path in root.rglob(name))
+    found = {path.read_bytes(): path.parent for path in sorted(root.rglob(name), reverse=True)}
+    folders = sorted(found.values())
     if not folders:
+        there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
         raise ValueError(
-            f"no {name} under {root}: add {what} to the kernel's sources, or give {option}"
+            f"no {name} under {root}, where there is {there}: add {what} to the kernel's sources, "
+            f"or give {option}"
         )
     if len(folders) > 1:
         listed = ", ".join(map(str, folders))
-        raise ValueError(f"more than one {name}: {listed}; choose with {option}")
+        raise ValueError(
+            f"more than one {name}: {listed}; remove one from the kernel's sources, "
+            f"or choose with {option}"
+        )
     return folders[0]
 
 
-def find_images(sample: Path, names: set[str]) -> Path:
-    """The folder beside the sample that holds most of its images.
+def find_images(sample: Path, names: set[str], root: Path) -> Path:
+    """The folder that holds most of a sample's images: below the sample's own, else below `root`.
 
     Raises:
         ValueError: no folder holds any.
     """
-    folders = sorted(path for path in sample.parent.iterdir() if path.is_dir())
-    shares = {folder: len(names & {path.name for path in folder.iterdir()}) for folder in folders}
-    best = max(folders, key=lambda folder: shares[folder], default=sample.parent)
-    if not shares.get(best):
-        raise ValueError(f"no folder beside {sample} holds its images; name theirs with --images")
-    return best
+    for top in (sample.parent, root):
+        shares = {Path(folder): len(names.intersection(f)) for folder, _, f in os.walk(top)}
+        best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
+        if shares.get(best):
+            return best
+    raise ValueError(
+        f"no folder below {sample.parent} or {root} holds the images of {sample.name}; "
+        "name theirs with --images"
+    )
 
 
 @dataclass(frozen=True)
@@ -912,9 +922,11 @@ def find_task(options: Options, classes: int) -> Task:
         pairs = expand_rows([(name, 0) for name in found], classes)
         task = Task(images, LAYOUTS[options.layout or "2019"], pairs)
     else:
-        sample = sample or find_one(options.input, SAMPLE, "the competition", "--sample") / SAMPLE
+        what = f"the competition {COMPETITION}"
+        sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
         layout, pairs = read_sample(sample, options.layout, classes)
-        task = Task(images or find_images(sample, {name for name, _ in pairs}), layout, pairs)
+        names = {name for name, _ in pairs}
+        task = Task(images or find_images(sample, names, options.input), layout, pairs)
     if not task.pairs:
         raise ValueError(f"{sample or images}: names no image")
     return task
@@ -1119,7 +1131,8 @@ def run(options: Options) -> dict[str, Any]:
         RuntimeError: not one strip could be predicted.
     """
     start, stages = time.perf_counter(), Stages()
-    bundle = options.bundle or find_one(options.input, MANIFEST, "the bundle's dataset", "--bundle")
+    what = "the dataset that `kaggle datasets create` made of the bundle"
+    bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
     manifest = load_manifest(bundle)
     task = find_task(options, manifest.classes)
     if options.shard:
