@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 # The client's code as it is, but for the address: not everyone may bind the stand-in to port 80.
-CLIENT = """
+ADDRESS = """
 import sys
 from kagglesdk import kaggle_env
 kaggle_env._env_to_endpoint[kaggle_env.KaggleEnv.LOCAL] = sys.argv.pop(1)
 sys.argv[0] = "kaggle"
+"""
+CLIENT = f"""{ADDRESS}
 from kaggle.cli import main
 sys.exit(main())
 """
@@ -51,6 +53,8 @@ class Kaggle:
         if call == "CreateDatasetVersion" and ref in self.datasets:
             self.datasets[ref] = self.files(request["body"])
             return 200, made
+        if call == "CreateCodeSubmission":
+            return 200, {"message": "submitted", "ref": 1}
         if call == "SaveKernel":
             self.kernels[request["slug"]] = request
             return 200, {"ref": request["slug"], "url": self.address, "versionNumber": 1}
@@ -58,7 +62,7 @@ class Kaggle:
 
     def files(self, request: dict[str, Any]) -> dict[str, bytes]:
         """The files that a request names by their tokens."""
-        return dict(self.uploads[file["token"]] for file in request["files"])
+        return dict(self.uploads[file["token"]] for file in request.get("files", []))
 
 
 def handler_of(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
@@ -66,7 +70,7 @@ def handler_of(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         def body(self) -> bytes:
-            return self.rfile.read(int(self.headers["Content-Length"]))
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def reply(self, status: int, answer: dict[str, Any]) -> None:
             data = json.dumps(answer).encode()
@@ -107,18 +111,36 @@ def serve() -> Iterator[Kaggle]:
         server.server_close()
 
 
-def client_environment(home: Path) -> dict[str, str]:
-    """A user of the client who has nothing but a name and a key."""
+def client_environment(home: Path, login: bool = True) -> dict[str, str]:
+    """A user of the client who has nothing but a name and a key, or not even that."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("KAGGLE_", "XDG_"))}
     own = {"HOME": str(home), "TMPDIR": str(home), "NO_PROXY": "*"}
-    login = {"KAGGLE_USERNAME": "somebody", "KAGGLE_KEY": "key"}
-    return keep | own | login | {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+    user = {"KAGGLE_USERNAME": "somebody", "KAGGLE_KEY": "key"} if login else {}
+    return keep | own | user | {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+
+
+def run_with_client(
+    kaggle: Kaggle, home: Path, script: str, login: bool = True, **more: str
+) -> Any:
+    """Python code that uses the client against the stand-in; the JSON that it prints last."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ADDRESS + script, kaggle.address],
+        env=client_environment(home, login) | more,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def run_client(kaggle: Kaggle, home: Path, *arguments: str | Path) -> str:
     """`kaggle …` with its own code against the stand-in; what it printed."""
     command = [sys.executable, "-c", CLIENT, kaggle.address, *map(str, arguments)]
     environment = client_environment(home)
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr

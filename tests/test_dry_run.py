@@ -14,6 +14,7 @@ import pytest
 from conftest import site_without_smp
 
 from kernel import dry_run
+from kernel.contact_sheet import BAR, GAP
 from kernel.validate import decode_rle
 from weights import steel
 
@@ -71,7 +72,7 @@ def test_the_picture_colours_just_the_masks_of_the_submission(
     assert len(rows[rows.EncodedPixels != ""]) > 0
     for index, (_, group) in enumerate(rows.groupby("ImageId", sort=True)):
         found = np.any([decode_rle(rle, (64, 96)) for rle in group.EncodedPixels], axis=0)
-        top = index * (dry_run.BAR + 64 + dry_run.GAP) + dry_run.BAR
+        top = index * (BAR + 64 + GAP) + BAR
         drawn = sheet[top : top + 64, :96].astype(int)
         coloured = np.ptp(drawn, axis=2) > 0
         outlined = (drawn == 255).all(axis=2) | coloured  # outlines of the truth lie over masks
