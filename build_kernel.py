@@ -1,6 +1,6 @@
 """Packs trained checkpoints into a Kaggle dataset and an offline submission kernel.
 
-Read top to bottom: manifest → metadata → wheels → members → staging → table.
+Read top to bottom: manifest → metadata → wheels → members → notebook → staging → table.
 """
 
 import argparse
@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parent
 DATASET = ROOT / "dataset-metadata.json"
 KERNEL = ROOT / "kernel" / "kernel-metadata.json"
 CODE = ROOT / "kernel" / "inference.py"
+NOTEBOOK = "inference.ipynb"
+BESIDE = (ROOT / "kernel" / "validate.py", ROOT / "kernel" / "contact_sheet.py")  # what CODE uses
 PARTS = ("dataset", "kernel", "report")  # of a bundle; the last is what the dry run leaves there
 CACHE = ROOT / ".cache" / "wheels"
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
@@ -112,7 +114,7 @@ def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
 
 
 def slugify(title: str) -> str:
-    """A title as Kaggle makes an address of it."""
+    """A title of letters, digits, spaces and hyphens as Kaggle makes an address of it."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
@@ -126,7 +128,7 @@ def check_rules(path: Path, rules: Iterable[Rule]) -> None:
             raise ValueError(f"{path}: Kaggle refuses it: {rule}; {remedy}")
 
 
-NAME = "[a-z0-9][a-z0-9-]*"  # an owner or a slug
+NAME = "[a-z0-9][a-z0-9-]*"  # an owner or a slug; the client lets others pass, Kaggle does not
 LICENCES = (  # the client's page lists these and rarer ones; `other` is told in the description
     *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0"),
     *("GPL-3.0", "apache-2.0", "ODbL-1.0", "PDDL", "copyright-authors", "other", "unknown"),
@@ -167,17 +169,22 @@ def dataset_rules(meta: dict[str, Any], files: list[str]) -> Iterator[Rule]:
     yield len(set(paths)) == len(paths), f"resources {paths} name a file twice", "name it once"
 
 
-def kernel_rules(meta: dict[str, Any], dataset_id: str, competition: str) -> Iterator[Rule]:
+def kernel_rules(
+    meta: dict[str, Any], dataset_id: str, competition: str, code_file: str = CODE.name
+) -> Iterator[Rule]:
     """What `kaggle kernels push` and an offline GPU competition ask of kernel-metadata.json."""
     yield id_rule(meta)
     slug, title = meta["id"].split("/")[1], str(meta.get("title", ""))
-    yield len(title) >= 5, f"title {title!r} has fewer than 5 characters", "reword it"
+    for what, text in (("title", title), ("slug", slug)):
+        yield len(text) >= 5, f"{what} {text!r} has fewer than 5 characters", "reword it"
+    plain = bool(re.fullmatch("[A-Za-z0-9 -]*", title))  # `slugify` and Kaggle spell others apart
+    yield plain, f"title {title!r} is not of letters, digits, spaces and hyphens", "reword it"
     other = f"title {title!r} resolves to {slugify(title)!r}, the id says {slug!r}"
     yield slugify(title) == slug, other, "make them agree"
     wanted: dict[str, Any] = {
-        "code_file": CODE.name,
+        "code_file": code_file,
         "language": "python",
-        "kernel_type": "script",
+        "kernel_type": "notebook" if code_file == NOTEBOOK else "script",
         "is_private": True,
         "enable_gpu": True,
         "enable_internet": False,  # the client's own default is true, which the competition forbids
@@ -207,7 +214,7 @@ class Metadata:
         return str(self.dataset["id"]).split("/")[0]
 
 
-def read_metadata(owner: str | None, manifest: Manifest) -> Metadata:
+def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False) -> Metadata:
     """Both metadata files with one owner, checked against the Kaggle client's rules.
 
     Raises:
@@ -216,12 +223,38 @@ def read_metadata(owner: str | None, manifest: Manifest) -> Metadata:
     dataset, kernel = read_json(DATASET), read_json(KERNEL)
     if owner:
         dataset["id"] = f"{owner}/{str(dataset.get('id', '')).rpartition('/')[2]}"
-    files = [MANIFEST, CODE.name, *WHEELS, *(member.file for member in manifest.members)]
+    files = [MANIFEST, *(path.name for path in (CODE, *BESIDE)), *WHEELS]
+    files += [member.file for member in manifest.members]
     check_rules(DATASET, dataset_rules(dataset, files))
     kernel["id"] = f"{dataset['id'].split('/')[0]}/{str(kernel.get('id', '')).rpartition('/')[2]}"
     kernel["dataset_sources"] = [dataset["id"]]
-    check_rules(KERNEL, kernel_rules(kernel, dataset["id"], manifest.competition))
+    if notebook:
+        kernel |= {"code_file": NOTEBOOK, "kernel_type": "notebook"}
+    code_file = NOTEBOOK if notebook else CODE.name
+    check_rules(KERNEL, kernel_rules(kernel, dataset["id"], manifest.competition, code_file))
     return Metadata(dataset, kernel)
+
+
+def client_configs() -> list[Path]:
+    """Where the Kaggle client keeps who its user is: a key's file, a login's file."""
+    home = Path.home() / ".kaggle"
+    xdg = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
+    default = xdg if sys.platform.startswith("linux") and not home.exists() else home
+    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or default)
+    return [folder / "kaggle.json", home / "credentials.json"]
+
+
+def find_owner() -> str | None:
+    """The user of the Kaggle client: KAGGLE_USERNAME, or who its own files name.
+
+    An access token names nobody: there the client asks Kaggle, and a build asks for --owner.
+
+    Raises:
+        ValueError: a file of the client is no JSON object.
+    """
+    found = [path for path in client_configs() if path.is_file()]
+    names = [os.environ.get("KAGGLE_USERNAME"), *(read_json(p).get("username") for p in found)]
+    return next((name for name in names if name), None)
 
 
 # --- wheels -------------------------------------------------------------------------------------
@@ -376,6 +409,60 @@ def pack_member(
     return Packed(spec, parameters, size, checkpoint.notes)
 
 
+# --- the notebook -------------------------------------------------------------------------------
+
+TITLE_CELL = """\
+# Severstal: Steel Defect Detection, an ensemble of segmentation networks
+
+Every strip goes once through every member under every flip; the mean of the probabilities over the
+threshold becomes `submission.csv`. Add the competition and the bundle's dataset as inputs, turn the
+internet off and the GPU on. The cells below are the bundle's `inference.py`, section by section;
+the last two run it and show what it found. Built by `build_kernel.py --notebook`."""
+
+RUN_CELL = """\
+ARGUMENTS: list[str] = []  # as on the command line, such as ["--no-early-exit"]
+main(ARGUMENTS)"""
+
+PICTURE_CELL = """\
+try:
+    import contact_sheet  # the bundle's
+    import IPython.display
+
+    options = parse_options(ARGUMENTS)
+    labels = [label for _, label, _ in read_rows(options.output)[1]]
+    task = find_task(options, classes=max(labels))
+    sheet = contact_sheet.draw_submission(options.output, task.images)
+    display(IPython.display.Image(data=cv2.imencode(".jpg", sheet)[1].tobytes()))
+except Exception as error:  # a picture must not cost the submission
+    log.warning("no contact sheet: %s", error)"""
+
+GUARD = '\n\nif __name__ == "__main__":\n    main()\n'  # a notebook's command line is Jupyter's
+
+
+def notebook_of(code: str) -> dict[str, Any]:
+    """The kernel's code as a notebook of format 4.5, a cell for each of its sections."""
+    if not code.endswith(GUARD):
+        raise ValueError(f"{CODE}: does not end in {GUARD.strip()!r}, which a notebook leaves out")
+    sections = re.split(r"\n+(?=# --- )", code.removesuffix(GUARD).rstrip("\n"))
+    cells = [*sections, RUN_CELL, PICTURE_CELL]
+    parts: dict[str, Any] = {"cell_type": "code", "metadata": {}, "outputs": []}
+    return {
+        "cells": [
+            {"cell_type": "markdown", "id": "title", "metadata": {}, "source": TITLE_CELL},
+            *(
+                parts | {"id": f"cell-{number}", "execution_count": None, "source": source}
+                for number, source in enumerate(cells)
+            ),
+        ],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
 # --- staging ------------------------------------------------------------------------------------
 
 
@@ -405,8 +492,12 @@ def stage(
     write_json(kernel / KERNEL.name, metadata.kernel)
     for wheel in wheels:
         shutil.copyfile(wheel, dataset / wheel.name)
-    for folder in (dataset, kernel):
-        shutil.copyfile(CODE, folder / CODE.name)
+    for path in (CODE, *BESIDE):
+        shutil.copyfile(path, dataset / path.name)
+    if metadata.kernel["kernel_type"] == "notebook":
+        write_json(kernel / NOTEBOOK, notebook_of(CODE.read_text(encoding="utf-8")))
+    else:
+        shutil.copyfile(CODE, kernel / CODE.name)
     return packed
 
 
@@ -436,7 +527,7 @@ def swap_in(bundle: Path, out: Path, previous: Path) -> None:
 
 
 def build(
-    weights: Path, out: Path, owner: str | None, openvino: bool = False
+    weights: Path, out: Path, owner: str | None, openvino: bool = False, notebook: bool = False
 ) -> tuple[Metadata, list[Packed]]:
     """Builds the bundle aside and swaps it in when it is whole.
 
@@ -448,7 +539,7 @@ def build(
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
     manifest, sources = read_sources(weights)
-    metadata = read_metadata(owner, manifest)
+    metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(CACHE, WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -485,32 +576,42 @@ def print_table(packed: list[Packed]) -> None:
 
 
 def print_next(out: Path, metadata: Metadata) -> None:
-    """The two commands that upload the bundle, and what must be done before."""
+    """The commands that upload and submit the bundle, and what must be done before."""
+    kernel = metadata.kernel
     if metadata.owner == PLACEHOLDER:
         print(
             f"\nThe owner is still {PLACEHOLDER}: build again with --owner NAME before uploading."
         )
-    print(f"\nNext:\n  kaggle datasets create -p {out / 'dataset'}")
+    print(f"\nNext, for {metadata.owner}:\n  kaggle datasets create -p {out / 'dataset'}")
     print(f"  kaggle kernels push -p {out / 'kernel'}")
+    print("and when that version of the kernel has run on Kaggle:")
+    print(
+        f"  kaggle competitions submit {kernel['competition_sources'][0]} -k {kernel['id']}"
+        " -v 1 -f submission.csv -m first"
+    )
     print(f"Later versions: kaggle datasets version -p {out / 'dataset'} -m MESSAGE")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and builds; bad input is one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        usage="python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino]",
+        usage="python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] "
+        "[--notebook]",
         description=(__doc__ or "").splitlines()[0],
     )
     weights, out = ROOT / "weights", Path("dist")
     parser.add_argument("--weights", type=Path, default=weights, help=f"{MANIFEST}'s folder")
     parser.add_argument("--out", type=Path, default=out, help="becomes OUT/dataset, OUT/kernel")
-    owner = os.environ.get("KAGGLE_USERNAME")
-    parser.add_argument("--owner", default=owner, help="your Kaggle name, else KAGGLE_USERNAME")
+    about = "your Kaggle name (default: KAGGLE_USERNAME, or who the kaggle client's files name)"
+    parser.add_argument("--owner", help=about)
     about = "also pack OpenVINO and the members as it reads them: for kernels without a GPU"
     parser.add_argument("--openvino", action="store_true", help=about)
+    about = f"the kernel as {NOTEBOOK} instead of a script"
+    parser.add_argument("--notebook", action="store_true", help=about)
     args = parser.parse_args(argv)
     try:
-        metadata, packed = build(args.weights, args.out, args.owner, args.openvino)
+        owner = args.owner or find_owner()
+        metadata, packed = build(args.weights, args.out, owner, args.openvino, args.notebook)
     except (ValueError, OSError) as error:
         print(f"build_kernel: {error}", file=sys.stderr)
         raise SystemExit(2) from None

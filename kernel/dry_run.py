@@ -6,7 +6,6 @@ prints the seconds per stage, projects them on the scored run's 5,506 strips and
 """
 
 import argparse
-import itertools
 import json
 import shutil
 import subprocess
@@ -20,41 +19,42 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
+from kernel.contact_sheet import MOST, Picture, caption_of, draw_strip, stack
 from kernel.inference import (
     IMAGE_SUFFIXES,
     LAYOUTS,
     MANIFEST,
     SAMPLE,
-    Image,
     load_manifest,
     read_image,
+    read_sample,
     write_submission,
 )
+from kernel.validate import check_submission
 from weights import steel
 from weights.score import Masks, Scores, dice, draw_truth, read_truth
 
 SCORED_STRIPS = 5506  # of the scored run
+IMAGES = "test_images"  # the competition's folder of them
 BUDGET_S = 3600  # Kaggle's hour
-COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
-BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
 
-def lay_tree(root: Path, bundle: Path, images: Path) -> None:
-    """`root`/input with the competition and the dataset as Kaggle mounts them today."""
+def lay_tree(root: Path, bundle: Path, images: Path) -> Path:
+    """`root`/input with the competition and the dataset as Kaggle mounts them today; the sample."""
     manifest = load_manifest(bundle / "dataset")
     slug = json.loads((bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
     shutil.copytree(bundle / "dataset", root / "input" / "datasets" / slug)
     competition = root / "input" / "competitions" / manifest.competition
-    shutil.copytree(images, competition / "test_images")
+    shutil.copytree(images, competition / IMAGES)
     names = sorted(path.name for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     everything = f"1 {manifest.image_size[0] * manifest.image_size[1]}"  # as the real sample has it
     rows = [(name, 0) for name in names]
     write_submission(competition / SAMPLE, LAYOUTS["today"], rows, dict.fromkeys(rows, everything))
     (root / "working").mkdir()
+    return competition / SAMPLE
 
 
 def without_network() -> list[str]:
@@ -66,7 +66,13 @@ def without_network() -> list[str]:
     return prefix if allowed else []
 
 
-def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
+def script_of(bundle: Path) -> Path:
+    """The packed kernel; for a notebook the dataset's script, of the same code."""
+    script = bundle / "kernel" / "inference.py"
+    return script if script.is_file() else bundle / "dataset" / "inference.py"
+
+
+def run_kernel(root: Path, script: Path) -> dict[str, Any]:
     """Runs the kernel in `root`/working as Kaggle would; its run.json, with the start-up in it.
 
     Raises:
@@ -76,12 +82,7 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
     state = "denied" if deny else "NOT denied, this system does not allow it"
     print(f"   network: {state}", flush=True)  # before the kernel's own lines
     report = root / "working" / "run.json"
-    command = [
-        sys.executable,
-        str(kernel.resolve() / "inference.py"),
-        "--input",
-        str(root / "input"),
-    ]
+    command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
     start = time.perf_counter()
     ended = subprocess.run(
         [*deny, *command, "--report", str(report)], cwd=root / "working", check=False
@@ -92,6 +93,14 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     result["stages"] = {"start": seconds - result["seconds"], **result["stages"]}
     return result | {"seconds": seconds}
+
+
+def check_answer(submission: Path, sample: Path, classes: int) -> None:
+    """Raises ValueError where Kaggle would refuse the submission; the kernel's log has the rest."""
+    layout, pairs = read_sample(sample, None, classes)
+    errors = check_submission(submission, layout.columns, pairs, sample.parent / IMAGES).errors
+    if errors:
+        raise ValueError(f"{submission.name} is invalid: {'; '.join(errors)}")
 
 
 # --- what it took ---------------------------------------------------------------------------------
@@ -145,24 +154,6 @@ def print_projection(report: dict[str, Any]) -> None:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def draw_strip(
-    image: Image, masks: Masks, truth: Masks | None, caption: str
-) -> npt.NDArray[np.uint8]:
-    """One strip with its masks filled in colour and the ground truth outlined in white, BGR."""
-    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
-    for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
-        canvas[mask] = (0.55 * canvas[mask] + 0.45 * np.array(colour)).astype(np.uint8)
-    for mask, colour in zip(
-        truth if truth is not None else (), itertools.cycle(COLOURS), strict=False
-    ):
-        edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, edges, -1, (255, 255, 255), 5)
-        cv2.drawContours(canvas, edges, -1, colour, 2)
-    bar = np.full((BAR, canvas.shape[1], 3), 24, np.uint8)
-    cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
-    return np.vstack([bar, canvas]).astype(np.uint8)
-
-
 @dataclass(frozen=True)
 class Drawn:
     """A run's result beside what is known of it."""
@@ -180,25 +171,24 @@ class Drawn:
         return found, draw_truth(self.truth.get(name, {}), self.classes, size)
 
 
-def draw_sheet(drawn: Drawn, sheet: Path, most: int = 24) -> Scores:
+def draw_sheet(drawn: Drawn, sheet: Path, most: int = MOST) -> Scores:
     """Writes the contact sheet of the first `most` strips, and scores all that have a truth."""
     scores = Scores()
-    strips: list[npt.NDArray[np.uint8]] = []
+    strips: list[Picture] = []
     for name, rles in drawn.found.items():
         try:
             image = read_image(drawn.images / name)
         except (ValueError, OSError):
             continue  # the kernel's log has named it
         masks, truth = drawn.masks(name, (image.shape[0], image.shape[1]))
-        caption = f"{name}   found: {', '.join(f'class {c}' for c in sorted(rles)) or 'no defect'}"
+        caption = caption_of(name, sorted(rles))
         if truth is not None:
             scores.add(masks, truth)
             caption += f"   Dice {np.mean(dice(masks, truth)):.3f}"
         if len(strips) < most:
-            strips.append(draw_strip(image, masks, truth, caption))
-    width = max(strip.shape[1] for strip in strips)
-    padded = [np.pad(s, ((0, GAP), (0, width - s.shape[1]), (0, 0))) for s in strips]
-    cv2.imwrite(str(sheet), np.vstack(padded))
+            outlined = [] if truth is None else list(truth)
+            strips.append(draw_strip(image, list(masks), outlined, caption))
+    cv2.imwrite(str(sheet), stack(strips))
     return scores
 
 
@@ -229,8 +219,10 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
         steel.write_competition(root / "steel", train=0, test=args.strips, seed=args.seed)
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
     print("== laying the Kaggle-like tree and running the kernel in it")
-    lay_tree(root, args.bundle, images)
-    report = run_kernel(root, args.bundle / "kernel")
+    sample = lay_tree(root, args.bundle, images)
+    report = run_kernel(root, script_of(args.bundle))
+    classes = load_manifest(args.bundle / "dataset").classes
+    check_answer(root / "working" / "submission.csv", sample, classes)
     print_stages(report)
     print_projection(report)
     out = args.bundle / "report"
@@ -238,7 +230,6 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     for name in ("submission.csv", "run.json"):
         shutil.copy(root / "working" / name, out / name)
     truth = read_truth(truth_csv) if truth_csv else None
-    classes = load_manifest(args.bundle / "dataset").classes
     drawn = Drawn(images, read_truth(out / "submission.csv"), truth, classes)
     scores = draw_sheet(drawn, out / "contact_sheet.png")
     if truth is not None:

@@ -8,6 +8,7 @@ import argparse
 import atexit
 import csv
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -49,6 +50,7 @@ Mask = npt.NDArray[np.bool_]  # (H, W)
 
 MANIFEST = "ensemble.json"
 SAMPLE = "sample_submission.csv"
+COMPETITION = "severstal-steel-defect-detection"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
 # --- images and masks -----------------------------------------------------------------------------
@@ -285,7 +287,7 @@ class Manifest:
     flips: tuple[str, ...] = ("none", "horizontal", "vertical")
     image_size: tuple[int, int] = (256, 1600)  # (H, W), what the members were trained for
     empty_rows: bool = True  # today's layout: write the rows of empty masks too
-    competition: str = "severstal-steel-defect-detection"
+    competition: str = COMPETITION
     format: int = 1
 
 
@@ -1171,34 +1173,43 @@ class Options:
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
-    """The folder under `root`, at any depth, that holds the file `name`.
+    """The folder under `root`, at any depth, that holds the file `name`; copies of it are one.
 
     Raises:
-        ValueError: there is none or more than one; the message says what to add or to name.
+        ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    folders = sorted(path.parent for path in root.rglob(name))
+    found = {path.read_bytes(): path.parent for path in sorted(root.rglob(name), reverse=True)}
+    folders = sorted(found.values())
     if not folders:
+        there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
         raise ValueError(
-            f"no {name} under {root}: add {what} to the kernel's sources, or give {option}"
+            f"no {name} under {root}, where there is {there}: add {what} to the kernel's sources, "
+            f"or give {option}"
         )
     if len(folders) > 1:
         listed = ", ".join(map(str, folders))
-        raise ValueError(f"more than one {name}: {listed}; choose with {option}")
+        raise ValueError(
+            f"more than one {name}: {listed}; remove one from the kernel's sources, "
+            f"or choose with {option}"
+        )
     return folders[0]
 
 
-def find_images(sample: Path, names: set[str]) -> Path:
-    """The folder beside the sample that holds most of its images.
+def find_images(sample: Path, names: set[str], root: Path) -> Path:
+    """The folder that holds most of a sample's images: below the sample's own, else below `root`.
 
     Raises:
         ValueError: no folder holds any.
     """
-    folders = sorted(path for path in sample.parent.iterdir() if path.is_dir())
-    shares = {folder: len(names & {path.name for path in folder.iterdir()}) for folder in folders}
-    best = max(folders, key=lambda folder: shares[folder], default=sample.parent)
-    if not shares.get(best):
-        raise ValueError(f"no folder beside {sample} holds its images; name theirs with --images")
-    return best
+    for top in (sample.parent, root):
+        shares = {Path(folder): len(names.intersection(f)) for folder, _, f in os.walk(top)}
+        best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
+        if shares.get(best):
+            return best
+    raise ValueError(
+        f"no folder below {sample.parent} or {root} holds the images of {sample.name}; "
+        "name theirs with --images"
+    )
 
 
 @dataclass(frozen=True)
@@ -1259,9 +1270,11 @@ def find_task(options: Options, classes: int) -> Task:
         pairs = expand_rows([(name, 0) for name in found], classes)
         task = Task(images, LAYOUTS[options.layout or "2019"], pairs)
     else:
-        sample = sample or find_one(options.input, SAMPLE, "the competition", "--sample") / SAMPLE
+        what = f"the competition {COMPETITION}"
+        sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
         layout, pairs = read_sample(sample, options.layout, classes)
-        task = Task(images or find_images(sample, {name for name, _ in pairs}), layout, pairs)
+        names = {name for name, _ in pairs}
+        task = Task(images or find_images(sample, names, options.input), layout, pairs)
     if not task.pairs:
         raise ValueError(f"{sample or images}: names no image")
     others = {path.name for path in task.images.iterdir()} - set(task.names)
@@ -1515,6 +1528,21 @@ def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
     return outcome
 
 
+def log_findings(bundle: Path, submission: Path, task: Task) -> None:
+    """What the bundle's validate.py, where it has one, says of the submission."""
+    if not (bundle / "validate.py").is_file():
+        return
+    sys.modules.setdefault("inference", sys.modules[__name__])  # which it imports: this very code
+    sys.path.insert(0, str(bundle))
+    sys.dont_write_bytecode = True  # the bundle stays what was packed
+    try:
+        check = importlib.import_module("validate").check_submission
+        for line in check(submission, task.layout.columns, task.pairs, task.images).lines():
+            log.info("%s", line)
+    except Exception as error:  # a fault of the check must not cost the submission
+        log.warning("the submission stands, but was not checked: %r", error)
+
+
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 LAST_S = 3.0  # seconds before the end of the budget at which nothing is waited for any more
 LEAST_FREE = 50_000_000  # bytes of disk: a submission takes some, and the copy beside it
@@ -1608,7 +1636,8 @@ def run(options: Options) -> dict[str, Any]:
         KeyboardInterrupt: as it came, when the submission holds what was done.
     """
     start, stages = time.monotonic(), Stages()
-    bundle = options.bundle or find_one(options.input, MANIFEST, "the bundle's dataset", "--bundle")
+    what = "the dataset that `kaggle datasets create` made of the bundle"
+    bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
     manifest = load_manifest(bundle)
     task = find_task(options, manifest.classes)
     if options.shard:
@@ -1622,6 +1651,9 @@ def run(options: Options) -> dict[str, Any]:
         finally:  # interrupted too: what is done stands
             with stages("write"):
                 rows = submission.save(manifest.empty_rows or "ClassId" not in task.layout.columns)
+        if not options.shard:
+            with stages("validate"):
+                log_findings(bundle, options.output, task)
     return report_on(this, task, outcome, rows, time.monotonic() - start)
 
 

@@ -108,3 +108,13 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     build(write_tiny_weights(folder / "weights"), folder / "dist", owner="somebody")
     return folder / "dist"
+
+
+def site_without_smp(folder: Path) -> Path:
+    """All installed packages but segmentation-models-pytorch and timm, as Kaggle's image has it."""
+    site = Path(torch.__file__).parent.parent
+    folder.mkdir()
+    for entry in site.iterdir():
+        if not entry.name.startswith(("segmentation_models_pytorch", "timm", "__editable__")):
+            (folder / entry.name).symlink_to(entry)
+    return folder

@@ -36,8 +36,8 @@ Entries = dict[str, Any]
 
 def run_build(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "build_kernel.py"), *map(str, arguments)]
-    clean = {k: v for k, v in os.environ.items() if k != "KAGGLE_USERNAME"}
-    clean |= {"OMP_NUM_THREADS": "1", **env}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("KAGGLE_")}
+    clean |= {"OMP_NUM_THREADS": "1", "KAGGLE_CONFIG_DIR": "/nowhere", **env}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
 
 
@@ -65,7 +65,8 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
     dataset, kernel = tmp_path / "dist/dataset", tmp_path / "dist/kernel"
     members = {"unet-a.safetensors", "fpn-b.safetensors", "unet-c.safetensors"}
     assert {p.name for p in dataset.iterdir()} == {
-        "inference.py", "ensemble.json", "dataset-metadata.json", *members, *WHEELS,
+        *("inference.py", "validate.py", "contact_sheet.py", "ensemble.json"),
+        "dataset-metadata.json", *members, *WHEELS,
     }  # fmt: skip
     assert {p.name for p in kernel.iterdir()} == {"inference.py", "kernel-metadata.json"}
     assert (dataset / "inference.py").read_bytes() == CODE.read_bytes()
@@ -74,6 +75,7 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
     ]
     assert f"kaggle datasets create -p {dataset}" in done.stdout
     assert f"kaggle kernels push -p {kernel}" in done.stdout
+    assert "-k smith/severstal-steel-ensemble-submission -v 1" in done.stdout
     assert "still your-kaggle-name" not in done.stdout
     assert "430,296" in done.stdout  # parameters of the first member
     assert "a multiply-add counts as 2" in done.stdout
@@ -147,7 +149,7 @@ def test_a_checkpoint_of_lightning_in_a_subfolder_is_packed_and_its_ema_told(
     checkpoint = {"state_dict": {f"model.{k}": v * 2 for k, v in weights.items()}, "ema": weights}
     torch.save(checkpoint, tiny_weights / "runs/last.ckpt")
     write_manifest(tiny_weights, [tiny_entry("mine", tiny_model()) | {"file": "runs/last.ckpt"}])
-    main(["--weights", str(tiny_weights), "--out", str(tmp_path / "dist")])
+    main(["--weights", str(tiny_weights), "--out", str(tmp_path / "dist"), "--owner", "smith"])
     assert "took the EMA copy" in capsys.readouterr().out
     packed = load_file(tmp_path / "dist/dataset/mine.safetensors")
     key = "segmentation_head.0.weight"
@@ -237,7 +239,7 @@ def test_bad_input_is_one_clear_line(
     change, words = BAD[case]
     change_manifest(tiny_weights, change)
     with pytest.raises(SystemExit) as stop:
-        main(["--weights", str(tiny_weights), "--out", str(tmp_path / "dist")])
+        main(["--weights", str(tiny_weights), "--out", str(tmp_path / "dist"), "--owner", "smith"])
     assert stop.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("build_kernel: ") and line.count("\n") == 1

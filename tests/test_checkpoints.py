@@ -11,7 +11,7 @@ from conftest import random_network, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kernel.inference import build_network
+from kernel.inference import MemberSpec, build_network, load_member
 from weights.checkpoints import (
     Checkpoint,
     fit,
@@ -282,3 +282,83 @@ def test_an_undeclared_presence_head_is_told() -> None:
 def test_an_unknown_name_gives_the_nearest(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=rf"member\.pt: {words}"):
         fit(Checkpoint(Path("member.pt"), {}, []), MODEL | wrong)
+
+
+# --- the recipe's encoders and the frameworks' own checkpoints ------------------------------------
+
+RECIPE = (
+    *("densenet201", "efficientnet-b5", "resnet34"),
+    *("se_resnet50", "se_resnext50_32x4d", "resnet50"),
+)
+
+
+@pytest.mark.parametrize("arch", ["FPN", "Unet"])
+@pytest.mark.parametrize("encoder", RECIPE)
+def test_a_member_of_the_recipe_is_loaded_and_predicts_as_its_network(
+    encoder: str, arch: str, tmp_path: Path
+) -> None:
+    model = {"arch": arch, "encoder_name": encoder, "in_channels": 1, "classes": 4}
+    model["aux_params"] = {"classes": 4, "pooling": "max"}
+    torch.manual_seed(3)
+    trained = build_network(model)
+    torch.save(nn.DataParallel(trained).state_dict(), tmp_path / "trained.pth")
+    found = read_checkpoint(tmp_path / "trained.pth")
+    save_file(found.weights, tmp_path / "m.safetensors")
+    spec = MemberSpec("m", "m.safetensors", model, [0.34], [0.13])
+    images = torch.rand(1, 1, 64, 96)
+    with torch.inference_mode():
+        logits, presence = trained((images - 0.34) / 0.13)
+        probabilities = load_member(tmp_path, spec, torch.device("cpu"))(images)
+    expected = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
+    assert expected.std() > 1e-4
+    torch.testing.assert_close(probabilities, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, of loaders, loggers and devices
+def test_a_checkpoint_that_lightning_wrote_gives_the_trained_weights(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
+
+    class Segmenter(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, model: dict[str, Any]) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.network = build_network(model)
+            self.loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(4, 1, 1))
+
+        def training_step(self, images: Tensor) -> Tensor:
+            logits, presence = self.network(images)
+            return self.loss(logits, torch.ones_like(logits)) + presence.mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    segmenter = Segmenter(MODEL)
+    before = segmenter.network.state_dict()["segmentation_head.0.weight"].clone()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = lightning.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        **quiet,
+    )
+    trainer.fit(segmenter, torch.rand(4, 1, 64, 96).split(2))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    found = read_checkpoint(tmp_path / "last.ckpt")
+    assert_same(found.weights, segmenter.network.state_dict())
+    assert not torch.equal(found.weights["segmentation_head.0.weight"], before)
+    fit(found, MODEL)
+
+
+@pytest.mark.filterwarnings("ignore")  # Catalyst's own, of what it cannot import
+def test_a_checkpoint_that_catalyst_wrote_gives_the_weights(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    catalyst = pytest.importorskip("catalyst.utils", reason="Catalyst is not installed")
+    packed = catalyst.pack_checkpoint(
+        model=nn.DataParallel(network),
+        optimizer=torch.optim.AdamW(network.parameters()),
+        epoch_metrics={"valid": {"dice": np.float32(0.5)}},
+    )
+    catalyst.save_checkpoint(packed, tmp_path / "best.pth")
+    assert_same(read_checkpoint(tmp_path / "best.pth").weights, network.state_dict())

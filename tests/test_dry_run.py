@@ -11,10 +11,12 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import site_without_smp
 
 from kernel import dry_run
+from kernel.contact_sheet import BAR, GAP
+from kernel.validate import decode_rle
 from weights import steel
-from weights.score import decode_rle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +72,7 @@ def test_the_picture_colours_just_the_masks_of_the_submission(
     assert len(rows[rows.EncodedPixels != ""]) > 0
     for index, (_, group) in enumerate(rows.groupby("ImageId", sort=True)):
         found = np.any([decode_rle(rle, (64, 96)) for rle in group.EncodedPixels], axis=0)
-        top = index * (dry_run.BAR + 64 + dry_run.GAP) + dry_run.BAR
+        top = index * (BAR + 64 + GAP) + BAR
         drawn = sheet[top : top + 64, :96].astype(int)
         coloured = np.ptp(drawn, axis=2) > 0
         outlined = (drawn == 255).all(axis=2) | coloured  # outlines of the truth lie over masks
@@ -127,16 +129,22 @@ def test_a_kernel_that_fails_fails_the_rehearsal(
     assert "Traceback" not in ended.stderr
 
 
-def site_without_smp(folder: Path) -> Path:
-    """All installed packages but segmentation-models-pytorch and timm, as Kaggle's image has it."""
-    import torch
-
-    site = Path(torch.__file__).parent.parent
-    folder.mkdir()
-    for entry in site.iterdir():
-        if not entry.name.startswith(("segmentation_models_pytorch", "timm", "__editable__")):
-            (folder / entry.name).symlink_to(entry)
-    return folder
+def test_a_submission_that_kaggle_would_refuse_fails_the_rehearsal(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "dist"
+    shutil.copytree(tiny_bundle, bundle)
+    kernel = bundle / "kernel" / "inference.py"
+    code = kernel.read_text()
+    assert code.count("    rows = [layout.row(") == 1
+    kernel.write_text(
+        code.replace(
+            "    rows = [layout.row(", "    pairs = list(pairs)[::-1]\n    rows = [layout.row("
+        )
+    )
+    ended = rehearse(bundle, "--images", str(strips / "test_images"))
+    assert ended.returncode != 0
+    assert "submission.csv is invalid: row (" in ended.stderr and "order" in ended.stderr
 
 
 def test_the_whole_path_runs_without_smp_and_without_a_network(

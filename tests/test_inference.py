@@ -430,7 +430,7 @@ def test_a_file_that_is_nowhere_says_what_to_add(root: str, tmp_path: Path) -> N
 def test_a_file_found_twice_lists_both_and_asks_to_choose(tmp_path: Path) -> None:
     for place in ("one", "deep/two"):
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "ensemble.json").touch()
+        (tmp_path / place / "ensemble.json").write_text(place)
     with pytest.raises(ValueError) as error:
         kernel.find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
     assert str(tmp_path / "one") in str(error.value)
@@ -444,7 +444,8 @@ def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Pa
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     sample = tmp_path / "sample_submission.csv"
-    assert kernel.find_images(sample, {"a.jpg", "b.jpg"}) == tmp_path / "test_images"
+    found = kernel.find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
+    assert found == tmp_path / "test_images"
 
 
 @pytest.mark.parametrize("folders", [[], ["train_images"]])
@@ -454,8 +455,8 @@ def test_no_images_beside_the_sample_asks_for_their_folder(
     for folder in folders:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
-    with pytest.raises(ValueError, match=r"no folder beside .* holds its images.*--images"):
-        kernel.find_images(tmp_path / "sample_submission.csv", {"a.jpg"})
+    with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
+        kernel.find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
 
 
 def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_a_dataset_that_kaggle_refuses(changes: dict[str, Any], words: str) -> N
     [
         ({"id": None}, "id None is not owner/slug"),
         ({"title": "abcd", "id": "me/abcd"}, "title 'abcd' has fewer than 5 characters"),
+        ({"title": "a - b", "id": "me/a-b"}, "slug 'a-b' has fewer than 5 characters"),
+        ({"title": "Stähle", "id": "me/stahle"}, "title 'Stähle' is not of letters"),
         ({"title": "Another title"}, "resolves to 'another-title', the id says.*agree"),
         ({"code_file": "main.py"}, "code_file 'main.py' is not 'inference.py'"),
         ({"language": "r"}, "language 'r'"),
@@ -157,7 +159,7 @@ def test_metadata_that_is_no_json_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("title", "slug"),
-    [("Steel, v2!", "steel-v2"), ("  A  b ", "a-b"), ("A_b", "a-b"), ("severstal", "severstal")],
+    [("Steel v2", "steel-v2"), ("  A  b ", "a-b"), ("-A - b", "a-b"), ("severstal", "severstal")],
 )
 def test_a_title_becomes_an_address(title: str, slug: str) -> None:
     assert slugify(title) == slug

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
 from kernel.inference import encode_rle
-from weights.score import decode_rle
+from kernel.validate import decode_rle
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=150)
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from kernel.inference import (
     Ensemble,
     Image,
-    Mask,
     Stages,
     Tally,
     load_ensemble,
@@ -29,6 +28,7 @@ from kernel.inference import (
     read_image,
     read_rows,
 )
+from kernel.validate import decode_rle
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)
 
@@ -39,23 +39,6 @@ def read_truth(path: Path) -> dict[str, dict[int, str]]:
     for image, label, rle in read_rows(path)[1]:
         truth[image] |= {label: rle} if rle else {}
     return dict(truth)
-
-
-def decode_rle(rle: str, size: tuple[int, int]) -> Mask:
-    """The mask (H, W) of a run-length code, the inverse of the kernel's `encode_rle`.
-
-    Raises:
-        ValueError: the code is not made of pairs, or a run leaves the image.
-    """
-    numbers = [int(number) for number in rle.split()]
-    if len(numbers) % 2:
-        raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
-    mask = np.zeros(size[0] * size[1], np.bool_)
-    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-        if start < 1 or length < 1 or start - 1 + length > mask.size:
-            raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
-        mask[start - 1 : start - 1 + length] = True
-    return mask.reshape(size[1], size[0]).T
 
 
 def draw_truth(rles: dict[int, str], classes: int, size: tuple[int, int]) -> Masks:

@@ -1,0 +1,75 @@
+"""The contact sheet: strips with their masks filled in colour, for the dry run and the notebook."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+try:
+    from kernel.inference import Image, Mask, read_image, read_rows
+    from kernel.validate import decode_rle
+except ImportError:  # in the bundle the files lie side by side
+    from inference import (  # type: ignore[import-not-found, no-redef]
+        Image,
+        Mask,
+        read_image,
+        read_rows,
+    )
+    from validate import decode_rle  # type: ignore[import-not-found, no-redef]
+
+Picture = npt.NDArray[np.uint8]  # BGR, (H, W, 3)
+
+COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
+BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
+MOST = 24  # strips on a sheet
+
+
+def draw_strip(image: Image, masks: Sequence[Mask], truth: Sequence[Mask], caption: str) -> Picture:
+    """One strip with its masks filled in colour and the ground truth, if any, outlined in white."""
+    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
+        canvas[mask] = (0.55 * canvas[mask] + 0.45 * np.array(colour)).astype(np.uint8)
+    for mask, colour in zip(truth, itertools.cycle(COLOURS), strict=False):
+        edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, edges, -1, (255, 255, 255), 5)
+        cv2.drawContours(canvas, edges, -1, colour, 2)
+    bar = np.full((BAR, canvas.shape[1], 3), 24, np.uint8)
+    cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
+    return np.vstack([bar, canvas]).astype(np.uint8)
+
+
+def caption_of(name: str, labels: Sequence[int]) -> str:
+    """An image's name and the classes found on it."""
+    return f"{name}   found: {', '.join(f'class {label}' for label in labels) or 'no defect'}"
+
+
+def stack(strips: Sequence[Picture]) -> Picture:
+    """Drawn strips below each other, the narrower ones padded with black on the right."""
+    width = max((strip.shape[1] for strip in strips), default=0)
+    padded = [np.pad(s, ((0, GAP), (0, width - s.shape[1]), (0, 0))) for s in strips]
+    return np.vstack(padded).astype(np.uint8)
+
+
+def draw_submission(submission: Path, images: Path, most: int = MOST) -> Picture:
+    """The first strips of a submission that have a mask.
+
+    Raises:
+        ValueError: none has.
+    """
+    masks: dict[str, dict[int, str]] = defaultdict(dict)
+    for name, label, rle in read_rows(submission)[1]:
+        if rle:
+            masks[name][label] = rle
+    if not masks:
+        raise ValueError(f"{submission}: every mask is empty, there is nothing to draw")
+    strips = []
+    for name, rles in itertools.islice(masks.items(), most):
+        image = read_image(images / name)
+        size = (image.shape[0], image.shape[1])
+        found = [decode_rle(rles.get(c, ""), size) for c in range(1, max(rles) + 1)]
+        strips.append(draw_strip(image, found, (), caption_of(name, sorted(rles))))
+    return stack(strips)

@@ -1,0 +1,146 @@
+"""A stand-in for Kaggle on loopback that keeps what the real client sends, and runs the client."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+# The client's code as it is, but for the address: not everyone may bind the stand-in to port 80.
+ADDRESS = """
+import sys
+from kagglesdk import kaggle_env
+kaggle_env._env_to_endpoint[kaggle_env.KaggleEnv.LOCAL] = sys.argv.pop(1)
+sys.argv[0] = "kaggle"
+"""
+CLIENT = f"""{ADDRESS}
+from kaggle.cli import main
+sys.exit(main())
+"""
+
+
+class Kaggle:
+    """What arrived: every call, the uploaded files, the datasets and the kernels made of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.uploads: dict[str, tuple[str, bytes]] = {}  # token → name and content
+        self.datasets: dict[str, dict[str, bytes]] = {}  # owner/slug → its latest version's files
+        self.kernels: dict[str, dict[str, Any]] = {}  # owner/slug → the request
+        self.requests: dict[str, dict[str, Any]] = {}  # call → its latest request
+        self.address = ""
+
+    def answer(self, call: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and body, as the client's own classes read them."""
+        self.calls.append(call)
+        self.requests[call] = request
+        ref = f"{request.get('ownerSlug')}/{request.get('slug') or request.get('datasetSlug')}"
+        made = {"ref": ref, "url": f"{self.address}/{ref}", "status": "ok", "error": ""}
+        if call == "GetDatasetStatus":
+            return (200, {"status": "ready"}) if ref in self.datasets else (404, {"message": ref})
+        if call == "StartBlobUpload":
+            token = f"token-{len(self.uploads)}"
+            self.uploads[token] = request["name"], b""
+            return 200, {"token": token, "createUrl": f"{self.address}/upload/{token}"}
+        if call == "CreateDataset" and ref not in self.datasets:
+            self.datasets[ref] = self.files(request)
+            return 200, made
+        if call == "CreateDatasetVersion" and ref in self.datasets:
+            self.datasets[ref] = self.files(request["body"])
+            return 200, made
+        if call == "CreateCodeSubmission":
+            return 200, {"message": "submitted", "ref": 1}
+        if call == "SaveKernel":
+            self.kernels[request["slug"]] = request
+            return 200, {"ref": request["slug"], "url": self.address, "versionNumber": 1}
+        return 400, {"message": f"{call} of {ref}: not here"}
+
+    def files(self, request: dict[str, Any]) -> dict[str, bytes]:
+        """The files that a request names by their tokens."""
+        return dict(self.uploads[file["token"]] for file in request.get("files", []))
+
+
+def handler_of(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
+    """Takes calls by POST and files by PUT."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def body(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+        def reply(self, status: int, answer: dict[str, Any]) -> None:
+            data = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_POST(self) -> None:
+            call = self.path.rpartition("/")[2]
+            self.reply(*kaggle.answer(call, json.loads(self.body())))
+
+        def do_PUT(self) -> None:
+            token = self.path.rpartition("/")[2]
+            kaggle.uploads[token] = kaggle.uploads[token][0], self.body()
+            self.reply(200, {})
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+@contextmanager
+def serve() -> Iterator[Kaggle]:
+    """A Kaggle that answers on a free port until the block ends."""
+    kaggle = Kaggle()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(kaggle))
+    kaggle.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield kaggle
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def client_environment(home: Path, login: bool = True) -> dict[str, str]:
+    """A user of the client who has nothing but a name and a key, or not even that."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("KAGGLE_", "XDG_"))}
+    own = {"HOME": str(home), "TMPDIR": str(home), "NO_PROXY": "*"}
+    user = {"KAGGLE_USERNAME": "somebody", "KAGGLE_KEY": "key"} if login else {}
+    return keep | own | user | {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+
+
+def run_with_client(
+    kaggle: Kaggle, home: Path, script: str, login: bool = True, **more: str
+) -> Any:
+    """Python code that uses the client against the stand-in; the JSON that it prints last."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ADDRESS + script, kaggle.address],
+        env=client_environment(home, login) | more,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def run_client(kaggle: Kaggle, home: Path, *arguments: str | Path) -> str:
+    """`kaggle …` with its own code against the stand-in; what it printed."""
+    command = [sys.executable, "-c", CLIENT, kaggle.address, *map(str, arguments)]
+    environment = client_environment(home)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr

@@ -1,0 +1,316 @@
+"""The real Kaggle client: what it uploads is the bundle, what it pushes runs from that alone."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import site_without_smp
+from kaggle_stub import Kaggle, run_client, run_with_client, serve
+
+from build_kernel import (
+    check_rules,
+    dataset_rules,
+    find_owner,
+    kernel_rules,
+    print_next,
+    read_metadata,
+    slugify,
+)
+from kernel import dry_run
+from kernel.inference import SAMPLE, load_manifest, read_rows, read_sample
+from kernel.validate import check_submission
+from weights import steel
+
+pytestmark = pytest.mark.skipif(not find_spec("kaggle"), reason="Kaggle's client is not installed")
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPETITION = "severstal-steel-defect-detection"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def lay_arrived(kaggle: Kaggle, dataset: str, strips: Path, root: Path) -> Path:
+    """Kaggle's tree of what arrived, read-only, in which nothing else of the build is."""
+    mounted = root / "input" / "datasets" / dataset
+    mounted.mkdir(parents=True)
+    for name, content in kaggle.datasets[dataset].items():
+        (mounted / name).write_bytes(content)
+    competition = root / "input" / "competitions" / COMPETITION
+    shutil.copytree(strips, competition)
+    names = sorted(path.name for path in (strips / "test_images").iterdir())
+    rows = "".join(f"{name},1 6144,0\n" for name in names)
+    (competition / SAMPLE).write_text(f"ImageId,EncodedPixels,ClassId\n{rows}")
+    for path in (root / "input").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (root / "working").mkdir()
+    return competition / SAMPLE
+
+
+def run_as_kaggle(root: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """The pushed script, with no network where the system allows that, no SMP and no timm."""
+    script = root / "src" / "script.py"
+    script.parent.mkdir()
+    script.write_text(text, encoding="utf-8")
+    python = [getattr(sys, "_base_executable", sys.executable), "-S"]
+    bare = {"PYTHONPATH": str(site_without_smp(root / "site")), "PATH": os.environ["PATH"]}
+    command = [*dry_run.without_network(), *python, str(script), "--input", str(root / "input")]
+    return subprocess.run(
+        command, env=bare, cwd=root / "working", capture_output=True, text=True, check=False
+    )
+
+
+def commands_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """What a build says to type after `kaggle`."""
+    print_next(bundle, read_metadata("somebody", load_manifest(bundle / "dataset")))
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("  kaggle ")]
+
+
+def test_what_the_client_sends_runs_on_kaggle(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steel.write_competition(tmp_path / "strips", train=0, test=3, seed=4, size=(64, 96))
+    create, push, submit = commands_told(tiny_bundle, capsys)
+    with serve() as kaggle:
+        said = run_client(kaggle, tmp_path, *create)
+        assert "Your private Dataset is being created" in said
+        assert "kipping" not in said
+        said = run_client(kaggle, tmp_path, *push)
+        assert "successfully pushed" in said
+        assert "title" not in said and "not valid" not in said
+        run_client(kaggle, tmp_path, *submit)
+    [(dataset, files)] = kaggle.datasets.items()
+    built = contents(tiny_bundle / "dataset")
+    metadata = json.loads(built.pop("dataset-metadata.json"))  # the client's own, never uploaded
+    assert files == built
+    assert dataset == metadata["id"] == "somebody/severstal-steel-ensemble"
+    created = kaggle.requests["CreateDataset"]
+    assert (created["title"], created["licenseName"]) == (metadata["title"], "other")
+    assert created["isPrivate"] is True
+
+    [(name, kernel)] = kaggle.kernels.items()
+    assert name == "somebody/severstal-steel-ensemble-submission"
+    assert kernel["datasetDataSources"] == [dataset]
+    assert kernel["competitionDataSources"] == [COMPETITION]
+    assert not {"kernelDataSources", "modelDataSources"} & set(kernel)  # empty ones are not sent
+    assert (kernel["kernelType"], kernel["language"]) == ("script", "python")
+    assert kernel["enableInternet"] is False
+    assert kernel["enableGpu"] is kernel["isPrivate"] is True
+    assert kernel["machineShape"] == "NvidiaTeslaT4"
+
+    submitted = kaggle.requests["CreateCodeSubmission"]
+    assert submitted["competitionName"] == COMPETITION
+    assert f"{submitted['kernelOwner']}/{submitted['kernelSlug']}" == name
+    assert (submitted["kernelVersion"], submitted["fileName"]) == (1, "submission.csv")
+
+    sample = lay_arrived(kaggle, dataset, tmp_path / "strips", tmp_path)
+    before = contents(tmp_path / "input")
+    ended = run_as_kaggle(tmp_path, kernel["text"])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert contents(tmp_path / "input") == before
+    assert " INFO valid\n" in ended.stdout
+    assert {path.name for path in (tmp_path / "working").iterdir()} == {"submission.csv"}
+    layout, pairs = read_sample(sample, None, 4)
+    submission = tmp_path / "working" / "submission.csv"
+    findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
+    assert findings.errors == []
+    assert len(pairs) == 12
+    assert any(rle for *_, rle in read_rows(submission)[1])
+
+
+def test_a_later_version_replaces_the_files(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    shutil.copytree(tiny_bundle / "dataset", folder)
+    with serve() as kaggle:
+        run_client(kaggle, tmp_path, "datasets", "create", "-p", folder)
+        refused = run_client(kaggle, tmp_path, "datasets", "create", "-p", folder)
+        assert "already in use" in refused
+        (folder / "unet-a.safetensors").unlink()
+        (folder / "ensemble.json").write_text("{}")
+        run_client(kaggle, tmp_path, "datasets", "version", "-p", folder, "-m", "without a member")
+    assert kaggle.calls.count("CreateDataset") == kaggle.calls.count("CreateDatasetVersion") == 1
+    built = contents(folder)
+    del built["dataset-metadata.json"]
+    assert kaggle.datasets["somebody/severstal-steel-ensemble"] == built
+    assert kaggle.requests["CreateDatasetVersion"]["body"]["versionNotes"] == "without a member"
+
+
+# --- names: our rules and the client's ------------------------------------------------------------
+
+TRY_NAMES = """
+import contextlib, io, json, pathlib
+from kaggle.api.kaggle_api_extended import KaggleApi
+api = KaggleApi()
+api.authenticate()
+verdicts = []
+for name, metadata in json.loads(pathlib.Path("names.json").read_text()):
+    folder = pathlib.Path(name.removesuffix(".json"))
+    (folder / name).write_text(json.dumps(metadata))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            if name.startswith("dataset"):
+                api.dataset_create_new(str(folder), quiet=True)
+            else:
+                api.kernels_push(str(folder))
+        verdicts.append("surprising" not in said.getvalue())
+    except ValueError:
+        verdicts.append(False)
+print(json.dumps(verdicts))
+"""
+
+
+def ask_client(tmp_path: Path, metadata: list[tuple[str, dict[str, object]]]) -> list[bool]:
+    """Whether the client sends each of these metadata files without a word."""
+    (tmp_path / "names.json").write_text(json.dumps(metadata))
+    (tmp_path / "dataset-metadata").mkdir()  # nothing to upload
+    (tmp_path / "kernel-metadata").mkdir()
+    (tmp_path / "kernel-metadata" / "inference.py").touch()
+    with serve() as kaggle:
+        script = f"import os\nos.chdir({str(tmp_path)!r})\n{TRY_NAMES}"
+        verdicts = run_with_client(kaggle, tmp_path, script)
+    return list(verdicts)
+
+
+def ask_us(name: str, metadata: dict[str, object]) -> bool:
+    rules = (
+        dataset_rules(metadata, [])
+        if name.startswith("dataset")
+        else kernel_rules(metadata, "me/steel-members", COMPETITION)
+    )
+    try:
+        check_rules(Path(name), rules)
+    except ValueError:
+        return False
+    return True
+
+
+def drawn(rng: random.Random, alphabet: str, *lengths: int) -> str:
+    return "".join(rng.choices(alphabet, k=rng.choice(lengths)))
+
+
+def dataset_named(rng: random.Random) -> dict[str, object]:
+    subtitle = drawn(rng, "steel ö鋼!", 0, 20, 19, 50, 80, 81)
+    return {
+        "id": "me/" + drawn(rng, "az09", 5, 6, 7, 20, 49, 50, 51),
+        "title": drawn(rng, "aB 3ö鋼-_!", 5, 6, 7, 20, 49, 50, 51),
+        "licenses": [{"name": "CC0-1.0"}] * rng.choice([1, 1, 1, 1, 0, 2]),
+        "subtitle": subtitle or None,
+    }
+
+
+def kernel_named(rng: random.Random, alphabet: str) -> dict[str, object]:
+    title = drawn(rng, alphabet, 3, 4, 5, 6, 7, 12, 40)
+    slug = slugify(title) if rng.random() < 0.7 else drawn(rng, "az09", 4, 5, 8)
+    committed = json.loads((ROOT / "kernel" / "kernel-metadata.json").read_text())
+    return committed | {
+        "id": f"me/{slug or 'empty'}",
+        "title": title,
+        "dataset_sources": ["me/steel-members"],
+    }
+
+
+def test_our_rules_and_the_clients_agree_on_200_names(tmp_path: Path) -> None:
+    rng = random.Random(11)
+    named = [("dataset-metadata.json", dataset_named(rng)) for _ in range(100)]
+    named += [("kernel-metadata.json", kernel_named(rng, "aBz9 -")) for _ in range(100)]
+    ours, theirs = [ask_us(*item) for item in named], ask_client(tmp_path, named)
+    apart = [item for item, our, their in zip(named, ours, theirs, strict=True) if our != their]
+    assert apart == []
+    for half in (theirs[:100], theirs[100:]):
+        assert 15 < sum(half) < 85
+
+
+def test_a_title_of_other_letters_passes_our_rules_only_where_the_client_is_not_surprised(
+    tmp_path: Path,
+) -> None:
+    rng = random.Random(12)
+    named = [("kernel-metadata.json", kernel_named(rng, "aB9 -öß鋼',.&_")) for _ in range(100)]
+    named += [("kernel-metadata.json", kernel_named(rng, "aB9 -,")) for _ in range(100)]
+    ours, theirs = [ask_us(*item) for item in named], ask_client(tmp_path, named)
+    assert [item for item, our, their in zip(named, ours, theirs, strict=True) if our > their] == []
+
+
+STRICTER = ["Me/steel-members", "me/Steel_Members", "me/steel-members/2", "me/-steel-members"]
+
+
+@pytest.mark.parametrize("ref", STRICTER)
+def test_names_that_the_client_sends_but_that_are_no_address_are_refused_here(
+    ref: str, tmp_path: Path
+) -> None:
+    rng = random.Random(13)
+    metadata = dataset_named(rng) | {"title": "Steel members", "subtitle": None, "id": ref}
+    metadata["licenses"] = [{"name": "CC0-1.0"}]
+    assert ask_client(tmp_path, [("dataset-metadata.json", metadata)]) == [True]
+    assert not ask_us("dataset-metadata.json", metadata)
+
+
+# --- who the user is ------------------------------------------------------------------------------
+
+WHO = """
+import json
+from kaggle.api.kaggle_api_extended import KaggleApi
+api = KaggleApi()
+api.authenticate()
+print(json.dumps(api.config_values.get("username")))
+"""
+HOMES: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # environment; file → its user
+    "the environment": ({"KAGGLE_USERNAME": "env"}, {".kaggle/kaggle.json": "key"}),
+    "a key": ({}, {".kaggle/kaggle.json": "key"}),
+    "a folder of its own": (
+        {"KAGGLE_CONFIG_DIR": "HOME/own"},
+        {"own/kaggle.json": "own", ".kaggle/kaggle.json": "key"},
+    ),
+    "a newer home": ({}, {".config/kaggle/kaggle.json": "xdg"}),
+    "XDG": ({"XDG_CONFIG_HOME": "HOME/cfg"}, {"cfg/kaggle/kaggle.json": "xdg"}),
+    "an old home before a newer": (
+        {},
+        {".kaggle/kaggle.json": "key", ".config/kaggle/kaggle.json": "xdg"},
+    ),
+    "a login": ({}, {".kaggle/credentials.json": "login"}),
+    "a key before a login": (
+        {},
+        {".kaggle/kaggle.json": "key", ".kaggle/credentials.json": "login"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOMES)
+def test_the_owner_is_who_the_client_says(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment, files = HOMES[case]
+    tokens = {"key": "k", "refresh_token": "r", "access_token": "a", "scopes": []}
+    tokens["access_token_expiration"] = "2999-01-01T00:00:00+00:00"
+    for name, user in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(tokens | {"username": user}))
+    own = {key: value.replace("HOME", str(tmp_path)) for key, value in environment.items()}
+    for key in [key for key in os.environ if key.startswith(("KAGGLE_", "XDG_"))]:
+        monkeypatch.delenv(key)
+    for key, value in (own | {"HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(key, value)
+    with serve() as kaggle:
+        key = {} if "KAGGLE_USERNAME" not in own else {"KAGGLE_KEY": "k"}
+        theirs = run_with_client(kaggle, tmp_path, WHO, login=False, **own, **key)
+    assert find_owner() == theirs
+    assert theirs in [*files.values(), "env"]
+
+
+def test_without_a_user_there_is_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
+    assert find_owner() is None
+    (tmp_path / "kaggle.json").write_text("{")
+    with pytest.raises(ValueError, match=r"kaggle\.json: no JSON"):
+        find_owner()

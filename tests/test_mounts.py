@@ -1,0 +1,94 @@
+"""What Kaggle mounts where: the kernel finds bundle, sample and images by what they are."""
+
+from pathlib import Path
+
+import pytest
+
+from kernel.inference import MANIFEST, SAMPLE, Options, find_one, find_task, run
+
+DATASET = "somebody/severstal-steel-ensemble"
+COMPETITION = "severstal-steel-defect-detection"
+
+MOUNTS = {  # where the bundle, the sample and the images lie
+    "old": ("severstal-steel-ensemble", COMPETITION, f"{COMPETITION}/test_images"),
+    "new": (
+        f"datasets/{DATASET}",
+        f"competitions/{COMPETITION}",
+        f"competitions/{COMPETITION}/test_images",
+    ),
+    "nested once": ("ensemble/dataset", f"{COMPETITION}/data", f"{COMPETITION}/data/test_images"),
+    "nested twice": (
+        f"datasets/{DATASET}/versions/3",
+        f"competitions/{COMPETITION}/a/b",
+        f"competitions/{COMPETITION}/a/b/test_images",
+    ),
+    "images a folder deeper": (
+        "ensemble",
+        COMPETITION,
+        f"{COMPETITION}/test_images/test_images",
+    ),
+    "images beside the sample itself": ("ensemble", "steel", "steel"),
+    "another slug": ("x", "my-copy-of-severstal", "my-copy-of-severstal/images"),
+    "images under a slug of their own": ("ensemble", COMPETITION, "datasets/me/strips/test"),
+}
+
+
+def write(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def mount(root: Path, bundle: str, sample: str, images: str) -> None:
+    """The mounts' files, and those of other folders that a hasty search would take."""
+    write(root / bundle / MANIFEST, "{}")
+    write(root / sample / SAMPLE, "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\nb.jpg,1 1,0\n")
+    for name in ("a.jpg", "b.jpg"):
+        write(root / images / name)
+    for name in ("x.jpg", "y.jpg", "z.jpg"):
+        write(root / sample / "train_images" / name)
+    write(root / "datasets" / "else" / "other.csv")
+
+
+@pytest.mark.parametrize("case", MOUNTS)
+def test_everything_is_found_where_kaggle_may_mount_it(case: str, tmp_path: Path) -> None:
+    bundle, sample, images = MOUNTS[case]
+    mount(tmp_path, bundle, sample, images)
+    found = find_one(tmp_path, MANIFEST, "the bundle", "--bundle")
+    task = find_task(Options(input=tmp_path), 4)
+    assert found == tmp_path / bundle
+    assert task.images == tmp_path / images
+    assert task.names == ["a.jpg", "b.jpg"]
+
+
+def test_one_version_mounted_in_two_places_is_one(tmp_path: Path) -> None:
+    for place in ("severstal-steel-ensemble", f"datasets/{DATASET}"):
+        write(tmp_path / place / MANIFEST, '{"members": 1}')
+    found = find_one(tmp_path, MANIFEST, "the bundle", "--bundle")
+    assert found == tmp_path / "datasets" / DATASET
+
+
+def test_two_versions_at_once_are_both_named_with_the_option(tmp_path: Path) -> None:
+    places = [tmp_path / f"datasets/{DATASET}", tmp_path / f"datasets/{DATASET}-v2"]
+    for number, place in enumerate(places):
+        write(place / MANIFEST, f'{{"members": {number}}}')
+    with pytest.raises(ValueError) as error:
+        run(Options(input=tmp_path))
+    assert str(error.value) == (
+        f"more than one {MANIFEST}: {places[0]}, {places[1]}; "
+        "remove one from the kernel's sources, or choose with --bundle"
+    )
+
+
+def test_an_empty_tree_says_what_is_missing_and_which_source_to_add(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no ensemble\.json under .* there is nothing: add") as e:
+        run(Options(input=tmp_path))
+    assert "the dataset that `kaggle datasets create` made" in str(e.value)
+    assert "kernel's sources, or give --bundle" in str(e.value)
+
+
+def test_a_tree_without_the_competition_names_it_and_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "ensemble" / MANIFEST, "{}")
+    with pytest.raises(ValueError, match=r"no sample_submission\.csv under .* there is ensemble:"):
+        find_task(Options(input=tmp_path), 4)
+    with pytest.raises(ValueError, match=f"add the competition {COMPETITION} to the kernel's"):
+        find_task(Options(input=tmp_path), 4)
