@@ -136,12 +136,9 @@ def test_a_submission_that_kaggle_would_refuse_fails_the_rehearsal(
     shutil.copytree(tiny_bundle, bundle)
     kernel = bundle / "kernel" / "inference.py"
     code = kernel.read_text()
-    assert code.count("    rows = [layout.row(") == 1
-    kernel.write_text(
-        code.replace(
-            "    rows = [layout.row(", "    pairs = list(pairs)[::-1]\n    rows = [layout.row("
-        )
-    )
+    in_order = "for pair in pairs}"
+    assert code.count(in_order) == 1
+    kernel.write_text(code.replace(in_order, "for pair in list(pairs)[::-1]}"))
     ended = rehearse(bundle, "--images", str(strips / "test_images"))
     assert ended.returncode != 0
     assert "submission.csv is invalid: row (" in ended.stderr and "order" in ended.stderr
