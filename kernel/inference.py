@@ -750,7 +750,6 @@ class Tally:
 
     def cut(self) -> None:
         """No pass comes any more: the mean is that of the passes decoded."""
-        del self.gates[self.decoded :]
         self.restart(self.decoded)
 
     def restart(self, passes: int) -> None:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -241,24 +243,35 @@ def test_strips_for_which_there_is_no_time_are_told_and_keep_their_rows(
     assert len(output.read_text().splitlines()) == 161
 
 
-def test_a_strip_in_flight_at_the_end_keeps_the_mean_of_its_passes() -> None:
-    manifest = kernel.Manifest([], 1, threshold=0.5)
-    tally = kernel.Tally(15, manifest, early_exit=True)
-    flight = kernel.Flight(
-        kernel.Strip("a", np.zeros((2, 2), np.uint8)),
-        kernel.torch.zeros(1, 1, 2, 2),
-        tally,
-        list(range(15)),
-        (2, 2),
-    )
-    for value in (0.9, 0.3):
-        probabilities = kernel.torch.full((1, 2, 2), value)
-        flight.encode((kernel.torch.ones(1, 1), probabilities), np.ones(1))
-        flight.decode(probabilities)
+def flown(decoded: Sequence[float], encoded: int) -> kernel.Flight:
+    """A flight of 15 passes: some decoded with these probabilities, then some only encoded."""
+    tally = kernel.Tally(15, kernel.Manifest([], 1, threshold=0.5), early_exit=True)
+    strip, images = kernel.Strip("a", np.zeros((2, 2), np.uint8)), torch.zeros(1, 1, 2, 2)
+    flight = kernel.Flight(strip, images, tally, list(range(15)), (2, 2))
+    for _ in range(len(decoded) + encoded):
+        flight.encode((torch.ones(1, 1),), np.ones(1))
+    for value in decoded:
+        flight.decode(torch.full((1, 2, 2), value))
     assert not flight.landed
+    return flight
+
+
+@pytest.mark.parametrize(("second", "on"), [(0.3, True), (0.05, False)])
+@pytest.mark.parametrize("encoded", [0, 2])
+def test_a_strip_in_flight_at_the_end_keeps_the_mean_of_its_passes(
+    encoded: int, second: float, on: bool
+) -> None:
+    flight = flown([0.9, second], encoded)
     flight.cut()
     assert flight.landed and not flight.fault
-    assert tally.masks((2, 2)).all()  # 0.6 > 0.5
+    assert flight.tally.masks((2, 2)).all() == on
+
+
+def test_a_strip_of_which_nothing_is_decoded_at_the_end_stays_empty_and_is_told() -> None:
+    flight = flown([], 3)
+    flight.cut()
+    assert flight.landed
+    assert flight.fault == "no time was left for it"
 
 
 def test_the_watchdog_ends_a_run_that_hangs_with_what_is_done(
