@@ -40,13 +40,14 @@ from kernel.inference import (
     parse_manifest,
     read_json,
 )
+from kernel.projection import CALIBRATION
 from weights.checkpoints import fit, read_checkpoint, read_model, weights_file, without_activation
 
 ROOT = Path(__file__).resolve().parent
 DATASET = ROOT / "dataset-metadata.json"
 KERNEL = ROOT / "kernel" / "kernel-metadata.json"
 CODE = ROOT / "kernel" / "inference.py"
-PARTS = ("dataset", "kernel", "report")  # of a bundle; the last is what the dry run leaves there
+PARTS = ("dataset", "kernel", "report", CALIBRATION)  # of a bundle; the dry run leaves the last two
 CACHE = ROOT / ".cache" / "wheels"
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
 
@@ -513,6 +514,8 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         packed = stage(Path(scratch, "bundle"), manifest, sources, metadata, wheels, openvino)
+        if (out / CALIBRATION).is_file():  # Kaggle's machines stay what they were measured to be
+            shutil.copy(out / CALIBRATION, Path(scratch, "bundle"))
         swap_in(Path(scratch, "bundle"), out, Path(scratch, "previous"))
     return metadata, packed
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from build_kernel import build
-from kernel.dry_run import SCORED_STRIPS
 from kernel.inference import (
     Ensemble,
     Manifest,
@@ -44,6 +43,7 @@ from kernel.inference import (
     load_member,
     read_image,
 )
+from kernel.projection import SCORED_STRIPS
 from weights import steel
 from weights.score import Masks, dice
 

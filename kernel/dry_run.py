@@ -1,44 +1,38 @@
-"""The rehearsal: the built bundle in a Kaggle-like tree, run the way Kaggle runs it, and timed.
+"""The rehearsal: the built bundle in a Kaggle-like tree, run the way Kaggle runs it, and judged.
 
 Lays `input/` out as Kaggle mounts it, runs dist/kernel/inference.py there as its own process, with
-no arguments but the input's root and with the network denied where the system allows it, then
-prints the seconds per stage, projects them on the scored run's 5,506 strips and draws the masks.
+no arguments but the input's root and with the network denied where the system allows it, then tells
+where the seconds went, what the scored run's 5,506 strips would take, and shows what was found.
 """
 
 import argparse
-import itertools
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 
+from kernel.drawing import Found, write_sheet
 from kernel.inference import (
     IMAGE_SUFFIXES,
     LAYOUTS,
     MANIFEST,
     SAMPLE,
-    Image,
     load_manifest,
-    read_image,
+    read_json,
     write_submission,
 )
+from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
+from kernel.report import Ended, as_lines, tell
 from weights import steel
-from weights.score import Masks, Scores, dice, draw_truth, read_truth
-
-SCORED_STRIPS = 5506  # of the scored run
-BUDGET_S = 3600  # Kaggle's hour
-COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
-BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
+from weights.score import read_truth
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
@@ -47,9 +41,10 @@ def lay_tree(root: Path, bundle: Path, images: Path) -> None:
     """`root`/input with the competition and the dataset as Kaggle mounts them today."""
     manifest = load_manifest(bundle / "dataset")
     slug = json.loads((bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
-    shutil.copytree(bundle / "dataset", root / "input" / "datasets" / slug)
+    mounted = root / "input" / "datasets" / slug
+    shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink)
     competition = root / "input" / "competitions" / manifest.competition
-    shutil.copytree(images, competition / "test_images")
+    shutil.copytree(images.resolve(), competition / "test_images", copy_function=os.symlink)
     names = sorted(path.name for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     everything = f"1 {manifest.image_size[0] * manifest.image_size[1]}"  # as the real sample has it
     rows = [(name, 0) for name in names]
@@ -66,7 +61,13 @@ def without_network() -> list[str]:
     return prefix if allowed else []
 
 
-def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
+def peak_bytes() -> int:
+    """The most memory that a process started here has held; macOS counts bytes, Linux KiB."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def run_kernel(root: Path, kernel: Path) -> tuple[dict[str, Any], Ended]:
     """Runs the kernel in `root`/working as Kaggle would; its run.json, with the start-up in it.
 
     Raises:
@@ -75,131 +76,16 @@ def run_kernel(root: Path, kernel: Path) -> dict[str, Any]:
     deny = without_network()
     state = "denied" if deny else "NOT denied, this system does not allow it"
     print(f"   network: {state}", flush=True)  # before the kernel's own lines
-    report = root / "working" / "run.json"
-    command = [
-        sys.executable,
-        str(kernel.resolve() / "inference.py"),
-        "--input",
-        str(root / "input"),
-    ]
+    script = str(kernel.resolve() / "inference.py")
+    command = [sys.executable, script, "--input", str(root / "input")]
     start = time.perf_counter()
-    ended = subprocess.run(
-        [*deny, *command, "--report", str(report)], cwd=root / "working", check=False
-    )
-    if ended.returncode:
-        raise ValueError(f"the kernel ended with exit code {ended.returncode}; see its lines above")
+    code = subprocess.run([*deny, *command], cwd=root / "working", check=False).returncode
     seconds = time.perf_counter() - start
-    result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    result["stages"] = {"start": seconds - result["seconds"], **result["stages"]}
-    return result | {"seconds": seconds}
-
-
-# --- what it took ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A run's seconds, taken to the scored run: what is paid once, and what each strip costs."""
-
-    once_s: float
-    strip_s: float
-
-    @property
-    def total_s(self) -> float:
-        """Seconds for the scored run's strips on this machine."""
-        return self.once_s + SCORED_STRIPS * self.strip_s
-
-
-def project(report: dict[str, Any]) -> Projection:
-    """Start-up, import, loading and the engines' check are paid once; the rest grows."""
-    once_s = sum(report["stages"][stage] for stage in ("start", "import", "load", "check"))
-    return Projection(once_s, (report["seconds"] - once_s) / report["strips"])
-
-
-def print_stages(report: dict[str, Any]) -> None:
-    """Seconds and share of every stage; the networks' by member."""
-    by_stage: dict[str, float] = defaultdict(float)
-    for stage, seconds in report["stages"].items():
-        by_stage["/".join(stage.split("/")[:2])] += seconds
-    by_stage["other"] = report["seconds"] - sum(by_stage.values())
-    print(f"\n   {'stage':<28}{'seconds':>9}{'share':>8}")
-    for stage, seconds in by_stage.items():
-        print(f"   {stage:<28}{seconds:>9.2f}{seconds / report['seconds']:>8.1%}")
-
-
-def print_projection(report: dict[str, Any]) -> None:
-    """The verdict on the hour, for this machine alone."""
-    projection = project(report)
-    fits = projection.total_s <= BUDGET_S
-    print(
-        f"\n   {projection.once_s:.1f} s once + {projection.strip_s:.3f} s a strip, on"
-        f" {report['device']} here: {SCORED_STRIPS:,} strips would take"
-        f" {projection.total_s:,.0f} s of {BUDGET_S:,} s: {'fits' if fits else 'TOO LONG'}"
-    )
-    if report["device"] == "cpu":
-        print(
-            "   That is this machine's CPU. Kaggle's kernel runs on a GPU; only a run there tells."
-        )
-
-
-# --- the picture ----------------------------------------------------------------------------------
-
-
-def draw_strip(
-    image: Image, masks: Masks, truth: Masks | None, caption: str
-) -> npt.NDArray[np.uint8]:
-    """One strip with its masks filled in colour and the ground truth outlined in white, BGR."""
-    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
-    for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
-        canvas[mask] = (0.55 * canvas[mask] + 0.45 * np.array(colour)).astype(np.uint8)
-    for mask, colour in zip(
-        truth if truth is not None else (), itertools.cycle(COLOURS), strict=False
-    ):
-        edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, edges, -1, (255, 255, 255), 5)
-        cv2.drawContours(canvas, edges, -1, colour, 2)
-    bar = np.full((BAR, canvas.shape[1], 3), 24, np.uint8)
-    cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
-    return np.vstack([bar, canvas]).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A run's result beside what is known of it."""
-
-    images: Path
-    found: dict[str, dict[int, str]]  # image → class → RLE
-    truth: dict[str, dict[int, str]] | None
-    classes: int
-
-    def masks(self, name: str, size: tuple[int, int]) -> tuple[Masks, Masks | None]:
-        """Found and true masks (classes, H, W) of one image; None where no truth is known."""
-        found = draw_truth(self.found[name], self.classes, size)
-        if self.truth is None:
-            return found, None
-        return found, draw_truth(self.truth.get(name, {}), self.classes, size)
-
-
-def draw_sheet(drawn: Drawn, sheet: Path, most: int = 24) -> Scores:
-    """Writes the contact sheet of the first `most` strips, and scores all that have a truth."""
-    scores = Scores()
-    strips: list[npt.NDArray[np.uint8]] = []
-    for name, rles in drawn.found.items():
-        try:
-            image = read_image(drawn.images / name)
-        except (ValueError, OSError):
-            continue  # the kernel's log has named it
-        masks, truth = drawn.masks(name, (image.shape[0], image.shape[1]))
-        caption = f"{name}   found: {', '.join(f'class {c}' for c in sorted(rles)) or 'no defect'}"
-        if truth is not None:
-            scores.add(masks, truth)
-            caption += f"   Dice {np.mean(dice(masks, truth)):.3f}"
-        if len(strips) < most:
-            strips.append(draw_strip(image, masks, truth, caption))
-    width = max(strip.shape[1] for strip in strips)
-    padded = [np.pad(s, ((0, GAP), (0, width - s.shape[1]), (0, 0))) for s in strips]
-    cv2.imwrite(str(sheet), np.vstack(padded))
-    return scores
+    if code:
+        raise ValueError(f"the kernel ended with exit code {code}; see its lines above")
+    told = read_json(root / "working" / "run.json")
+    told["stages"]["start"] = seconds - told["seconds"]
+    return told | {"seconds": seconds}, Ended(code, seconds, bool(deny), peak_bytes())
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -218,6 +104,9 @@ def parse_args() -> argparse.Namespace:
     add("--ground-truth", type=Path, help="a train.csv of these strips, for the Dice")
     add("--strips", type=int, default=8, help="how many to draw where --images is not given")
     add("--seed", type=int, default=7, help="of the synthetic strips")
+    add("--budget-s", type=float, default=HOUR_S, help="seconds that you allow; default the hour's")
+    about = "a run.json from Kaggle: its rate replaces the assumed one, from now on"
+    add("--calibrate", type=Path, metavar="RUN.JSON", help=about)
     return parser.parse_args()
 
 
@@ -230,20 +119,25 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
     print("== laying the Kaggle-like tree and running the kernel in it")
     lay_tree(root, args.bundle, images)
-    report = run_kernel(root, args.bundle / "kernel")
-    print_stages(report)
-    print_projection(report)
+    told, ended = run_kernel(root, args.bundle / "kernel")
     out = args.bundle / "report"
     out.mkdir(exist_ok=True)
     for name in ("submission.csv", "run.json"):
         shutil.copy(root / "working" / name, out / name)
-    truth = read_truth(truth_csv) if truth_csv else None
+    rles, truth = read_truth(out / "submission.csv"), read_truth(truth_csv) if truth_csv else None
     classes = load_manifest(args.bundle / "dataset").classes
-    drawn = Drawn(images, read_truth(out / "submission.csv"), truth, classes)
-    scores = draw_sheet(drawn, out / "contact_sheet.png")
-    if truth is not None:
-        print(f"\n   Dice {json.dumps(scores.summary())}")
-    print(f"\n   {out / 'submission.csv'}\n   {out / 'contact_sheet.png'}\n   {out / 'run.json'}")
+    names = sorted(told["work"].keys() | told["faults"].keys())
+    pictures, scores = Found(images, names, rles, truth, classes).draw()
+    write_sheet(pictures, out / "contact_sheet.png")
+    run = read_run(told, out / "run.json")
+    defective = np.array([bool(rles.get(name)) for name in told["work"]])
+    report = tell(run, told, ended, defective, read_calibration(args.bundle), args.budget_s)
+    report |= {"dice": scores.summary()} if truth is not None else {}
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (out / "report.json").write_text(text, encoding="utf-8")
+    print(f"\n== the verdict\n{as_lines(report)}\n")
+    for name in ("submission.csv", "contact_sheet.png", "run.json", "report.json"):
+        print(f"   {out / name}")
 
 
 def main() -> None:
@@ -253,6 +147,8 @@ def main() -> None:
         if folder is not None and not folder.exists():
             sys.exit(f"error: {folder}: not there; build the bundle with build_kernel.py first")
     try:
+        if args.calibrate:
+            print(f"== {calibrate(args.bundle, args.calibrate)} calibrated by {args.calibrate}")
         with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
             rehearse(args, Path(root))
     except (ValueError, OSError) as error:

@@ -826,7 +826,7 @@ class Options:
     early_exit: bool = True
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
-    report: Path | None = None
+    report: Path = Path("run.json")
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
@@ -977,20 +977,25 @@ class Outcome:
     rles: dict[tuple[str, int], str] = field(default_factory=dict)  # (image, class) with a mask
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
     work: dict[str, dict[str, float]] = field(default_factory=dict)  # image → what was run for it
+    strip_s: dict[str, float] = field(default_factory=dict)  # image → seconds since the one before
     device: str = ""
+    gpu_bytes: int = 0  # the most that PyTorch held on one GPU
 
     def add(self, other: "Outcome") -> None:
         """Takes in what became of other images."""
         self.rles |= other.rles
         self.faults |= other.faults
         self.work |= other.work
+        self.strip_s |= other.strip_s
         self.device = other.device
+        self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
 
 
 def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
     """Every image of a task through the ensemble."""
     outcome, asked = Outcome(device=str(ensemble.device)), set(task.pairs)
     strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
+    before = time.perf_counter()
     interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
     with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
         for flight in ensemble.fly(timed(strips, ensemble.stages, "decode")):
@@ -1006,7 +1011,10 @@ def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
                     outcome.rles |= {
                         pair: rle for pair, rle in rles.items() if rle and pair in asked
                     }
+            before, since = time.perf_counter(), before
+            outcome.strip_s[name] = before - since
             bar.update()
+    outcome.gpu_bytes = torch.cuda.max_memory_allocated()
     return outcome
 
 
@@ -1069,7 +1077,8 @@ def read_worker(folder: Path, number: int, stages: Stages, share: float) -> Outc
     for stage, seconds in report["stages"].items():
         stages.seconds[stage] += share * seconds
     rles = {(name, label): rle for name, label, rle in rows if rle}
-    return Outcome(rles, report["faults"], report["work"], report["device"])
+    known = ("faults", "work", "strip_s", "device", "gpu_bytes")
+    return Outcome(rles, **{key: report[key] for key in known})
 
 
 def predict_by_workers(
@@ -1122,6 +1131,7 @@ def run(options: Options) -> dict[str, Any]:
     with stages("write"):
         rows = write_result(options, task, manifest.empty_rows, outcome.rles)
     seconds = time.perf_counter() - start
+    cheapest_first = sorted(manifest.members, key=lambda spec: sum(spec.flops))
     working_s = seconds - sum(stages.seconds[stage] for stage in ("import", "load", "check"))
     log.info(
         "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
@@ -1134,8 +1144,11 @@ def run(options: Options) -> dict[str, Any]:
         "non_empty": len(outcome.rles),
         "faults": outcome.faults,
         "work": outcome.work,
+        "strip_s": outcome.strip_s,
         "share": float(np.mean([work["share"] for work in outcome.work.values()])),
+        "passes": [[m.name, flip, *m.flops] for m in cheapest_first for flip in manifest.flips],
         "device": outcome.device,
+        "gpu_bytes": outcome.gpu_bytes,
         "workers": workers,
         "seconds": seconds,
         "stages": dict(stages.seconds),
@@ -1175,7 +1188,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
-    add("--report", type=Path, help="also write seconds per stage and every failed strip, as JSON")
+    about = "seconds per stage, work per strip and every failed strip, as JSON; default run.json"
+    add("--report", type=Path, default=Options.report, help=about)
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -1190,10 +1204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", error)
         sys.exit(2)
-    if options.report:
-        options.report.write_text(
-            json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+    text = json.dumps(report, indent=2, sort_keys=True) + "\n"
+    options.report.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kernel import dry_run
+from kernel import drawing, dry_run
 from weights import steel
 from weights.score import decode_rle
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def strips(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tiny strips in the competition's layout, with test.csv."""
-    folder = tmp_path / "steel"
+    folder = tmp_path_factory.mktemp("strips") / "steel"
     steel.write_competition(folder, train=0, test=3, seed=4, size=(64, 96))
     return folder
 
@@ -35,11 +35,11 @@ def rehearse(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rehearsed(
-    tiny_bundle: Path, strips: Path, tmp_path: Path
+    tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    bundle = tmp_path / "dist"
+    bundle = tmp_path_factory.mktemp("rehearsed") / "dist"
     shutil.copytree(tiny_bundle, bundle)
     images, truth = strips / "test_images", strips / "test.csv"
     return bundle, rehearse(bundle, "--images", str(images), "--ground-truth", str(truth))
@@ -54,10 +54,32 @@ def test_a_rehearsal_leaves_submission_picture_and_report(
     names = sorted(path.name for path in (strips / "test_images").iterdir())
     assert list(rows["ImageId"]) == [name for name in names for _ in range(4)]
     assert list(rows["ClassId"]) == ["1", "2", "3", "4"] * 3
-    for stage in ("start", "import", "load", "decode", "networks/unet-a", "rle", "write"):
-        assert f" {stage} " in ended.stdout
+    for row in (
+        "start",
+        "import",
+        "load",
+        "decode",
+        "encoders",
+        "decoders",
+        "sums",
+        "RLE",
+        "write",
+    ):
+        assert f"   {row} " in ended.stdout
+    for row in ("unet-a", "fpn-b", "unet-c", "none", "horizontal", "vertical"):
+        assert f"   {row} " in ended.stdout
     assert "5,506 strips would take" in ended.stdout
-    assert '"dice_non_empty"' in ended.stdout
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    assert report["run"]["exit_code"] == 0
+    assert report["run"]["network_denied"] == bool(dry_run.without_network())
+    assert 50e6 < report["run"]["peak_bytes"] < 50e9  # PyTorch alone is more than the one
+    told = json.loads((bundle / "report" / "run.json").read_text())
+    assert report["run"]["seconds"] > told["seconds"]
+    assert sum(row["share"] for row in report["stages"]) == pytest.approx(1)
+    assert sum(row["encoders"] for row in report["passes"]) == sum(
+        work["encoders"] for work in told["work"].values()
+    )
+    assert 0 < report["dice"]["dice"] < 1
 
 
 def test_the_picture_colours_just_the_masks_of_the_submission(
@@ -70,7 +92,7 @@ def test_the_picture_colours_just_the_masks_of_the_submission(
     assert len(rows[rows.EncodedPixels != ""]) > 0
     for index, (_, group) in enumerate(rows.groupby("ImageId", sort=True)):
         found = np.any([decode_rle(rle, (64, 96)) for rle in group.EncodedPixels], axis=0)
-        top = index * (dry_run.BAR + 64 + dry_run.GAP) + dry_run.BAR
+        top = index * (drawing.BAR + 64 + drawing.GAP) + drawing.BAR
         drawn = sheet[top : top + 64, :96].astype(int)
         coloured = np.ptp(drawn, axis=2) > 0
         outlined = (drawn == 255).all(axis=2) | coloured  # outlines of the truth lie over masks
@@ -82,14 +104,6 @@ def test_the_picture_colours_just_the_masks_of_the_submission(
 def steel_truth(strips: Path, name: str) -> bool:
     """Whether a strip has any ground truth, and so outlines in the picture."""
     return name in (strips / "test.csv").read_text()
-
-
-def test_the_projection_pays_start_up_once_and_every_strip_again() -> None:
-    stages = {"start": 2.0, "import": 3.0, "load": 5.0, "check": 4.0, "networks/a/encoder": 8.0}
-    projection = dry_run.project({"stages": stages, "seconds": 24.0, "strips": 4})
-    assert projection.once_s == 14
-    assert projection.strip_s == 2.5
-    assert projection.total_s == 14 + 5506 * 2.5
 
 
 def test_the_tree_has_the_mounts_that_kaggle_makes(
