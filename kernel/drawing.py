@@ -1,5 +1,6 @@
 """A run's masks drawn on its strips, beside the ground truth where one is given."""
 
+import base64
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,12 @@ class Picture:
     canvas: Canvas
     classes: list[int]  # found
     dice: float | None  # None where no truth is known
+
+    @property
+    def uri(self) -> str:
+        """The canvas as a JPEG inside its own address."""
+        _, data = cv2.imencode(".jpg", self.canvas, [cv2.IMWRITE_JPEG_QUALITY, 85])
+        return f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
 
     @property
     def caption(self) -> str:

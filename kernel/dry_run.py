@@ -30,7 +30,7 @@ from kernel.inference import (
     write_submission,
 )
 from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
-from kernel.report import Ended, as_lines, tell
+from kernel.report import Ended, as_lines, as_page, check_run, tell
 from weights import steel
 from weights.score import read_truth
 
@@ -131,12 +131,15 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     write_sheet(pictures, out / "contact_sheet.png")
     run = read_run(told, out / "run.json")
     defective = np.array([bool(rles.get(name)) for name in told["work"]])
-    report = tell(run, told, ended, defective, read_calibration(args.bundle), args.budget_s)
-    report |= {"dice": scores.summary()} if truth is not None else {}
+    checks = check_run(ended, told["faults"])  # a validator's verdict is one more
+    calibration = read_calibration(args.bundle)
+    report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
+    report["dice"] = None if truth is None else scores.summary()
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     (out / "report.json").write_text(text, encoding="utf-8")
-    print(f"\n== the verdict\n{as_lines(report)}\n")
-    for name in ("submission.csv", "contact_sheet.png", "run.json", "report.json"):
+    (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+    print(f"\n{as_lines(report)}\n")
+    for name in ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html"):
         print(f"   {out / name}")
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from kernel.drawing import COLOURS, Picture
 from kernel.projection import (
     HOUR_S,
     SCORED_STRIPS,
@@ -25,7 +28,7 @@ from kernel.projection import (
 class Check:
     """One thing that a submission must pass."""
 
-    ok: bool
+    ok: bool | None  # None: it could not be tried
     words: str
 
 
@@ -58,9 +61,21 @@ def check_run(ended: Ended, faults: dict[str, str]) -> list[Check]:
     failed = f"{len(faults)} strips failed" if faults else "no strip failed"
     return [
         Check(ended.exit_code == 0, f"the kernel ended with exit code {ended.exit_code}"),
-        Check(ended.network_denied, network),
+        Check(ended.network_denied or None, network),
         Check(not faults, failed),
     ]
+
+
+def passed(checks: list[Check]) -> bool:
+    """Whether none failed."""
+    return all(check.ok is not False for check in checks)
+
+
+def verdict(clean_run: list[Check], in_time: list[Check]) -> str:
+    """What the checks come to, in one line."""
+    if not passed(clean_run):
+        return "Not ready: the run was not clean"
+    return "Ready, and in time here" if passed(in_time) else "A clean run, but too long here"
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -124,15 +139,22 @@ def tell(
     run: Run,
     told: dict[str, Any],
     ended: Ended,
+    clean_run: list[Check],
     defective: npt.NDArray[np.bool_],
     calibration: dict[str, Any],
     budget_s: float,
 ) -> dict[str, Any]:
-    """The report of a run: `told` is its run.json; `defective` (strips,) is in that order."""
+    """The report of a run: `told` is its run.json; `defective` (strips,) is in that order.
+
+    `clean_run` is what was checked besides the time.
+    """
     projection = project(run)
     limits = sorted({float(HOUR_S), budget_s}, reverse=True)
-    checks = [*check_run(ended, told["faults"]), *(check_time(projection, s) for s in limits)]
+    in_time = [check_time(projection, limit) for limit in limits]
+    checks = clean_run + in_time
     return {
+        "verdict": verdict(clean_run, in_time),
+        "ready": passed(checks),
         "checks": [asdict(check) for check in checks],
         "run": {
             **asdict(ended),
@@ -173,19 +195,24 @@ def columns(heads: str, rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def by(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
-    """Rows of passes summed over all with the same `key`."""
+    """Rows of passes summed over all with the same `key`, and both halves' `total_s`."""
     sums: dict[str, dict[str, float]] = {}
     for row in rows:
         group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
         for name in group:
             group[name] += row[name]
-    return sums
+    return {
+        name: group | {"total_s": group["encoder_s"] + group["decoder_s"]}
+        for name, group in sums.items()
+    }
 
 
 def as_lines(report: dict[str, Any]) -> str:
     """The report for the terminal, the verdict first."""
     run, fits = report["run"], report["drop_to_fit"]
-    parts = ["\n".join(f"   {'ok' if c['ok'] else 'NO':<4}{c['words']}" for c in report["checks"])]
+    marks = {True: "ok", False: "NO", None: "?"}
+    checks = [f"   {marks[check['ok']]:<4}{check['words']}" for check in report["checks"]]
+    parts = ["\n".join([f"== {report['verdict']}", *checks])]
     seconds = ((r["stage"], f"{r['seconds']:.2f}", f"{r['share']:.1%}") for r in report["stages"])
     parts.append(columns("stage|seconds|share", seconds))
     for key in ("member", "flip"):
@@ -214,3 +241,27 @@ def as_lines(report: dict[str, Any]) -> str:
     if fits:
         parts.append(f"   To fit here, drop {', then '.join(fits)}.")
     return "\n\n".join(parts)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def as_page(report: dict[str, Any], pictures: list[Picture]) -> str:
+    """The report as one HTML page that needs nothing but itself."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["zip"] = zip
+    per_class = report["dice"]["per_class"] if report["dice"] else {}
+    return environment.get_template("report.html").render(
+        report=report,
+        run=report["run"],
+        sums={key: by(report["passes"], key) for key in ("member", "flip")},
+        named_classes=[(f"class {label}", value) for label, value in per_class.items()],
+        pictures=pictures,
+        colours=[f"rgb({red}, {green}, {blue})" for blue, green, red in COLOURS],
+    )
