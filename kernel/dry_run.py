@@ -32,6 +32,7 @@ from kernel.inference import (
 from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
 from kernel.report import Ended, as_lines, as_page, check_run, tell
 from weights import steel
+from weights.choose import choose
 from weights.score import read_truth
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
@@ -101,7 +102,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist"), help="what build_kernel.py wrote")
     add("--images", type=Path, help="folder of strips (default: synthetic ones, drawn on the spot)")
-    add("--ground-truth", type=Path, help="a train.csv of these strips, for the Dice")
+    add(
+        "--ground-truth",
+        type=Path,
+        help="a train.csv of these strips: the Dice, and what to choose by it",
+    )
     add("--strips", type=int, default=8, help="how many to draw where --images is not given")
     add("--seed", type=int, default=7, help="of the synthetic strips")
     add("--budget-s", type=float, default=HOUR_S, help="seconds that you allow; default the hour's")
@@ -134,13 +139,19 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     checks = check_run(ended, told["faults"])  # a validator's verdict is one more
     calibration = read_calibration(args.bundle)
     report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
-    report["dice"] = None if truth is None else scores.summary()
+    report |= {"dice": None if truth is None else scores.summary(), "choice": None}
+    if truth is not None and args.ground_truth:
+        print("== every pass for every strip, to choose by")
+        proposal = out / MANIFEST
+        report["choice"] = choose(args.bundle / "dataset", images, names, truth, proposal)
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     (out / "report.json").write_text(text, encoding="utf-8")
     (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
     print(f"\n{as_lines(report)}\n")
     for name in ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html"):
         print(f"   {out / name}")
+    if args.ground_truth:
+        print(f"   {out / MANIFEST} is the proposal; yours is as it was")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ in `MACHINES`, until `calibrate` has read the run.json of a real run there.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kernel.inference import read_json
 
 SCORED_STRIPS = 5506  # of the scored run
 HOUR_S = 3600  # Kaggle's
+HALVES = ("encoder", "decoder")  # of a pass
 ONCE = ("start", "import", "load", "check")  # stages that are paid once, however many the strips
 CALIBRATION = "calibration.json"  # in the bundle's folder
 
@@ -64,7 +66,7 @@ class Run:
         counts, half_s = self.counts, np.zeros(self.flops.shape)
         for member in {member for member, _ in self.passes}:
             rows = [index for index, (name, _) in enumerate(self.passes) if name == member]
-            for half, name in enumerate(("encoder", "decoder")):
+            for half, name in enumerate(HALVES):
                 seconds = self.stages.get(f"networks/{member}/{name}", 0.0) * self.workers
                 half_s[rows, half] = seconds / max(counts[rows, half].sum(), 1)
         return half_s
@@ -137,15 +139,24 @@ def project(run: Run, resamples: int = 2000) -> Projection:
 # --- what could be dropped ------------------------------------------------------------------------
 
 
+def passes_s(half_s: Floats, kept: Sequence[int], done: Ints) -> Floats:
+    """Seconds of each strip, (strips,), whose first encoders and decoders of `kept` were `done`.
+
+    `half_s` (passes, 2) are the seconds of each half, `done` (strips, 2) how many of each ran.
+    """
+    first = np.vstack([np.zeros(2), half_s[list(kept)].cumsum(axis=0)])  # of the first n passes
+    seconds: Floats = first[done[:, 0], 0] + first[done[:, 1], 1]
+    return seconds
+
+
 def kept_s(run: Run, kept: list[int]) -> float:
     """Seconds in the networks for the scored run, with only the passes `kept`.
 
     An estimate: every strip is taken to be decided after the same share of the passes as before.
     """
     fewer = -(-run.done * len(kept) // len(run.passes))  # rounded up
-    first = np.vstack([np.zeros(2), run.half_s[kept].cumsum(axis=0)])  # of the first n passes
-    seconds = first[fewer[:, 0], 0] + first[fewer[:, 1], 1]
-    return float(seconds.sum() / run.strips * SCORED_STRIPS / run.workers)
+    seconds = passes_s(run.half_s, kept, fewer).sum() / run.workers
+    return float(seconds / run.strips * SCORED_STRIPS)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the dry run tells: one dict, which is report.json, a page and the terminal's lines."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kernel.drawing import COLOURS, Picture
 from kernel.projection import (
+    HALVES,
     HOUR_S,
     SCORED_STRIPS,
     Projection,
@@ -79,8 +81,6 @@ def verdict(clean_run: list[Check], in_time: list[Check]) -> str:
 
 
 # --- the numbers ----------------------------------------------------------------------------------
-
-HALVES = ("encoder", "decoder")
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:
@@ -207,6 +207,25 @@ def by(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
     }
 
 
+def choice_lines(choice: dict[str, Any]) -> str:
+    """The evidence for other members, flips and settings."""
+    rows = [
+        (
+            found["name"],
+            *(f"{found[key]:.4f}" for key in ("dice", "dice_non_empty", "clean_left_empty")),
+            f"{found['strip_s']:.3f}",
+            *(f"{found['best'][key]:.4f}" for key in ("dice", "dice_non_empty")),
+            f"{found['best']['threshold']:g}",
+            str(found["best"]["min_area"]),
+            "← proposed" if found["name"] == choice["proposed"] else "",
+        )
+        for found in choice["variants"]
+    ]
+    heads = f"of {choice['strips']} strips|Dice|non-empty|clean|s/strip"
+    heads += "|at best|non-empty|threshold|min_area|"
+    return columns(heads, rows)
+
+
 def as_lines(report: dict[str, Any]) -> str:
     """The report for the terminal, the verdict first."""
     run, fits = report["run"], report["drop_to_fit"]
@@ -240,6 +259,10 @@ def as_lines(report: dict[str, Any]) -> str:
     parts.append(columns("without|saves s|leaves s", saved))
     if fits:
         parts.append(f"   To fit here, drop {', then '.join(fits)}.")
+    if report["dice"]:
+        parts.append(f"   Dice {json.dumps(report['dice'])}")
+    if report["choice"]:
+        parts.append(choice_lines(report["choice"]))
     return "\n\n".join(parts)
 
 

@@ -25,7 +25,7 @@ def a_report(
     json = told(**changes) | more
     checks = check_run(ended, json["faults"])
     report = tell(a_run(**changes), json, ended, checks, defective, {}, budget_s)
-    return report | {"dice": dice}
+    return report | {"dice": dice, "choice": None}
 
 
 def a_picture() -> Picture:
