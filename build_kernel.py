@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from kernel.inference import (
     FLIPS,
@@ -38,7 +37,9 @@ from kernel.inference import (
     openvino_files,
     pad_to_multiple,
     parse_manifest,
+    progress,
     read_json,
+    start_log,
 )
 from kernel.projection import CALIBRATION
 from weights.checkpoints import fit, read_checkpoint, read_model, weights_file, without_activation
@@ -459,7 +460,7 @@ def stage(
     dataset.mkdir(parents=True)
     kernel.mkdir()
     pairs = list(zip(sources, manifest.members, strict=True))
-    bar = tqdm(pairs, desc="packing", unit="member", disable=None, leave=False)
+    bar = progress(pairs, "packing", "member")
     packed = [pack_member(source, spec, manifest, dataset, openvino) for source, spec in bar]
     write_json(dataset / MANIFEST, asdict(replace(manifest, members=[p.spec for p in packed])))
     write_json(dataset / DATASET.name, metadata.dataset)
@@ -560,6 +561,7 @@ def print_next(out: Path, metadata: Metadata) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and builds; bad input is one line and exit code 2."""
+    start_log()
     parser = argparse.ArgumentParser(
         usage="python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino]",
         description=(__doc__ or "").splitlines()[0],

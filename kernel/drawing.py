@@ -8,9 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from kernel.inference import Image, read_image
+from kernel.inference import Image, progress, read_image
 from weights.score import Masks, Scores, dice, draw_truth
 
 COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
@@ -70,7 +69,7 @@ class Found:
         """Pictures of the first `most` strips, and the scores of all that have a truth."""
         pictures, scores = list[Picture](), Scores()
         names = self.names if self.truth is not None else self.names[:most]
-        for name in tqdm(names, desc="drawing", unit="strip"):
+        for name in progress(names, "drawing", "strip"):
             try:
                 image = read_image(self.images / name)
             except (ValueError, OSError):

@@ -7,6 +7,7 @@ where the seconds went, what the scored run's 5,506 strips would take, and shows
 
 import argparse
 import json
+import logging
 import os
 import resource
 import shutil
@@ -27,6 +28,7 @@ from kernel.inference import (
     SAMPLE,
     load_manifest,
     read_json,
+    start_log,
     write_submission,
 )
 from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
@@ -34,6 +36,8 @@ from kernel.report import Ended, as_lines, as_page, check_run, tell
 from weights import steel
 from weights.choose import choose
 from weights.score import read_truth
+
+log = logging.getLogger("kernel")
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
@@ -75,8 +79,7 @@ def run_kernel(root: Path, kernel: Path) -> tuple[dict[str, Any], Ended]:
         ValueError: it ended with another exit code than 0; its own words stand above.
     """
     deny = without_network()
-    state = "denied" if deny else "NOT denied, this system does not allow it"
-    print(f"   network: {state}", flush=True)  # before the kernel's own lines
+    log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     script = str(kernel.resolve() / "inference.py")
     command = [sys.executable, script, "--input", str(root / "input")]
     start = time.perf_counter()
@@ -119,10 +122,10 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     """One dry run in the scratch folder `root`; its results go to `--bundle`/report."""
     images, truth_csv = args.images, args.ground_truth
     if images is None:
-        print(f"== drawing {args.strips} synthetic strips")
+        log.info("drawing %d synthetic strips", args.strips)
         steel.write_competition(root / "steel", train=0, test=args.strips, seed=args.seed)
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    print("== laying the Kaggle-like tree and running the kernel in it")
+    log.info("laying the Kaggle-like tree and running the kernel in it")
     lay_tree(root, args.bundle, images)
     told, ended = run_kernel(root, args.bundle / "kernel")
     out = args.bundle / "report"
@@ -141,7 +144,7 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
     report |= {"dice": None if truth is None else scores.summary(), "choice": None}
     if truth is not None and args.ground_truth:
-        print("== every pass for every strip, to choose by")
+        log.info("every pass for every strip, to choose by")
         proposal = out / MANIFEST
         report["choice"] = choose(args.bundle / "dataset", images, names, truth, proposal)
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
@@ -156,13 +159,15 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
 
 def main() -> None:
     """Runs the command line; bad input ends it with one clear line and exit code 2."""
+    start_log()
     args = parse_args()
     for folder in (args.bundle / "dataset" / MANIFEST, args.images):
         if folder is not None and not folder.exists():
             sys.exit(f"error: {folder}: not there; build the bundle with build_kernel.py first")
     try:
         if args.calibrate:
-            print(f"== {calibrate(args.bundle, args.calibrate)} calibrated by {args.calibrate}")
+            machine = calibrate(args.bundle, args.calibrate)
+            log.info("%s has the rate of %s from now on", machine, args.calibrate)
         with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
             rehearse(args, Path(root))
     except (ValueError, OSError) as error:

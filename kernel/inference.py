@@ -7,6 +7,7 @@ that turns pixels into a submission; training, packing and the dry run import th
 import argparse
 import atexit
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -38,12 +39,49 @@ from tqdm import tqdm
 
 log = logging.getLogger("kernel")
 
+T = TypeVar("T")
+
 Image = npt.NDArray[np.uint8]  # grey, (H, W), 0-255
 Mask = npt.NDArray[np.bool_]  # (H, W)
 
 MANIFEST = "ensemble.json"
 SAMPLE = "sample_submission.csv"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+
+# --- the log, and progress in it ------------------------------------------------------------------
+
+
+def start_log() -> None:
+    """One format for every line that a script logs, on stdout."""
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=form, level=logging.INFO, stream=sys.stdout)
+
+
+class LogLines(io.TextIOBase):
+    """Where a progress bar writes that nobody watches: each state becomes a line of the log."""
+
+    def write(self, text: str) -> int:
+        """Logs what is not blank."""
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
+
+
+def progress(
+    items: Iterable[T], desc: str, unit: str, total: int | None = None, initial: int = 0
+) -> "tqdm[T]":
+    """What takes more than two seconds, by tqdm: a bar in a terminal, else a line every 30 s.
+
+    Kaggle's log keeps every line. Iterate over it, or count by its `update`.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, desc, total, unit=unit, initial=initial, delay=2)
+    lines = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+    return tqdm(
+        items, desc, total, file=LogLines(), mininterval=30, maxinterval=30, unit=unit,
+        initial=initial, delay=2, bar_format=lines,
+    )  # fmt: skip
+
 
 # --- images and masks -----------------------------------------------------------------------------
 
@@ -947,7 +985,7 @@ def load_ensemble(
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
     with stages("load"):
-        specs = tqdm(manifest.members, desc="members", unit="member", disable=None)
+        specs = progress(manifest.members, "members", "member")
         members = [fastest(bundle, spec, device) for spec in specs]
     return Ensemble(manifest, members, device, stages, batch_size, early_exit)
 
@@ -996,8 +1034,7 @@ def predict_task(ensemble: Ensemble, task: Task) -> Outcome:
     outcome, asked = Outcome(device=str(ensemble.device)), set(task.pairs)
     strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
     before = time.perf_counter()
-    interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
-    with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
+    with progress(task.names, "strips", "strip") as bar:
         for flight in ensemble.fly(timed(strips, ensemble.stages, "decode")):
             name = flight.strip.name
             if flight.fault:
@@ -1195,9 +1232,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; bad input ends it with one clear line and exit code 2."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout
-    )
+    start_log()
     options = parse_options(arguments)
     try:
         report = run(options)

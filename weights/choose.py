@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kernel.inference import (
     MANIFEST,
@@ -26,6 +25,7 @@ from kernel.inference import (
     load_ensemble,
     load_manifest,
     pick_device,
+    progress,
     read_image,
     read_json,
 )
@@ -166,7 +166,7 @@ def gather(
     """
     evidence = {name: Evidence(kept) for name, kept in variants(ensemble.passes).items()}
     areas = []
-    for name in tqdm(names, desc="choosing", unit="strip"):
+    for name in progress(names, "every pass", "strip"):
         try:
             image = read_image(images / name)
         except (ValueError, OSError):

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kernel.inference import (
     Ensemble,
@@ -28,8 +27,10 @@ from kernel.inference import (
     load_ensemble,
     load_manifest,
     pick_device,
+    progress,
     read_image,
     read_rows,
+    start_log,
 )
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)
@@ -174,13 +175,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Scores every strip of `--images`; those that `--truth` does not name are clean."""
+    start_log()
     args = parse_args()
     truth = read_truth(args.truth)
     manifest = load_manifest(args.bundle)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     names = sorted(path.name for path in args.images.iterdir())
-    for name in tqdm(names, desc="strips", unit="strip"):
+    for name in progress(names, "strips", "strip"):
         image = read_image(args.images / name)
         size = (image.shape[0], image.shape[1])
         masks = draw_truth(truth.get(name, {}), manifest.classes, size)
