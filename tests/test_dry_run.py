@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from test_projection import told
 
 from kernel import drawing, dry_run
+from kernel.inference import load_manifest
 from weights import steel
 from weights.score import decode_rle
 
@@ -41,8 +43,14 @@ def rehearsed(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     bundle = tmp_path_factory.mktemp("rehearsed") / "dist"
     shutil.copytree(tiny_bundle, bundle)
-    images, truth = strips / "test_images", strips / "test.csv"
-    return bundle, rehearse(bundle, "--images", str(images), "--ground-truth", str(truth))
+    (bundle / "from_kaggle.json").write_text(json.dumps(told(device="cuda", workers=2)))
+    options = {
+        "--images": strips / "test_images",
+        "--ground-truth": strips / "test.csv",
+        "--calibrate": bundle / "from_kaggle.json",
+        "--budget-s": 1,
+    }
+    return bundle, rehearse(bundle, *(str(word) for option in options.items() for word in option))
 
 
 def test_a_rehearsal_leaves_submission_picture_and_report(
@@ -73,13 +81,51 @@ def test_a_rehearsal_leaves_submission_picture_and_report(
     assert report["run"]["exit_code"] == 0
     assert report["run"]["network_denied"] == bool(dry_run.without_network())
     assert 50e6 < report["run"]["peak_bytes"] < 50e9  # PyTorch alone is more than the one
-    told = json.loads((bundle / "report" / "run.json").read_text())
-    assert report["run"]["seconds"] > told["seconds"]
+    run = json.loads((bundle / "report" / "run.json").read_text())
+    assert report["run"]["seconds"] > run["seconds"]
     assert sum(row["share"] for row in report["stages"]) == pytest.approx(1)
     assert sum(row["encoders"] for row in report["passes"]) == sum(
-        work["encoders"] for work in told["work"].values()
+        work["encoders"] for work in run["work"].values()
     )
     assert 0 < report["dice"]["dice"] < 1
+
+
+def test_the_terminal_begins_with_the_verdict_and_ends_with_the_page(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    bundle, ended = rehearsed
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    page = (bundle / "report" / "index.html").read_text()
+    assert report["verdict"] == "A clean run, but too long here"  # the budget is one second
+    assert f"\n== {report['verdict']}\n" in ended.stdout
+    assert f"<h1>{report['verdict']}</h1>" in page
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "dist/report/index.html" in ended.stdout
+
+
+def test_a_calibration_counts_at_once_and_stays(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    bundle, _ = rehearsed
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    measured = {machine["machine"]: machine["measured"] for machine in report["machines"]}
+    assert measured == {"2×T4": True, "one T4": False, "P100": False, "Kaggle's CPU": False}
+    assert list(json.loads((bundle / "calibration.json").read_text())) == ["2×T4"]
+
+
+def test_the_ground_truth_leads_to_a_proposal_and_changes_nothing_of_the_user_s(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]], tiny_bundle: Path
+) -> None:
+    bundle, ended = rehearsed
+    proposal = load_manifest(bundle / "report")
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["choice"]["variants"]}
+    assert proposal.threshold == rows[report["choice"]["proposed"]]["best"]["threshold"]
+    assert rows["all"]["dice"] == report["dice"]["dice"]  # every pass gives what the kernel gave
+    assert "← proposed" in ended.stdout
+    for folder in ("dataset", "kernel"):
+        for path in (tiny_bundle / folder).iterdir():
+            assert (bundle / folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_picture_colours_just_the_masks_of_the_submission(

@@ -18,14 +18,18 @@ DICE = {"dice": 0.91, "dice_non_empty": 0.42, "clean_left_empty": 1.0, "per_clas
 
 
 def a_report(
-    ended: Ended = ENDED, dice: Any = DICE, budget_s: float = 3600, **changes: Any
+    ended: Ended = ENDED,
+    dice: Any = DICE,
+    budget_s: float = 3600,
+    choice: Any = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     more = {"share": 0.6, "gpu_bytes": 0, "non_empty": 2}
     defective = np.array([False, True, True])
     json = told(**changes) | more
     checks = check_run(ended, json["faults"])
     report = tell(a_run(**changes), json, ended, checks, defective, {}, budget_s)
-    return report | {"dice": dice, "choice": None}
+    return report | {"dice": dice, "choice": choice}
 
 
 def a_picture() -> Picture:
@@ -206,3 +210,39 @@ def test_the_lines_show_what_the_page_shows() -> None:
 def test_without_a_ground_truth_there_is_no_dice() -> None:
     page = Page(as_page(a_report(dice=None), []))
     assert "Dice" not in " ".join(text for _, text in page.texts)
+
+
+BEST = {"threshold": 0.4, "min_area": 64, "dice": 0.875, "dice_non_empty": 0.5}
+CHOICE = {
+    "strips": 12,
+    "variants": [
+        {"name": "all", "strip_s": 4.25, "best": BEST} | DICE,
+        {"name": "without b", "strip_s": 1.75, "best": BEST} | DICE,
+    ],
+    "thresholds": [0.4, 0.55],
+    "min_areas": [0, 64],
+    "grid": [[0.8, 0.7], [0.875, 0.6]],
+    "now": {"threshold": 0.55, "min_area": 0},
+    "proposed": "without b",
+}
+
+
+def test_the_choice_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
+    report = a_report(choice=CHOICE)
+    page = Page(as_page(report, []))
+    said = [text for _, text in page.texts]
+    assert said[said.index("proposed") - 1] == "without b"
+    assert sum(a.get("class") == "chosen" for _, a in page.tags) == 1
+    cells = [
+        (a["style"], a.get("class") == "now")
+        for _, a in page.tags
+        if "--heat" in a.get("style", "")
+    ]
+    heats = [float(re.search(r"--heat: (\d+)%", style)[1]) for style, _ in cells]  # type: ignore[index]
+    assert heats == [58, 29, 80, 0]  # of 0.6 to 0.875
+    assert [now for _, now in cells] == [False, True, False, False]
+    (line,) = [line for line in as_lines(report).splitlines() if line.endswith("← proposed")]
+    assert line.split() == [
+        "without", "b", "0.9100", "0.4200", "1.0000", "1.750", "0.8750", "0.5000", "0.4", "64",
+        "←", "proposed",
+    ]  # fmt: skip
