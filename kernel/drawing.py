@@ -68,8 +68,9 @@ class Found:
     def draw(self, most: int = 24) -> tuple[list[Picture], Scores]:
         """Pictures of the first `most` strips, and the scores of all that have a truth."""
         pictures, scores = list[Picture](), Scores()
-        names = self.names if self.truth is not None else self.names[:most]
-        for name in progress(names, "drawing", "strip"):
+        for name in progress(self.names, "drawing", "strip"):
+            if self.truth is None and len(pictures) == most:
+                break
             try:
                 image = read_image(self.images / name)
             except (ValueError, OSError):

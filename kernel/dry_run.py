@@ -118,6 +118,34 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def tell_all(
+    args: argparse.Namespace,
+    images: Path,
+    truth_csv: Path | None,
+    told: dict[str, Any],
+    ended: Ended,
+) -> None:
+    """Writes the report of a run into `--bundle`/report, where its submission stands."""
+    out, dataset = args.bundle / "report", args.bundle / "dataset"
+    rles, truth = read_truth(out / "submission.csv"), read_truth(truth_csv) if truth_csv else None
+    names = sorted(told["work"].keys() | told["faults"].keys())
+    pictures, scores = Found(images, names, rles, truth, load_manifest(dataset).classes).draw()
+    write_sheet(pictures, out / "contact_sheet.png")
+    run = read_run(told, out / "run.json")
+    defective = np.array([bool(rles.get(name)) for name in told["work"]])
+    checks = check_run(ended, told["faults"])  # a validator's verdict is one more
+    calibration = read_calibration(args.bundle)
+    report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
+    report |= {"dice": None if truth is None else scores.summary(), "choice": None}
+    if truth is not None and args.ground_truth:
+        log.info("every pass for every strip, to choose by")
+        report["choice"] = choose(dataset, images, names, truth, out / MANIFEST)
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (out / "report.json").write_text(text, encoding="utf-8")
+    (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+    print(f"\n{as_lines(report)}\n")
+
+
 def rehearse(args: argparse.Namespace, root: Path) -> None:
     """One dry run in the scratch folder `root`; its results go to `--bundle`/report."""
     images, truth_csv = args.images, args.ground_truth
@@ -130,27 +158,10 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     told, ended = run_kernel(root, args.bundle / "kernel")
     out = args.bundle / "report"
     out.mkdir(exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # an earlier run's proposal
     for name in ("submission.csv", "run.json"):
         shutil.copy(root / "working" / name, out / name)
-    rles, truth = read_truth(out / "submission.csv"), read_truth(truth_csv) if truth_csv else None
-    classes = load_manifest(args.bundle / "dataset").classes
-    names = sorted(told["work"].keys() | told["faults"].keys())
-    pictures, scores = Found(images, names, rles, truth, classes).draw()
-    write_sheet(pictures, out / "contact_sheet.png")
-    run = read_run(told, out / "run.json")
-    defective = np.array([bool(rles.get(name)) for name in told["work"]])
-    checks = check_run(ended, told["faults"])  # a validator's verdict is one more
-    calibration = read_calibration(args.bundle)
-    report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
-    report |= {"dice": None if truth is None else scores.summary(), "choice": None}
-    if truth is not None and args.ground_truth:
-        log.info("every pass for every strip, to choose by")
-        proposal = out / MANIFEST
-        report["choice"] = choose(args.bundle / "dataset", images, names, truth, proposal)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    (out / "report.json").write_text(text, encoding="utf-8")
-    (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
-    print(f"\n{as_lines(report)}\n")
+    tell_all(args, images, truth_csv, told, ended)
     for name in ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html"):
         print(f"   {out / name}")
     if args.ground_truth:
@@ -158,9 +169,11 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
 
 
 def main() -> None:
-    """Runs the command line; bad input ends it with one clear line and exit code 2."""
+    """Runs the command line; bad input ends it with one clear line and exit code 1."""
     start_log()
     args = parse_args()
+    if args.ground_truth and not args.images:
+        sys.exit("error: --ground-truth needs the --images that it speaks of")
     for folder in (args.bundle / "dataset" / MANIFEST, args.images):
         if folder is not None and not folder.exists():
             sys.exit(f"error: {folder}: not there; build the bundle with build_kernel.py first")

@@ -173,6 +173,12 @@ def test_a_bundle_that_is_not_built_is_told_with_the_remedy(tmp_path: Path) -> N
     assert "Traceback" not in ended.stderr
 
 
+def test_a_ground_truth_of_no_strips_is_told(tiny_bundle: Path, strips: Path) -> None:
+    ended = rehearse(tiny_bundle, "--ground-truth", str(strips / "test.csv"))
+    assert ended.returncode != 0
+    assert "--ground-truth needs the --images" in ended.stderr
+
+
 def test_a_kernel_that_fails_fails_the_rehearsal(
     tiny_bundle: Path, strips: Path, tmp_path: Path
 ) -> None:
