@@ -864,7 +864,7 @@ class Options:
     early_exit: bool = True
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
-    report: Path = Path("run.json")
+    report: Path | None = None  # None is run.json beside the output
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
@@ -1225,8 +1225,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
-    about = "seconds per stage, work per strip and every failed strip, as JSON; default run.json"
-    add("--report", type=Path, default=Options.report, help=about)
+    about = "seconds, work per strip and every failed strip (default: run.json beside the output)"
+    add("--report", type=Path, help=about)
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -1240,7 +1240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log.error("%s", error)
         sys.exit(2)
     text = json.dumps(report, indent=2, sort_keys=True) + "\n"
-    options.report.write_text(text, encoding="utf-8")
+    path = options.report or options.output.with_name("run.json")
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
