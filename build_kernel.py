@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from kernel.inference import (
     MANIFEST,
@@ -35,8 +34,11 @@ from kernel.inference import (
     openvino_files,
     pad_to_multiple,
     parse_manifest,
+    progress,
     read_json,
+    start_log,
 )
+from kernel.projection import CALIBRATION
 from weights.checkpoints import fit, read_checkpoint, read_model, weights_file, without_activation
 
 ROOT = Path(__file__).resolve().parent
@@ -45,7 +47,7 @@ KERNEL = ROOT / "kernel" / "kernel-metadata.json"
 CODE = ROOT / "kernel" / "inference.py"
 NOTEBOOK = "inference.ipynb"
 BESIDE = (ROOT / "kernel" / "validate.py", ROOT / "kernel" / "contact_sheet.py")  # what CODE uses
-PARTS = ("dataset", "kernel", "report")  # of a bundle; the last is what the dry run leaves there
+PARTS = ("dataset", "kernel", "report", CALIBRATION)  # of a bundle; the dry run leaves the last two
 CACHE = ROOT / ".cache" / "wheels"
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
 
@@ -485,7 +487,7 @@ def stage(
     dataset.mkdir(parents=True)
     kernel.mkdir()
     pairs = list(zip(sources, manifest.members, strict=True))
-    bar = tqdm(pairs, desc="packing", unit="member", disable=None, leave=False)
+    bar = progress(pairs, "packing", "member")
     packed = [pack_member(source, spec, manifest, dataset, openvino) for source, spec in bar]
     write_json(dataset / MANIFEST, asdict(replace(manifest, members=[p.spec for p in packed])))
     write_json(dataset / DATASET.name, metadata.dataset)
@@ -544,6 +546,8 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         packed = stage(Path(scratch, "bundle"), manifest, sources, metadata, wheels, openvino)
+        if (out / CALIBRATION).is_file():  # Kaggle's machines stay what they were measured to be
+            shutil.copy(out / CALIBRATION, Path(scratch, "bundle"))
         swap_in(Path(scratch, "bundle"), out, Path(scratch, "previous"))
     return metadata, packed
 
@@ -594,6 +598,7 @@ def print_next(out: Path, metadata: Metadata) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and builds; bad input is one line and exit code 2."""
+    start_log()
     parser = argparse.ArgumentParser(
         usage="python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] "
         "[--notebook]",

@@ -27,10 +27,8 @@ import torch
 import ttach
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from build_kernel import build
-from kernel.dry_run import SCORED_STRIPS
 from kernel.inference import (
     Ensemble,
     Manifest,
@@ -42,8 +40,11 @@ from kernel.inference import (
     load_ensemble,
     load_manifest,
     load_member,
+    progress,
     read_image,
+    start_log,
 )
+from kernel.projection import SCORED_STRIPS
 from weights import steel
 from weights.score import Masks, dice
 
@@ -168,7 +169,7 @@ def exported(
     images, members = torch.rand(1, 1, *manifest.image_size), []
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # they trace in ways that PyTorch calls deprecated
-        for spec in tqdm(manifest.members, desc=name, unit="member", leave=False):
+        for spec in progress(manifest.members, name, "member"):
             member = load_member(bundle, spec, CPU)
             members.append(in_one_piece(member, export(Whole(member), images)))
     return through(name, Ensemble(manifest, members, CPU, Stages(), early_exit=False))
@@ -293,7 +294,7 @@ def race(field: list[Contestant], paths: list[Path], rounds: int) -> dict[str, A
         contestant.run(paths[:1])  # compiled and warm
         if contestant.ensemble:
             contestant.ensemble.stages.seconds.clear()
-    bar = tqdm(total=rounds * len(field), desc="race", unit="turn")
+    bar = progress(range(rounds * len(field)), "race", "turn")
     for _ in range(rounds):
         rates.append(matrix_rate())
         for contestant in field:
@@ -425,6 +426,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Runs the race and writes its three files."""
+    start_log()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -28,7 +28,7 @@ BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
 MOST = 24  # strips on a sheet
 
 
-def draw_strip(image: Image, masks: Sequence[Mask], truth: Sequence[Mask], caption: str) -> Picture:
+def draw_strip(image: Image, masks: Iterable[Mask], truth: Iterable[Mask] = ()) -> Picture:
     """One strip with its masks filled in colour and the ground truth, if any, outlined in white."""
     canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
@@ -37,9 +37,14 @@ def draw_strip(image: Image, masks: Sequence[Mask], truth: Sequence[Mask], capti
         edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, edges, -1, (255, 255, 255), 5)
         cv2.drawContours(canvas, edges, -1, colour, 2)
-    bar = np.full((BAR, canvas.shape[1], 3), 24, np.uint8)
+    return canvas.astype(np.uint8, copy=False)
+
+
+def captioned(strip: Picture, caption: str) -> Picture:
+    """A drawn strip under a bar with its caption."""
+    bar = np.full((BAR, strip.shape[1], 3), 24, np.uint8)
     cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
-    return np.vstack([bar, canvas]).astype(np.uint8)
+    return np.vstack([bar, strip])
 
 
 def caption_of(name: str, labels: Sequence[int]) -> str:
@@ -71,5 +76,5 @@ def draw_submission(submission: Path, images: Path, most: int = MOST) -> Picture
         image = read_image(images / name)
         size = (image.shape[0], image.shape[1])
         found = [decode_rle(rles.get(c, ""), size) for c in range(1, max(rles) + 1)]
-        strips.append(draw_strip(image, found, (), caption_of(name, sorted(rles))))
+        strips.append(captioned(draw_strip(image, found), caption_of(name, sorted(rles))))
     return stack(strips)

@@ -1,43 +1,47 @@
-"""The rehearsal: the built bundle in a Kaggle-like tree, run the way Kaggle runs it, and timed.
+"""The rehearsal: the built bundle in a Kaggle-like tree, run the way Kaggle runs it, and judged.
 
 Lays `input/` out as Kaggle mounts it, runs dist/kernel/inference.py there as its own process, with
-no arguments but the input's root and with the network denied where the system allows it, then
-prints the seconds per stage, projects them on the scored run's 5,506 strips and draws the masks.
+no arguments but the input's root and with the network denied where the system allows it, then tells
+where the seconds went, what the scored run's 5,506 strips would take, and shows what was found.
 """
 
 import argparse
 import json
+import logging
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from kernel.contact_sheet import MOST, Picture, caption_of, draw_strip, stack
+from kernel.drawing import Found, write_sheet
 from kernel.inference import (
     IMAGE_SUFFIXES,
     LAYOUTS,
     MANIFEST,
     SAMPLE,
     load_manifest,
-    read_image,
+    read_json,
     read_sample,
+    start_log,
     write_submission,
 )
+from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
+from kernel.report import Check, Ended, as_lines, as_page, check_run, tell
 from kernel.validate import check_submission
 from weights import steel
-from weights.score import Masks, Scores, dice, draw_truth, read_truth
+from weights.choose import choose
+from weights.score import read_truth
 
-SCORED_STRIPS = 5506  # of the scored run
 IMAGES = "test_images"  # the competition's folder of them
-BUDGET_S = 3600  # Kaggle's hour
+
+log = logging.getLogger("kernel")
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
@@ -46,9 +50,10 @@ def lay_tree(root: Path, bundle: Path, images: Path) -> Path:
     """`root`/input with the competition and the dataset as Kaggle mounts them today; the sample."""
     manifest = load_manifest(bundle / "dataset")
     slug = json.loads((bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
-    shutil.copytree(bundle / "dataset", root / "input" / "datasets" / slug)
+    mounted = root / "input" / "datasets" / slug
+    shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink)
     competition = root / "input" / "competitions" / manifest.competition
-    shutil.copytree(images, competition / IMAGES)
+    shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
     names = sorted(path.name for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     everything = f"1 {manifest.image_size[0] * manifest.image_size[1]}"  # as the real sample has it
     rows = [(name, 0) for name in names]
@@ -66,130 +71,48 @@ def without_network() -> list[str]:
     return prefix if allowed else []
 
 
+def peak_bytes() -> int:
+    """The most memory that a process started here has held; macOS counts bytes, Linux KiB."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def script_of(bundle: Path) -> Path:
     """The packed kernel; for a notebook the dataset's script, of the same code."""
     script = bundle / "kernel" / "inference.py"
     return script if script.is_file() else bundle / "dataset" / "inference.py"
 
 
-def run_kernel(root: Path, script: Path) -> dict[str, Any]:
+def run_kernel(root: Path, script: Path) -> tuple[dict[str, Any], Ended]:
     """Runs the kernel in `root`/working as Kaggle would; its run.json, with the start-up in it.
 
     Raises:
         ValueError: it ended with another exit code than 0; its own words stand above.
     """
     deny = without_network()
-    state = "denied" if deny else "NOT denied, this system does not allow it"
-    print(f"   network: {state}", flush=True)  # before the kernel's own lines
-    report = root / "working" / "run.json"
+    log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
     start = time.perf_counter()
-    ended = subprocess.run(
-        [*deny, *command, "--report", str(report)], cwd=root / "working", check=False
-    )
-    if ended.returncode:
-        raise ValueError(f"the kernel ended with exit code {ended.returncode}; see its lines above")
+    code = subprocess.run([*deny, *command], cwd=root / "working", check=False).returncode
     seconds = time.perf_counter() - start
-    result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    result["stages"] = {"start": seconds - result["seconds"], **result["stages"]}
-    return result | {"seconds": seconds}
+    if code:
+        raise ValueError(f"the kernel ended with exit code {code}; see its lines above")
+    told = read_json(root / "working" / "run.json")
+    told["stages"]["start"] = seconds - told["seconds"]
+    return told | {"seconds": seconds}, Ended(code, seconds, bool(deny), peak_bytes())
 
 
-def check_answer(submission: Path, sample: Path, classes: int) -> None:
-    """Raises ValueError where Kaggle would refuse the submission; the kernel's log has the rest."""
+def check_answer(submission: Path, sample: Path, classes: int) -> Check:
+    """The validator's verdict; what else it has to say stands in the kernel's log.
+
+    Raises:
+        ValueError: Kaggle would refuse the submission.
+    """
     layout, pairs = read_sample(sample, None, classes)
     errors = check_submission(submission, layout.columns, pairs, sample.parent / IMAGES).errors
     if errors:
         raise ValueError(f"{submission.name} is invalid: {'; '.join(errors)}")
-
-
-# --- what it took ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A run's seconds, taken to the scored run: what is paid once, and what each strip costs."""
-
-    once_s: float
-    strip_s: float
-
-    @property
-    def total_s(self) -> float:
-        """Seconds for the scored run's strips on this machine."""
-        return self.once_s + SCORED_STRIPS * self.strip_s
-
-
-def project(report: dict[str, Any]) -> Projection:
-    """Start-up, import, loading and the engines' check are paid once; the rest grows."""
-    once_s = sum(report["stages"][stage] for stage in ("start", "import", "load", "check"))
-    return Projection(once_s, (report["seconds"] - once_s) / report["strips"])
-
-
-def print_stages(report: dict[str, Any]) -> None:
-    """Seconds and share of every stage; the networks' by member."""
-    by_stage: dict[str, float] = defaultdict(float)
-    for stage, seconds in report["stages"].items():
-        by_stage["/".join(stage.split("/")[:2])] += seconds
-    by_stage["other"] = report["seconds"] - sum(by_stage.values())
-    print(f"\n   {'stage':<28}{'seconds':>9}{'share':>8}")
-    for stage, seconds in by_stage.items():
-        print(f"   {stage:<28}{seconds:>9.2f}{seconds / report['seconds']:>8.1%}")
-
-
-def print_projection(report: dict[str, Any]) -> None:
-    """The verdict on the hour, for this machine alone."""
-    projection = project(report)
-    fits = projection.total_s <= BUDGET_S
-    print(
-        f"\n   {projection.once_s:.1f} s once + {projection.strip_s:.3f} s a strip, on"
-        f" {report['device']} here: {SCORED_STRIPS:,} strips would take"
-        f" {projection.total_s:,.0f} s of {BUDGET_S:,} s: {'fits' if fits else 'TOO LONG'}"
-    )
-    if report["device"] == "cpu":
-        print(
-            "   That is this machine's CPU. Kaggle's kernel runs on a GPU; only a run there tells."
-        )
-
-
-# --- the picture ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A run's result beside what is known of it."""
-
-    images: Path
-    found: dict[str, dict[int, str]]  # image → class → RLE
-    truth: dict[str, dict[int, str]] | None
-    classes: int
-
-    def masks(self, name: str, size: tuple[int, int]) -> tuple[Masks, Masks | None]:
-        """Found and true masks (classes, H, W) of one image; None where no truth is known."""
-        found = draw_truth(self.found[name], self.classes, size)
-        if self.truth is None:
-            return found, None
-        return found, draw_truth(self.truth.get(name, {}), self.classes, size)
-
-
-def draw_sheet(drawn: Drawn, sheet: Path, most: int = MOST) -> Scores:
-    """Writes the contact sheet of the first `most` strips, and scores all that have a truth."""
-    scores = Scores()
-    strips: list[Picture] = []
-    for name, rles in drawn.found.items():
-        try:
-            image = read_image(drawn.images / name)
-        except (ValueError, OSError):
-            continue  # the kernel's log has named it
-        masks, truth = drawn.masks(name, (image.shape[0], image.shape[1]))
-        caption = caption_of(name, sorted(rles))
-        if truth is not None:
-            scores.add(masks, truth)
-            caption += f"   Dice {np.mean(dice(masks, truth)):.3f}"
-        if len(strips) < most:
-            outlined = [] if truth is None else list(truth)
-            strips.append(draw_strip(image, list(masks), outlined, caption))
-    cv2.imwrite(str(sheet), stack(strips))
-    return scores
+    return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -205,45 +128,85 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist"), help="what build_kernel.py wrote")
     add("--images", type=Path, help="folder of strips (default: synthetic ones, drawn on the spot)")
-    add("--ground-truth", type=Path, help="a train.csv of these strips, for the Dice")
+    add(
+        "--ground-truth",
+        type=Path,
+        help="a train.csv of these strips: the Dice, and what to choose by it",
+    )
     add("--strips", type=int, default=8, help="how many to draw where --images is not given")
     add("--seed", type=int, default=7, help="of the synthetic strips")
+    add("--budget-s", type=float, default=HOUR_S, help="seconds that you allow; default the hour's")
+    about = "a run.json from Kaggle: its rate replaces the assumed one, from now on"
+    add("--calibrate", type=Path, metavar="RUN.JSON", help=about)
     return parser.parse_args()
+
+
+def tell_all(
+    args: argparse.Namespace,
+    images: Path,
+    truth_csv: Path | None,
+    told: dict[str, Any],
+    ended: Ended,
+    answer: Check,
+) -> None:
+    """Writes the report of a run into `--bundle`/report, where its submission stands."""
+    out, dataset = args.bundle / "report", args.bundle / "dataset"
+    rles, truth = read_truth(out / "submission.csv"), read_truth(truth_csv) if truth_csv else None
+    names = sorted(told["work"].keys() | told["faults"].keys())
+    pictures, scores = Found(images, names, rles, truth, load_manifest(dataset).classes).draw()
+    write_sheet(pictures, out / "contact_sheet.png")
+    run = read_run(told, out / "run.json")
+    defective = np.array([bool(rles.get(name)) for name in told["work"]])
+    checks = [*check_run(ended, told["faults"]), answer]
+    calibration = read_calibration(args.bundle)
+    report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
+    report |= {"dice": None if truth is None else scores.summary(), "choice": None}
+    if truth is not None and args.ground_truth:
+        log.info("every pass for every strip, to choose by")
+        report["choice"] = choose(dataset, images, names, truth, out / MANIFEST)
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (out / "report.json").write_text(text, encoding="utf-8")
+    (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+    print(f"\n{as_lines(report)}\n")
 
 
 def rehearse(args: argparse.Namespace, root: Path) -> None:
     """One dry run in the scratch folder `root`; its results go to `--bundle`/report."""
     images, truth_csv = args.images, args.ground_truth
     if images is None:
-        print(f"== drawing {args.strips} synthetic strips")
+        log.info("drawing %d synthetic strips", args.strips)
         steel.write_competition(root / "steel", train=0, test=args.strips, seed=args.seed)
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    print("== laying the Kaggle-like tree and running the kernel in it")
+    log.info("laying the Kaggle-like tree and running the kernel in it")
     sample = lay_tree(root, args.bundle, images)
-    report = run_kernel(root, script_of(args.bundle))
+    told, ended = run_kernel(root, script_of(args.bundle))
     classes = load_manifest(args.bundle / "dataset").classes
-    check_answer(root / "working" / "submission.csv", sample, classes)
-    print_stages(report)
-    print_projection(report)
+    answer = check_answer(root / "working" / "submission.csv", sample, classes)
     out = args.bundle / "report"
     out.mkdir(exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # an earlier run's proposal
     for name in ("submission.csv", "run.json"):
         shutil.copy(root / "working" / name, out / name)
-    truth = read_truth(truth_csv) if truth_csv else None
-    drawn = Drawn(images, read_truth(out / "submission.csv"), truth, classes)
-    scores = draw_sheet(drawn, out / "contact_sheet.png")
-    if truth is not None:
-        print(f"\n   Dice {json.dumps(scores.summary())}")
-    print(f"\n   {out / 'submission.csv'}\n   {out / 'contact_sheet.png'}\n   {out / 'run.json'}")
+    tell_all(args, images, truth_csv, told, ended, answer)
+    for name in ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html"):
+        print(f"   {out / name}")
+    if args.ground_truth:
+        print(f"   {out / MANIFEST} is the proposal; yours is as it was")
 
 
 def main() -> None:
-    """Runs the command line; bad input ends it with one clear line and exit code 2."""
+    """Runs the command line; bad input ends it with one clear line and exit code 1."""
+    start_log()
     args = parse_args()
+    if args.ground_truth and not args.images:
+        sys.exit("error: --ground-truth needs the --images that it speaks of")
     for folder in (args.bundle / "dataset" / MANIFEST, args.images):
         if folder is not None and not folder.exists():
             sys.exit(f"error: {folder}: not there; build the bundle with build_kernel.py first")
     try:
+        if args.calibrate:
+            machine = calibrate(args.bundle, args.calibrate)
+            log.info("%s has the rate of %s from now on", machine, args.calibrate)
         with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
             rehearse(args, Path(root))
     except (ValueError, OSError) as error:

@@ -29,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -45,6 +45,8 @@ from tqdm import tqdm
 
 log = logging.getLogger("kernel")
 
+T = TypeVar("T")
+
 Image = npt.NDArray[np.uint8]  # grey, (H, W), 0-255
 Mask = npt.NDArray[np.bool_]  # (H, W)
 
@@ -52,6 +54,41 @@ MANIFEST = "ensemble.json"
 SAMPLE = "sample_submission.csv"
 COMPETITION = "severstal-steel-defect-detection"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+
+# --- the log, and progress in it ------------------------------------------------------------------
+
+
+def start_log() -> None:
+    """One format for every line that a script logs, on stdout."""
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=form, level=logging.INFO, stream=sys.stdout)
+
+
+class LogLines(io.TextIOBase):
+    """Where a progress bar writes that nobody watches: each state becomes a line of the log."""
+
+    def write(self, text: str) -> int:
+        """Logs what is not blank."""
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
+
+
+def progress(
+    items: Iterable[T], desc: str, unit: str, total: int | None = None, initial: int = 0
+) -> "tqdm[T]":
+    """What takes more than two seconds, by tqdm: a bar in a terminal, else a line every 30 s.
+
+    Kaggle's log keeps every line. Iterate over it, or count by its `update`.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, desc, total, unit=unit, initial=initial, delay=2)
+    lines = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+    return tqdm(
+        items, desc, total, file=LogLines(), mininterval=30, maxinterval=30, unit=unit,
+        initial=initial, delay=2, bar_format=lines,
+    )  # fmt: skip
+
 
 # --- images and masks -----------------------------------------------------------------------------
 
@@ -1168,7 +1205,7 @@ class Options:
     budget_s: float = 3600.0  # of Kaggle's hour, from the start of `run`
     strict: bool = False  # a strip that failed is an error
     allow_missing_members: bool = False
-    report: Path | None = None
+    report: Path | None = None  # None is run.json beside the output
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
@@ -1306,7 +1343,7 @@ def load_members(
         ValueError: as `load_member`, or no member is left.
     """
     members = []
-    for spec in tqdm(specs, desc="members", unit="member", disable=None):
+    for spec in progress(specs, "members", "member"):
         try:
             members.append(fastest(bundle, spec, device))
         except ValueError as error:
@@ -1362,14 +1399,18 @@ class Outcome:
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
     work: dict[str, dict[str, float]] = field(default_factory=dict)  # image → what was run for it
     left_out: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
+    strip_s: dict[str, float] = field(default_factory=dict)  # image → seconds since the one before
     device: str = ""
+    gpu_bytes: int = 0  # the most that PyTorch held on one GPU
 
     def add(self, other: "Outcome") -> None:
         """Takes in what became of other images."""
         self.faults |= other.faults
         self.work |= other.work
         self.left_out += other.left_out
+        self.strip_s |= other.strip_s
         self.device = other.device
+        self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
 
 
 @dataclass(frozen=True)
@@ -1397,8 +1438,8 @@ def predict_task(ensemble: Ensemble, task: Task, submission: Submission, outcome
     """Every image of a task through the ensemble and into the submission."""
     strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
     strips = timed(strips, ensemble.stages, "decode")
-    interval = 0.5 if sys.stderr.isatty() else 30  # Kaggle's log keeps every line
-    with tqdm(total=len(task.names), desc="strips", unit="strip", mininterval=interval) as bar:
+    before = time.monotonic()
+    with progress(task.names, "strips", "strip") as bar:
         for flight in ensemble.fly(strips, len(task.names)):
             name = flight.strip.name
             if flight.fault:
@@ -1411,7 +1452,11 @@ def predict_task(ensemble: Ensemble, task: Task, submission: Submission, outcome
                     submission.put(name, {label: encode_rle(mask) for label, mask in masks})
             with ensemble.stages("write"):
                 submission.save_soon()
+            before, since = time.monotonic(), before
+            outcome.strip_s[name] = before - since
             bar.update()
+    if ensemble.device.type == "cuda":
+        outcome.gpu_bytes = torch.cuda.max_memory_allocated()
 
 
 def predict_on(device: torch.device, run: Run, task: Task, outcome: Outcome) -> None:
@@ -1493,8 +1538,9 @@ def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
     entries = read_json(report)
     for stage, seconds in entries["stages"].items():
         stages.seconds[stage] += share * seconds
-    left_out = Counter(entries["left_out"])
-    return Outcome(entries["faults"], entries["work"], left_out, entries["device"])
+    known = ("faults", "work", "strip_s", "device", "gpu_bytes")
+    told = {key: entries[key] for key in known}
+    return Outcome(**told, left_out=Counter(entries["left_out"]))
 
 
 def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
@@ -1604,6 +1650,7 @@ def predict(run: Run, task: Task) -> Outcome:
 def report_on(run: Run, task: Task, outcome: Outcome, rows: int, seconds: float) -> dict[str, Any]:
     """What `--report` writes; its last line is said here."""
     stages = run.stages.seconds
+    cheapest_first = sorted(run.manifest.members, key=lambda spec: sum(spec.flops))
     working_s = seconds - sum(stages[stage] for stage in ("import", "load", "check"))
     log.info(
         "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
@@ -1616,9 +1663,12 @@ def report_on(run: Run, task: Task, outcome: Outcome, rows: int, seconds: float)
         "non_empty": len(run.submission.rles),
         "faults": outcome.faults,
         "work": outcome.work,
+        "strip_s": outcome.strip_s,
         "left_out": dict(outcome.left_out),
         "share": float(np.mean([work["share"] for work in outcome.work.values()])),
+        "passes": [[m.name, flip, *m.flops] for m in cheapest_first for flip in run.manifest.flips],
         "device": outcome.device,
+        "gpu_bytes": outcome.gpu_bytes,
         "workers": run.workers(task),
         "budget_s": run.options.budget_s,
         "seconds": seconds,
@@ -1697,15 +1747,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--strict", action="store_true", help="exit code 1 where a strip failed")
     add("--allow-missing-members", action="store_true", help="go on without a bad member")
-    add("--report", type=Path, help="also write seconds per stage and every failed strip, as JSON")
+    about = "seconds, work per strip and every failed strip (default: run.json beside the output)"
+    add("--report", type=Path, help=about)
     return Options(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; bad input ends it with one clear line and exit code 2."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout
-    )
+    start_log()
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
     try:
@@ -1716,10 +1765,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         log.error("interrupted: %s is whole and holds what was done", options.output)
         sys.exit(130)
-    if options.report:
-        options.report.write_text(
-            json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+    text = json.dumps(report, indent=2, sort_keys=True) + "\n"
+    path = options.report or options.output.with_name("run.json")
+    path.write_text(text, encoding="utf-8")
     if options.strict and report["faults"]:
         log.error("--strict: %d strips failed", len(report["faults"]))
         sys.exit(1)

@@ -174,6 +174,19 @@ def test_a_second_build_replaces_the_first(built: Path, tiny_weights: Path) -> N
     assert {p.name for p in built.parent.iterdir()} == {"dist", "weights"}
 
 
+def test_a_second_build_keeps_what_kaggle_was_measured_to_be(
+    built: Path, tiny_weights: Path
+) -> None:
+    (built / "report").mkdir()
+    (built / "calibration.json").write_text("{}")
+    build(tiny_weights, built, None)
+    assert sorted(path.name for path in built.iterdir()) == [
+        "calibration.json",
+        "dataset",
+        "kernel",
+    ]
+
+
 def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(

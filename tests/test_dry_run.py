@@ -12,19 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import site_without_smp
+from test_projection import told
 
 from kernel import dry_run
 from kernel.contact_sheet import BAR, GAP
+from kernel.inference import load_manifest
 from kernel.validate import decode_rle
 from weights import steel
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def strips(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tiny strips in the competition's layout, with test.csv."""
-    folder = tmp_path / "steel"
+    folder = tmp_path_factory.mktemp("strips") / "steel"
     steel.write_competition(folder, train=0, test=3, seed=4, size=(64, 96))
     return folder
 
@@ -37,14 +39,20 @@ def rehearse(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rehearsed(
-    tiny_bundle: Path, strips: Path, tmp_path: Path
+    tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    bundle = tmp_path / "dist"
+    bundle = tmp_path_factory.mktemp("rehearsed") / "dist"
     shutil.copytree(tiny_bundle, bundle)
-    images, truth = strips / "test_images", strips / "test.csv"
-    return bundle, rehearse(bundle, "--images", str(images), "--ground-truth", str(truth))
+    (bundle / "from_kaggle.json").write_text(json.dumps(told(device="cuda", workers=2)))
+    options = {
+        "--images": strips / "test_images",
+        "--ground-truth": strips / "test.csv",
+        "--calibrate": bundle / "from_kaggle.json",
+        "--budget-s": 1,
+    }
+    return bundle, rehearse(bundle, *(str(word) for option in options.items() for word in option))
 
 
 def test_a_rehearsal_leaves_submission_picture_and_report(
@@ -56,10 +64,70 @@ def test_a_rehearsal_leaves_submission_picture_and_report(
     names = sorted(path.name for path in (strips / "test_images").iterdir())
     assert list(rows["ImageId"]) == [name for name in names for _ in range(4)]
     assert list(rows["ClassId"]) == ["1", "2", "3", "4"] * 3
-    for stage in ("start", "import", "load", "decode", "networks/unet-a", "rle", "write"):
-        assert f" {stage} " in ended.stdout
+    for row in (
+        "start",
+        "import",
+        "load",
+        "decode",
+        "encoders",
+        "decoders",
+        "sums",
+        "RLE",
+        "write",
+    ):
+        assert f"   {row} " in ended.stdout
+    for row in ("unet-a", "fpn-b", "unet-c", "none", "horizontal", "vertical"):
+        assert f"   {row} " in ended.stdout
     assert "5,506 strips would take" in ended.stdout
-    assert '"dice_non_empty"' in ended.stdout
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    assert report["run"]["exit_code"] == 0
+    assert report["run"]["network_denied"] == bool(dry_run.without_network())
+    assert 50e6 < report["run"]["peak_bytes"] < 50e9  # PyTorch alone is more than the one
+    run = json.loads((bundle / "report" / "run.json").read_text())
+    assert report["run"]["seconds"] > run["seconds"]
+    assert sum(row["share"] for row in report["stages"]) == pytest.approx(1)
+    assert sum(row["encoders"] for row in report["passes"]) == sum(
+        work["encoders"] for work in run["work"].values()
+    )
+    assert 0 < report["dice"]["dice"] < 1
+
+
+def test_the_terminal_begins_with_the_verdict_and_ends_with_the_page(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    bundle, ended = rehearsed
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    page = (bundle / "report" / "index.html").read_text()
+    assert report["verdict"] == "A clean run, but too long here"  # the budget is one second
+    assert f"\n== {report['verdict']}\n" in ended.stdout
+    assert f"<h1>{report['verdict']}</h1>" in page
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "dist/report/index.html" in ended.stdout
+
+
+def test_a_calibration_counts_at_once_and_stays(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    bundle, _ = rehearsed
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    measured = {machine["machine"]: machine["measured"] for machine in report["machines"]}
+    assert measured == {"2×T4": True, "one T4": False, "P100": False, "Kaggle's CPU": False}
+    assert list(json.loads((bundle / "calibration.json").read_text())) == ["2×T4"]
+
+
+def test_the_ground_truth_leads_to_a_proposal_and_changes_nothing_of_the_user_s(
+    rehearsed: tuple[Path, subprocess.CompletedProcess[str]], tiny_bundle: Path
+) -> None:
+    bundle, ended = rehearsed
+    proposal = load_manifest(bundle / "report")
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["choice"]["variants"]}
+    assert proposal.threshold == rows[report["choice"]["proposed"]]["best"]["threshold"]
+    assert rows["all"]["dice"] == report["dice"]["dice"]  # every pass gives what the kernel gave
+    assert "← proposed" in ended.stdout
+    for folder in ("dataset", "kernel"):
+        for path in (tiny_bundle / folder).iterdir():
+            assert (bundle / folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_picture_colours_just_the_masks_of_the_submission(
@@ -86,14 +154,6 @@ def steel_truth(strips: Path, name: str) -> bool:
     return name in (strips / "test.csv").read_text()
 
 
-def test_the_projection_pays_start_up_once_and_every_strip_again() -> None:
-    stages = {"start": 2.0, "import": 3.0, "load": 5.0, "check": 4.0, "networks/a/encoder": 8.0}
-    projection = dry_run.project({"stages": stages, "seconds": 24.0, "strips": 4})
-    assert projection.once_s == 14
-    assert projection.strip_s == 2.5
-    assert projection.total_s == 14 + 5506 * 2.5
-
-
 def test_the_tree_has_the_mounts_that_kaggle_makes(
     tiny_bundle: Path, strips: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +173,12 @@ def test_a_bundle_that_is_not_built_is_told_with_the_remedy(tmp_path: Path) -> N
     assert ended.returncode != 0
     assert "build_kernel.py" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_ground_truth_of_no_strips_is_told(tiny_bundle: Path, strips: Path) -> None:
+    ended = rehearse(tiny_bundle, "--ground-truth", str(strips / "test.csv"))
+    assert ended.returncode != 0
+    assert "--ground-truth needs the --images" in ended.stderr
 
 
 def test_a_kernel_that_fails_fails_the_rehearsal(

@@ -15,18 +15,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from kernel.inference import (
     Ensemble,
     Image,
+    Manifest,
     Stages,
     Tally,
     load_ensemble,
     load_manifest,
     pick_device,
+    progress,
     read_image,
     read_rows,
+    start_log,
 )
 from kernel.validate import decode_rle
 
@@ -46,11 +49,16 @@ def draw_truth(rles: dict[int, str], classes: int, size: tuple[int, int]) -> Mas
     return np.stack([decode_rle(rles.get(label, ""), size) for label in range(1, classes + 1)])
 
 
+def dice_of(both: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Dice of the pixels that pairs of masks share and have; empty pairs score 1, as on Kaggle."""
+    return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)
+
+
 def dice(found: Masks, truth: Masks) -> list[float]:
-    """Dice per class of masks (classes, H, W); two empty masks score 1, as on Kaggle."""
+    """Dice per class of masks (classes, H, W)."""
     both = (found & truth).sum(axis=(-2, -1))
     sizes = found.sum(axis=(-2, -1)) + truth.sum(axis=(-2, -1))
-    return [float(2 * b / s) if s else 1.0 for b, s in zip(both, sizes, strict=True)]
+    return [float(value) for value in dice_of(both, sizes)]
 
 
 @dataclass
@@ -92,20 +100,44 @@ def mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else float("nan")
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Every pass of one image, run to its end."""
+
+    size: tuple[int, int]  # of the image
+    gates: list[npt.NDArray[np.float64]]  # (classes,) of each pass
+    probabilities: list[Tensor]  # (classes, H, W) of each pass
+
+    def tally(self, kept: Iterable[int], manifest: Manifest) -> Tally:
+        """The sum of some of them."""
+        chosen = [self.probabilities[index] for index in kept]
+        tally = Tally(len(chosen), manifest, early_exit=False)
+        for probabilities in chosen:
+            tally.decode(probabilities)
+        return tally
+
+
 @torch.inference_mode()
+def run_passes(ensemble: Ensemble, image: Image) -> Passes:
+    """One image through every pass: some hundred MB, so keep no two of them."""
+    size, images = (image.shape[0], image.shape[1]), ensemble.prepare(image)
+    passes = Passes(size, [], [])
+    for index in range(len(ensemble.passes)):
+        encoded = ensemble.encode(index, images)
+        passes.gates.append(encoded[0][0].cpu().double().numpy())
+        passes.probabilities.append(ensemble.decode(index, encoded)[0, :, : size[0], : size[1]])
+    return passes
+
+
 def score_strip(ensemble: Ensemble, image: Image, truth: Masks, scores: dict[str, Scores]) -> None:
     """Adds one strip to every member's score (alone, without flips) and to the ensemble's."""
-    height, width = image.shape
-    tally = Tally(len(ensemble.passes), ensemble.manifest, early_exit=False)
+    passes = run_passes(ensemble, image)
     for index, (member, flip) in enumerate(ensemble.passes):
-        encoded = ensemble.encode(index, ensemble.prepare(image))
-        probabilities = ensemble.decode(index, encoded)[0, :, :height, :width]
-        tally.decode(probabilities)
         if flip == "none":
-            alone = Tally(1, ensemble.manifest, early_exit=False)
-            alone.decode(probabilities)
-            scores[member.spec.name].add(alone.masks((height, width)), truth)
-    scores["ensemble"].add(tally.masks((height, width)), truth)
+            alone = passes.tally([index], ensemble.manifest)
+            scores[member.spec.name].add(alone.masks(passes.size), truth)
+    whole = passes.tally(range(len(ensemble.passes)), ensemble.manifest)
+    scores["ensemble"].add(whole.masks(passes.size), truth)
 
 
 EXAMPLE = "  python weights/score.py --images data/steel/test_images --truth data/steel/test.csv"
@@ -126,13 +158,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Scores every strip of `--images`; those that `--truth` does not name are clean."""
+    start_log()
     args = parse_args()
     truth = read_truth(args.truth)
     manifest = load_manifest(args.bundle)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     names = sorted(path.name for path in args.images.iterdir())
-    for name in tqdm(names, desc="strips", unit="strip"):
+    for name in progress(names, "strips", "strip"):
         image = read_image(args.images / name)
         size = (image.shape[0], image.shape[1])
         masks = draw_truth(truth.get(name, {}), manifest.classes, size)

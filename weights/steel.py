@@ -15,9 +15,8 @@ import cv2
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from kernel.inference import encode_rle
+from kernel.inference import encode_rle, progress, start_log
 
 Rng = np.random.Generator
 Real = NDArray[np.float32] | NDArray[np.float64]
@@ -484,10 +483,10 @@ def write_split(
     if not count:
         return []
     if jobs == 1:
-        return sorted(tqdm(map(write, range(count)), folder.name, count, unit="strip"))
+        return sorted(progress(map(write, range(count)), folder.name, "strip", count))
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         strips = pool.map(write, range(count), chunksize=8)
-        return sorted(tqdm(strips, folder.name, count, unit="strip"))
+        return sorted(progress(strips, folder.name, "strip", count))
 
 
 def write_truth(path: Path, strips: Sequence[tuple[str, list[str]]], layout: str) -> None:
@@ -542,6 +541,7 @@ def parse_size(text: str) -> Size:
 
 def main() -> None:
     """Write the strips that the command line asks for."""
+    start_log()
     parser = argparse.ArgumentParser(
         description="python weights/steel.py --out data/steel --train 1200 --test 400 --seed 0\n\n"
         "Draw synthetic steel strips in the competition's layout.",

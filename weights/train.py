@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from kernel.inference import (
     Ensemble,
@@ -38,8 +37,10 @@ from kernel.inference import (
     MemberSpec,
     Stages,
     build_network,
+    progress,
     read_image,
     split,
+    start_log,
 )
 from weights.score import Masks, Scores, draw_truth, read_truth
 
@@ -409,7 +410,7 @@ class Fit:
 def whole_strips(strips: Strips, count: int, seed: int) -> Iterator[Tensor]:
     """Some whole strips as the network takes them, (1, 1, H, W), not normalised."""
     names = np.random.default_rng(seed).permutation(strips.names)[:count]
-    for name in tqdm(names, desc="batch-norm statistics", unit="strip", disable=None):
+    for name in progress(names, "batch-norm statistics", "strip"):
         yield torch.from_numpy(strips.load(str(name))[0])[None, None] / 255
 
 
@@ -423,7 +424,7 @@ def fit(config: Config, strips: Strips, state: Path, start_from: Path | None = N
 
     todo = range(run.step, config.steps)
     loader = DataLoader(Batches(strips, config), batch_size=None, sampler=todo, num_workers=1)
-    bar = tqdm(loader, desc=config.name, unit="step", initial=run.step, total=config.steps)
+    bar = progress(loader, config.name, "step", config.steps, run.step)
     smooth = float("nan")
     for images, masks in bar:
         start = time.perf_counter()
@@ -453,7 +454,7 @@ def pooled_features(network: Any, config: Config, strips: Strips) -> tuple[Tenso
     """Of whole strips: what the presence head sees (N, channels), what is there (N, classes)."""
     network.eval()
     pooled, present = [], []
-    for name in tqdm(strips.names, desc="presence head", unit="strip"):
+    for name in progress(strips.names, "presence head", "strip"):
         image, masks = strips.load(name)
         images = (torch.from_numpy(image)[None, None] / 255 - config.mean) / config.std
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
@@ -493,7 +494,7 @@ def validate(network: nn.Module, config: Config, strips: Strips) -> Scores:
     manifest = Manifest([spec], config.classes, flips=("none",))
     ensemble = Ensemble(manifest, [split(network, spec, cpu)], cpu, Stages())
     scores = Scores()
-    for name in tqdm(strips.names, desc="validation", unit="strip"):
+    for name in progress(strips.names, "validation", "strip"):
         image, masks = strips.load(name)
         scores.add(ensemble([image])[0], masks)
     return scores
@@ -570,6 +571,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Fits, validates, writes the checkpoint and its row in experiments.csv."""
+    start_log()
     args = parse_args()
     config = Config(
         name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,

@@ -1,0 +1,67 @@
+"""Progress: a bar where somebody watches, lines of the log where nobody does, nothing if short."""
+
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from kernel import inference
+from kernel.inference import progress
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What tqdm is asked for; its intervals are cut to hundredths, so that a test can wait."""
+    real, known = inference.tqdm, dict[str, Any]()
+
+    def hasty(*arguments: Any, **options: Any) -> Any:
+        known.update(options)
+        for name in ("mininterval", "maxinterval", "delay"):
+            options[name] = options.get(name, 0.1) / 100
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(inference, "tqdm", hasty)
+    return known
+
+
+def test_in_a_log_progress_is_whole_lines_with_rate_and_remaining_time(
+    asked: dict[str, Any], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    with progress(["a"] * 8, "strips", "strip") as bar:
+        for _ in range(8):
+            time.sleep(0.1)
+            bar.update()
+    lines = caplog.messages
+    assert 2 <= len(lines) <= 5  # 0.8 seconds, one line in 0.3
+    assert all(line.startswith("strips: ") and " of 8, " in line for line in lines)
+    assert all(line.endswith(" left") and "strip/s" in line for line in lines)
+    assert lines[-1].startswith("strips: 8 of 8")
+    assert not any({"\r", "\n"} & set(line) for line in lines)
+    assert capfd.readouterr().err == ""
+    assert (asked["mininterval"], asked["delay"]) == (30, 2)
+
+
+def test_what_is_short_shows_nothing(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    assert list(progress(map(str, range(3)), "strips", "strip", 3)) == ["0", "1", "2"]
+    assert not caplog.messages
+    assert capfd.readouterr().err == ""
+
+
+def test_in_a_terminal_progress_is_a_bar(
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for _ in progress(range(4), "strips", "strip"):
+        time.sleep(0.05)
+    assert "\rstrips: 100%|" in capsys.readouterr().err
+    assert not caplog.messages
+    assert asked["delay"] == 2
