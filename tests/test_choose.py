@@ -23,15 +23,17 @@ from kernel.inference import (
 from weights import steel
 from weights.choose import (
     Evidence,
+    Passes,
     best_setting,
     choose,
     gather,
     propose,
     replay,
+    run_passes,
     seconds_of_halves,
     variants,
 )
-from weights.score import Passes, dice, draw_truth, read_truth, run_passes
+from weights.score import dice, draw_truth, read_truth
 
 THRESHOLDS, AREAS = (0.55, 0.65, 0.7), (0, 2000, 5000)
 

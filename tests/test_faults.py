@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -494,6 +495,7 @@ def test_a_gpu_lost_half_way_leaves_its_strips_to_the_cpu(
     assert len(report["work"]) == 6
     [told] = [line for line in caplog.messages if "run on the CPU" in line]
     assert "launch failure" in told
+    assert re.search(r"its last [1-5] images", told)  # what was done is not done again
     assert (images.parent / "submission.csv").read_bytes() == expected.read_bytes()
 
 

@@ -5,18 +5,21 @@ What is chosen on some strips looks better on them than it is: confirm it on oth
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kernel.inference import (
     MANIFEST,
     Ensemble,
     Flight,
+    Image,
     Manifest,
     Member,
     Stages,
@@ -30,12 +33,41 @@ from kernel.inference import (
     read_json,
 )
 from kernel.projection import HALVES, Floats, Ints, passes_s
-from weights.score import Masks, Passes, Scores, dice_of, draw_truth, run_passes
+from weights.score import Masks, Scores, dice_of, draw_truth
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
 AREAS = (0, 64, 128, 256, 512, 1024, 2048)  # pixels
 
 # --- what is compared -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Every pass of one image, run to its end."""
+
+    size: tuple[int, int]  # of the image
+    gates: list[npt.NDArray[np.float64]]  # (classes,) of each pass
+    probabilities: list[Tensor]  # (classes, H, W) of each pass
+
+    def tally(self, kept: Iterable[int], manifest: Manifest) -> Tally:
+        """The sum of some of them."""
+        chosen = [self.probabilities[index] for index in kept]
+        tally = Tally(len(chosen), manifest, early_exit=False)
+        for probabilities in chosen:
+            tally.decode(probabilities)
+        return tally
+
+
+@torch.inference_mode()
+def run_passes(ensemble: Ensemble, image: Image) -> Passes:
+    """One image through every pass: some hundred MB, so keep no two of them."""
+    size, images = (image.shape[0], image.shape[1]), ensemble.prepare(image)
+    passes = Passes(size, [], [])
+    for index in range(len(ensemble.passes)):
+        encoded = ensemble.encode(index, images)
+        passes.gates.append(encoded[0][0].cpu().double().numpy())
+        passes.probabilities.append(ensemble.decode(index, encoded)[0, :, : size[0], : size[1]])
+    return passes
 
 
 def variants(passes: Sequence[tuple[Member, str]]) -> dict[str, list[int]]:

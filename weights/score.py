@@ -19,9 +19,10 @@ from torch import Tensor
 
 from kernel.inference import (
     Ensemble,
+    Flight,
     Image,
-    Manifest,
     Stages,
+    Strip,
     Tally,
     load_ensemble,
     load_manifest,
@@ -100,44 +101,36 @@ def mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else float("nan")
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Every pass of one image, run to its end."""
-
-    size: tuple[int, int]  # of the image
-    gates: list[npt.NDArray[np.float64]]  # (classes,) of each pass
-    probabilities: list[Tensor]  # (classes, H, W) of each pass
-
-    def tally(self, kept: Iterable[int], manifest: Manifest) -> Tally:
-        """The sum of some of them."""
-        chosen = [self.probabilities[index] for index in kept]
-        tally = Tally(len(chosen), manifest, early_exit=False)
-        for probabilities in chosen:
-            tally.decode(probabilities)
-        return tally
-
-
 @torch.inference_mode()
-def run_passes(ensemble: Ensemble, image: Image) -> Passes:
-    """One image through every pass: some hundred MB, so keep no two of them."""
-    size, images = (image.shape[0], image.shape[1]), ensemble.prepare(image)
-    passes = Passes(size, [], [])
-    for index in range(len(ensemble.passes)):
-        encoded = ensemble.encode(index, images)
-        passes.gates.append(encoded[0][0].cpu().double().numpy())
-        passes.probabilities.append(ensemble.decode(index, encoded)[0, :, : size[0], : size[1]])
-    return passes
-
-
 def score_strip(ensemble: Ensemble, image: Image, truth: Masks, scores: dict[str, Scores]) -> None:
-    """Adds one strip to every member's score (alone, without flips) and to the ensemble's."""
-    passes = run_passes(ensemble, image)
-    for index, (member, flip) in enumerate(ensemble.passes):
+    """Adds one strip to every member's score (alone, without flips) and to the ensemble's.
+
+    The members' own passes come first in the ensemble; of the others only those run that can still
+    change a mask.
+    """
+    size, images = (image.shape[0], image.shape[1]), ensemble.prepare(image)
+    encoded: dict[int, tuple[Tensor, ...]] = {}
+    decoded: dict[int, Tensor] = {}
+    for number, (member, flip) in enumerate(ensemble.passes):
         if flip == "none":
-            alone = passes.tally([index], ensemble.manifest)
-            scores[member.spec.name].add(alone.masks(passes.size), truth)
-    whole = passes.tally(range(len(ensemble.passes)), ensemble.manifest)
-    scores["ensemble"].add(whole.masks(passes.size), truth)
+            encoded[number] = ensemble.encode(number, images)
+            decoded[number] = ensemble.decode(number, encoded[number])[0]
+            alone = Tally(1, ensemble.manifest, early_exit=False)
+            alone.decode(decoded[number][:, : size[0], : size[1]])
+            scores[member.spec.name].add(alone.masks(size), truth)
+    order = sorted(range(len(ensemble.passes)), key=lambda number: number not in decoded)
+    tally = Tally(len(order), ensemble.manifest, early_exit=True)
+    flight = Flight(Strip("", image), images, tally, order, size)
+    while not flight.landed:
+        half, number = flight.step
+        if half == "encode":
+            outputs = encoded.get(number) or ensemble.encode(number, images)
+            flight.encode(outputs, outputs[0][0].cpu().double().numpy())
+        elif number in decoded:
+            flight.decode(decoded[number])
+        else:
+            flight.decode(ensemble.decode(number, flight.kept[0])[0])
+    scores["ensemble"].add(tally.masks(size), truth)
 
 
 EXAMPLE = "  python weights/score.py --images data/steel/test_images --truth data/steel/test.csv"
