@@ -888,7 +888,7 @@ class Deadline:
         self.last = start  # time of the last landing
         self.seconds: defaultdict[tuple[str, str], Average] = defaultdict(Average)  # member, half
         self.ratio = Average()
-        self.dropped = 0  # passes of the last plan
+        self.most = 0  # passes that a strip went without so far
         self.left_out: Counter[str] = Counter()  # "member/flip" → strips without it
 
     @property
@@ -932,11 +932,11 @@ class Deadline:
         return kept
 
     def note(self, dropped: list[str]) -> None:
-        """Logs where more or fewer passes are dropped than for the strip before."""
+        """Counts what a strip goes without; logs where that is more than ever before."""
         self.left_out.update(dropped)
-        if len(dropped) != self.dropped:
-            log.info("passes left out to end in time: %s", ", ".join(dropped) or "none any more")
-        self.dropped = len(dropped)
+        if len(dropped) > self.most:
+            self.most = len(dropped)
+            log.warning("to end in time, some strips go without %s", ", ".join(dropped))
 
 
 # --- the ensemble ---------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def test_what_the_client_sends_runs_on_kaggle(
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert contents(tmp_path / "input") == before
     assert " INFO valid\n" in ended.stdout
-    assert {path.name for path in (tmp_path / "working").iterdir()} == {"submission.csv"}
+    left = {path.name for path in (tmp_path / "working").iterdir()}
+    assert left == {"submission.csv", "run.json"}
     layout, pairs = read_sample(sample, None, 4)
     submission = tmp_path / "working" / "submission.csv"
     findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
