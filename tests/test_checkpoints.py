@@ -10,6 +10,7 @@ import torch
 from conftest import random_network, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kernel.inference import MemberSpec, build_network, load_member
 from weights.checkpoints import (
@@ -342,7 +343,7 @@ def test_a_checkpoint_that_lightning_wrote_gives_the_trained_weights(tmp_path: P
         enable_checkpointing=False,
         **quiet,
     )
-    trainer.fit(segmenter, torch.rand(4, 1, 64, 96).split(2))
+    trainer.fit(segmenter, DataLoader(torch.rand(4, 1, 64, 96), batch_size=2))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     found = read_checkpoint(tmp_path / "last.ckpt")
     assert_same(found.weights, segmenter.network.state_dict())
