@@ -78,11 +78,9 @@ def verdict(clean_run: list[Check], in_time: list[Check]) -> str:
     """What the checks come to, in one line."""
     if not passed(clean_run):
         return "Not ready: the run was not clean"
-    return (
-        "Ready, and in time here"
-        if passed(in_time)
-        else "A clean run, but too long here: passes would be left out"
-    )
+    if passed(in_time):
+        return "Ready, and in time here"
+    return "A clean run, but too long here: passes would be left out"
 
 
 # --- the numbers ----------------------------------------------------------------------------------

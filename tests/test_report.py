@@ -91,19 +91,22 @@ def test_the_page_begins_with_the_verdict_and_its_checks() -> None:
     assert order.index("h1") < order.index("h2")
 
 
+TOO_LONG = "A clean run, but too long here: passes would be left out"
+
+
 @pytest.mark.parametrize(
     ("changes", "verdict", "ready", "mark"),
     [
-        pytest.param({"faults": {}}, "A clean run, but too long here: passes would be left out", False, "✗", id="too long"),
+        pytest.param({"faults": {}}, TOO_LONG, False, "✗", id="too long"),
         pytest.param(
-            {"faults": {}, "budget_s": 1e9}, "A clean run, but too long here: passes would be left out", False, "✗",
+            {"faults": {}, "budget_s": 1e9}, TOO_LONG, False, "✗",
             id="the hour counts, whatever the budget",
         ),
         pytest.param(
             {"faults": {}, "seconds": 10.0}, "Ready, and in time here", True, "✓", id="in time"
         ),
         pytest.param(
-            {"faults": {}, "seconds": 10.0, "budget_s": 2000.0}, "A clean run, but too long here: passes would be left out",
+            {"faults": {}, "seconds": 10.0, "budget_s": 2000.0}, TOO_LONG,
             False, "✗", id="in time, beyond the budget",
         ),
         pytest.param(
