@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips drawn on the spot
 	@echo "== packing the members of weights/ into dist/"
@@ -33,6 +33,10 @@ bench: .venv/installed  ## race the packed members against the ways in which oth
 	@echo "== packing with OpenVINO's halves, then the race: minutes to an hour"
 	$(BIN)/python build_kernel.py --openvino --out dist
 	$(BIN)/python bench/bench.py
+
+fuzz: .venv/installed  ## what comes from files, at random: 100,000 cases, some minutes
+	@echo "== 20,000 cases of each of the five properties in tests/test_fuzz.py"
+	FUZZ=20000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 clean:
 	rm -rf dist data runs .cache

@@ -213,7 +213,7 @@ def read_rows(path: Path) -> tuple[Layout, list[tuple[str, int, str]]]:
     else:
         known = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
         raise ValueError(f"{path}: header {','.join(table.columns)}, expected {known}")
-    wrong = np.flatnonzero(~labels.str.fullmatch(r"[0-9]+"))
+    wrong = np.flatnonzero(~labels.str.fullmatch(r"[0-9]{1,9}"))
     if wrong.size:
         cells = ",".join(table.iloc[wrong[0]])
         raise ValueError(f"{path}: line {wrong[0] + 2} names no class: {cells}")
@@ -368,6 +368,10 @@ def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str
         ),
         (all(std > 0 for std in member.std), f"{who}std {member.std}, expected above 0"),
         (
+            all(map(math.isfinite, [*member.mean, *member.std])),
+            f"{who}mean {member.mean}, std {member.std}, expected finite numbers",
+        ),
+        (
             len(member.flops) == 2 and min(member.flops) > 0,
             f"{who}flops {member.flops}, expected its encoder's and its decoder's",
         ),
@@ -409,7 +413,7 @@ def read_json(path: Path) -> dict[str, Any]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except ValueError as error:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested too deep
         raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: no JSON object, found a {type(entries).__name__}")
@@ -1499,6 +1503,11 @@ def predict_here(run: Run, task: Task) -> Outcome:
     return outcome
 
 
+# --- one process a GPU ----------------------------------------------------------------------------
+
+COLLECT_S = 1.0  # seconds between two looks at what the workers have written
+
+
 def start_worker(
     run: Run, task: Task, folder: Path, shard: tuple[int, int]
 ) -> subprocess.Popen[bytes]:
@@ -1573,6 +1582,9 @@ def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
     return outcome
 
 
+# --- from the first row to the last line ----------------------------------------------------------
+
+
 def log_findings(bundle: Path, submission: Path, task: Task) -> None:
     """What the bundle's validate.py, where it has one, says of the submission."""
     if not (bundle / "validate.py").is_file():
@@ -1588,7 +1600,6 @@ def log_findings(bundle: Path, submission: Path, task: Task) -> None:
         log.warning("the submission stands, but was not checked: %r", error)
 
 
-COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 LAST_S = 3.0  # seconds before the end of the budget at which nothing is waited for any more
 LEAST_FREE = 50_000_000  # bytes of disk: a submission takes some, and the copy beside it
 
@@ -1705,6 +1716,8 @@ def run(options: Options) -> dict[str, Any]:
                 log_findings(bundle, options.output, task)
     return report_on(this, task, outcome, rows, time.monotonic() - start)
 
+
+# --- command line ---------------------------------------------------------------------------------
 
 EXAMPLE = "  python inference.py --bundle dist/dataset --images strips/ --output submission.csv"
 

@@ -1,0 +1,139 @@
+"""What comes from files, drawn at random: a value or a ValueError, nothing else.
+
+`FUZZ=100000 pytest tests/test_fuzz.py` is `make fuzz`; each failure is kept as an example here.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny_entry, tiny_model
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from kernel import inference as kernel
+from kernel.validate import decode_rle
+
+CASES = settings(
+    max_examples=int(os.environ.get("FUZZ", "300")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+# --- run lengths ----------------------------------------------------------------------------------
+
+
+@CASES
+@given(arrays.arrays(np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, max_side=24)))
+def test_a_mask_comes_back_from_its_code(mask: np.ndarray) -> None:
+    size = (mask.shape[0], mask.shape[1])
+    np.testing.assert_array_equal(decode_rle(kernel.encode_rle(mask), size), mask)
+
+
+@CASES
+@given(st.text("0123456789 -+.e\n", max_size=40))
+def test_a_code_is_decoded_or_refused(code: str) -> None:
+    try:
+        mask = decode_rle(code, (7, 11))
+    except ValueError:
+        return
+    numbers = [int(word) for word in code.split()]
+    assert mask.sum() <= sum(numbers[1::2])
+    assert mask.any() == bool(numbers)
+
+
+# --- the sample -----------------------------------------------------------------------------------
+
+HEADERS = ["ImageId_ClassId,EncodedPixels", "ImageId,EncodedPixels,ClassId", "ImageId,ClassId", ""]
+CELLS = st.text(st.sampled_from("ab_.,\"'\n\r 01239é\x00\ufeff"), max_size=12)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> bytes:
+    """Something like a sample: mostly a known header, lines of odd cells, at times raw bytes."""
+    if draw(st.booleans()):
+        lines = [draw(st.sampled_from(HEADERS)), *draw(st.lists(CELLS, max_size=6))]
+        return "\n".join(lines).encode(draw(st.sampled_from(["utf-8", "utf-16"])))
+    return draw(st.sampled_from(HEADERS)).encode() + b"\n" + draw(st.binary(max_size=60))
+
+
+@CASES
+@given(data=samples())
+@example(data=b"")
+@example(data=b"\x00")
+@example(data=b"ImageId,EncodedPixels,ClassId\na.jpg,,99999999999999999999\n")
+@example(data=b"ImageId_ClassId,EncodedPixels\na.jpg_\xff1,\n")
+def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "sample.csv"
+    path.write_bytes(data)
+    try:
+        layout, pairs = kernel.read_sample(path, None, 4)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert layout.columns in [known.columns for known in kernel.LAYOUTS.values()] or set(
+        layout.columns
+    ) in [set(known.columns) for known in kernel.LAYOUTS.values()]
+    assert all(1 <= label <= 4 for _, label in pairs)
+    assert len(set(pairs)) == len(pairs)
+    kernel.write_submission(tmp_path / "out.csv", layout, pairs, {})
+    assert [(n, c) for n, c, _ in kernel.read_rows(tmp_path / "out.csv")[1]] == pairs
+
+
+# --- the manifest ---------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+KEYS = ["format", "classes", "threshold", "min_area", "flips", "image_size", "members", "x"]
+MEMBER_KEYS = ["name", "file", "model", "mean", "std", "sha256", "flops", "x"]
+
+
+def whole() -> dict[str, Any]:
+    members = [tiny_entry("a", tiny_model("FPN")), tiny_entry("b", tiny_model("Unet"))]
+    return {"format": 1, "classes": 4, "members": members, "threshold": 0.55}
+
+
+@CASES
+@given(
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2),
+    member=st.dictionaries(st.sampled_from(MEMBER_KEYS), VALUES, max_size=2),
+)
+@example(changes={}, member={})
+@example(changes={"threshold": float("nan")}, member={})
+@example(changes={"flips": [["none"]]}, member={})
+@example(changes={}, member={"mean": [float("nan")]})
+def test_a_manifest_is_read_or_refused_by_its_path(
+    changes: dict[str, Any], member: dict[str, Any], tmp_path: Path
+) -> None:
+    entries = whole()
+    entries["members"][0] |= member
+    path = tmp_path / "ensemble.json"
+    path.write_text(json.dumps(entries | changes), encoding="utf-8")
+    try:
+        manifest = kernel.load_manifest(tmp_path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert 0 < manifest.threshold < 1
+    assert manifest.members and set(manifest.flips) <= set(kernel.FLIPS)
+    for spec in manifest.members:
+        assert "/" not in spec.file and spec.file not in ("", ".", "..")
+        assert np.isfinite(spec.mean).all() and np.isfinite(spec.std).all()
+
+
+@CASES
+@given(data=st.binary(max_size=80))
+@example(data=b"[" * 100_000)
+@example(data=b"\xff\xfe{}")
+def test_bytes_that_are_no_manifest_are_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ensemble.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"ensemble\.json"):
+        kernel.load_manifest(tmp_path)
