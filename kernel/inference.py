@@ -354,7 +354,7 @@ def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str
     aux = model.get("aux_params") or {"classes": manifest.classes}
     return [
         (
-            Path(member.file).name == member.file,
+            Path(member.file).name == member.file not in ("", ".."),
             f"{who}file {member.file!r} is not beside the manifest",
         ),
         ({"arch", "encoder_name"} <= set(model), f"{who}model {model} lacks arch or encoder_name"),

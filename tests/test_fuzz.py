@@ -109,6 +109,8 @@ def whole() -> dict[str, Any]:
 @example(changes={"threshold": float("nan")}, member={})
 @example(changes={"flips": [["none"]]}, member={})
 @example(changes={}, member={"mean": [float("nan")]})
+@example(changes={}, member={"file": ""})
+@example(changes={}, member={"file": ".."})
 def test_a_manifest_is_read_or_refused_by_its_path(
     changes: dict[str, Any], member: dict[str, Any], tmp_path: Path
 ) -> None:
