@@ -1769,7 +1769,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; bad input ends it with one clear line and exit code 2."""
     start_log()
     options = parse_options(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C may be ignored in the background
+        signal.signal(number, signal.default_int_handler)
     try:
         report = run(options)
     except (ValueError, OSError, RuntimeError) as error:
