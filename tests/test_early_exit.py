@@ -386,3 +386,17 @@ def test_both_ways_write_the_same_bytes_and_run_json_tells_the_work(
         assert 0 < work["decoders"] <= work["encoders"] <= 15 or work["decoders"] == 0
         assert 0 < work["share"] <= 1
     assert told["non_empty"] == told_full["non_empty"] > 0
+
+
+def test_a_class_that_was_proven_is_open_again_when_a_pass_is_left_out() -> None:
+    """Three passes at 0.45: the first class is off by 0.2 + 0.1 + 1 ≤ 1.35, with two it is not."""
+    tally = kernel.Tally(3, kernel.Manifest([], 2, threshold=0.45), early_exit=True)
+    for gates in ([0.2, 1.0], [0.1, 1.0]):
+        tally.encode(np.array(gates))
+    tally.decode(torch.tensor([0.2, 1.0])[:, None, None])
+    assert tally.open == [1]
+    tally.leave_out(encoded=True)
+    assert tally.open == [0]  # and the second is on by 1.0 > 0.9
+    tally.encode(np.array([1.0, 1.0]))
+    tally.decode(torch.tensor([0.9, 0.0])[:, None, None])
+    assert tally.masks((1, 1)).ravel().tolist() == [True, True]
