@@ -396,7 +396,7 @@ def test_a_class_that_was_proven_is_open_again_when_a_pass_is_left_out() -> None
     tally.decode(torch.tensor([0.2, 1.0])[:, None, None])
     assert tally.open == [1]
     tally.leave_out(encoded=True)
-    assert tally.open == [0]  # and the second is on by 1.0 > 0.9
-    tally.encode(np.array([1.0, 1.0]))
-    tally.decode(torch.tensor([0.9, 0.0])[:, None, None])
+    tally.encode(np.array([1.0, 0.1]))
+    assert tally.open == [0]  # the second is on by 1.0 > 0.9
+    tally.decode(torch.tensor([0.9, 0.05])[:, None, None])
     assert tally.masks((1, 1)).ravel().tolist() == [True, True]
