@@ -1,7 +1,8 @@
 """The submission kernel: every strip once through every member under every flip, offline.
 
-Read it top to bottom: images → manifest → members → ensemble → rows → run. It is the only code
-that turns pixels into a submission; training, packing and the dry run import their steps from here.
+Read it top to bottom: log → images → rows → manifest → members → engines → sums → the hour →
+ensemble → what is mounted → run → one process a GPU → command line. It is the only code that turns
+pixels into a submission; training, packing and the dry run import their steps from here.
 """
 
 import argparse
