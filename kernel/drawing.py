@@ -68,4 +68,7 @@ class Found:
 
 def write_sheet(pictures: list[Drawn], path: Path) -> None:
     """One under the other as one image, as wide as the widest."""
-    cv2.imwrite(str(path), stack([captioned(drawn.canvas, drawn.caption) for drawn in pictures]))
+    strips = [captioned(drawn.canvas, drawn.caption) for drawn in pictures]
+    if not strips:
+        strips = [captioned(np.zeros((0, 1600, 3), np.uint8), "no strip could be read")]
+    cv2.imwrite(str(path), stack(strips))

@@ -33,7 +33,7 @@ from kernel.inference import (
     write_submission,
 )
 from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
-from kernel.report import Check, Ended, as_lines, as_page, check_run, tell
+from kernel.report import Check, Ended, as_json, as_lines, as_page, check_run, tell
 from kernel.validate import check_submission
 from weights import steel
 from weights.choose import choose
@@ -156,16 +156,15 @@ def tell_all(
     pictures, scores = Found(images, names, rles, truth, load_manifest(dataset).classes).draw()
     write_sheet(pictures, out / "contact_sheet.png")
     run = read_run(told, out / "run.json")
-    defective = np.array([bool(rles.get(name)) for name in told["work"]])
-    checks = [*check_run(ended, told["faults"]), answer]
+    defective = np.array([bool(rles.get(name)) for name in told["work"]], np.bool_)
+    checks = [*check_run(ended, told), answer]
     calibration = read_calibration(args.bundle)
     report = tell(run, told, ended, checks, defective, calibration, args.budget_s)
     report |= {"dice": None if truth is None else scores.summary(), "choice": None}
     if truth is not None and args.ground_truth:
         log.info("every pass for every strip, to choose by")
         report["choice"] = choose(dataset, images, names, truth, out / MANIFEST)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    (out / "report.json").write_text(text, encoding="utf-8")
+    (out / "report.json").write_text(as_json(report), encoding="utf-8")
     (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
     print(f"\n{as_lines(report)}\n")
 

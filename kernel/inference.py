@@ -1645,16 +1645,13 @@ def open_submission(options: Options, task: Task) -> Submission:
 
 
 def predict(run: Run, task: Task) -> Outcome:
-    """A task by one process a GPU, or in this one.
-
-    Raises:
-        RuntimeError: not one strip could be predicted.
-    """
+    """A task by one process a GPU, or in this one; a whole submission stands in any case."""
     workers = run.workers(task)
     outcome = predict_by_workers(run, task, workers) if workers > 1 else predict_here(run, task)
     if not outcome.work:
-        raise RuntimeError(
-            f"not one of {len(task.names)} strips could be predicted; the submission is all empty"
+        log.error(
+            "not one of %d strips could be predicted: the submission is valid, and all empty",
+            len(task.names),
         )
     return outcome
 
@@ -1677,7 +1674,7 @@ def report_on(run: Run, task: Task, outcome: Outcome, rows: int, seconds: float)
         "work": outcome.work,
         "strip_s": outcome.strip_s,
         "left_out": dict(outcome.left_out),
-        "share": float(np.mean([work["share"] for work in outcome.work.values()])),
+        "share": sum(work["share"] for work in outcome.work.values()) / max(len(outcome.work), 1),
         "passes": [[m.name, flip, *m.flops] for m in cheapest_first for flip in run.manifest.flips],
         "device": outcome.device,
         "gpu_bytes": outcome.gpu_bytes,
@@ -1693,7 +1690,6 @@ def run(options: Options) -> dict[str, Any]:
 
     Raises:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
-        RuntimeError: not one strip could be predicted.
         KeyboardInterrupt: as it came, when the submission holds what was done.
     """
     start, stages = time.monotonic(), Stages()

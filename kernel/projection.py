@@ -99,7 +99,9 @@ def read_run(report: dict[str, Any], path: Path) -> Run:
             stages=report["stages"],
             passes=[(member, flip) for member, flip, *_ in passes],
             flops=np.array([flops for _, _, *flops in passes], np.float64),
-            done=np.array([(w["encoders"], w["decoders"]) for w in report["work"].values()]),
+            done=np.array(
+                [(work["encoders"], work["decoders"]) for work in report["work"].values()], np.int64
+            ).reshape(-1, 2),
             strip_s=np.array(list(report["strip_s"].values())),
             device=report["device"],
             workers=report["workers"],
@@ -264,9 +266,12 @@ def machine_of(run: Run) -> str:
 def calibrate(bundle: Path, path: Path) -> str:
     """Remembers in the bundle's folder the rate of the run.json `path` of a real run on Kaggle.
 
-    Returns which machine it was. Raises ValueError where the file is no run.json.
+    Returns which machine it was. Raises ValueError where the file is no run.json, or of a run in
+    which no strip went through the networks.
     """
     run = read_run(read_json(path), path)
+    if not run.done.any():
+        raise ValueError(f"{path}: no strip was predicted in this run, so that it tells no rate")
     rate = run.strip_flops / run.each_s  # with all that is not the networks
     known = read_calibration(bundle)
     known[machine_of(run)] = {"rate": rate, "once_s": run.once_s, "strips": run.strips}

@@ -56,17 +56,23 @@ def check_time(projection: Projection, budget_s: float) -> Check:
     )
 
 
-def check_run(ended: Ended, faults: dict[str, str]) -> list[Check]:
-    """What the process itself showed."""
+def check_run(ended: Ended, told: dict[str, Any]) -> list[Check]:
+    """What the process itself showed, and its run.json."""
     network = "the network was denied"
     if not ended.network_denied:
         network = "the network was NOT denied: this system does not allow it"
+    faults, left_out = told["faults"], told["left_out"]
     failed = f"{len(faults)} strips failed" if faults else "no strip failed"
-    return [
+    checks = [
         Check(ended.exit_code == 0, f"the kernel ended with exit code {ended.exit_code}"),
         Check(ended.network_denied or None, network),
         Check(not faults, failed),
     ]
+    if left_out:
+        passes = ", ".join(sorted(left_out))
+        words = f"to end in time, up to {max(left_out.values())} strips went without {passes}"
+        checks.append(Check(False, f"{words}: all that follows is of a run with less to do"))
+    return checks
 
 
 def passed(checks: list[Check]) -> bool:
@@ -180,6 +186,12 @@ def tell(
     }
 
 
+def as_json(report: dict[str, Any]) -> str:
+    """The report as JSON, which has no NaN: a mean of nothing is null."""
+    plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 # --- the terminal ---------------------------------------------------------------------------------
 
 
@@ -229,6 +241,15 @@ def choice_lines(choice: dict[str, Any]) -> str:
     return columns(heads, rows)
 
 
+def dice_line(dice: dict[str, Any]) -> str:
+    """The Dice over all pairs, over those with a defect and of each class."""
+    classes = "".join(f", class {label} {value:.3f}" for label, value in dice["per_class"].items())
+    return (
+        f"   Dice {dice['dice']:.3f} over all pairs, {dice['dice_non_empty']:.3f} over those "
+        f"with a defect{classes}; {dice['clean_left_empty']:.1%} of the clean strips left empty"
+    )
+
+
 def as_lines(report: dict[str, Any]) -> str:
     """The report for the terminal, the verdict first."""
     run, fits = report["run"], report["drop_to_fit"]
@@ -263,7 +284,7 @@ def as_lines(report: dict[str, Any]) -> str:
     if fits:
         parts.append(f"   To fit here, drop {', then '.join(fits)}.")
     if report["dice"]:
-        parts.append(f"   Dice {json.dumps(report['dice'])}")
+        parts.append(dice_line(report["dice"]))
     if report["choice"]:
         parts.append(choice_lines(report["choice"]))
     return "\n\n".join(parts)

@@ -197,6 +197,22 @@ def test_a_kernel_that_fails_fails_the_rehearsal(
     assert "Traceback" not in ended.stderr
 
 
+def test_a_rehearsal_of_strips_that_are_all_broken_is_a_report_of_that(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    images, bundle = tmp_path / "broken", tmp_path / "dist"
+    images.mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (images / name).write_bytes(b"")
+    shutil.copytree(tiny_bundle, bundle)
+    ended = rehearse(bundle, "--images", str(images))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "not one of 2 strips could be predicted" in ended.stdout
+    assert "== Not ready" in ended.stdout
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    assert list(report["faults"]) == ["1.jpg", "2.jpg"]
+
+
 def test_a_submission_that_kaggle_would_refuse_fails_the_rehearsal(
     tiny_bundle: Path, strips: Path, tmp_path: Path
 ) -> None:

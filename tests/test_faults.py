@@ -123,6 +123,19 @@ def test_a_broken_strip_costs_its_own_rows_and_is_named(
     assert all(any(rows[f"{seed}.jpg", label] for label in FOUR) for seed in range(6))
 
 
+def test_strips_that_are_all_broken_still_give_a_valid_submission(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    output = tmp_path / "submission.csv"
+    told = ["--bundle", dataset, "--images", tmp_path, "--output", output]
+    assert main(*told) == 0
+    assert "not one of 2 strips could be predicted" in caplog.text
+    assert rows_of(output) == {(name, label): "" for name in ("1.jpg", "2.jpg") for label in FOUR}
+    assert main(*told, "--strict") == 1
+
+
 def test_a_huge_strip_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

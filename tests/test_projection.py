@@ -45,6 +45,7 @@ def told(**changes: Any) -> dict[str, Any]:
         },
         "strip_s": {"1.jpg": 2.0, "2.jpg": 4.0, "3.jpg": 5.0},
         "faults": {"4.jpg": "no image"},
+        "left_out": {},
         "device": "cpu",
         "workers": 1,
     } | changes  # fmt: skip

@@ -1,6 +1,7 @@
 """The report: the same numbers as a page, as lines and as JSON, and a page that needs nothing."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -12,7 +13,7 @@ from test_projection import a_run, told
 
 from kernel.contact_sheet import draw_strip
 from kernel.drawing import Drawn
-from kernel.report import Ended, as_lines, as_page, check_run, tell
+from kernel.report import Ended, as_json, as_lines, as_page, check_run, tell
 
 ENDED = Ended(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
 DICE = {"dice": 0.91, "dice_non_empty": 0.42, "clean_left_empty": 1.0, "per_class": {"3": 0.37}}
@@ -27,9 +28,9 @@ def a_report(
 ) -> dict[str, Any]:
     more = {"share": 0.6, "gpu_bytes": 0, "non_empty": 2}
     defective = np.array([False, True, True])
-    json = told(**changes) | more
-    checks = check_run(ended, json["faults"])
-    report = tell(a_run(**changes), json, ended, checks, defective, {}, budget_s)
+    run = told(**changes) | more
+    checks = check_run(ended, run)
+    report = tell(a_run(**changes), run, ended, checks, defective, {}, budget_s)
     return report | {"dice": dice, "choice": choice}
 
 
@@ -113,6 +114,10 @@ TOO_LONG = "A clean run, but too long here: passes would be left out"
             {"seconds": 10.0}, "Not ready: the run was not clean", False, "✗", id="a strip failed"
         ),
         pytest.param(
+            {"faults": {}, "seconds": 10.0, "left_out": {"b/vertical": 2}},
+            "Not ready: the run was not clean", False, "✗", id="passes were left out",
+        ),
+        pytest.param(
             {"faults": {}, "seconds": 10.0, "ended": Ended(3, 10.0, True, 1)},
             "Not ready: the run was not clean", False, "✗", id="exit code",
         ),
@@ -129,6 +134,25 @@ def test_the_verdict(changes: dict[str, Any], verdict: str, ready: bool, mark: s
     page = Page(as_page(report, []))
     assert mark in page.said("b")
     assert ("good" if ready else "bad") in [a.get("class") for t, a in page.tags if t == "header"]
+
+
+def test_what_was_left_out_is_named() -> None:
+    left_out = {"b/vertical": 2, "b/none": 1}
+    words = "up to 2 strips went without b/none, b/vertical"
+    assert words in as_lines(a_report(faults={}, left_out=left_out))
+
+
+def test_a_mean_of_nothing_is_null_in_the_json_and_a_dash_on_the_page() -> None:
+    nothing = float("nan")
+    report = a_report(dice=DICE | {"dice_non_empty": nothing, "per_class": {}})
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    found = json.loads(as_json(report), parse_constant=refuse)
+    assert found["dice"] == DICE | {"dice_non_empty": None, "per_class": {}}
+    assert found["run"] == report["run"]
+    assert "–" in Page(as_page(report, [])).said("span")
 
 
 def test_a_bar_is_as_long_as_its_seconds() -> None:
