@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test lint bench fuzz soak versions clean
 
 demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips drawn on the spot
 	@echo "== packing the members of weights/ into dist/"
@@ -37,6 +37,19 @@ bench: .venv/installed  ## race the packed members against the ways in which oth
 fuzz: .venv/installed  ## what comes from files, at random: 100,000 cases, some minutes
 	@echo "== 20,000 cases of each of the five properties in tests/test_fuzz.py"
 	FUZZ=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
+	SOAK=5506 $(BIN)/python -m pytest -s tests/test_soak.py
+
+versions: .venv-oldest/installed  ## every test once more, with the oldest versions; Kaggle's Python is 3.12
+	.venv-oldest/bin/python -m pytest --ignore tests/test_engines.py
+	.venv-oldest/bin/python -m pytest tests/test_engines.py
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	@echo "== installing the oldest versions into .venv-oldest: minutes"
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf dist data runs .cache
