@@ -41,14 +41,19 @@ fuzz: .venv/installed  ## what comes from files, at random: 100,000 cases, some 
 soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
 	SOAK=5506 $(BIN)/python -m pytest -s tests/test_soak.py
 
-versions: .venv-oldest/installed  ## every test once more, with the oldest versions; Kaggle's Python is 3.12
-	.venv-oldest/bin/python -m pytest --ignore tests/test_engines.py
-	.venv-oldest/bin/python -m pytest tests/test_engines.py
+# All but packing, training, the report and what is the same on any version.
+KERNEL_TESTS := $(addprefix tests/test_, rle.py early_exit.py deadline.py mounts.py progress.py \
+	inference.py faults.py fuzz.py workers.py soak.py validate.py dry_run.py kaggle.py notebook.py)
 
-.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions; as on Kaggle: PYTHON=python3.12
+	@echo "== the kernel's tests, and then its engines'"
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest $(KERNEL_TESTS)
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest tests/test_engines.py
+
+.venv-oldest/installed: requirements-oldest.txt
 	@echo "== installing the oldest versions into .venv-oldest: minutes"
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/python -m pip install --requirement requirements-oldest.txt
 	@touch $@
 
 clean:

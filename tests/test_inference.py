@@ -938,21 +938,6 @@ def test_a_strip_that_the_networks_cannot_take_costs_only_its_own_rows(
             assert_masks(decoded(rles[name, label], SMALL), mean[label - 1], threshold_of(light))
 
 
-def test_not_one_strip_predicted_ends_with_2_but_a_complete_empty_submission_stands(
-    light: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_strips(tmp_path / "images", alike("a.jpg", "b.jpg"))
-    for path in (tmp_path / "images").iterdir():
-        path.write_bytes(b"")
-    options = ["--bundle", light, "--images", tmp_path / "images", "--output", tmp_path / "out.csv"]
-    with pytest.raises(SystemExit) as ended:
-        kernel.main(list(map(str, options)))
-    assert ended.value.code == 2
-    assert submitted(tmp_path / "out.csv") == {
-        (name, label): "" for name in ("a.jpg", "b.jpg") for label in FOUR
-    }
-
-
 @pytest.mark.parametrize("moment", ["load_ensemble", "read_image"])
 def test_a_complete_empty_submission_stands_before(
     moment: str, light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
