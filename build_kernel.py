@@ -377,7 +377,6 @@ def pack_openvino(member: Member, folder: Path) -> int:
         if not parameter.output(0).get_target_inputs():  # a level that this decoder does not read
             decoder.remove_parameter(parameter)
             encoder.remove_result(result)
-    encoder.set_rt_info(str(member.stride), "stride")
     paths = [folder / name for name in openvino_files(member.spec.file)]
     for half, path in zip((encoder, decoder), paths, strict=True):
         half.set_friendly_name(path.stem)  # OpenVINO's own names count what this process has made

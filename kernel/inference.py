@@ -7,6 +7,7 @@ pixels into a submission; training, packing and the dry run import their steps f
 
 import argparse
 import atexit
+import copy
 import csv
 import hashlib
 import importlib
@@ -629,38 +630,51 @@ def in_half_precision(half: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def fastest(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
-    """A member on the fastest engine that this machine has for it.
+def fastest(plain: Member, folder: Path, device: torch.device) -> Member:
+    """A loaded member of the bundle `folder` on the fastest engine that this machine has for it.
 
     OpenVINO on the CPU, where it imports and `build_kernel.py --openvino` packed the halves. Else
-    PyTorch with batch norm folded; on a GPU in fp16, channels last.
-
-    Raises:
-        ValueError: as `load_member`.
+    PyTorch with batch norm folded; on a GPU in fp16, channels last. `plain` stays as it is.
     """
-    halves = [folder / name for name in openvino_files(spec.file)]
+    halves = [folder / name for name in openvino_files(plain.spec.file)]
     if device.type == "cpu" and halves[0].is_file():
         try:
             encode, decode = map(OpenVino, halves)
-            stride = int(encode.model.get_rt_info("stride").value)
-            return Member(spec, encode, decode, stride)
+            return replace(plain, encode=encode, decode=decode)
         except Exception as error:  # a failed engine must not cost the submission
-            log.warning("%s runs on PyTorch, not on OpenVINO: %r", spec.name, error)
-    member = load_member(folder, spec, device)
-    fold_batch_norm(member.encode.network)  # which both halves share
+            log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
+    network = copy.deepcopy(plain.encode.network)
+    fold_batch_norm(network)
+    engine = split(network, plain.spec, device)
     if device.type == "cpu":
-        return member
-    member.encode.network.to(memory_format=torch.channels_last)
+        return engine
+    network.to(memory_format=torch.channels_last)
     fp16 = in_half_precision
-    return replace(member, encode=fp16(member.encode), decode=fp16(member.decode))
+    return replace(engine, encode=fp16(engine.encode), decode=fp16(engine.decode))
 
 
-def check_engine(engine: Member, plain: Member, images: Tensor) -> Member:
+def liveliest(image: Image, width: int = 400) -> Image:
+    """The part of an image, about `width` pixels wide, whose grey varies most."""
+    parts = np.array_split(image, max(image.shape[1] // width, 1), axis=1)
+    return max(parts, key=lambda part: float(part.std()))
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Images (B, 1, H, W) with the last row and column repeated up to the next multiple."""
+    height, width = images.shape[-2:]
+    padding = (0, -width % multiple, 0, -height % multiple)
+    return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
+
+
+@torch.inference_mode()
+def check_engine(engine: Member, plain: Member, image: Image, device: torch.device) -> Member:
     """The engine, or plain fp32 PyTorch where the engine fails or gives something else.
 
-    Gates and masks are compared apart: a shut gate would hide wrong masks.
+    Both see one part of an image (H, W): enough to tell, in a quarter of the time. Gates and masks
+    are compared apart: a shut gate would hide wrong masks.
     """
-    answers = []
+    images, answers = torch.from_numpy(liveliest(image))[None, None].to(device) / 255, []
+    images = pad_to_multiple(images, plain.stride)
     try:
         for member in (plain, engine):
             gates, *features = member.encode(images)
@@ -715,13 +729,6 @@ class Stages:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
-
-
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Images (B, 1, H, W) with the last row and column repeated up to the next multiple."""
-    height, width = images.shape[-2:]
-    padding = (0, -width % multiple, 0, -height % multiple)
-    return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
 
 
 HOPE = 0.8  # of the sum that is needed: below it a strip looks clean
@@ -1053,14 +1060,6 @@ class Ensemble:
         """The passes as (member, flip)."""
         return [(member.spec.name, flip) for member, flip in self.passes]
 
-    @torch.inference_mode()
-    def check_engines(self, bundle: Path, image: Image) -> None:
-        """Replaces every engine that gives another answer than plain PyTorch for one image."""
-        images = self.prepare(image)
-        for index, engine in enumerate(self.members):
-            plain = load_member(bundle, engine.spec, self.device)  # one at a time in memory
-            self.members[index] = check_engine(engine, plain, images)
-
     def prepare(self, image: Image) -> Tensor:
         """An image (H, W) as a pass takes it: (1, 1, H, W) in [0, 1], padded."""
         images = torch.from_numpy(image)[None, None]
@@ -1339,22 +1338,39 @@ def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Str
             yield strip.result()
 
 
+def first_image(task: Task) -> Image | None:
+    """The first strip that can be read."""
+    strips = (decode_strip(task.images, name) for name in task.names)
+    return next((strip.image for strip in strips if strip.image is not None), None)
+
+
 def load_members(
-    bundle: Path, specs: Sequence[MemberSpec], device: torch.device, allow_missing: bool
+    bundle: Path,
+    specs: Sequence[MemberSpec],
+    device: torch.device,
+    stages: Stages,
+    allow_missing: bool,
+    image: Image | None,
 ) -> list[Member]:
-    """Every member of a bundle; with `allow_missing` without those that are not usable.
+    """Every member of a bundle on its engine, which is checked on `image`, if there is one.
 
     Raises:
-        ValueError: as `load_member`, or no member is left.
+        ValueError: as `load_member`, unless `allow_missing`; or no member is left.
     """
     members = []
     for spec in progress(specs, "members", "member"):
         try:
-            members.append(fastest(bundle, spec, device))
+            with stages("load"):
+                plain = load_member(bundle, spec, device)
+                engine = fastest(plain, bundle, device)
         except ValueError as error:
             if not allow_missing:
                 raise
             log.warning("going on without member %s: %s", spec.name, error)
+            continue
+        with stages("check"):
+            checked = engine if image is None else check_engine(engine, plain, image, device)
+        members.append(checked)
     if not members:
         raise ValueError(f"{bundle}: not one member is usable")
     return members
@@ -1368,23 +1384,15 @@ def load_ensemble(
     batch_size: int = 1,
     early_exit: bool = True,
     allow_missing: bool = False,
+    image: Image | None = None,
     deadline: Deadline | None = None,
 ) -> Ensemble:
     """The members of a bundle, ready to run; raises ValueError as `load_members` does."""
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
-    with stages("load"):
-        members = load_members(bundle, manifest.members, device, allow_missing)
+    members = load_members(bundle, manifest.members, device, stages, allow_missing, image)
     return Ensemble(manifest, members, device, stages, batch_size, early_exit, deadline)
-
-
-def check_engines(ensemble: Ensemble, bundle: Path, task: Task) -> None:
-    """Checks every engine on the first strip that can be read."""
-    strips = (decode_strip(task.images, name) for name in task.names)
-    image = next((strip.image for strip in strips if strip.image is not None), None)
-    if image is not None:
-        ensemble.check_engines(bundle, image)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
@@ -1481,10 +1489,9 @@ def predict_on(device: torch.device, run: Run, task: Task, outcome: Outcome) -> 
         batch_size=options.batch_size or (8 if device.type == "cuda" else 1),
         early_exit=options.early_exit,
         allow_missing=options.allow_missing_members,
+        image=first_image(task),
         deadline=deadline,
     )
-    with stages("check"):
-        check_engines(ensemble, run.bundle, task)
     log.info("%d images of %s on %s", len(task.names), task.images, device)
     try:
         predict_task(ensemble, task, run.submission, outcome)

@@ -49,6 +49,10 @@ def greys(seed: int, batch: int, height: int, width: int) -> torch.Tensor:
     return torch.rand(batch, 1, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def engine_of(dataset: Path, spec: kernel.MemberSpec) -> kernel.Member:
+    return kernel.fastest(kernel.load_member(dataset, spec, CPU), dataset, CPU)
+
+
 def answers(member: kernel.Member, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode():
         gates, *features = member.encode(images)
@@ -84,7 +88,8 @@ def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:
     for path in dataset.glob("*.xml"):
         path.unlink()
     for spec in specs_of(dataset):
-        engine, plain = kernel.fastest(dataset, spec, CPU), kernel.load_member(dataset, spec, CPU)
+        plain = kernel.load_member(dataset, spec, CPU)
+        engine = kernel.fastest(plain, dataset, CPU)
         counts = [
             sum(type(module) is nn.BatchNorm2d for module in member.encode.modules())
             for member in (engine, plain)
@@ -103,7 +108,8 @@ def test_openvino_gives_what_plain_pytorch_gives(
     shape: tuple[int, int, int], dataset: Path
 ) -> None:
     for spec in specs_of(dataset):
-        engine, plain = kernel.fastest(dataset, spec, CPU), kernel.load_member(dataset, spec, CPU)
+        plain = kernel.load_member(dataset, spec, CPU)
+        engine = kernel.fastest(plain, dataset, CPU)
         assert isinstance(engine.encode, kernel.OpenVino)
         assert engine.stride == plain.stride
         images = greys(2, *shape)
@@ -115,14 +121,14 @@ def test_openvino_gives_what_plain_pytorch_gives(
 
 def test_only_the_features_that_a_decoder_reads_leave_the_encoder(dataset: Path) -> None:
     counts = {
-        spec.model["arch"]: len(kernel.fastest(dataset, spec, CPU).encode(greys(3, 1, 64, 96)))
+        spec.model["arch"]: len(engine_of(dataset, spec).encode(greys(3, 1, 64, 96)))
         for spec in specs_of(dataset)
     }
     assert counts == {"Unet": 1 + 6, "FPN": 1 + 4}  # gates, and the levels from the image down
 
 
 def test_what_an_engine_gave_stays_when_it_runs_again(dataset: Path) -> None:
-    engine = kernel.fastest(dataset, specs_of(dataset)[0], CPU)
+    engine = engine_of(dataset, specs_of(dataset)[0])
     first = engine.encode(greys(4, 1, 64, 96))
     copies = [tensor.clone() for tensor in first]
     engine.encode(greys(5, 1, 64, 96))
@@ -145,7 +151,7 @@ def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
         (dataset / kernel.openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
     else:
         monkeypatch.setitem(sys.modules, "openvino", None)
-    engine = kernel.fastest(dataset, spec, CPU)
+    engine = engine_of(dataset, spec)
     assert isinstance(engine.encode, kernel.Encoder)
     assert "unet-a runs on PyTorch, not on OpenVINO" in caplog.text
 
@@ -181,13 +187,14 @@ ENGINES: dict[str, Any] = {
 }
 
 
+GREY = np.random.default_rng(6).integers(0, 255, (64, 96), np.uint8)
+
+
 @pytest.mark.parametrize("case", ENGINES)
-@torch.inference_mode()
 def test_an_engine_is_replaced_and_named_for(
     case: str, plain: kernel.Member, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = greys(6, 1, 64, 96)
-    assert kernel.check_engine(ENGINES[case](plain), plain, images) is plain
+    assert kernel.check_engine(ENGINES[case](plain), plain, GREY, CPU) is plain
     assert "unet-a runs on plain PyTorch, the engine fails" in caplog.text
 
 
@@ -197,16 +204,23 @@ def test_wrong_masks_show_behind_a_shut_gate(plain: kernel.Member) -> None:
     wrong = replace(shut, decode=lambda *parts: plain.decode(*parts).flip(-1))
     images = greys(6, 1, 64, 96)
     assert torch.equal(shut(images), wrong(images))
-    assert kernel.check_engine(wrong, shut, images) is shut
+    assert kernel.check_engine(wrong, shut, GREY, CPU) is shut
 
 
-@torch.inference_mode()
 def test_an_engine_that_agrees_within_rounding_is_kept(
     plain: kernel.Member, caplog: pytest.LogCaptureFixture
 ) -> None:
     close = replace(plain, decode=lambda *parts: plain.decode(*parts) + 1e-4)
-    assert kernel.check_engine(close, plain, greys(6, 1, 64, 96)) is close
+    assert kernel.check_engine(close, plain, GREY, CPU) is close
     assert not caplog.text
+
+
+def test_an_engine_is_checked_where_most_is_to_be_seen() -> None:
+    image = np.full((256, 1600), 30, np.uint8)
+    image[:, 900:1000] = GREY[0, :1]
+    image[100, 900:1000] = 255
+    np.testing.assert_array_equal(kernel.liveliest(image), image[:, 800:1200])
+    np.testing.assert_array_equal(kernel.liveliest(GREY), GREY)  # too narrow for parts
 
 
 def test_a_run_with_a_wrong_engine_writes_the_masks_of_plain_pytorch(

@@ -912,7 +912,7 @@ def white_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(*arguments: Any) -> kernel.Member:
         loaded = load_member(*arguments)
-        loaded.encode.register_forward_pre_hook(refuse)
+        loaded.encode.network.encoder.register_forward_pre_hook(refuse)
         return loaded
 
     monkeypatch.setattr(kernel, "load_member", load)
