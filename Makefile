@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench fuzz soak versions clean
+.PHONY: demo test lint bench fuzz soak mutants versions clean
 
 demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips drawn on the spot
 	@echo "== packing the members of weights/ into dist/"
@@ -41,6 +41,11 @@ fuzz: .venv/installed  ## what comes from files, at random: 100,000 cases, some 
 soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
 	SOAK=5506 $(BIN)/python -m pytest -s tests/test_soak.py
 
+mutants: .venv/installed  ## change the kernel in 250 places, one at a time, and see a test fail: an hour
+	@echo "== installing mutmut"
+	$(BIN)/python -m pip install --quiet mutmut
+	$(BIN)/python tests/mutants.py
+
 # All but packing, training, the report and what is the same on any version.
 KERNEL_TESTS := $(addprefix tests/test_, rle.py early_exit.py deadline.py mounts.py progress.py \
 	inference.py faults.py fuzz.py workers.py soak.py validate.py dry_run.py kaggle.py notebook.py)
@@ -57,4 +62,4 @@ versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions
 	@touch $@
 
 clean:
-	rm -rf dist data runs .cache
+	rm -rf dist data runs mutants .cache

@@ -1,6 +1,8 @@
 """A tiny bundle: three small members in the layout of `weights/`, for every test that needs one."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from kernel.inference import build_network
 torch.set_num_threads(1)
 
 CLASSES = 4
+
+
+@pytest.fixture(autouse=True)
+def no_process_of_a_mutant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant of `make mutants` lives in this process: a test that starts one tells nothing."""
+    if "MUTANT_UNDER_TEST" in os.environ:
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.skip("another process"))
 
 
 def tiny_model(arch: str = "Unet", channels: int = 1, presence: bool = True) -> dict[str, Any]:

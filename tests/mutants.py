@@ -1,0 +1,60 @@
+"""Mutation testing of kernel/inference.py: a seeded sample of mutmut's mutants, and which lived.
+
+    python tests/mutants.py --sample 250
+
+`make mutants`. All of them would take hours. A mutant is a change of one step of the code; where no
+test fails with it, it survives, and the tests have a gap or the step makes no difference. mutmut's
+mutants live in the process of the tests, so that those of `ELSEWHERE` are left out.
+"""
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+FOUND = Path("mutants/kernel/inference.py.meta")
+KILLED = {1, 3, 24, -24, 36}  # mutmut's exit codes of a test that failed, and of one without an end
+ELSEWHERE = (
+    r"\.x_(parse_options|main|start_log|start_worker|collect|read_worker|predict_by_workers)__"
+)
+
+
+def mutmut(*names: str) -> None:
+    """Runs these mutants; the first time it makes all of them and learns which tests reach them."""
+    subprocess.run([sys.executable, "-m", "mutmut", "run", *names], check=True)
+
+
+def main() -> None:
+    """Draws, runs and counts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sample", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    mutmut("kernel.inference.x_csv_line__mutmut_1")
+    names = [name for name in read_codes() if not re.search(ELSEWHERE, name)]
+    drawn = random.Random(args.seed).sample(sorted(names), min(args.sample, len(names)))
+    mutmut(*drawn)
+    codes = read_codes()
+    killed = sum(codes[name] in KILLED for name in drawn)
+    print(f"\n{killed} of {len(drawn)} killed, {killed / len(drawn):.1%}; of {len(names)} in all")
+    survived = sorted(name for name in drawn if codes[name] not in KILLED)
+    for function, count in Counter(re.sub(r"__mutmut_\d+$", "", s) for s in survived).most_common():
+        print(f"   {count} {function}")
+    for name in survived:
+        subprocess.run([sys.executable, "-m", "mutmut", "show", name], check=False)
+
+
+def read_codes() -> dict[str, int | None]:
+    """Every mutant's exit code, None for one that did not run."""
+    codes: dict[str, int | None] = json.loads(FOUND.read_text())["exit_code_by_key"]
+    return codes
+
+
+if __name__ == "__main__":
+    main()
