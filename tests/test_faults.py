@@ -321,6 +321,9 @@ class Runs:
         return (os.system, (f"touch '{self.proof}'",))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "safe_globals"), reason="packing pickles needs PyTorch 2.5"
+)
 def test_a_pickle_that_runs_code_does_not_run_and_stops_the_build(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
