@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from kernel import inference as kernel
 from weights import steel
 
+MACHINES = int(os.environ.get("MACHINES", "500"))  # simulated, by each property
 FLIPS = ("none", "horizontal", "vertical")
 
 # --- simulated machines ---------------------------------------------------------------------------
@@ -100,7 +102,7 @@ machines = st.builds(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=3 * MACHINES, deadline=None)
 @given(machines, st.floats(60, 3600))
 def test_every_strip_has_a_plan_or_stays_empty_and_the_budget_is_never_passed(
     machine: Machine, budget_s: float
@@ -116,7 +118,7 @@ def test_every_strip_has_a_plan_or_stays_empty_and_the_budget_is_never_passed(
     assert all(plan == sorted(set(plan)) for plan in log.plans)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=MACHINES, deadline=None)
 @given(machines)
 def test_nothing_is_dropped_where_there_is_time_for_all(machine: Machine) -> None:
     machine.stall_s = 0.0
@@ -126,7 +128,7 @@ def test_nothing_is_dropped_where_there_is_time_for_all(machine: Machine) -> Non
     assert all(plan == list(range(len(machine.passes))) for plan in log.plans)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=MACHINES, deadline=None)
 @given(machines, st.floats(0.2, 0.95))
 def test_a_steady_machine_leaves_less_unused_than_a_chunk_of_strips(
     machine: Machine, share: float
