@@ -41,7 +41,7 @@ fuzz: .venv/installed  ## what comes from files, at random: 100,000 cases, some 
 soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
 	SOAK=5506 $(BIN)/python -m pytest -s tests/test_soak.py
 
-mutants: .venv/installed  ## change the kernel in 250 places, one at a time, and see a test fail: an hour
+mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"
 	$(BIN)/python -m pip install --quiet mutmut
 	$(BIN)/python tests/mutants.py
