@@ -168,6 +168,16 @@ def test_passes_come_back_when_the_machine_gets_faster() -> None:
     assert log.deadline.left_out.total() > 0
 
 
+def test_before_the_first_strip_has_landed_a_plan_is_taken_at_its_passes_seconds() -> None:
+    deadline = kernel.Deadline(1000, 0.0, clock=lambda: 0.0)
+    passes = [("a", flip) for flip in FLIPS]
+    deadline.ran("a", "encoder", 2.0, 1)
+    deadline.ran("a", "decoder", 1.0, 1)
+    assert deadline.whole_s(passes) == 9
+    assert len(deadline.plan(passes, int(deadline.end / 9))) == 3
+    assert len(deadline.plan(passes, int(deadline.end / 9) + 1)) == 2
+
+
 def test_time_outside_the_networks_is_reckoned_with() -> None:
     """Half of a strip's time is no pass's: twice as many passes are dropped."""
     now = [0.0]

@@ -380,12 +380,19 @@ def test_both_ways_write_the_same_bytes_and_run_json_tells_the_work(
     full, told_full = submission(bundle, images, tmp_path / "full", "--no-early-exit")
     assert early == full
     assert told_full["share"] == 1
+    assert (told["device"], told["workers"]) == ("cpu", 1)
+    assert {"decode", "prepare", "tally", "rle", "write"} <= set(told["stages"])
     assert told["share"] < 1
     assert set(told["work"]) == {f"{seed}.png" for seed in range(6)}
     for work in told["work"].values():
         assert 0 < work["decoders"] <= work["encoders"] <= 15 or work["decoders"] == 0
         assert 0 < work["share"] <= 1
     assert told["non_empty"] == told_full["non_empty"] > 0
+
+
+def test_masks_of_no_decoder_are_bool_and_empty() -> None:
+    masks = kernel.Tally(3, kernel.Manifest([], 2), early_exit=True).masks((2, 3))
+    assert masks.dtype == np.bool_ and masks.shape == (2, 2, 3) and not masks.any()
 
 
 def test_a_class_that_was_proven_is_open_again_when_a_pass_is_left_out() -> None:

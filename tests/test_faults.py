@@ -396,6 +396,16 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert (images.parent / "submission.csv").read_bytes() == whole
 
 
+def test_the_next_save_waits_for_a_hundred_times_what_the_last_one_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter([1000.0, 1000.5])  # before and after
+    monkeypatch.setattr(kernel.time, "monotonic", lambda: next(ticks))
+    submission = kernel.Submission(tmp_path / "out.csv", kernel.LAYOUTS["2019"], [("a.jpg", 1)])
+    submission.save()
+    assert submission.next_s == 1050.5
+
+
 def test_every_strip_that_is_done_is_on_disk_when_the_next_one_starts(
     dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
