@@ -174,7 +174,7 @@ def rehearse(args: argparse.Namespace, root: Path) -> None:
     images, truth_csv = args.images, args.ground_truth
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
-        steel.write_competition(root / "steel", train=0, test=args.strips, seed=args.seed)
+        steel.write_competition(root / "steel", 0, args.strips, args.seed, evenly=True)
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
     log.info("laying the Kaggle-like tree and running the kernel in it")
     sample = lay_tree(root, args.bundle, images)

@@ -185,3 +185,13 @@ def test_a_size_that_is_none_is_refused_with_an_example():
     for text in ("big", "64", "64x", "-1x9"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text}.*256x1600"):
             steel.parse_size(text)
+
+
+@pytest.mark.parametrize("count", [8, 40, 400])
+def test_among_few_strips_that_are_drawn_evenly_the_share_of_defective_ones_is_kept(
+    count: int,
+) -> None:
+    rng = np.random.default_rng(2)
+    strips = [steel.draw_evenly(rng, steel.SHARES, index) for index in range(count)]
+    assert sum(map(bool, strips)) == int(count * steel.DEFECTIVE)
+    assert strips[0] == () and len(set(strips)) > 1

@@ -5,6 +5,7 @@ lit surface mean 0.23–0.50 of white, grain 4–11 grey levels, dark margins of
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -450,6 +451,18 @@ def draw_classes(rng: Rng, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(int(c) + 1 for c in sorted(rng.choice(CLASSES, count, replace=False, p=chances)))
 
 
+def draw_evenly(rng: Rng, shares: Sequence[float], index: int) -> tuple[int, ...]:
+    """As `draw_classes` for strip `index`, where among few strips as many have a defect as should.
+
+    By chance 8 strips have 2 to 6, and a run over them takes half or twice as long as others.
+    """
+    due = math.floor((index + 1) * DEFECTIVE) > math.floor(index * DEFECTIVE)
+    while True:
+        classes = draw_classes(rng, shares)
+        if bool(classes) == due:
+            return classes
+
+
 # --- the competition's files -------------------------------------------------
 
 
@@ -459,11 +472,18 @@ def strip_name(seed: int, split: int, index: int) -> str:
 
 
 def write_strip(
-    folder: Path, split: int, seed: int, shares: Sequence[float], size: Size, index: int
+    folder: Path,
+    split: int,
+    seed: int,
+    shares: Sequence[float],
+    size: Size,
+    evenly: bool,
+    index: int,
 ) -> tuple[str, list[str]]:
     """Write strip `index` of a split as JPEG; its name and its four runs, "" for no mask."""
     rng = np.random.default_rng([seed, split, index])
-    image, masks = draw_strip(rng, draw_classes(rng, shares), size)
+    classes = draw_evenly(rng, shares, index) if evenly else draw_classes(rng, shares)
+    image, masks = draw_strip(rng, classes, size)
     name = strip_name(seed, split, index)
     quality = 95 if rng.random() < 0.8 else 90  # the quantisation tables of the real files
     written = cv2.imwrite(
@@ -475,11 +495,18 @@ def write_strip(
 
 
 def write_split(
-    folder: Path, count: int, split: int, seed: int, shares: Sequence[float], size: Size, jobs: int
+    folder: Path,
+    count: int,
+    split: int,
+    seed: int,
+    shares: Sequence[float],
+    size: Size,
+    evenly: bool,
+    jobs: int,
 ) -> list[tuple[str, list[str]]]:
     """Write `count` strips into `folder`; their names and runs in name order."""
     folder.mkdir(parents=True, exist_ok=True)
-    write = partial(write_strip, folder, split, seed, shares, size)
+    write = partial(write_strip, folder, split, seed, shares, size, evenly)
     if not count:
         return []
     if jobs == 1:
@@ -510,16 +537,20 @@ def write_competition(
     shares: Sequence[float] = SHARES,
     size: Size = (256, 1600),
     jobs: int = 1,
+    evenly: bool = False,
 ) -> None:
     """Write a folder like the competition's, and test.csv, which Kaggle keeps to itself.
 
     `shares` weighs the classes of the train strips; the test strips keep the real proportions.
+    `evenly` keeps the share of strips with a defect among few strips too, not only among many.
     Raises ValueError for a layout other than "today" and "2019".
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
-    train_strips = write_split(folder / "train_images", train, TRAIN, seed, shares, size, jobs)
-    test_strips = write_split(folder / "test_images", test, TEST, seed, SHARES, size, jobs)
+    train_strips = write_split(
+        folder / "train_images", train, TRAIN, seed, shares, size, evenly, jobs
+    )
+    test_strips = write_split(folder / "test_images", test, TEST, seed, SHARES, size, evenly, jobs)
     write_truth(folder / "train.csv", train_strips, layout)
     write_truth(folder / "test.csv", test_strips, layout)
     everything = f"1 {size[0] * size[1]}"  # the real sample: all pixels, of no class
