@@ -1,10 +1,11 @@
 """Packs trained checkpoints into a Kaggle dataset and an offline submission kernel.
 
-Read top to bottom: manifest → metadata → wheels → members → notebook → staging → table.
+Read top to bottom: manifest → metadata → wheels → members → one file → notebook → staging → table.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,20 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel.inference import (
-    MANIFEST,
-    Manifest,
-    Member,
-    MemberSpec,
-    check_sha256,
-    load_member,
-    openvino_files,
-    pad_to_multiple,
-    parse_manifest,
-    progress,
-    read_json,
-    start_log,
-)
+from kernel.engines import openvino_files, pad_to_multiple
+from kernel.logs import progress, start_log
+from kernel.manifest import MANIFEST, Manifest, MemberSpec, parse_manifest, read_json
+from kernel.members import Member, check_sha256, load_member
 from kernel.projection import CALIBRATION
 from weights.checkpoints import fit, read_checkpoint, read_model, weights_file, without_activation
 
@@ -410,6 +401,35 @@ def pack_member(
     return Packed(spec, parameters, size, checkpoint.notes)
 
 
+# --- the kernel's modules as one file -----------------------------------------------------------
+
+GUARD = '\n\nif __name__ == "__main__":\n    main()\n'  # the end of what is run as a script
+OWN_IMPORT = re.compile(r"^from kernel\.(\w+) import (?:\([^)]*\)|.+)\n", re.MULTILINE)
+
+
+def needed(module: Path) -> list[Path]:
+    """A module of kernel/ after those of kernel/ that it needs, each once."""
+    names = OWN_IMPORT.findall(module.read_text(encoding="utf-8"))
+    before = itertools.chain(*(needed(module.with_name(f"{name}.py")) for name in names))
+    return list(dict.fromkeys([*before, module]))
+
+
+def join_modules(script: Path) -> str:
+    """A script of kernel/ and all that it imports from there as one file, for Kaggle runs one.
+
+    A section a module, its code as it stands, without the imports of what stands above it. The
+    script's docstring comes first, for it is the file's.
+    """
+    *others, _ = needed(script)
+    docstring, end, rest = script.read_text(encoding="utf-8").partition('"""\n')
+    parts = {path: path.read_text(encoding="utf-8").removesuffix(GUARD) for path in others}
+    sections = [
+        f"# --- {path.name} ".ljust(100, "-") + "\n\n" + OWN_IMPORT.sub("", code).strip("\n")
+        for path, code in [*parts.items(), (script, rest)]
+    ]
+    return docstring + end + "\n" + "\n\n\n".join(sections) + "\n"
+
+
 # --- the notebook -------------------------------------------------------------------------------
 
 TITLE_CELL = """\
@@ -436,8 +456,6 @@ try:
     display(IPython.display.Image(data=cv2.imencode(".jpg", sheet)[1].tobytes()))
 except Exception as error:  # a picture must not cost the submission
     log.warning("no contact sheet: %s", error)"""
-
-GUARD = '\n\nif __name__ == "__main__":\n    main()\n'  # a notebook's command line is Jupyter's
 
 
 def notebook_of(code: str) -> dict[str, Any]:
@@ -493,12 +511,12 @@ def stage(
     write_json(kernel / KERNEL.name, metadata.kernel)
     for wheel in wheels:
         shutil.copyfile(wheel, dataset / wheel.name)
-    for path in (CODE, *BESIDE):
-        shutil.copyfile(path, dataset / path.name)
+    for script in (CODE, *BESIDE):
+        (dataset / script.name).write_text(join_modules(script), encoding="utf-8")
     if metadata.kernel["kernel_type"] == "notebook":
-        write_json(kernel / NOTEBOOK, notebook_of(CODE.read_text(encoding="utf-8")))
+        write_json(kernel / NOTEBOOK, notebook_of(join_modules(CODE)))
     else:
-        shutil.copyfile(CODE, kernel / CODE.name)
+        shutil.copyfile(dataset / CODE.name, kernel / CODE.name)
     return packed
 
 

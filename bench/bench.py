@@ -29,21 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from build_kernel import build
-from kernel.inference import (
-    Ensemble,
-    Manifest,
-    Member,
-    Stages,
-    build_network,
-    decode_ahead,
-    encode_rle,
-    load_ensemble,
-    load_manifest,
-    load_member,
-    progress,
-    read_image,
-    start_log,
-)
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import encode_rle, read_image
+from kernel.logs import Stages, progress, start_log
+from kernel.manifest import Manifest, load_manifest
+from kernel.members import Member, build_network, load_member
+from kernel.predict import decode_ahead
 from kernel.projection import SCORED_STRIPS
 from weights import steel
 from weights.score import Masks, dice

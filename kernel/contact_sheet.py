@@ -9,17 +9,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-try:
-    from kernel.inference import Image, Mask, read_image, read_rows
-    from kernel.validate import decode_rle
-except ImportError:  # in the bundle the files lie side by side
-    from inference import (  # type: ignore[import-not-found, no-redef]
-        Image,
-        Mask,
-        read_image,
-        read_rows,
-    )
-    from validate import decode_rle  # type: ignore[import-not-found, no-redef]
+from kernel.images import Image, Mask, read_image
+from kernel.rows import read_rows
+from kernel.validate import decode_rle
 
 Picture = npt.NDArray[np.uint8]  # BGR, (H, W, 3)
 

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 
 from kernel.contact_sheet import MOST, Picture, caption_of, captioned, draw_strip, stack
-from kernel.inference import progress, read_image
+from kernel.images import read_image
+from kernel.logs import progress
 from weights.score import Scores, dice, draw_truth
 
 

@@ -21,19 +21,12 @@ from typing import Any
 import numpy as np
 
 from kernel.drawing import Found, write_sheet
-from kernel.inference import (
-    IMAGE_SUFFIXES,
-    LAYOUTS,
-    MANIFEST,
-    SAMPLE,
-    load_manifest,
-    read_json,
-    read_sample,
-    start_log,
-    write_submission,
-)
+from kernel.logs import start_log
+from kernel.manifest import MANIFEST, load_manifest, read_json
+from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, read_sample
 from kernel.projection import HOUR_S, calibrate, read_calibration, read_run
 from kernel.report import Check, Ended, as_json, as_lines, as_page, check_run, tell
+from kernel.rows import LAYOUTS, write_submission
 from kernel.validate import check_submission
 from weights import steel
 from weights.choose import choose

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernel.inference import read_json
+from kernel.manifest import read_json
 
 SCORED_STRIPS = 5506  # of the scored run
 HOUR_S = 3600  # Kaggle's

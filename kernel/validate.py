@@ -15,16 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    from kernel.inference import Layout, Mask, read_image, read_rows, read_sample
-except ImportError:  # in the bundle the two files lie side by side
-    from inference import (  # type: ignore[import-not-found, no-redef]
-        Layout,
-        Mask,
-        read_image,
-        read_rows,
-        read_sample,
-    )
+from kernel.images import Mask, read_image
+from kernel.mounts import read_sample
+from kernel.rows import Layout, read_rows
 
 SIZE = (256, 1600)  # (H, W) of the competition's strips
 CLASSES = 4

@@ -1,8 +1,12 @@
 """A tiny bundle: three small members in the layout of `weights/`, for every test that needs one."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from build_kernel import build
-from kernel.inference import build_network
+from build_kernel import CODE, build, join_modules
+from kernel.members import build_network
 
 torch.set_num_threads(1)
 
@@ -24,6 +28,15 @@ def no_process_of_a_mutant(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mutant of `make mutants` lives in this process: a test that starts one tells nothing."""
     if "MUTANT_UNDER_TEST" in os.environ:
         monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.skip("another process"))
+
+
+@functools.cache
+def kernel_script() -> Path:
+    """The file that Kaggle runs, without a bundle beside it."""
+    folder = Path(tempfile.mkdtemp(prefix="kernel-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / CODE.name).write_text(join_modules(CODE), encoding="utf-8")
+    return folder / CODE.name
 
 
 def tiny_model(arch: str = "Unet", channels: int = 1, presence: bool = True) -> dict[str, Any]:

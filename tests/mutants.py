@@ -1,4 +1,4 @@
-"""Mutation testing of kernel/inference.py: a seeded sample of mutmut's mutants, and which lived.
+"""Mutation testing of the kernel: a seeded sample of mutmut's mutants, and which lived.
 
     python tests/mutants.py --sample 160
 
@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-FOUND = Path("mutants/kernel/inference.py.meta")
+FOUND = Path("mutants/kernel")  # a .meta a module
 KILLED = {1, 3, 24, -24, 36}  # mutmut's exit codes of a test that failed, and of one without an end
 ELSEWHERE = (
     r"\.x(ǁOpenVinoǁ.*|_(parse_options|main|start_log|start_worker|collect|read_worker|works"
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    mutmut("kernel.inference.x_csv_line__mutmut_1")
+    mutmut("kernel.rows.x_csv_line__mutmut_1")
     names = [name for name in read_codes() if not re.search(ELSEWHERE, name)]
     drawn = random.Random(args.seed).sample(sorted(names), min(args.sample, len(names)))
     mutmut(*drawn)
@@ -57,7 +57,9 @@ def main() -> None:
 
 def read_codes() -> dict[str, int | None]:
     """Every mutant's exit code, None for one that did not run."""
-    codes: dict[str, int | None] = json.loads(FOUND.read_text())["exit_code_by_key"]
+    codes: dict[str, int | None] = {}
+    for path in FOUND.glob("*.meta"):
+        codes |= json.loads(path.read_text())["exit_code_by_key"]
     return codes
 
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kernel.inference import load_manifest
+from kernel.manifest import load_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench

@@ -25,10 +25,12 @@ from build_kernel import (
     check_out,
     count_flops,
     fetch_wheels,
+    join_modules,
     main,
     to_half,
 )
-from kernel.inference import Member, MemberSpec, load_manifest, load_member, split
+from kernel.manifest import MemberSpec, load_manifest
+from kernel.members import Member, load_member, split
 
 ROOT = Path(__file__).parents[1]
 Entries = dict[str, Any]
@@ -69,7 +71,7 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
         "dataset-metadata.json", *members, *WHEELS,
     }  # fmt: skip
     assert {p.name for p in kernel.iterdir()} == {"inference.py", "kernel-metadata.json"}
-    assert (dataset / "inference.py").read_bytes() == CODE.read_bytes()
+    assert (dataset / "inference.py").read_text(encoding="utf-8") == join_modules(CODE)
     assert json.loads((kernel / "kernel-metadata.json").read_text())["dataset_sources"] == [
         "smith/severstal-steel-ensemble"
     ]
@@ -448,7 +450,7 @@ else:
     raise SystemExit("the stand-in for Kaggle's image has SMP")
 wheels_first = True
 sys.path[:0] = {wheels!r}
-from kernel.inference import build_network
+from kernel.members import build_network
 network = build_network({tiny_model("FPN")!r})
 import segmentation_models_pytorch, timm
 print([module.__file__ for module in (segmentation_models_pytorch, timm)])

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kernel.inference import MemberSpec, build_network, load_member
+from kernel.manifest import MemberSpec
+from kernel.members import build_network, load_member
 from weights.checkpoints import (
     Checkpoint,
     fit,

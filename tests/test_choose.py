@@ -8,18 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernel.inference import (
-    Ensemble,
-    Image,
-    Manifest,
-    Stages,
-    Strip,
-    load_ensemble,
-    load_manifest,
-    parse_manifest,
-    pick_device,
-    read_image,
-)
+from kernel.engines import pick_device
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import Image, Strip, read_image
+from kernel.logs import Stages
+from kernel.manifest import Manifest, load_manifest, parse_manifest
 from weights import steel
 from weights.choose import (
     Evidence,

@@ -19,7 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel import inference as kernel
+from kernel import inference
+from kernel.deadline import Deadline
+from kernel.early_exit import Tally
+from kernel.ensemble import Flight
+from kernel.images import Strip
+from kernel.manifest import Manifest
+from kernel.mounts import Options
 from weights import steel
 
 MACHINES = int(os.environ.get("MACHINES", "500"))  # simulated, by each property
@@ -49,7 +55,7 @@ class Machine:
 
     def run(self, budget_s: float) -> "Log":
         """All strips under a Deadline, as `Ensemble.fly` uses it, one strip at a time."""
-        deadline = kernel.Deadline(budget_s, self.now, clock=lambda: self.now)
+        deadline = Deadline(budget_s, self.now, clock=lambda: self.now)
         rng, log = np.random.default_rng(self.seed), Log(self, deadline, self.now + budget_s)
         deadline.takes_off()
         for strip in range(self.strips):
@@ -70,7 +76,7 @@ class Machine:
             log.seconds.append(self.now - before)
         return log
 
-    def take(self, deadline: kernel.Deadline, member: str, half: str, strip: int) -> None:
+    def take(self, deadline: Deadline, member: str, half: str, strip: int) -> None:
         start = self.now
         self.now += self.cost_s[member] * (self.slower if strip >= self.slower_from else 1)
         deadline.ran(member, half, self.now - start, 1)
@@ -79,7 +85,7 @@ class Machine:
 @dataclass
 class Log:
     machine: Machine
-    deadline: kernel.Deadline
+    deadline: Deadline
     end: float  # of the budget
 
     def __post_init__(self) -> None:
@@ -113,7 +119,7 @@ def test_every_strip_has_a_plan_or_stays_empty_and_the_budget_is_never_passed(
     dearest = 2 * max(machine.cost_s.values()) * max(machine.slower, 1)
     stalled = machine.stall_s if machine.stall_at < machine.strips else 0
     assert machine.now <= log.deadline.end + dearest + stalled
-    if dearest < kernel.Deadline.RESERVE_S and not stalled:
+    if dearest < Deadline.RESERVE_S and not stalled:
         assert machine.now <= log.end
     assert all(plan == sorted(set(plan)) for plan in log.plans)
 
@@ -138,7 +144,7 @@ def test_a_steady_machine_leaves_less_unused_than_a_chunk_of_strips(
     machine.strips = max(machine.strips, 50)
     strip_s = sum(2 * 3 * cost for cost in machine.cost_s.values())
     working = share * machine.strips * strip_s
-    log = machine.run((working + kernel.Deadline.RESERVE_S) / (1 - kernel.Deadline.RESERVE))
+    log = machine.run((working + Deadline.RESERVE_S) / (1 - Deadline.RESERVE))
     if any(len(plan) < len(machine.passes) for plan in log.plans):
         assert log.deadline.end - machine.now <= 2 * strip_s + 1e-6
 
@@ -148,7 +154,7 @@ def test_flips_go_before_members_and_the_dear_before_the_cheap() -> None:
     passes = machine.passes
     order: list[tuple[str, str]] = []
     for budget_s in np.linspace(400, 20, 200):
-        deadline = kernel.Deadline(float(budget_s), 0.0, clock=lambda: 0.0)
+        deadline = Deadline(float(budget_s), 0.0, clock=lambda: 0.0)
         for member, cost in machine.cost_s.items():
             deadline.ran(member, "encoder", cost, 1)
             deadline.ran(member, "decoder", cost, 1)
@@ -169,7 +175,7 @@ def test_passes_come_back_when_the_machine_gets_faster() -> None:
 
 
 def test_before_the_first_strip_has_landed_a_plan_is_taken_at_its_passes_seconds() -> None:
-    deadline = kernel.Deadline(1000, 0.0, clock=lambda: 0.0)
+    deadline = Deadline(1000, 0.0, clock=lambda: 0.0)
     passes = [("a", flip) for flip in FLIPS]
     deadline.ran("a", "encoder", 2.0, 1)
     deadline.ran("a", "decoder", 1.0, 1)
@@ -181,7 +187,7 @@ def test_before_the_first_strip_has_landed_a_plan_is_taken_at_its_passes_seconds
 def test_time_outside_the_networks_is_reckoned_with() -> None:
     """Half of a strip's time is no pass's: twice as many passes are dropped."""
     now = [0.0]
-    deadline = kernel.Deadline(1000, 0.0, clock=lambda: now[0])
+    deadline = Deadline(1000, 0.0, clock=lambda: now[0])
     passes = [("a", flip) for flip in FLIPS]
     deadline.ran("a", "encoder", 1.0, 1)
     deadline.ran("a", "decoder", 1.0, 1)
@@ -236,30 +242,30 @@ def test_strips_for_which_there_is_no_time_are_told_and_keep_their_rows(
     tiny_bundle: Path, strips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, with a clock that jumps to the end after ten strips."""
-    landed = kernel.Deadline.landed
+    landed = Deadline.landed
     seen: list[int] = []
 
-    def jump(deadline: kernel.Deadline, passes: Any) -> None:
+    def jump(deadline: Deadline, passes: Any) -> None:
         seen.append(len(passes))
         landed(deadline, passes)
         if len(seen) == 10:
             deadline.end = deadline.clock()
 
-    monkeypatch.setattr(kernel.Deadline, "landed", jump)
+    monkeypatch.setattr(Deadline, "landed", jump)
     output = tmp_path / "submission.csv"
-    options = kernel.Options(bundle=tiny_bundle / "dataset", images=strips, output=output)
-    report = kernel.run(options)
+    options = Options(bundle=tiny_bundle / "dataset", images=strips, output=output)
+    report = inference.run(options)
     assert len(report["work"]) == 10
     assert len(report["faults"]) == 30
     assert set(report["faults"].values()) == {"no time was left for it"}
     assert len(output.read_text().splitlines()) == 161
 
 
-def flown(decoded: Sequence[float], encoded: int) -> kernel.Flight:
+def flown(decoded: Sequence[float], encoded: int) -> Flight:
     """A flight of 15 passes: some decoded with these probabilities, then some only encoded."""
-    tally = kernel.Tally(15, kernel.Manifest([], 1, threshold=0.5), early_exit=True)
-    strip, images = kernel.Strip("a", np.zeros((2, 2), np.uint8)), torch.zeros(1, 1, 2, 2)
-    flight = kernel.Flight(strip, images, tally, list(range(15)), (2, 2))
+    tally = Tally(15, Manifest([], 1, threshold=0.5), early_exit=True)
+    strip, images = Strip("a", np.zeros((2, 2), np.uint8)), torch.zeros(1, 1, 2, 2)
+    flight = Flight(strip, images, tally, list(range(15)), (2, 2))
     for _ in range(len(decoded) + encoded):
         flight.encode((torch.ones(1, 1),), np.ones(1))
     for value in decoded:

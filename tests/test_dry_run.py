@@ -16,7 +16,7 @@ from test_projection import told
 
 from kernel import dry_run
 from kernel.contact_sheet import BAR, GAP
-from kernel.inference import load_manifest
+from kernel.manifest import load_manifest
 from kernel.validate import decode_rle
 from weights import steel
 

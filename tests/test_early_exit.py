@@ -18,7 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from build_kernel import build
-from kernel import inference as kernel
+from kernel.early_exit import Tally
+from kernel.ensemble import Ensemble, Flight, load_ensemble
+from kernel.images import Strip
+from kernel.logs import Stages
+from kernel.manifest import Manifest, MemberSpec, load_manifest
 
 CPU = torch.device("cpu")
 SIZE = (3, 5)
@@ -34,7 +38,7 @@ class Case:
 
     gates: np.ndarray  # (passes, classes), float32
     probabilities: np.ndarray  # (passes, classes, H, W), float32, none above its gate
-    manifest: kernel.Manifest
+    manifest: Manifest
 
     @property
     def passes(self) -> int:
@@ -62,8 +66,8 @@ def cases(draw: st.DrawFn) -> Case:
         mean = np.float64(probabilities.astype(np.float64).mean(axis=0).flat[0])
         threshold = float(np.clip(mean, 0.01, 0.99))
     min_area = draw(st.sampled_from([0, 1, 2, 8, 15, 16]))
-    members = [kernel.MemberSpec("a", "a", {}, [0.0], [1.0])]
-    manifest = kernel.Manifest(members, CLASSES, threshold, min_area, ("none",), SIZE)
+    members = [MemberSpec("a", "a", {}, [0.0], [1.0])]
+    manifest = Manifest(members, CLASSES, threshold, min_area, ("none",), SIZE)
     return Case(gates, probabilities.astype(np.float32), manifest)
 
 
@@ -79,9 +83,9 @@ def every_pass(case: Case) -> np.ndarray:
     return masks
 
 
-def played(case: Case, decode_first: Callable[[kernel.Tally], bool]) -> kernel.Tally:
+def played(case: Case, decode_first: Callable[[Tally], bool]) -> Tally:
     """A tally to its end; where both halves are possible `decode_first` chooses."""
-    tally = kernel.Tally(case.passes, case.manifest, early_exit=True)
+    tally = Tally(case.passes, case.manifest, early_exit=True)
     while tally.open:
         encoded = len(tally.gates)
         if encoded == case.passes or (tally.decoded < encoded and decode_first(tally)):
@@ -110,7 +114,7 @@ def test_no_order_of_encoding_and_decoding_changes_a_mask(case: Case, seed: int)
 @given(cases())
 def test_a_class_is_closed_only_when_no_other_rest_could_change_it(case: Case) -> None:
     """The rest of the passes is replaced by its extremes, all 0 and all at their bounds."""
-    tally = kernel.Tally(case.passes, case.manifest, early_exit=True)
+    tally = Tally(case.passes, case.manifest, early_exit=True)
     for index in range(case.passes):
         tally.encode(case.gates[index].astype(np.float64))
         closed = sorted(set(range(CLASSES)) - set(tally.open))
@@ -126,8 +130,8 @@ def test_a_class_is_closed_only_when_no_other_rest_could_change_it(case: Case) -
 
 
 def test_without_the_early_exit_every_pass_is_decoded() -> None:
-    manifest = kernel.Manifest([], CLASSES, 0.55)
-    tally = kernel.Tally(4, manifest, early_exit=False)
+    manifest = Manifest([], CLASSES, 0.55)
+    tally = Tally(4, manifest, early_exit=False)
     for _ in range(4):
         assert tally.open == [0, 1, 2]
         tally.encode(np.zeros(CLASSES))
@@ -138,7 +142,7 @@ def test_without_the_early_exit_every_pass_is_decoded() -> None:
 
 def alone(gate: float, passes: int = 15, threshold: float = 0.55) -> int:
     """Encoders until an image of such gates is proven empty."""
-    tally = kernel.Tally(passes, kernel.Manifest([], 1, threshold), early_exit=True)
+    tally = Tally(passes, Manifest([], 1, threshold), early_exit=True)
     while tally.open:
         tally.encode(np.array([gate]))
     assert tally.total is None
@@ -155,8 +159,8 @@ def test_a_clean_image_of_15_passes_needs_so_many_encoders(gate: float, encoders
 def test_a_sum_at_the_thresholds_edge_is_left_to_the_last_pass(side: int) -> None:
     """Two passes of 0.5 ± a rounding: off by the bound would be a guess."""
     edge = np.float32(0.5) if side == 0 else np.nextafter(np.float32(0.5), np.float32(side))
-    manifest = kernel.Manifest([], 1, 0.5)
-    tally = kernel.Tally(2, manifest, early_exit=True)
+    manifest = Manifest([], 1, 0.5)
+    tally = Tally(2, manifest, early_exit=True)
     for _ in range(2):
         tally.encode(np.array([float(edge)]))
         tally.decode(torch.full((1, 1, 1), float(edge)))
@@ -182,7 +186,7 @@ def test_a_sum_above_the_bound_by_a_rounding_is_not_surely_on() -> None:
     for passes, threshold, total in cases:
         whole = int(total)
         steps = [1.0] * whole + [float(total) - whole] + [0.0] * (passes - whole - 1)
-        tally = kernel.Tally(passes, kernel.Manifest([], 1, threshold), early_exit=True)
+        tally = Tally(passes, Manifest([], 1, threshold), early_exit=True)
         for step in steps:
             if tally.open:
                 tally.encode(np.ones(1))
@@ -194,7 +198,7 @@ def test_a_mask_that_cannot_reach_min_area_closes_its_class() -> None:
     """One pixel of 15 may still be on, the class needs two: nothing more is run."""
     probabilities = torch.zeros(1, *SIZE)
     probabilities[0, 1, 2] = 1
-    tallies = [kernel.Tally(3, kernel.Manifest([], 1, 0.5, area), True) for area in (1, 2)]
+    tallies = [Tally(3, Manifest([], 1, 0.5, area), True) for area in (1, 2)]
     for tally in tallies:
         for _ in range(2):
             tally.encode(np.ones(1))
@@ -250,13 +254,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist" / "dataset"
 
 
-def ensemble_of(bundle: Path, **options: Any) -> kernel.Ensemble:
-    manifest = kernel.load_manifest(bundle)
-    return kernel.load_ensemble(bundle, manifest, CPU, kernel.Stages(), **options)
+def ensemble_of(bundle: Path, **options: Any) -> Ensemble:
+    manifest = load_manifest(bundle)
+    return load_ensemble(bundle, manifest, CPU, Stages(), **options)
 
 
-def landed(ensemble: kernel.Ensemble, images: list[np.ndarray]) -> dict[str, kernel.Flight]:
-    strips = [kernel.Strip(str(index), image) for index, image in enumerate(images)]
+def landed(ensemble: Ensemble, images: list[np.ndarray]) -> dict[str, Flight]:
+    strips = [Strip(str(index), image) for index, image in enumerate(images)]
     return {flight.strip.name: flight for flight in ensemble.fly(strips)}
 
 
@@ -312,18 +316,18 @@ def test_strips_share_batches_and_partial_ones_are_filled_up(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, flights = list[int](), list[int]()
-    encode, encode_flights = kernel.Ensemble.encode, kernel.Ensemble.encode_flights
+    encode, encode_flights = Ensemble.encode, Ensemble.encode_flights
 
-    def spied(self: kernel.Ensemble, index: int, images: torch.Tensor) -> Any:
+    def spied(self: Ensemble, index: int, images: torch.Tensor) -> Any:
         sizes.append(len(images))
         return encode(self, index, images)
 
-    def counted(self: kernel.Ensemble, index: int, group: list[kernel.Flight]) -> None:
+    def counted(self: Ensemble, index: int, group: list[Flight]) -> None:
         flights.append(len(group))
         encode_flights(self, index, group)
 
-    monkeypatch.setattr(kernel.Ensemble, "encode", spied)
-    monkeypatch.setattr(kernel.Ensemble, "encode_flights", counted)
+    monkeypatch.setattr(Ensemble, "encode", spied)
+    monkeypatch.setattr(Ensemble, "encode_flights", counted)
     landed(ensemble_of(bundle, batch_size=4), [blotches(seed) for seed in range(32)])
     assert set(sizes) == {4}
     assert 1 <= min(flights) < 4 == max(flights)
@@ -335,15 +339,15 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 ) -> None:
     images = [blotches(seed) for seed in range(9)]
     expected = landed(ensemble_of(bundle), images)
-    run, sizes = kernel.Ensemble.decode, list[int]()
+    run, sizes = Ensemble.decode, list[int]()
 
-    def hungry(self: kernel.Ensemble, index: int, encoded: Any) -> Any:
+    def hungry(self: Ensemble, index: int, encoded: Any) -> Any:
         sizes.append(len(encoded[0]))
         if len(encoded[0]) > 2:  # a batch of 8 fails, one of 4 fails, one of 2 goes
             raise torch.cuda.OutOfMemoryError("out of memory, said the device")
         return run(self, index, encoded)
 
-    monkeypatch.setattr(kernel.Ensemble, "decode", hungry)
+    monkeypatch.setattr(Ensemble, "decode", hungry)
     found = landed(ensemble_of(bundle, batch_size=8), images)
     assert found.keys() == expected.keys()
     for name, flight in found.items():
@@ -391,13 +395,13 @@ def test_both_ways_write_the_same_bytes_and_run_json_tells_the_work(
 
 
 def test_masks_of_no_decoder_are_bool_and_empty() -> None:
-    masks = kernel.Tally(3, kernel.Manifest([], 2), early_exit=True).masks((2, 3))
+    masks = Tally(3, Manifest([], 2), early_exit=True).masks((2, 3))
     assert masks.dtype == np.bool_ and masks.shape == (2, 2, 3) and not masks.any()
 
 
 def test_a_class_that_was_proven_is_open_again_when_a_pass_is_left_out() -> None:
     """Three passes at 0.45: the first class is off by 0.2 + 0.1 + 1 ≤ 1.35, with two it is not."""
-    tally = kernel.Tally(3, kernel.Manifest([], 2, threshold=0.45), early_exit=True)
+    tally = Tally(3, Manifest([], 2, threshold=0.45), early_exit=True)
     for gates in ([0.2, 1.0], [0.1, 1.0]):
         tally.encode(np.array(gates))
     tally.decode(torch.tensor([0.2, 1.0])[:, None, None])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,18 @@ from conftest import random_network, tiny_model, write_tiny_weights
 from torch import nn
 
 import build_kernel
-from kernel import inference as kernel
+from kernel import inference
+from kernel.engines import (
+    OpenVino,
+    check_engine,
+    fastest,
+    fold_batch_norm,
+    liveliest,
+    openvino_files,
+)
+from kernel.manifest import MemberSpec, load_manifest
+from kernel.members import Encoder, Member, load_member, split, use_wheels
+from kernel.mounts import Options
 
 CPU = torch.device("cpu")
 
@@ -41,19 +53,19 @@ def dataset(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle / "a" / "dataset", tmp_path / "dataset"))
 
 
-def specs_of(dataset: Path) -> list[kernel.MemberSpec]:
-    return kernel.load_manifest(dataset).members
+def specs_of(dataset: Path) -> list[MemberSpec]:
+    return load_manifest(dataset).members
 
 
 def greys(seed: int, batch: int, height: int, width: int) -> torch.Tensor:
     return torch.rand(batch, 1, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def engine_of(dataset: Path, spec: kernel.MemberSpec) -> kernel.Member:
-    return kernel.fastest(kernel.load_member(dataset, spec, CPU), dataset, CPU)
+def engine_of(dataset: Path, spec: MemberSpec) -> Member:
+    return fastest(load_member(dataset, spec, CPU), dataset, CPU)
 
 
-def answers(member: kernel.Member, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(member: Member, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode():
         gates, *features = member.encode(images)
         return gates, member.decode(gates, *features)
@@ -75,7 +87,7 @@ def test_folding_leaves_the_answers_and_takes_the_norms(
     with torch.no_grad():
         before = network(images)
         norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-        kernel.fold_batch_norm(network)
+        fold_batch_norm(network)
         after = network(images)
     assert norms > 0
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) <= left * norms
@@ -88,8 +100,8 @@ def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:
     for path in dataset.glob("*.xml"):
         path.unlink()
     for spec in specs_of(dataset):
-        plain = kernel.load_member(dataset, spec, CPU)
-        engine = kernel.fastest(plain, dataset, CPU)
+        plain = load_member(dataset, spec, CPU)
+        engine = fastest(plain, dataset, CPU)
         counts = [
             sum(type(module) is nn.BatchNorm2d for module in member.encode.modules())
             for member in (engine, plain)
@@ -108,9 +120,9 @@ def test_openvino_gives_what_plain_pytorch_gives(
     shape: tuple[int, int, int], dataset: Path
 ) -> None:
     for spec in specs_of(dataset):
-        plain = kernel.load_member(dataset, spec, CPU)
-        engine = kernel.fastest(plain, dataset, CPU)
-        assert isinstance(engine.encode, kernel.OpenVino)
+        plain = load_member(dataset, spec, CPU)
+        engine = fastest(plain, dataset, CPU)
+        assert isinstance(engine.encode, OpenVino)
         assert engine.stride == plain.stride
         images = greys(2, *shape)
         found, expected = answers(engine, images), answers(plain, images)
@@ -148,11 +160,11 @@ def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
 ) -> None:
     spec = specs_of(dataset)[0]
     if how == "torn":
-        (dataset / kernel.openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
+        (dataset / openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
     else:
         monkeypatch.setitem(sys.modules, "openvino", None)
     engine = engine_of(dataset, spec)
-    assert isinstance(engine.encode, kernel.Encoder)
+    assert isinstance(engine.encode, Encoder)
     assert "unet-a runs on PyTorch, not on OpenVINO" in caplog.text
 
 
@@ -169,8 +181,8 @@ def test_openvino_that_is_not_installed_stops_the_build_with_the_remedy(
 
 
 @pytest.fixture
-def plain(dataset: Path) -> kernel.Member:
-    return kernel.load_member(dataset, specs_of(dataset)[0], CPU)
+def plain(dataset: Path) -> Member:
+    return load_member(dataset, specs_of(dataset)[0], CPU)
 
 
 def fails(*_: Any) -> Any:
@@ -192,26 +204,26 @@ GREY = np.random.default_rng(6).integers(0, 255, (64, 96), np.uint8)
 
 @pytest.mark.parametrize("case", ENGINES)
 def test_an_engine_is_replaced_and_named_for(
-    case: str, plain: kernel.Member, caplog: pytest.LogCaptureFixture
+    case: str, plain: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert kernel.check_engine(ENGINES[case](plain), plain, GREY, CPU) is plain
+    assert check_engine(ENGINES[case](plain), plain, GREY, CPU) is plain
     assert "unet-a runs on plain PyTorch, the engine fails" in caplog.text
 
 
 @torch.inference_mode()
-def test_wrong_masks_show_behind_a_shut_gate(plain: kernel.Member) -> None:
+def test_wrong_masks_show_behind_a_shut_gate(plain: Member) -> None:
     shut = replace(plain, encode=lambda x: (plain.encode(x)[0] * 0, *plain.encode(x)[1:]))
     wrong = replace(shut, decode=lambda *parts: plain.decode(*parts).flip(-1))
     images = greys(6, 1, 64, 96)
     assert torch.equal(shut(images), wrong(images))
-    assert kernel.check_engine(wrong, shut, GREY, CPU) is shut
+    assert check_engine(wrong, shut, GREY, CPU) is shut
 
 
 def test_an_engine_that_agrees_within_rounding_is_kept(
-    plain: kernel.Member, caplog: pytest.LogCaptureFixture
+    plain: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
     close = replace(plain, decode=lambda *parts: plain.decode(*parts) + 1e-4)
-    assert kernel.check_engine(close, plain, GREY, CPU) is close
+    assert check_engine(close, plain, GREY, CPU) is close
     assert not caplog.text
 
 
@@ -219,8 +231,8 @@ def test_an_engine_is_checked_where_most_is_to_be_seen() -> None:
     image = np.full((256, 1600), 30, np.uint8)
     image[:, 900:1000] = GREY[0, :1]
     image[100, 900:1000] = 255
-    np.testing.assert_array_equal(kernel.liveliest(image), image[:, 800:1200])
-    np.testing.assert_array_equal(kernel.liveliest(GREY), GREY)  # too narrow for parts
+    np.testing.assert_array_equal(liveliest(image), image[:, 800:1200])
+    np.testing.assert_array_equal(liveliest(GREY), GREY)  # too narrow for parts
 
 
 def test_a_run_with_a_wrong_engine_writes_the_masks_of_plain_pytorch(
@@ -231,19 +243,19 @@ def test_a_run_with_a_wrong_engine_writes_the_masks_of_plain_pytorch(
     images.mkdir()
     for seed in range(2):
         grey = np.random.default_rng(seed).integers(0, 255, (64, 96), np.uint8)
-        kernel.cv2.imwrite(str(images / f"{seed}.png"), grey)
+        cv2.imwrite(str(images / f"{seed}.png"), grey)
     (images / "0 broken.png").write_bytes(b"")  # the first in order is not the one to check on
 
     def submission(name: str) -> bytes:
         output = tmp_path / name
-        kernel.run(kernel.Options(bundle=dataset, images=images, output=output))
+        inference.run(Options(bundle=dataset, images=images, output=output))
         return output.read_bytes()
 
     expected = submission("right.csv")
     assert "plain PyTorch" not in caplog.text
     wrong = next(spec for spec in specs_of(dataset) if spec.name == "fpn-b")
     model = tiny_model("FPN")
-    other = kernel.split(random_network(model, seed=9), wrong, CPU)
+    other = split(random_network(model, seed=9), wrong, CPU)
     build_kernel.pack_openvino(other, dataset)
     assert submission("wrong.csv") == expected
     assert "fpn-b runs on plain PyTorch" in caplog.text
@@ -265,7 +277,7 @@ def test_compiled_wheels_are_unpacked_where_they_are_for_this_python(
     write_wheel(tmp_path, f"{other}-{other}-manylinux_2_28_x86_64", "compiled_elsewhere")
     write_wheel(tmp_path, "py3-none-any", "pure_python")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    kernel.use_wheels(tmp_path)
+    use_wheels(tmp_path)
     import compiled_here  # type: ignore[import-not-found]
     import pure_python  # type: ignore[import-not-found]
 

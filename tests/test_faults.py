@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,22 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import write_manifest
+from conftest import kernel_script, write_manifest
 from safetensors.torch import load_file, save_file
 
 import build_kernel
-from kernel import inference as kernel
+from kernel import inference
+from kernel.deadline import Deadline
+from kernel.engines import works
+from kernel.ensemble import Ensemble, load_ensemble, turned
+from kernel.images import Strip, decode_strip, read_image
+from kernel.logs import Stages
+from kernel.manifest import load_manifest
+from kernel.mounts import Options
+from kernel.rows import LAYOUTS, Submission, read_rows
+from kernel.workers import start_worker
 
 FOUR = range(1, 5)
-SCRIPT = Path(kernel.__file__)
 
 
 def grey(seed: int) -> np.ndarray:
@@ -50,18 +59,18 @@ def dataset(tiny_bundle: Path) -> Path:
 
 
 def rows_of(path: Path) -> dict[tuple[str, int], str]:
-    return {(image, label): rle for image, label, rle in kernel.read_rows(path)[1]}
+    return {(image, label): rle for image, label, rle in read_rows(path)[1]}
 
 
 def predict(dataset: Path, images: Path, **options: Any) -> dict[str, Any]:
     options = {"output": images.parent / "submission.csv", **options}
-    return kernel.run(kernel.Options(bundle=dataset, images=images, **options))
+    return inference.run(Options(bundle=dataset, images=images, **options))
 
 
 def main(*arguments: object) -> int:
     """The command line in this process; its exit code."""
     try:
-        kernel.main([str(argument) for argument in arguments])
+        inference.main([str(argument) for argument in arguments])
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
@@ -142,7 +151,7 @@ def test_a_huge_strip_is_refused_before_it_is_decoded(
     huge(tmp_path / "huge.png")
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="400000000 pixels"):
-        kernel.read_image(tmp_path / "huge.png")
+        read_image(tmp_path / "huge.png")
 
 
 def wide(image: np.ndarray) -> np.ndarray:
@@ -176,7 +185,7 @@ def test_an_odd_strip_is_predicted_like_any(
 @pytest.mark.parametrize("case", ["PNG named .jpg", "BMP named .jpg", "16 bit", "RGBA", "CMYK"])
 def test_an_odd_strip_has_the_greys_of_the_plain_one(case: str, tmp_path: Path) -> None:
     ODD[case](tmp_path / "odd.jpg")
-    found = kernel.read_image(tmp_path / "odd.jpg").astype(int)
+    found = read_image(tmp_path / "odd.jpg").astype(int)
     assert np.abs(found - grey(9)).max() <= (6 if case == "CMYK" else 1)  # JPEG rounds
 
 
@@ -358,7 +367,7 @@ def test_a_read_only_output_is_an_error_before_the_first_strip(
     dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system's own read-only tree: permissions do not stop root."""
-    monkeypatch.setattr(kernel, "read_image", lambda *_: pytest.fail("read a strip"))
+    monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
     arguments = ["--bundle", dataset, "--images", images, "--output", "/proc/submission.csv"]
     assert main(*arguments) == 2
 
@@ -369,8 +378,8 @@ def test_a_full_disk_is_an_error_before_the_first_strip(
     class Usage:
         free = 1_000_000
 
-    monkeypatch.setattr(kernel.shutil, "disk_usage", lambda _: Usage)
-    monkeypatch.setattr(kernel, "read_image", lambda *_: pytest.fail("read a strip"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
     output = images.parent / "out.csv"
     assert main("--bundle", dataset, "--images", images, "--output", output) == 2
     assert "1 MB free" in caplog.messages[-1]
@@ -389,7 +398,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         return write_text(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(kernel.Submission, "SHARE", 1e9)  # a save after every strip
+    monkeypatch.setattr(Submission, "SHARE", 1e9)  # a save after every strip
     predict(dataset, images)
     assert any("No space left" in line for line in caplog.messages)
     whole = (images.parent / "whole.csv").read_bytes()
@@ -400,8 +409,8 @@ def test_the_next_save_waits_for_a_hundred_times_what_the_last_one_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = iter([1000.0, 1000.5])  # before and after
-    monkeypatch.setattr(kernel.time, "monotonic", lambda: next(ticks))
-    submission = kernel.Submission(tmp_path / "out.csv", kernel.LAYOUTS["2019"], [("a.jpg", 1)])
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
+    submission = Submission(tmp_path / "out.csv", LAYOUTS["2019"], [("a.jpg", 1)])
     submission.save()
     assert submission.next_s == 1050.5
 
@@ -409,15 +418,15 @@ def test_the_next_save_waits_for_a_hundred_times_what_the_last_one_took(
 def test_every_strip_that_is_done_is_on_disk_when_the_next_one_starts(
     dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel.Submission, "SHARE", 1e9)  # a save costs less than its share here
+    monkeypatch.setattr(Submission, "SHARE", 1e9)  # a save costs less than its share here
     output, seen = images.parent / "submission.csv", []
-    landed = kernel.Deadline.landed
+    landed = Deadline.landed
 
-    def spied(deadline: kernel.Deadline, passes: Any) -> None:
+    def spied(deadline: Deadline, passes: Any) -> None:
         seen.append(sum(1 for rle in rows_of(output).values() if rle))
         landed(deadline, passes)
 
-    monkeypatch.setattr(kernel.Deadline, "landed", spied)
+    monkeypatch.setattr(Deadline, "landed", spied)
     predict(dataset, images)
     assert seen[0] == 0
     assert all(before < after for before, after in itertools.pairwise(seen))
@@ -427,24 +436,24 @@ def nan_on(
     monkeypatch: pytest.MonkeyPatch, half: str, member: str, strip: np.ndarray, flip: str
 ) -> None:
     """One member under one flip gives NaN for one strip."""
-    original = getattr(kernel.Ensemble, half)
-    wanted = kernel.turned(torch.from_numpy(strip)[None, None] / 255, flip)
+    original = getattr(Ensemble, half)
+    wanted = turned(torch.from_numpy(strip)[None, None] / 255, flip)
 
-    def encode(ensemble: kernel.Ensemble, number: int, images: torch.Tensor) -> Any:
+    def encode(ensemble: Ensemble, number: int, images: torch.Tensor) -> Any:
         outputs = original(ensemble, number, images)
         name, its_flip = ensemble.names[number]
-        turned = kernel.turned(images, its_flip)
-        if (name, its_flip) == (member, flip) and torch.equal(turned, wanted):
+        seen = turned(images, its_flip)
+        if (name, its_flip) == (member, flip) and torch.equal(seen, wanted):
             return (torch.full_like(outputs[0], float("nan")), *outputs[1:])
         return outputs
 
-    def decode(ensemble: kernel.Ensemble, number: int, encoded: Any) -> Any:
+    def decode(ensemble: Ensemble, number: int, encoded: Any) -> Any:
         probabilities = original(ensemble, number, encoded)
         if ensemble.names[number] == (member, flip):
             probabilities[..., 3, 5] = float("nan")
         return probabilities
 
-    monkeypatch.setattr(kernel.Ensemble, half, encode if half == "encode" else decode)
+    monkeypatch.setattr(Ensemble, half, encode if half == "encode" else decode)
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -453,9 +462,9 @@ def test_a_pass_that_gives_nan_is_left_out_of_its_mean(
     half: str, early: bool, dataset: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    manifest = kernel.load_manifest(dataset)
+    manifest = load_manifest(dataset)
     cpu = torch.device("cpu")
-    ensemble = kernel.load_ensemble(dataset, manifest, cpu, kernel.Stages(), early_exit=early)
+    ensemble = load_ensemble(dataset, manifest, cpu, Stages(), early_exit=early)
     image, probabilities = grey(2), []
     with torch.inference_mode():
         for number in range(9):
@@ -476,20 +485,19 @@ def test_a_pass_that_gives_nan_is_left_out_of_its_mean(
 def test_a_strip_for_which_every_pass_gives_nan_stays_empty(
     dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode_strip = kernel.decode_strip
-    encode = kernel.Ensemble.encode
+    encode = Ensemble.encode
 
-    def black(folder: Path, name: str) -> kernel.Strip:
+    def black(folder: Path, name: str) -> Strip:
         strip = decode_strip(folder, name)
-        return kernel.Strip(name, np.zeros((64, 96), np.uint8)) if name == "3.jpg" else strip
+        return Strip(name, np.zeros((64, 96), np.uint8)) if name == "3.jpg" else strip
 
-    def nan_of_black(ensemble: kernel.Ensemble, number: int, images: torch.Tensor) -> Any:
+    def nan_of_black(ensemble: Ensemble, number: int, images: torch.Tensor) -> Any:
         outputs = encode(ensemble, number, images)
         return (outputs[0] / images.amax().clamp(max=1).sign().sub(0).where(
             images.amax() > 0, torch.tensor(float("nan"))), *outputs[1:])  # fmt: skip
 
-    monkeypatch.setattr(kernel, "decode_strip", black)
-    monkeypatch.setattr(kernel.Ensemble, "encode", nan_of_black)
+    monkeypatch.setattr("kernel.predict.decode_strip", black)
+    monkeypatch.setattr(Ensemble, "encode", nan_of_black)
     report = predict(dataset, images)
     assert report["faults"] == {"3.jpg": "every pass gave NaN"}
     assert len(report["work"]) == 5
@@ -502,9 +510,9 @@ def test_a_gpu_lost_half_way_leaves_its_strips_to_the_cpu(
     expected = images.parent / "whole.csv"
     predict(dataset, images, output=expected)
     broken, strips = [False], [0]
-    decode, works = kernel.Ensemble.decode, kernel.works
+    decode = Ensemble.decode
 
-    def dies(ensemble: kernel.Ensemble, number: int, encoded: Any) -> Any:
+    def dies(ensemble: Ensemble, number: int, encoded: Any) -> Any:
         strips[0] += 1
         if strips[0] == 30 and not broken[0]:
             broken[0] = True
@@ -514,8 +522,8 @@ def test_a_gpu_lost_half_way_leaves_its_strips_to_the_cpu(
     def fails_once(device: torch.device) -> bool:
         return works(device) and not (broken[0] and strips[0] == 30)
 
-    monkeypatch.setattr(kernel.Ensemble, "decode", dies)
-    monkeypatch.setattr(kernel, "works", fails_once)
+    monkeypatch.setattr(Ensemble, "decode", dies)
+    monkeypatch.setattr("kernel.ensemble.works", fails_once)
     report = predict(dataset, images)
     assert not report["faults"]
     assert len(report["work"]) == 6
@@ -529,14 +537,14 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     predict(dataset, images, output=images.parent / "whole.csv", batch_size=2)
-    encode = kernel.Ensemble.encode
+    encode = Ensemble.encode
 
-    def small(ensemble: kernel.Ensemble, number: int, images: torch.Tensor) -> Any:
+    def small(ensemble: Ensemble, number: int, images: torch.Tensor) -> Any:
         if len(images) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return encode(ensemble, number, images)
 
-    monkeypatch.setattr(kernel.Ensemble, "encode", small)
+    monkeypatch.setattr(Ensemble, "encode", small)
     report = predict(dataset, images, batch_size=8)
     assert not report["faults"]
     halvings = [line for line in caplog.messages if line.startswith("out of memory")]
@@ -556,7 +564,16 @@ def test_an_interrupted_run_ends_with_a_line_and_what_it_has_done(
     for index in range(300):
         (images / f"more_{index}.jpg").symlink_to("0.jpg")
     output, printed = tmp_path / "out.csv", tmp_path / "log.txt"
-    command = [sys.executable, SCRIPT, "--bundle", dataset, "--images", images, "--output", output]
+    command = [
+        sys.executable,
+        kernel_script(),
+        "--bundle",
+        dataset,
+        "--images",
+        images,
+        "--output",
+        output,
+    ]
     command += ["--workers", str(workers)]
     with printed.open("w") as file:
         process = subprocess.Popen(
@@ -579,7 +596,6 @@ def test_a_worker_that_is_killed_costs_no_row(
     dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     predict(dataset, images, output=images.parent / "whole.csv")
-    start_worker = kernel.start_worker
 
     def killed(*arguments: Any) -> Any:
         worker = start_worker(*arguments)
@@ -587,7 +603,7 @@ def test_a_worker_that_is_killed_costs_no_row(
             worker.kill()
         return worker
 
-    monkeypatch.setattr(kernel, "start_worker", killed)
+    monkeypatch.setattr("kernel.workers.start_worker", killed)
     report = predict(dataset, images, workers=2)
     assert len(report["work"]) == 6
     assert any("worker 2 of 2 ended with exit code -9" in line for line in caplog.messages)

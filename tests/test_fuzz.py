@@ -15,7 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kernel import inference as kernel
+from kernel.images import encode_rle
+from kernel.manifest import FLIPS, load_manifest
+from kernel.mounts import read_sample
+from kernel.rows import LAYOUTS, read_rows, write_submission
 from kernel.validate import decode_rle
 
 CASES = settings(
@@ -31,7 +34,7 @@ CASES = settings(
 @given(arrays.arrays(np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, max_side=24)))
 def test_a_mask_comes_back_from_its_code(mask: np.ndarray) -> None:
     size = (mask.shape[0], mask.shape[1])
-    np.testing.assert_array_equal(decode_rle(kernel.encode_rle(mask), size), mask)
+    np.testing.assert_array_equal(decode_rle(encode_rle(mask), size), mask)
 
 
 @CASES
@@ -71,17 +74,17 @@ def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) ->
     path = tmp_path / "sample.csv"
     path.write_bytes(data)
     try:
-        layout, pairs = kernel.read_sample(path, None, 4)
+        layout, pairs = read_sample(path, None, 4)
     except ValueError as error:
         assert str(path) in str(error)
         return
-    assert layout.columns in [known.columns for known in kernel.LAYOUTS.values()] or set(
+    assert layout.columns in [known.columns for known in LAYOUTS.values()] or set(
         layout.columns
-    ) in [set(known.columns) for known in kernel.LAYOUTS.values()]
+    ) in [set(known.columns) for known in LAYOUTS.values()]
     assert all(1 <= label <= 4 for _, label in pairs)
     assert len(set(pairs)) == len(pairs)
-    kernel.write_submission(tmp_path / "out.csv", layout, pairs, {})
-    assert [(n, c) for n, c, _ in kernel.read_rows(tmp_path / "out.csv")[1]] == pairs
+    write_submission(tmp_path / "out.csv", layout, pairs, {})
+    assert [(n, c) for n, c, _ in read_rows(tmp_path / "out.csv")[1]] == pairs
 
 
 # --- the manifest ---------------------------------------------------------------------------------
@@ -119,12 +122,12 @@ def test_a_manifest_is_read_or_refused_by_its_path(
     path = tmp_path / "ensemble.json"
     path.write_text(json.dumps(entries | changes), encoding="utf-8")
     try:
-        manifest = kernel.load_manifest(tmp_path)
+        manifest = load_manifest(tmp_path)
     except ValueError as error:
         assert str(path) in str(error)
         return
     assert 0 < manifest.threshold < 1
-    assert manifest.members and set(manifest.flips) <= set(kernel.FLIPS)
+    assert manifest.members and set(manifest.flips) <= set(FLIPS)
     for spec in manifest.members:
         assert "/" not in spec.file and spec.file not in ("", ".", "..")
         assert np.isfinite(spec.mean).all() and np.isfinite(spec.std).all()
@@ -138,4 +141,4 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes, tmp_path: Path) -> 
     path = tmp_path / "ensemble.json"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"ensemble\.json"):
-        kernel.load_manifest(tmp_path)
+        load_manifest(tmp_path)

@@ -1,6 +1,7 @@
 """The kernel: what it reads, what it refuses, and its masks against loops written apart from it."""
 
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -22,16 +23,23 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import ttach
-from conftest import random_network, tiny_entry, tiny_model, write_manifest
+from conftest import kernel_script, random_network, tiny_entry, tiny_model, write_manifest
 from PIL import Image as Pillow
 from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernel import inference as kernel
+from kernel import inference
+from kernel.engines import pad_to_multiple, pick_device
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import read_image
+from kernel.logs import Stages
+from kernel.manifest import FLIPS, Manifest, MemberSpec, load_manifest
+from kernel.members import Member, load_member, split
+from kernel.mounts import Options, find_images, find_one, find_task, read_sample
+from kernel.rows import LAYOUTS, read_rows, write_submission
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "kernel" / "inference.py"
 STRIPS = ROOT.parent / "shared" / "strips"
 SMALL = (64, 96)
 FOUR = (1, 2, 3, 4)
@@ -120,14 +128,14 @@ def light(tmp_path: Path) -> Path:
 
 
 def predict(bundle: Path, output: Path, **options: Any) -> dict[str, Any]:
-    return kernel.run(kernel.Options(bundle=bundle, output=output, **options))
+    return inference.run(Options(bundle=bundle, output=output, **options))
 
 
-def ensemble_of(folder: Path) -> kernel.Ensemble:
-    return kernel.load_ensemble(folder, kernel.load_manifest(folder), CPU, kernel.Stages())
+def ensemble_of(folder: Path) -> Ensemble:
+    return load_ensemble(folder, load_manifest(folder), CPU, Stages())
 
 
-def each_pass(ensemble: kernel.Ensemble, image: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+def each_pass(ensemble: Ensemble, image: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
     """Member, flip and probabilities (classes, H, W) of every pass."""
     found = []
     with torch.inference_mode():
@@ -143,7 +151,7 @@ def each_pass(ensemble: kernel.Ensemble, image: np.ndarray) -> list[tuple[str, s
 def script(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real script as its own process, its working directory `folder`."""
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
+        [sys.executable, kernel_script(), *map(str, arguments)],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -234,7 +242,7 @@ def threshold_of(folder: Path) -> float:
 def test_a_grey_png_is_read_as_it_is(tmp_path: Path) -> None:
     image = drawn_image(0)
     save_image(tmp_path / "grey.png", image)
-    found = kernel.read_image(tmp_path / "grey.png")
+    found = read_image(tmp_path / "grey.png")
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, image)
 
@@ -242,7 +250,7 @@ def test_a_grey_png_is_read_as_it_is(tmp_path: Path) -> None:
 def test_a_three_channel_jpeg_is_read_as_grey(tmp_path: Path) -> None:
     path = tmp_path / "strip.jpg"
     cv2.imwrite(str(path), cv2.merge([drawn_image(0)] * 3))
-    found = kernel.read_image(path)
+    found = read_image(path)
     assert (found.shape, found.dtype) == (SMALL, np.uint8)
     with Pillow.open(path) as opened:
         assert opened.mode == "RGB"
@@ -253,14 +261,14 @@ def test_a_coloured_png_becomes_its_luminance(tmp_path: Path) -> None:
     colours = np.zeros((2, 3, 3), np.uint8)
     colours[:, 0, 2], colours[:, 1, 1], colours[:, 2, 0] = 200, 200, 200  # BGR: red, green, blue
     save_image(tmp_path / "colours.png", colours)
-    found = kernel.read_image(tmp_path / "colours.png")
+    found = read_image(tmp_path / "colours.png")
     assert np.abs(found - np.array([60.0, 117.0, 23.0])).max() <= 1  # 0.299, 0.587, 0.114 of 200
 
 
 def test_a_16_bit_png_keeps_its_scale(tmp_path: Path) -> None:
     deep = np.array([[0, 0x4000, 0x8000, 0xFF00]], np.uint16)
     save_image(tmp_path / "deep.png", deep)
-    found = kernel.read_image(tmp_path / "deep.png")
+    found = read_image(tmp_path / "deep.png")
     assert found.dtype == np.uint8
     assert np.abs(found.astype(int) - [[0, 64, 128, 255]]).max() <= 1
 
@@ -268,7 +276,7 @@ def test_a_16_bit_png_keeps_its_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a strip.png", "Stahl-Bänder_№1.png", "鋼.png"])
 def test_a_name_with_spaces_and_foreign_letters_is_read(name: str, tmp_path: Path) -> None:
     save_image(tmp_path / name, drawn_image(0))
-    np.testing.assert_array_equal(kernel.read_image(tmp_path / name), drawn_image(0))
+    np.testing.assert_array_equal(read_image(tmp_path / name), drawn_image(0))
 
 
 @pytest.mark.parametrize("data", [b"", b"no image at all, only text", b"\xff\xd8\xff\xe0"])
@@ -276,17 +284,17 @@ def test_bytes_that_are_no_image_are_refused_by_name(data: bytes, tmp_path: Path
     path = tmp_path / "bad.jpg"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"bad\.jpg: {len(data)} bytes that are no image"):
-        kernel.read_image(path)
+        read_image(path)
 
 
 def test_a_missing_image_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        kernel.read_image(tmp_path / "gone.jpg")
+        read_image(tmp_path / "gone.jpg")
 
 
 def test_a_folder_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(OSError):
-        kernel.read_image(tmp_path)
+        read_image(tmp_path)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -308,7 +316,7 @@ def test_a_csv_gives_its_rows_and_keeps_its_columns(
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"{header}\n{line}\n", encoding="utf-8")
-    layout, rows = kernel.read_rows(path)
+    layout, rows = read_rows(path)
     assert ",".join(layout.columns) == header
     assert rows == [expected]
 
@@ -316,7 +324,7 @@ def test_a_csv_gives_its_rows_and_keeps_its_columns(
 def test_a_csv_with_a_byte_order_mark_and_windows_line_ends_is_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"\xef\xbb\xbfImageId,EncodedPixels,ClassId\r\na.jpg,1 3,0\r\n")
-    assert kernel.read_rows(path)[1] == [("a.jpg", 0, "1 3")]
+    assert read_rows(path)[1] == [("a.jpg", 0, "1 3")]
 
 
 @pytest.mark.parametrize(
@@ -339,13 +347,13 @@ def test_a_csv_that_is_no_sample_is_refused(text: str, message: str, tmp_path: P
     path = tmp_path / "rows.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"rows\.csv: .*{message}"):
-        kernel.read_rows(path)
+        read_rows(path)
 
 
 def test_class_0_stands_for_every_class_of_its_image(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["b.jpg", "a.jpg"])
-    layout, pairs = kernel.read_sample(sample, None, 4)
-    assert layout == kernel.LAYOUTS["today"]
+    layout, pairs = read_sample(sample, None, 4)
+    assert layout == LAYOUTS["today"]
     assert pairs == [(name, label) for name in ("b.jpg", "a.jpg") for label in FOUR]
 
 
@@ -353,7 +361,7 @@ def test_rows_named_twice_are_written_once_where_they_came_first(tmp_path: Path)
     sample = tmp_path / "sample.csv"
     lines = ["ImageId,EncodedPixels,ClassId", "a.jpg,,2", "b.jpg,,1", "a.jpg,,0", "a.jpg,,2", ""]
     sample.write_text("\n".join(lines), encoding="utf-8")
-    pairs = kernel.read_sample(sample, None, 3)[1]
+    pairs = read_sample(sample, None, 3)[1]
     assert pairs == [("a.jpg", 2), ("b.jpg", 1), ("a.jpg", 1), ("a.jpg", 3)]
 
 
@@ -361,19 +369,19 @@ def test_a_class_above_the_members_is_refused_with_its_row(tmp_path: Path) -> No
     sample = tmp_path / "sample.csv"
     sample.write_text("ImageId_ClassId,EncodedPixels\na.jpg_4,\na.jpg_5,\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"\('a\.jpg', 5\) names a class above the members' 4"):
-        kernel.read_sample(sample, None, 4)
+        read_sample(sample, None, 4)
 
 
 def test_a_layout_that_is_asked_for_wins_over_the_samples(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "2019")
-    assert kernel.read_sample(sample, "today", 4)[0] == kernel.LAYOUTS["today"]
+    assert read_sample(sample, "today", 4)[0] == LAYOUTS["today"]
 
 
 def test_writing_leaves_no_part_behind_and_keeps_every_row_in_order(tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
     path.write_text("an old file", encoding="utf-8")
     pairs = [("b.jpg", 2), ("a.jpg", 1)]
-    kernel.write_submission(path, kernel.LAYOUTS["2019"], pairs, {("a.jpg", 1): "3 4"})
+    write_submission(path, LAYOUTS["2019"], pairs, {("a.jpg", 1): "3 4"})
     assert path.read_bytes() == b"ImageId_ClassId,EncodedPixels\nb.jpg_2,\na.jpg_1,3 4\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["submission.csv"]
 
@@ -387,7 +395,7 @@ def test_a_submission_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: 
         raise OSError("no space left")
 
     with pytest.raises(OSError):
-        kernel.write_submission(path, kernel.LAYOUTS["2019"], broken(), {})
+        write_submission(path, LAYOUTS["2019"], broken(), {})
     assert path.read_text(encoding="utf-8") == "an old file"
 
 
@@ -404,7 +412,7 @@ def test_a_reader_meets_only_whole_submissions(
         seen.append(path.read_text(encoding="utf-8"))
 
     monkeypatch.setattr(Path, "write_text", spied)
-    kernel.write_submission(path, kernel.LAYOUTS["2019"], [("a.jpg", 1)], {})
+    write_submission(path, LAYOUTS["2019"], [("a.jpg", 1)], {})
     assert seen == ["an old file"]
 
 
@@ -417,14 +425,14 @@ def test_the_folder_of_a_file_is_found_at_any_depth(place: str, tmp_path: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ensemble.json").touch()
     (tmp_path / "other").mkdir()
-    found = kernel.find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
+    found = find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
     assert found == folder.resolve() or found == folder
 
 
 @pytest.mark.parametrize("root", [".", "not-there"])
 def test_a_file_that_is_nowhere_says_what_to_add(root: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no ensemble\.json under .*: add the bundle .*--bundle"):
-        kernel.find_one(tmp_path / root, "ensemble.json", "the bundle", "--bundle")
+        find_one(tmp_path / root, "ensemble.json", "the bundle", "--bundle")
 
 
 def test_a_file_found_twice_lists_both_and_asks_to_choose(tmp_path: Path) -> None:
@@ -432,7 +440,7 @@ def test_a_file_found_twice_lists_both_and_asks_to_choose(tmp_path: Path) -> Non
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "ensemble.json").write_text(place)
     with pytest.raises(ValueError) as error:
-        kernel.find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
+        find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
     assert str(tmp_path / "one") in str(error.value)
     assert str(tmp_path / "deep" / "two") in str(error.value)
     assert "choose with --bundle" in str(error.value)
@@ -444,7 +452,7 @@ def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Pa
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     sample = tmp_path / "sample_submission.csv"
-    found = kernel.find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
+    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
     assert found == tmp_path / "test_images"
 
 
@@ -456,14 +464,14 @@ def test_no_images_beside_the_sample_asks_for_their_folder(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
     with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
-        kernel.find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
+        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
 
 
 def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.png", "C.JPG", "notes.txt", "train.csv"):
         (tmp_path / name).touch()
-    task = kernel.find_task(kernel.Options(images=tmp_path), 2)
-    assert task.layout == kernel.LAYOUTS["2019"]
+    task = find_task(Options(images=tmp_path), 2)
+    assert task.layout == LAYOUTS["2019"]
     assert task.pairs == [(n, label) for n in ("C.JPG", "a.png", "b.jpg") for label in (1, 2)]
     assert task.names == ["C.JPG", "a.png", "b.jpg"]
 
@@ -472,17 +480,17 @@ def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_
 def test_a_sample_without_rows_names_no_image(layout: str, tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample_submission.csv", [], layout)
     with pytest.raises(ValueError, match="names no image"):
-        kernel.find_task(kernel.Options(images=tmp_path, sample=sample), 4)
+        find_task(Options(images=tmp_path, sample=sample), 4)
 
 
 def test_a_folder_without_images_names_no_image(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path.name}: names no image"):
-        kernel.find_task(kernel.Options(images=tmp_path), 4)
+        find_task(Options(images=tmp_path), 4)
 
 
 def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gone: no such folder of images"):
-        kernel.find_task(kernel.Options(images=tmp_path / "gone"), 4)
+        find_task(Options(images=tmp_path / "gone"), 4)
 
 
 # --- the manifest ---------------------------------------------------------------------------------
@@ -509,7 +517,7 @@ def test_a_manifest_is_refused_for(case: str, tmp_path: Path) -> None:
     changes, message = FAULTS[case]
     write_manifest(tmp_path, **{"members": [member()], **changes})
     with pytest.raises(ValueError, match=message) as error:
-        kernel.load_manifest(tmp_path)
+        load_manifest(tmp_path)
     assert str(tmp_path / "ensemble.json") in str(error.value)
 
 
@@ -517,30 +525,30 @@ def test_a_manifest_is_refused_for(case: str, tmp_path: Path) -> None:
 def test_a_file_that_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "ensemble.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"ensemble\.json: (not a manifest|no JSON)"):
-        kernel.load_manifest(tmp_path)
+        load_manifest(tmp_path)
 
 
 def test_a_missing_manifest_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file; build the bundle with build_kernel\.py"):
-        kernel.load_manifest(tmp_path)
+        load_manifest(tmp_path)
 
 
 def test_a_whole_manifest_is_read_as_it_stands(tmp_path: Path) -> None:
     write_manifest(tmp_path, [member()], threshold=0.3, min_area=7, flips=["both"])
-    manifest = kernel.load_manifest(tmp_path)
+    manifest = load_manifest(tmp_path)
     assert (manifest.threshold, manifest.min_area, manifest.flips) == (0.3, 7, ("both",))
     assert manifest.image_size == SMALL
-    assert manifest.members == [kernel.MemberSpec(**member())]
+    assert manifest.members == [MemberSpec(**member())]
     assert manifest.members[0].gated
-    assert not kernel.MemberSpec("x", "x", tiny_model(presence=False), [0], [1]).gated
+    assert not MemberSpec("x", "x", tiny_model(presence=False), [0], [1]).gated
 
 
 # --- members --------------------------------------------------------------------------------------
 
 
-def spec_of(folder: Path, **changes: Any) -> kernel.MemberSpec:
+def spec_of(folder: Path, **changes: Any) -> MemberSpec:
     entry = json.loads((folder / "ensemble.json").read_text())["members"][0]
-    return kernel.MemberSpec(**entry | changes)
+    return MemberSpec(**entry | changes)
 
 
 def sha256(path: Path) -> str:
@@ -549,7 +557,7 @@ def sha256(path: Path) -> str:
 
 def test_a_member_whose_bytes_are_those_packed_is_loaded(light: Path) -> None:
     path = light / "fpn.safetensors"
-    found = kernel.load_member(light, spec_of(light, sha256=sha256(path)), CPU)
+    found = load_member(light, spec_of(light, sha256=sha256(path)), CPU)
     weights, expected = found.encode.network.state_dict(), load_file(path)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -559,7 +567,7 @@ def test_a_member_whose_bytes_are_those_packed_is_loaded(light: Path) -> None:
 def test_a_missing_member_is_named(light: Path) -> None:
     (light / "fpn.safetensors").unlink()
     with pytest.raises(ValueError, match=r"fpn\.safetensors: no such file; the bundle is not whol"):
-        kernel.load_member(light, spec_of(light), CPU)
+        load_member(light, spec_of(light), CPU)
 
 
 def test_one_changed_byte_is_noticed(light: Path) -> None:
@@ -568,7 +576,7 @@ def test_one_changed_byte_is_noticed(light: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"sha256 {sha256(path)[:12]}…, .*{packed[:12]}…"):
-        kernel.load_member(light, spec_of(light, sha256=packed), CPU)
+        load_member(light, spec_of(light, sha256=packed), CPU)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 2000, -1])
@@ -576,7 +584,7 @@ def test_a_truncated_member_is_no_safetensors_file(kept: int, light: Path) -> No
     path = light / "fpn.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"fpn\.safetensors: no safetensors file"):
-        kernel.load_member(light, spec_of(light), CPU)
+        load_member(light, spec_of(light), CPU)
 
 
 def without(weights: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tensor]:
@@ -597,14 +605,14 @@ def test_the_first_key_is_named_that_is(case: str, light: Path) -> None:
     path = light / "fpn.safetensors"
     save_file(change(load_file(path)), path)
     with pytest.raises(ValueError, match=rf"fpn\.safetensors: not of the declared.*{message}"):
-        kernel.load_member(light, spec_of(light), CPU)
+        load_member(light, spec_of(light), CPU)
 
 
 def test_half_precision_weights_run_in_full_precision(light: Path) -> None:
     path = light / "fpn.safetensors"
     halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
     save_file(halves, path)
-    network = kernel.load_member(light, spec_of(light), CPU).encode.network
+    network = load_member(light, spec_of(light), CPU).encode.network
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     weights = network.state_dict()
     assert all(torch.equal(weights[key], value.to(weights[key])) for key, value in halves.items())
@@ -618,7 +626,7 @@ def test_a_gpu_that_fails_its_first_operation_is_not_used(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", fails)
-    assert kernel.pick_device() == CPU
+    assert pick_device() == CPU
     assert "no kernel image is available" in caplog.text
 
 
@@ -701,11 +709,11 @@ class Ramp(nn.Module):
         return torch.cat([images * ramp, images * ramp**2 - 1], dim=1)
 
 
-def ramp_ensemble(flips: tuple[str, ...], stride: int = 1) -> kernel.Ensemble:
-    spec = kernel.MemberSpec("ramp", "ramp", {"classes": 2, "in_channels": 1}, [0.0], [1.0])
-    stub = kernel.split(Ramp(stride), spec, CPU)
-    manifest = kernel.Manifest([spec], classes=2, flips=flips)
-    return kernel.Ensemble(manifest, [stub], CPU, kernel.Stages())
+def ramp_ensemble(flips: tuple[str, ...], stride: int = 1) -> Ensemble:
+    spec = MemberSpec("ramp", "ramp", {"classes": 2, "in_channels": 1}, [0.0], [1.0])
+    stub = split(Ramp(stride), spec, CPU)
+    manifest = Manifest([spec], classes=2, flips=flips)
+    return Ensemble(manifest, [stub], CPU, Stages())
 
 
 TURNED = {  # by numpy's own names
@@ -725,7 +733,7 @@ def ramp_by_hand(image: np.ndarray, flip: str) -> np.ndarray:
     return np.stack([turn(1 / (1 + np.exp(-values))) for values in logits])
 
 
-@pytest.mark.parametrize("flip", kernel.FLIPS)
+@pytest.mark.parametrize("flip", FLIPS)
 def test_a_flip_turns_the_image_and_turns_the_answer_back(flip: str) -> None:
     image = drawn_image(7, (6, 10))
     [(_, name, found)] = each_pass(ramp_ensemble((flip,)), image)
@@ -735,7 +743,7 @@ def test_a_flip_turns_the_image_and_turns_the_answer_back(flip: str) -> None:
 
 def test_no_two_flips_of_the_stub_agree() -> None:
     image = drawn_image(7, (6, 10))
-    answers = [ramp_by_hand(image, flip) for flip in kernel.FLIPS]
+    answers = [ramp_by_hand(image, flip) for flip in FLIPS]
     for index, answer in enumerate(answers):
         for other in answers[index + 1 :]:
             assert np.abs(answer - other).max() > 0.1
@@ -744,9 +752,9 @@ def test_no_two_flips_of_the_stub_agree() -> None:
 
 def test_the_mean_runs_over_every_flip() -> None:
     image = drawn_image(7, (6, 10))
-    mean = np.mean([ramp_by_hand(image, flip) for flip in kernel.FLIPS], axis=0)
+    mean = np.mean([ramp_by_hand(image, flip) for flip in FLIPS], axis=0)
     assert_telling(mean, 0.55)
-    assert_masks(ramp_ensemble(tuple(kernel.FLIPS))([image])[0], mean, 0.55)
+    assert_masks(ramp_ensemble(tuple(FLIPS))([image])[0], mean, 0.55)
 
 
 def test_an_image_is_padded_with_its_own_border_and_cut_back() -> None:
@@ -759,7 +767,7 @@ def test_an_image_is_padded_with_its_own_border_and_cut_back() -> None:
 
 def test_an_image_that_fits_is_not_padded() -> None:
     images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(kernel.pad_to_multiple(images, 32), images)
+    assert torch.equal(pad_to_multiple(images, 32), images)
 
 
 # --- a whole run ----------------------------------------------------------------------------------
@@ -883,14 +891,14 @@ def test_a_strip_that_cannot_be_read_costs_only_its_own_rows(
     save_strips(tmp_path / "images", alike(*names))
     sample = write_sample(tmp_path / "sample.csv", names)
     options = ["--bundle", light, "--images", tmp_path / "images", "--sample", sample]
-    kernel.main([*map(str, options), "--output", str(tmp_path / "whole.csv")])
+    inference.main([*map(str, options), "--output", str(tmp_path / "whole.csv")])
     expected = submitted(tmp_path / "whole.csv")
     assert all(any(expected[name, label] for label in FOUR) for name in names)
 
     spoil(tmp_path / "images" / "b.jpg", how)
     caplog.clear()
     outputs = ["--output", tmp_path / "out.csv", "--report", tmp_path / "run.json"]
-    kernel.main([*map(str, options + outputs)])  # no exit code but 0
+    inference.main([*map(str, options + outputs)])  # no exit code but 0
     expected |= {("b.jpg", label): "" for label in FOUR}
     assert submitted(tmp_path / "out.csv") == expected
     report = json.loads((tmp_path / "run.json").read_text())
@@ -904,18 +912,17 @@ def test_a_strip_that_cannot_be_read_costs_only_its_own_rows(
 
 def white_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loaded network dies of a batch that holds an all-white strip."""
-    load_member = kernel.load_member
 
     def refuse(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if (inputs[0].flatten(1).std(dim=1) == 0).any():
             raise RuntimeError("out of memory, said the network")
 
-    def load(*arguments: Any) -> kernel.Member:
+    def load(*arguments: Any) -> Member:
         loaded = load_member(*arguments)
         loaded.encode.network.encoder.register_forward_pre_hook(refuse)
         return loaded
 
-    monkeypatch.setattr(kernel, "load_member", load)
+    monkeypatch.setattr("kernel.ensemble.load_member", load)
 
 
 @pytest.mark.parametrize("place", [0, 2, 4])
@@ -938,19 +945,21 @@ def test_a_strip_that_the_networks_cannot_take_costs_only_its_own_rows(
             assert_masks(decoded(rles[name, label], SMALL), mean[label - 1], threshold_of(light))
 
 
-@pytest.mark.parametrize("moment", ["load_ensemble", "read_image"])
+@pytest.mark.parametrize(
+    ("module", "moment"), [("predict", "load_ensemble"), ("images", "read_image")]
+)
 def test_a_complete_empty_submission_stands_before(
-    moment: str, light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, moment: str, light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_strips(tmp_path / "images", alike("a.jpg", "b.jpg"))
     found: list[dict[tuple[str, int], str]] = []
-    original = getattr(kernel, moment)
+    original = getattr(importlib.import_module(f"kernel.{module}"), moment)
 
     def spied(*arguments: Any, **named: Any) -> Any:
         found.append(submitted(tmp_path / "out.csv"))
         return original(*arguments, **named)
 
-    monkeypatch.setattr(kernel, moment, spied)
+    monkeypatch.setattr(f"kernel.{module}.{moment}", spied)
     predict(light, tmp_path / "out.csv", images=tmp_path / "images")
     assert found[0] == {(name, label): "" for name in ("a.jpg", "b.jpg") for label in FOUR}
     assert any(submitted(tmp_path / "out.csv").values())
@@ -1077,7 +1086,9 @@ def test_exit_code_2_and_one_line_for(
         "output": tmp_path / "out.csv",
     } | spoil_it(light, tmp_path)
     with pytest.raises(SystemExit) as ended:
-        kernel.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
+        inference.main(
+            [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        )
     assert ended.value.code == 2
     [error] = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(error.getMessage().splitlines()) == 1
@@ -1090,7 +1101,7 @@ def test_a_killed_run_leaves_a_complete_submission(light: Path, tmp_path: Path) 
     for name in names[1:]:
         (tmp_path / "images" / name).symlink_to(tmp_path / "images" / names[0])
     output, printed = tmp_path / "submission.csv", tmp_path / "log.txt"
-    command = [sys.executable, SCRIPT, "--bundle", light, "--images", tmp_path / "images"]
+    command = [sys.executable, kernel_script(), "--bundle", light, "--images", tmp_path / "images"]
     with printed.open("w") as file:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file)
         give_up = time.monotonic() + 60

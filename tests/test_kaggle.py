@@ -24,7 +24,9 @@ from build_kernel import (
     slugify,
 )
 from kernel import dry_run
-from kernel.inference import SAMPLE, load_manifest, read_rows, read_sample
+from kernel.manifest import load_manifest
+from kernel.mounts import SAMPLE, read_sample
+from kernel.rows import read_rows
 from kernel.validate import check_submission
 from weights import steel
 

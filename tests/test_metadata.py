@@ -13,7 +13,7 @@ from build_kernel import (
     read_metadata,
     slugify,
 )
-from kernel.inference import Manifest, MemberSpec
+from kernel.manifest import Manifest, MemberSpec
 
 ROOT = Path(__file__).parents[1]
 DATASET: dict[str, Any] = json.loads((ROOT / "dataset-metadata.json").read_text("utf-8"))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kernel.inference import MANIFEST, SAMPLE, Options, find_one, find_task, run
+from kernel.inference import run
+from kernel.manifest import MANIFEST
+from kernel.mounts import SAMPLE, Options, find_one, find_task
 
 DATASET = "somebody/severstal-steel-ensemble"
 COMPETITION = "severstal-steel-defect-detection"

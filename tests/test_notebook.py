@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from kaggle_stub import run_client, serve
 
-from build_kernel import CODE, GUARD, build, notebook_of, write_json
+from build_kernel import CODE, GUARD, build, join_modules, notebook_of, write_json
 from kernel import dry_run
-from kernel.inference import read_sample
+from kernel.mounts import read_sample
 from kernel.validate import check_submission
 from weights import steel
 
@@ -37,7 +37,7 @@ def code_cells(notebook: dict[str, Any]) -> list[str]:
 
 
 def test_it_is_a_valid_notebook_of_the_same_code_that_explains_itself_first() -> None:
-    code = CODE.read_text(encoding="utf-8")
+    code = join_modules(CODE)
     notebook = notebook_of(code)
     nbformat.validate(nbformat.from_dict(notebook))
     *sections, run, picture = code_cells(notebook)
@@ -77,7 +77,7 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     kernel = tmp_path / "dist" / "kernel"
     built = {path.name: path.read_bytes() for path in kernel.iterdir()}
     assert set(built) == {"inference.ipynb", "kernel-metadata.json"}
-    write_json(tmp_path / "again.ipynb", notebook_of(CODE.read_text(encoding="utf-8")))
+    write_json(tmp_path / "again.ipynb", notebook_of(join_modules(CODE)))
     assert built["inference.ipynb"] == (tmp_path / "again.ipynb").read_bytes()
     with serve() as kaggle:
         run_client(kaggle, tmp_path, "kernels", "push", "-p", kernel)

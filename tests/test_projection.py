@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernel.inference import Ensemble, Stages, load_manifest
+from kernel.ensemble import Ensemble
+from kernel.logs import Stages
+from kernel.manifest import load_manifest
 from kernel.projection import (
     MACHINES,
     Run,
@@ -185,7 +187,10 @@ def test_another_file_calibrates_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_names_its_passes_in_the_order_in_which_they_run(tiny_bundle: Path) -> None:
-    from kernel.inference import Options, load_ensemble, pick_device, run
+    from kernel.engines import pick_device
+    from kernel.ensemble import load_ensemble
+    from kernel.inference import run
+    from kernel.mounts import Options
     from weights import steel
 
     images = tiny_bundle.parent / "one"

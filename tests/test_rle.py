@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
-from kernel.inference import encode_rle
+from kernel.images import encode_rle
 from kernel.validate import decode_rle
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=150)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from build_kernel import build
-from kernel.inference import Stages, load_ensemble, load_manifest
+from kernel.ensemble import load_ensemble
+from kernel.logs import Stages
+from kernel.manifest import load_manifest
 from weights import steel
 from weights.score import dice
 

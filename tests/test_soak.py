@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from conftest import tiny_entry, tiny_model, write_manifest
 
-from kernel import inference as kernel
+from kernel import ensemble, inference
+from kernel.members import Member
+from kernel.mounts import Options
+from kernel.rows import Submission
 
 STRIPS = int(os.environ.get("SOAK", "200"))
 MEMBERS = 5
@@ -59,20 +62,20 @@ def peak_mb() -> float:
 
 def soak(folder: Path) -> None:
     """One run; prints the peak after each tenth of the strips, and what was found."""
-    peaks, put = list[float](), kernel.Submission.put
+    peaks, put = list[float](), Submission.put
 
-    def members(_: Path, specs: Any, *__: Any) -> list[kernel.Member]:
+    def members(_: Path, specs: Any, *__: Any) -> list[Member]:
         stub = Stub()
-        return [kernel.Member(spec, stub.encode, stub.decode, stride=32) for spec in specs]
+        return [Member(spec, stub.encode, stub.decode, stride=32) for spec in specs]
 
-    def spied(submission: kernel.Submission, image: str, rles: dict[int, str]) -> None:
+    def spied(submission: Submission, image: str, rles: dict[int, str]) -> None:
         put(submission, image, rles)
         peaks.append(peak_mb())
 
-    kernel.load_members = members
-    kernel.Submission.put = spied  # type: ignore[method-assign]
+    ensemble.load_members = members
+    Submission.put = spied  # type: ignore[method-assign]
     images, output = folder / "images", folder / "submission.csv"
-    report = kernel.run(kernel.Options(bundle=folder, images=images, output=output))
+    report = inference.run(Options(bundle=folder, images=images, output=output))
     shares = [work["share"] for work in report["work"].values()]
     print("found", report["non_empty"], len(report["faults"]), min(shares), max(shares))
     print("peaks", *(f"{peaks[len(peaks) * tenth // 10]:.0f}" for tenth in range(1, 10)))
@@ -80,7 +83,7 @@ def soak(folder: Path) -> None:
 
 def test_memory_stays_flat_however_many_strips_come(tmp_path: Path) -> None:
     lay(tmp_path)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(kernel.__file__).parents[1])])
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(inference.__file__).parents[1])])
     command = [sys.executable, __file__, str(tmp_path)]
     ended = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from kernel.inference import LAYOUTS, read_rows
+from kernel.rows import LAYOUTS, read_rows
 from kernel.validate import SIZE, Findings, check_submission, decode_rle, rle_fault
 
 ROOT = Path(__file__).resolve().parents[1]

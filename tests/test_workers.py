@@ -10,10 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from conftest import kernel_script
 
-from kernel import inference as kernel
-
-SCRIPT = Path(kernel.__file__)
+from kernel.mounts import Task
+from kernel.rows import LAYOUTS
 
 
 @pytest.fixture
@@ -32,7 +32,14 @@ def ran(
 ) -> tuple[bytes, dict[str, Any], str]:
     """The script as a process: its submission, its report, its log."""
     folder.mkdir()
-    command = [sys.executable, str(SCRIPT), "--bundle", str(bundle), "--images", str(images)]
+    command = [
+        sys.executable,
+        str(kernel_script()),
+        "--bundle",
+        str(bundle),
+        "--images",
+        str(images),
+    ]
     ended = subprocess.run(
         [*command, "--report", "run.json", *options],
         cwd=folder,
@@ -83,7 +90,7 @@ def test_a_worker_that_dies_costs_no_row(tiny_bundle: Path, images: Path, tmp_pa
 
 def test_shards_hold_every_image_once() -> None:
     pairs = [(f"{number}.jpg", label) for number in range(7) for label in (1, 2)]
-    task = kernel.Task(Path(), kernel.LAYOUTS["2019"], pairs)
+    task = Task(Path(), LAYOUTS["2019"], pairs)
     shards = [task.shard(index, 3) for index in range(3)]
     assert [len(shard.names) for shard in shards] == [3, 2, 2]
     assert sorted(pair for shard in shards for pair in shard.pairs) == sorted(pairs)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kernel.inference import build_network
+from kernel.members import build_network
 
 PARTS = "encoder|decoder|segmentation_head|classification_head"  # what an SMP network is made of
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # batch norm's statistics

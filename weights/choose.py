@@ -15,23 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernel.inference import (
-    MANIFEST,
-    Ensemble,
-    Flight,
-    Image,
-    Manifest,
-    Member,
-    Stages,
-    Strip,
-    Tally,
-    load_ensemble,
-    load_manifest,
-    pick_device,
-    progress,
-    read_image,
-    read_json,
-)
+from kernel.early_exit import Tally
+from kernel.engines import pick_device
+from kernel.ensemble import Ensemble, Flight, load_ensemble
+from kernel.images import Image, Strip, read_image
+from kernel.logs import Stages, progress
+from kernel.manifest import MANIFEST, Manifest, load_manifest, read_json
+from kernel.members import Member
 from kernel.projection import HALVES, Floats, Ints, passes_s
 from weights.score import Masks, Scores, dice_of, draw_truth
 

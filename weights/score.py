@@ -17,21 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernel.inference import (
-    Ensemble,
-    Flight,
-    Image,
-    Stages,
-    Strip,
-    Tally,
-    load_ensemble,
-    load_manifest,
-    pick_device,
-    progress,
-    read_image,
-    read_rows,
-    start_log,
-)
+from kernel.early_exit import Tally
+from kernel.engines import pick_device
+from kernel.ensemble import Ensemble, Flight, load_ensemble
+from kernel.images import Image, Strip, read_image
+from kernel.logs import Stages, progress, start_log
+from kernel.manifest import load_manifest
+from kernel.rows import read_rows
 from kernel.validate import decode_rle
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kernel.inference import encode_rle, progress, start_log
+from kernel.images import encode_rle
+from kernel.logs import progress, start_log
 
 Rng = np.random.Generator
 Real = NDArray[np.float32] | NDArray[np.float64]

@@ -30,18 +30,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from kernel.inference import (
-    Ensemble,
-    Image,
-    Manifest,
-    MemberSpec,
-    Stages,
-    build_network,
-    progress,
-    read_image,
-    split,
-    start_log,
-)
+from kernel.ensemble import Ensemble
+from kernel.images import Image, read_image
+from kernel.logs import Stages, progress, start_log
+from kernel.manifest import Manifest, MemberSpec
+from kernel.members import build_network, split
 from weights.score import Masks, Scores, draw_truth, read_truth
 
 EXPERIMENTS = Path(__file__).parent / "experiments.csv"
@@ -350,9 +343,14 @@ class Fit:
         self.seconds = 0.0
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Takes what fits by name and shape: a whole member's weights, or another's encoder."""
+        """Takes what fits by name and shape: a whole member's weights, or another's encoder.
+
+        Not the presence head, which its last fit leaves with all gates open for single cells.
+        """
         own = self.network.state_dict()
-        fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+        presence = {k for k in own if k.startswith("classification_head.")}
+        wanted = own.keys() - presence
+        fitting = {k: v for k, v in weights.items() if k in wanted and v.shape == own[k].shape}
         if weights:
             print(f"{self.config.name}: {len(fitting)} of {len(own)} tensors to start from")
         self.network.load_state_dict(own | fitting)

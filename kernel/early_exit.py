@@ -1,0 +1,131 @@
+"""The early exit: what a sum of passes proves before the last of them has run."""
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kernel.manifest import Manifest
+
+HOPE = 0.8  # of the sum that is needed: below it a strip looks clean
+
+
+class Tally:
+    """The passes of one image: their sum, and what it proves before the last of them has run.
+
+    K passes give probabilities p in [0, 1], and a pixel of a class is on where their mean exceeds
+    t, that is where their sum exceeds tK. At any moment the first d passes are decoded, their sum
+    is S; those after them up to e are encoded, so that their gates g are known and p ≤ g; the
+    others can add 1 at the most. The final sum lies between S and S + Σg + (K − e), hence
+
+        surely on   once S > tK,
+        surely off  once S + Σg + (K − e) ≤ tK.
+
+    A class is closed when this decides each of its pixels, or when fewer than `min_area` can still
+    be on, for then it will be empty. When all classes are closed no pass can change the masks, and
+    none is run. As long as nothing is decoded S is 0, and an image is proven empty by gates alone.
+
+    Adding K numbers of at most 1 in fp32 errs by less than K² 2⁻²⁴, the division and the scalars
+    that tensors are compared with by a few K 2⁻²⁴ more; `margin` is above their sum and keeps both
+    comparisons on the safe side. Where all passes were decoded, the masks are those of `mean > t`
+    and of no bound. The proof speaks of a pass's probabilities as they are,
+    so they must not depend on what else is in the batch. They do not as long as the batch has one
+    size, so all are filled up to it: tested bit by bit on the CPU. A GPU's libraries promise no
+    more than they document; after running out of memory the size is another, and last bits may be.
+
+    Two things take passes away, and the proof begins anew with the K that is left: `leave_out` of
+    a pass that gave NaN, and `cut` where the hour ends before the last pass.
+    """
+
+    def __init__(self, passes: int, manifest: Manifest, early_exit: bool) -> None:
+        self.passes, self.early_exit = passes, early_exit
+        self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
+        self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
+        self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
+        self.decoded = 0
+        self.classes = manifest.classes
+        self.open = list(range(manifest.classes))  # not proven
+
+    @property
+    def needed(self) -> float:
+        """What a sum must exceed."""
+        return self.passes * self.threshold
+
+    @property
+    def margin(self) -> float:
+        """Above what rounding can do to a sum."""
+        return float((self.passes + 1) ** 2 * 2**-23)
+
+    def encode(self, gates: npt.NDArray[np.float64]) -> None:
+        """One more pass is encoded; `gates` (classes,) bound its probabilities."""
+        self.gates.append(gates)
+        self.close()
+
+    def decode(self, probabilities: Tensor) -> None:
+        """The next pass is decoded: probabilities (classes, H, W)."""
+        self.total = probabilities.clone() if self.total is None else self.total.add_(probabilities)
+        self.decoded += 1
+        self.close()
+
+    def leave_out(self, encoded: bool) -> None:
+        """The next pass counts no more: the next to be encoded, or to be decoded if `encoded`."""
+        if encoded:
+            del self.gates[self.decoded]
+        self.restart(self.passes - 1)
+
+    def cut(self) -> None:
+        """No pass comes any more: the mean is that of the passes decoded."""
+        self.restart(self.decoded)
+
+    def restart(self, passes: int) -> None:
+        """All classes are open again, for another number of passes."""
+        self.passes, self.open = passes, list(range(self.classes))
+        self.close()
+
+    def close(self) -> None:
+        """Drops the classes that are proven now."""
+        if self.decoded == self.passes:
+            self.open = []
+        elif self.early_exit:
+            self.open = [label for label in self.open if not self.proven(label)]
+
+    def proven(self, label: int) -> bool:
+        """Whether no pass to come can change this class's mask."""
+        rest = sum(gates[label] for gates in self.gates[self.decoded :])
+        rest += self.passes - len(self.gates)
+        if rest > self.needed - self.margin:  # not even a pixel of sum 0 is off
+            return False
+        if self.total is None:
+            return True
+        possible = self.total[label] > self.needed - self.margin - rest
+        count = int(possible.sum())
+        return count < self.min_area or count == int(
+            (self.total[label] > self.needed + self.margin).sum()
+        )
+
+    @property
+    def looks_clean(self) -> bool:
+        """Whether gates alone may prove all open classes, were the next ones like those seen.
+
+        A guess that costs or saves work and changes no mask: no decoder runs while it holds.
+        """
+        if not self.early_exit:
+            return False
+        usual = np.mean(self.gates, axis=0)
+        for label in self.open:
+            highest = 0.0 if self.total is None else float(self.total[label].max())
+            kept = sum(gates[label] for gates in self.gates[self.decoded :])
+            rest = (self.passes - len(self.gates)) * usual[label]
+            if highest + kept + rest > HOPE * self.needed:
+                return False
+        return True
+
+    def masks(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Masks (classes, H, W); call it when no class is open."""
+        if self.total is None:
+            return np.zeros((self.classes, *size), np.bool_)
+        if self.decoded == self.passes:
+            masks = self.total / self.passes > self.threshold
+        else:
+            masks = self.total > self.needed + self.margin
+        areas = masks.sum(dim=(-2, -1), keepdim=True)
+        return (masks & (areas >= self.min_area)).cpu().numpy()

@@ -1,0 +1,144 @@
+"""Finding what is mounted: the bundle, the sample and its images."""
+
+import os
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kernel.logs import log
+from kernel.manifest import COMPETITION
+from kernel.rows import LAYOUTS, Layout, read_rows
+
+SAMPLE = "sample_submission.csv"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; its defaults are what runs on Kaggle."""
+
+    input: Path = Path("/kaggle/input")
+    bundle: Path | None = None
+    images: Path | None = None
+    sample: Path | None = None
+    output: Path = Path("submission.csv")
+    layout: str | None = None
+    batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
+    early_exit: bool = True
+    workers: int = 0  # processes; 0 is one a GPU
+    shard: str = ""  # "2/3" in the second of three workers
+    budget_s: float = 3600.0  # of Kaggle's hour, from the start of `run`
+    strict: bool = False  # a strip that failed is an error
+    allow_missing_members: bool = False
+    report: Path | None = None  # None is run.json beside the output
+
+
+def find_one(root: Path, name: str, what: str, option: str) -> Path:
+    """The folder under `root`, at any depth, that holds the file `name`; copies of it are one.
+
+    Raises:
+        ValueError: there is none, or two differ; the message says what to add or to name.
+    """
+    found = {path.read_bytes(): path.parent for path in sorted(root.rglob(name), reverse=True)}
+    folders = sorted(found.values())
+    if not folders:
+        there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
+        raise ValueError(
+            f"no {name} under {root}, where there is {there}: add {what} to the kernel's sources, "
+            f"or give {option}"
+        )
+    if len(folders) > 1:
+        listed = ", ".join(map(str, folders))
+        raise ValueError(
+            f"more than one {name}: {listed}; remove one from the kernel's sources, "
+            f"or choose with {option}"
+        )
+    return folders[0]
+
+
+def find_images(sample: Path, names: set[str], root: Path) -> Path:
+    """The folder that holds most of a sample's images: below the sample's own, else below `root`.
+
+    Raises:
+        ValueError: no folder holds any.
+    """
+    for top in (sample.parent, root):
+        shares = {Path(folder): len(names.intersection(f)) for folder, _, f in os.walk(top)}
+        best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
+        if shares.get(best):
+            return best
+    raise ValueError(
+        f"no folder below {sample.parent} or {root} holds the images of {sample.name}; "
+        "name theirs with --images"
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be predicted, and how it is to be written."""
+
+    images: Path
+    layout: Layout
+    pairs: list[tuple[str, int]]  # (image, class) of every row, in order
+
+    @property
+    def names(self) -> list[str]:
+        """Every image once, in the order of its first row."""
+        return list(dict.fromkeys(name for name, _ in self.pairs))
+
+    def shard(self, index: int, count: int) -> "Task":
+        """The rows of every `count`-th image from `index`, from 0."""
+        names = set(self.names[index::count])
+        return replace(self, pairs=[pair for pair in self.pairs if pair[0] in names])
+
+    def without(self, names: Set[str]) -> "Task":
+        """The rows of all other images."""
+        return replace(self, pairs=[pair for pair in self.pairs if pair[0] not in names])
+
+
+def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
+    """(image, class) pairs in order, each once; class 0 stands for every class of its image."""
+    spread = ((n, c) for n, label in rows for c in ([label] if label else range(1, classes + 1)))
+    return list(dict.fromkeys(spread))
+
+
+def read_sample(
+    sample: Path, layout: str | None, classes: int
+) -> tuple[Layout, list[tuple[str, int]]]:
+    """A sample's layout and (image, class) pairs; ValueError for a class above `classes`."""
+    found, rows = read_rows(sample)
+    pairs = [(name, label) for name, label, _ in rows]
+    above = next((pair for pair in pairs if pair[1] > classes), None)
+    if above:
+        raise ValueError(f"{sample}: row {above} names a class above the members' {classes}")
+    twice = len(pairs) - len(set(pairs))
+    if twice:
+        log.warning("%s names %d rows twice: each is written once", sample, twice)
+    return LAYOUTS[layout] if layout else found, expand_rows(pairs, classes)
+
+
+def find_task(options: Options, classes: int) -> Task:
+    """The sample's rows, or, where only `--images` is given, every image of that folder.
+
+    Raises:
+        ValueError: nothing to predict is found, or a row names a class the members do not know.
+    """
+    images, sample = options.images, options.sample
+    if images and not images.is_dir():
+        raise ValueError(f"{images}: no such folder of images")
+    if images and not sample:
+        found = sorted(p.name for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        pairs = expand_rows([(name, 0) for name in found], classes)
+        task = Task(images, LAYOUTS[options.layout or "2019"], pairs)
+    else:
+        what = f"the competition {COMPETITION}"
+        sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
+        layout, pairs = read_sample(sample, options.layout, classes)
+        names = {name for name, _ in pairs}
+        task = Task(images or find_images(sample, names, options.input), layout, pairs)
+    if not task.pairs:
+        raise ValueError(f"{sample or images}: names no image")
+    others = {path.name for path in task.images.iterdir()} - set(task.names)
+    if others:
+        log.info("%s: %d files are in no row, %s…", task.images, len(others), min(others))
+    return task
