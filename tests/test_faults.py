@@ -33,7 +33,7 @@ from kernel.logs import Stages
 from kernel.manifest import load_manifest
 from kernel.mounts import Options
 from kernel.rows import LAYOUTS, Submission, read_rows
-from kernel.workers import start_worker
+from kernel.workers import collect, start_worker
 
 FOUR = range(1, 5)
 
@@ -590,6 +590,45 @@ def test_an_interrupted_run_ends_with_a_line_and_what_it_has_done(
     rows = rows_of(output)
     assert len(rows) == 4 * 306
     assert 0 < sum(1 for rle in rows.values() if rle) < len(rows)
+
+
+LAST_WORDS = """
+import pathlib, signal, sys, time
+folder, number = pathlib.Path(sys.argv[1]), sys.argv[2]
+def end(*_):
+    time.sleep(1)  # the pass that it is in
+    rows = f"ImageId_ClassId,EncodedPixels\\n{number}.jpg_1,1 {number}\\n"
+    (folder / f"{number}.csv").write_text(rows)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, end)
+(folder / f"{number}.ready").touch()
+time.sleep(60)
+"""
+
+
+def test_what_workers_do_in_their_last_second_stands_too(
+    dataset: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run waits for its workers' end before it collects for the last time."""
+    started = list[subprocess.Popen[bytes]]()
+
+    def starts(run: Any, task: Any, folder: Path, shard: tuple[int, int]) -> Any:
+        started.append(subprocess.Popen([sys.executable, "-c", LAST_WORDS, folder, str(shard[0])]))
+        return started[-1]
+
+    def interrupted(folder: Path, *arguments: Any) -> None:
+        while len(list(folder.glob("*.ready"))) < 2:
+            time.sleep(0.05)
+        monkeypatch.setattr("kernel.workers.collect", collect)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kernel.workers.start_worker", starts)
+    monkeypatch.setattr("kernel.workers.collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(dataset, images, workers=2)
+    assert [worker.poll() for worker in started] == [130, 130]
+    found = {pair: rle for pair, rle in rows_of(images.parent / "submission.csv").items() if rle}
+    assert found == {("1.jpg", 1): "1 1", ("2.jpg", 1): "1 2"}
 
 
 def test_a_worker_that_is_killed_costs_no_row(
