@@ -543,6 +543,9 @@ def test_a_fit_goes_on_from_a_checkpoint(network: nn.Module, tmp_path: Path) -> 
     assert anew and all(torch.equal(found[name], drawn[name]) for name in anew)
     assert taken >= found.keys() - anew
     assert any(not torch.equal(found[name], drawn[name]) for name in taken)
+    still = replace(CONFIG, seed=8, crop_steps=0, whole_steps=0)  # only that head's fit goes on
+    whole = train.Fit(still, weights).network.state_dict()
+    assert all(torch.equal(whole[name], value.to(whole[name])) for name, value in weights.items())
 
 
 def test_a_fit_takes_another_architectures_encoder(network: nn.Module) -> None:

@@ -345,11 +345,12 @@ class Fit:
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Takes what fits by name and shape: a whole member's weights, or another's encoder.
 
-        Not the presence head, which its last fit leaves with all gates open for single cells.
+        Not the presence head, which its last fit leaves with all gates open for single cells; but
+        where no step is to be taken, that fit goes on from it.
         """
         own = self.network.state_dict()
         presence = {k for k in own if k.startswith("classification_head.")}
-        wanted = own.keys() - presence
+        wanted = own.keys() - (presence if self.config.steps else set())
         fitting = {k: v for k, v in weights.items() if k in wanted and v.shape == own[k].shape}
         if weights:
             print(f"{self.config.name}: {len(fitting)} of {len(own)} tensors to start from")
@@ -556,9 +557,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--classes", type=int, default=4)
     add("--seed", type=int, default=0)
     add("--bfloat16", action="store_true", help="train in half the bits: faster with avx512_bf16")
-    about = (
-        "of the held-out fold, half of it at most, for the presence head's last fit (default 800)"
-    )
+    about = "of the held-out fold, for the presence head's last fit (default 800)"
     add("--presence-strips", type=int, default=800, help=about)
     add("--validation-strips", type=int, default=100, help="of the others held out (default 100)")
     add("--out", type=Path, default=Path(__file__).parent, help="folder of the checkpoint")
@@ -582,7 +581,8 @@ def main() -> None:
     print(f"{config.name}: {len(train.names)} strips to train on, {len(held_out.names)} held out")
     run = fit(config, train, args.runs / f"{args.name}.pt", args.start_from)
     network = run.ema.module
-    asked = min(args.presence_strips, len(held_out.names) // 2)
+    half, spare = len(held_out.names) // 2, len(held_out.names) - args.validation_strips
+    asked = min(args.presence_strips, max(half, spare))
     if asked:
         unseen = pooled_features(network, config, held_out.some(0, asked))
         refit_presence(presence_layer(network), *unseen)
