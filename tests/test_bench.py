@@ -31,6 +31,8 @@ def test_a_small_race_ends_with_its_three_files(
     assert min(results["dice_against_eager"].values()) > 0.999
     flops = sum(sum(spec.flops) for spec in load_manifest(tiny_bundle / "dataset").members)
     assert results["physical_limit_s"] == pytest.approx(3 * flops / 1e11)
+    assert 0 < results["outside_networks"] < 1
+    assert 0.1 < results["peak_gb_5506_strips_stub"] < 5  # PyTorch alone is a third of a GB
     table = (tmp_path / "out" / "table.md").read_text()
     for name, seconds in results["seconds_a_strip"].items():
         assert f"| {name} | {seconds:.2f} |" in table
