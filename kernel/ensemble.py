@@ -5,6 +5,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -270,20 +271,21 @@ def load_members(
     Raises:
         ValueError: as `load_member`, unless `allow_missing`; or no member is left.
     """
-    members = []
-    for spec in progress(specs, "members", "member"):
-        try:
-            with stages("load"):
-                plain = load_member(bundle, spec, device)
-                engine = fastest(plain, bundle, device)
-        except ValueError as error:
-            if not allow_missing:
-                raise
-            log.warning("going on without member %s: %s", spec.name, error)
-            continue
+    checks = list[Future[Member]]()
+    with ThreadPoolExecutor(max_workers=2) as pool:  # one is checked while the next is loaded
+        for spec in progress(specs, "members", "member"):
+            try:
+                with stages("load"):
+                    plain = load_member(bundle, spec, device)
+                    engine = fastest(plain, bundle, device)
+            except ValueError as error:
+                if not allow_missing:
+                    raise
+                log.warning("going on without member %s: %s", spec.name, error)
+                continue
+            checks.append(pool.submit(check_engine, engine, plain, image, device))
         with stages("check"):
-            checked = engine if image is None else check_engine(engine, plain, image, device)
-        members.append(checked)
+            members = [check.result() for check in checks]
     if not members:
         raise ValueError(f"{bundle}: not one member is usable")
     return members
