@@ -514,7 +514,8 @@ def stage(
     for script in (CODE, *BESIDE):
         (dataset / script.name).write_text(join_modules(script), encoding="utf-8")
     if metadata.kernel["kernel_type"] == "notebook":
-        write_json(kernel / NOTEBOOK, notebook_of(join_modules(CODE)))
+        code = (dataset / CODE.name).read_text(encoding="utf-8")
+        write_json(kernel / NOTEBOOK, notebook_of(code))
     else:
         shutil.copyfile(dataset / CODE.name, kernel / CODE.name)
     return packed
