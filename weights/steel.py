@@ -585,16 +585,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", choices=LAYOUTS, default="today", help="of train.csv")
     parser.add_argument(
-        "--balanced", action="store_true", help="equal class shares in train; test stays natural"
+        "--shares",
+        type=float,
+        nargs=CLASSES,
+        default=SHARES,
+        help="weights of class 1, 2, 3, 4 in train; test stays as on Kaggle (default %(default)s)",
     )
     parser.add_argument(
         "--size", type=parse_size, default=(256, 1600), help="HEIGHTxWIDTH in pixels, 256x1600"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes that draw")
     args = parser.parse_args()
-    shares = (1.0,) * CLASSES if args.balanced else SHARES
     write_competition(
-        args.out, args.train, args.test, args.seed, args.layout, shares, args.size, args.jobs
+        args.out, args.train, args.test, args.seed, args.layout, args.shares, args.size, args.jobs
     )
 
 
