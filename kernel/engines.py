@@ -16,6 +16,7 @@ from kernel.images import Image
 from kernel.logs import log
 from kernel.members import Member, split
 
+SHAPES = 4  # of strips that an engine is ready for at a time
 AGREE = 1e-3  # mean difference of probabilities; fp16's is below it, a wrong network's far above
 
 
@@ -35,25 +36,50 @@ def fold_batch_norm(module: nn.Module) -> None:
 
 
 class OpenVino:
-    """One half as OpenVINO runs it on the CPU, compiled once for every shape that comes."""
+    """One half as OpenVINO runs it on the CPU, compiled once for every shape that comes.
+
+    A compiled shape keeps the memory that it works in: the oldest of more than `SHAPES` goes.
+    """
 
     def __init__(self, path: Path) -> None:
         import openvino
 
-        self.core = openvino.Core()
+        self.core, self.tensor = openvino.Core(), openvino.Tensor
         self.model = self.core.read_model(path)
-        self.compiled: dict[tuple[torch.Size, ...], Any] = {}
+        self.requests: dict[tuple[torch.Size, ...], Any] = {}  # shapes → what runs them
 
     def __call__(self, *tensors: Tensor) -> Any:
         """What the half that was packed gives: one tensor, or a tuple of them."""
         shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self.compiled:
-            self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
-            precise = {"INFERENCE_PRECISION_HINT": "f32"}
-            self.compiled[shapes] = self.core.compile_model(self.model, "CPU", precise)
-        found = self.compiled[shapes]([tensor.numpy() for tensor in tensors], share_inputs=True)
-        outputs = tuple(torch.from_numpy(found[index]) for index in range(len(found)))
+        if shapes not in self.requests:
+            if len(self.requests) == SHAPES:
+                del self.requests[next(iter(self.requests))]
+            self.requests[shapes] = self.compiled(shapes)
+        request = self.requests[shapes]
+        inputs = [tensor.contiguous() for tensor in tensors]  # OpenVINO keeps addresses alone
+        # written where they are to stay: a request's own outputs would be copied, and kept as well
+        outputs = tuple(torch.empty(list(found.shape)) for found in request.model_outputs)
+        for index, tensor in enumerate(inputs):
+            request.set_input_tensor(index, self.shared(tensor))
+        for index, tensor in enumerate(outputs):
+            request.set_output_tensor(index, self.shared(tensor))
+        request.infer(share_outputs=True)
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def compiled(self, shapes: tuple[torch.Size, ...]) -> Any:
+        """The half for inputs of these shapes, as a request to be filled."""
+        self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
+        precise = {"INFERENCE_PRECISION_HINT": "f32"}
+        return self.core.compile_model(self.model, "CPU", precise).create_infer_request()
+
+    def rest(self) -> None:
+        """Gives back the memory that it works in, until it runs again."""
+        for request in self.requests.values():
+            request.get_compiled_model().release_memory()
+
+    def shared(self, tensor: Tensor) -> Any:
+        """A tensor as OpenVINO takes it, in the same memory."""
+        return self.tensor(tensor.numpy(), shared_memory=True)
 
 
 def openvino_files(file: str) -> list[str]:
@@ -81,7 +107,7 @@ def fastest(plain: Member, folder: Path, device: torch.device) -> Member:
     if device.type == "cpu" and halves[0].is_file():
         try:
             encode, decode = map(OpenVino, halves)
-            return replace(plain, encode=encode, decode=decode)
+            return replace(plain, encode=encode, decode=decode, rests=(encode.rest, decode.rest))
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
     network = copy.deepcopy(plain.encode.network)
@@ -125,6 +151,8 @@ def check_engine(
             gates, *features = member.encode(images)
             masks = member.decode(torch.ones_like(gates), *features)
             answers.append((gates.float(), masks.float()))
+            for rest in member.rests:
+                rest()
         apart = [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
         agree = all(difference <= AGREE for difference in apart)  # which NaN is not
         fault = "" if agree else f"gates and masks are {apart} apart"
@@ -132,6 +160,9 @@ def check_engine(
         fault = repr(error)
     if fault:
         log.warning("%s runs on plain PyTorch, the engine fails: %s", plain.spec.name, fault)
+    for half in (engine.encode, engine.decode):
+        if isinstance(half, OpenVino):
+            half.requests.clear()  # a part's shape does not come again
     return plain if fault else engine
 
 

@@ -118,6 +118,7 @@ class Ensemble:
         self.batch_size, self.early_exit = batch_size, early_exit
         self.multiple = math.lcm(*(member.stride for member in members))
         self.members = sorted(members, key=lambda member: sum(member.spec.flops))  # cheapest first
+        self.at_work = self.members[0]
 
     @property
     def passes(self) -> list[tuple[Member, str]]:
@@ -136,16 +137,25 @@ class Ensemble:
             images = images.pin_memory().to(self.device, non_blocking=True)
         return pad_to_multiple(images / 255, self.multiple)
 
+    def turn_of(self, index: int) -> tuple[Member, str]:
+        """A pass's member and flip; only one member at a time keeps the memory that it works in."""
+        member, flip = self.passes[index]
+        if member is not self.at_work:
+            for rest in self.at_work.rests:
+                rest()
+            self.at_work = member
+        return member, flip
+
     def encode(self, index: int, images: Tensor) -> tuple[Tensor, ...]:
         """Pass `index` as far as its gates: gates (B, classes) and features of images turned."""
-        member, flip = self.passes[index]
+        member, flip = self.turn_of(index)
         with self.stages(f"networks/{member.spec.name}/encoder"):
             encoded: tuple[Tensor, ...] = member.encode(turned(images, flip))
         return encoded
 
     def decode(self, index: int, encoded: Sequence[Tensor]) -> Tensor:
         """The rest of pass `index`, turned back: probabilities (B, classes, H, W), fp32."""
-        member, flip = self.passes[index]
+        member, flip = self.turn_of(index)
         with self.stages(f"networks/{member.spec.name}/decoder"):
             probabilities: Tensor = member.decode(*encoded).float()
         return turned(probabilities, flip)

@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Member:
     encode: Any  # an Encoder, or an engine's
     decode: Any
     stride: int  # pixels; an image's sides must be multiples of it
+    rests: tuple[Callable[[], None], ...] = ()  # what gives back the memory that it works in
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of grey images (B, 1, H, W) in [0, 1]."""

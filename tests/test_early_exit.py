@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,18 @@ def test_passes_run_cheapest_member_first(bundle: Path) -> None:
     flops = [sum(member.spec.flops) for member, _ in ensemble_of(bundle).passes]
     assert flops == sorted(flops)
     assert flops[0] < flops[-1]
+
+
+def test_a_member_rests_when_the_turn_of_another_comes(bundle: Path) -> None:
+    rested: list[str] = []
+    members = [
+        replace(member, rests=(partial(rested.append, member.spec.name),))
+        for member in ensemble_of(bundle).members
+    ]
+    ensemble = Ensemble(load_manifest(bundle), members, CPU, Stages(), early_exit=False)
+    landed(ensemble, [blotches(0), blotches(1)])
+    in_order = [member.spec.name for member in members]
+    assert rested == [*in_order, *in_order][:-1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

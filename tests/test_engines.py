@@ -21,6 +21,7 @@ from torch import nn
 import build_kernel
 from kernel import inference
 from kernel.engines import (
+    SHAPES,
     OpenVino,
     check_engine,
     fastest,
@@ -145,6 +146,55 @@ def test_what_an_engine_gave_stays_when_it_runs_again(dataset: Path) -> None:
     copies = [tensor.clone() for tensor in first]
     engine.encode(greys(5, 1, 64, 96))
     assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+def test_engines_that_meet_many_sizes_keep_few_of_them_ready(dataset: Path) -> None:
+    spec = specs_of(dataset)[0]
+    plain, engine = load_member(dataset, spec, CPU), engine_of(dataset, spec)
+    sizes = [(32 * side, 64) for side in range(1, SHAPES + 2)]
+    for size in [*sizes, sizes[0]]:  # the first once more, when it was put away
+        images = greys(7, 1, *size)
+        for mine, theirs in zip(answers(engine, images), answers(plain, images), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert [len(half.requests) for half in (engine.encode, engine.decode)] == [SHAPES, SHAPES]
+
+
+def resident_mb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def test_an_engine_that_rests_gives_memory_back_and_then_the_same_bits(dataset: Path) -> None:
+    engine, images = engine_of(dataset, specs_of(dataset)[0]), greys(9, 1, 1024, 2048)
+    before = answers(engine, images)
+    working = resident_mb()
+    assert len(engine.rests) == 2
+    for rest in engine.rests:
+        rest()
+    assert working - resident_mb() > images.nbytes / 2**20
+    after = answers(engine, images)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_an_openvino_that_cannot_rest_is_not_used(dataset: Path, plain: Member) -> None:
+    engine = replace(engine_of(dataset, specs_of(dataset)[0]), rests=(fails,))
+    assert check_engine(engine, plain, GREY, CPU) is plain
+
+
+def test_after_the_check_nothing_stays_compiled_for_its_part_of_a_strip(dataset: Path) -> None:
+    spec = specs_of(dataset)[0]
+    plain, engine = load_member(dataset, spec, CPU), engine_of(dataset, spec)
+    assert check_engine(engine, plain, GREY, CPU) is engine
+    assert not engine.encode.requests
+    assert not engine.decode.requests
+
+
+@torch.inference_mode()
+def test_openvino_takes_tensors_that_lie_turned_in_memory(dataset: Path) -> None:
+    engine = engine_of(dataset, specs_of(dataset)[0])
+    images = greys(8, 1, 96, 64).transpose(-1, -2)
+    assert not images.is_contiguous()
+    assert torch.equal(engine(images), engine(images.contiguous()))
 
 
 def test_two_builds_with_openvino_are_the_same_bytes(bundle: Path) -> None:

@@ -169,7 +169,14 @@ def test_shares_change_the_train_strips_alone(tmp_path):
 
 
 def test_the_script_writes_in_two_processes_what_the_function_writes_in_one(tmp_path):
-    command = [sys.executable, ROOT / "weights/steel.py", "--out", tmp_path / "a", "--shares", *"1111"]
+    command = [
+        sys.executable,
+        ROOT / "weights/steel.py",
+        "--out",
+        tmp_path / "a",
+        "--shares",
+        *"1111",
+    ]
     counts = ["--train", "3", "--test", "2", "--seed", "3", "--jobs", "2"]
     subprocess.run([*command, *counts, "--size", "32x48", "--layout", "2019"], check=True)
     written(tmp_path / "b", 3, 2, layout="2019", shares=(1, 1, 1, 1))
