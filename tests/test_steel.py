@@ -169,15 +169,8 @@ def test_shares_change_the_train_strips_alone(tmp_path):
 
 
 def test_the_script_writes_in_two_processes_what_the_function_writes_in_one(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "weights/steel.py",
-        "--out",
-        tmp_path / "a",
-        "--shares",
-        *"1111",
-    ]
-    counts = ["--train", "3", "--test", "2", "--seed", "3", "--jobs", "2"]
+    command = [sys.executable, ROOT / "weights/steel.py", "--out", tmp_path / "a"]
+    counts = ["--train", "3", "--test", "2", "--seed", "3", "--jobs", "2", "--shares", *"1111"]
     subprocess.run([*command, *counts, "--size", "32x48", "--layout", "2019"], check=True)
     written(tmp_path / "b", 3, 2, layout="2019", shares=(1, 1, 1, 1))
     names = ["sample_submission.csv", "test.csv", "test_images", "train.csv", "train_images"]
