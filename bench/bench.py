@@ -423,6 +423,12 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """Everything that was measured, as JSON."""
+    text = json.dumps(results, indent=2) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Runs the race and writes its three files."""
     start_log()
@@ -445,9 +451,9 @@ def main() -> None:
             results = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
         else:
             results = measure_race(args.bundle / "dataset", paths, args.rounds)
+            write_results(results, args.out)  # a quarter of an hour, which --keep-race goes on from
         results |= measure_processes(args.bundle / "dataset", paths, Path(scratch))
-    text = json.dumps(results, indent=2) + "\n"
-    (args.out / "results.json").write_text(text, encoding="utf-8")
+    write_results(results, args.out)
     (args.out / "table.md").write_text(table(results), encoding="utf-8")
     draw_chart(results, args.out / "chart.png")
     print(table(results))
