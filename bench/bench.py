@@ -358,7 +358,9 @@ def measure_race(dataset: Path, paths: list[Path], rounds: int) -> dict[str, Any
 def measure_processes(dataset: Path, paths: list[Path], folder: Path) -> dict[str, Any]:
     """What the packed script takes as a process: one strip, 100, and as many as are scored."""
     print("one strip, 100 strips and the scored run's 5,506 (a stub member) as processes")
-    first = run_script(dataset, repeat(paths, folder / "one", 1))
+    one = repeat(paths, folder / "one", 1)
+    starts = [run_script(dataset, one) for _ in range(3)]  # the first one warms the disk
+    first = sorted(starts, key=lambda process: process.before_first_strip_s)[1]
     hundred = run_script(dataset, repeat(paths, folder / "hundred", 100))
     stub = run_script(stub_bundle(folder / "stub"), repeat(paths, folder / "all", SCORED_STRIPS))
     return {
@@ -411,7 +413,8 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     colours = ["#2b7bba" if name.startswith("(e)") else "#b0b7bf" for name in names]
     figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
     bars = axes.barh(names, values, color=colours)
-    axes.bar_label(bars, fmt="%.2f s", padding=4)
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the limit passes behind
+    axes.bar_label(bars, fmt="%.2f s", padding=4, bbox=plain)
     limit = results["physical_limit_s"]
     axes.axvline(limit, color="#c0392b", linestyle="--", linewidth=1.2)
     words = f"every pass at a matrix product's rate: {limit:.2f} s "
