@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kernel.manifest import MemberSpec
-from kernel.members import load_member
+from kernel.members import build_network, load_member
 from weights import steel, train
-from weights.score import Scores
+from weights.score import Scores, dice
 
 SIZE = (64, 96)
 CROP = (32, 64)
@@ -595,7 +595,7 @@ def test_the_statistics_are_frozen_in_the_second_part_only(strips: train.Strips)
     assert moved == [True, False]
 
 
-# --- the presence head once more ------------------------------------------------------------------
+# --- both heads once more -------------------------------------------------------------------------
 
 
 def test_the_presence_layer_on_pooled_features_is_the_networks_presence(
@@ -654,6 +654,62 @@ def test_the_refitted_presence_is_the_tethered_optimum() -> None:
     best = minimize(objective, np.zeros(14), method="BFGS")
     found = np.concatenate([layer.weight.detach().numpy().ravel(), layer.bias.detach().numpy()])
     assert objective(found) < best.fun + 1e-4  # in single precision
+
+
+def mask_logits(network: nn.Module, image: np.ndarray) -> np.ndarray:
+    grey = torch.from_numpy(image / 255).float()[None, None]
+    with torch.inference_mode():
+        logits: Tensor = network.eval()((grey - CONFIG.mean) / CONFIG.std)[0][0]
+    return logits.numpy()
+
+
+def dices_at(network: nn.Module, strips: train.Strips, levels: list[float]) -> np.ndarray:
+    """Mean Dice (levels, classes) of what is there, cut at levels, with the competition's Dice."""
+    dices = []
+    for name in strips.names:
+        image, masks = strips.load(name)
+        logits, there = mask_logits(network, image), masks.any(axis=(1, 2))
+        dices.append([np.where(there, dice(logits > level, masks), np.nan) for level in levels])
+    return np.nanmean(dices, axis=0)
+
+
+@pytest.mark.parametrize("arch", ["Unet", "FPN"])
+def test_the_refitted_masks_are_cut_where_they_score_most(arch: str, strips: train.Strips) -> None:
+    """Against every level tried, one strip after another."""
+    config = replace(CONFIG, arch=arch)
+    torch.manual_seed(7)
+    network = build_network(config.spec.model)
+    levels = train.LEVELS.tolist()
+    tried = dices_at(network, strips, levels)
+    found = train.best_levels(network, config, strips)
+    image, _ = drawn_pair()
+    before = mask_logits(network, image)
+    train.refit_masks(network, config, strips)
+    moved = mask_logits(network, image) - before
+    assert np.ptp(tried, axis=0).min() > 0.01  # the level matters
+    for label, level in enumerate(found.tolist()):
+        assert tried[levels.index(level), label] == pytest.approx(tried[:, label].max(), abs=1e-5)
+        assert np.allclose(moved[label], config.level - level, atol=1e-4)
+    now = dices_at(network, strips, [config.level])[0]
+    assert now == pytest.approx(tried.max(axis=0), abs=0.01)
+
+
+def test_a_class_that_no_strip_has_keeps_its_level(
+    network: nn.Module, strips: train.Strips
+) -> None:
+    cut = 1 / (1 + np.exp(-CONFIG.level))
+    assert cut == pytest.approx(0.55)  # the competition's recipe
+    without = replace(strips, names=[n for n in strips.names if 2 not in strips.truth.get(n, {})])
+    found = train.best_levels(network, CONFIG, without)
+    assert found[1] == torch.tensor(CONFIG.level)
+    assert all(found[i] in train.LEVELS for i in (0, 2, 3))
+
+
+def test_of_each_class_some_strips_are_chosen(strips: train.Strips) -> None:
+    chosen = strips.some_of_each(2)
+    for label in (1, 2, 3, 4):
+        assert chosen.with_class(label)[:2] == strips.with_class(label)[:2]
+    assert len(chosen.names) <= 8 < len(strips.names)
 
 
 # --- results --------------------------------------------------------------------------------------

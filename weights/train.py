@@ -5,8 +5,9 @@ in their likeness. Training has three parts. First crops, most of them around a 
 drawn, teach the mask head, and cell by cell the features that the presence head pools. Then the
 batch-norm statistics are taken anew from whole strips and frozen, and whole strips, half of them
 clean, teach the presence head what it will be asked: pooled over crops alone it learns another
-question (a gate of that kind took a prototype's Dice from 0.83 to 0.03). Last, the presence head
-alone is fitted once more, on hundreds of strips that the network has not seen.
+question (a gate of that kind took a prototype's Dice from 0.83 to 0.03). Last, the heads alone, on
+strips that the network has not seen: the presence head is fitted once more, on hundreds of them,
+and the mask head's biases are set so that the threshold is where its Dice is best.
 """
 
 import argparse
@@ -41,6 +42,8 @@ EXPERIMENTS = Path(__file__).parent / "experiments.csv"
 GATE_LENIENCE = 4.0  # a gate wrongly shut loses a mask, one wrongly open leaves it to the mask head
 LAST_LENIENCE = 8.0  # the same in the last part, where a rare class has its say at last
 TETHER = 0.01  # keeps the last part's head near the trained one: few strips have a rare class
+LEVELS = torch.arange(-8, 8.1, 0.25)  # of mask logits, among which the last part looks for the best
+LEVEL_STRIPS = 60  # of each class, on which it looks
 SAVE_EVERY = 50  # steps: a kill costs a minute or two
 
 
@@ -70,6 +73,12 @@ class Config:
     def steps(self) -> int:
         """Both parts together."""
         return self.crop_steps + self.whole_steps
+
+    @property
+    def level(self) -> float:
+        """The logit at which the kernel's threshold cuts a mask whose gate is open."""
+        threshold = Manifest([self.spec], self.classes).threshold
+        return math.log(threshold / (1 - threshold))
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step: one cycle for the crops, a lower one after it.
@@ -121,6 +130,12 @@ class Strips:
     def some(self, first: int, last: int) -> "Strips":
         """The images from number `first`, from 0, to before `last`."""
         return replace(self, names=self.names[first:last])
+
+    def some_of_each(self, count: int) -> "Strips":
+        """The first `count` images of every class."""
+        labels = range(1, self.classes + 1)
+        chosen = {name for label in labels for name in self.with_class(label)[:count]}
+        return replace(self, names=[name for name in self.names if name in chosen])
 
     def clean(self) -> list[str]:
         """The images without any mask."""
@@ -440,7 +455,7 @@ def fit(config: Config, strips: Strips, state: Path, start_from: Path | None = N
     return run
 
 
-# --- the presence head once more ------------------------------------------------------------------
+# --- both heads once more -------------------------------------------------------------------------
 
 
 def presence_layer(network: Any) -> nn.Linear:
@@ -481,6 +496,41 @@ def refit_presence(layer: nn.Linear, pooled: Tensor, present: Tensor) -> None:
         return total
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
+
+
+@torch.inference_mode()
+def best_levels(network: Any, config: Config, strips: Strips) -> Tensor:
+    """The level (classes,) above which a class's mask logits have the best mean Dice on `strips`.
+
+    Asked of the strips that have the class, for on the others the gate decides. A class that none
+    of them has keeps the level at which it is cut as it stands.
+    """
+    network.eval()
+    curves = torch.zeros(config.classes, len(LEVELS))
+    for name in progress(strips.names, "mask head", "strip"):
+        image, masks = strips.load(name)
+        images = (torch.from_numpy(image)[None, None] / 255 - config.mean) / config.std
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            logits = network(images)[0][0].float()
+        for label in np.flatnonzero(masks.any(axis=(1, 2))):
+            truth = torch.from_numpy(masks[label])
+            found = logits[label] > LEVELS[:, None, None]
+            both, sizes = (found & truth).sum(dim=(1, 2)), found.sum(dim=(1, 2)) + truth.sum()
+            curves[label] += 2 * both / sizes
+    asked = curves.amax(dim=1) > 0
+    return torch.where(asked, LEVELS[curves.argmax(dim=1)], config.level)
+
+
+def refit_masks(network: Any, config: Config, strips: Strips) -> None:
+    """Moves each class's mask logits so that the kernel's threshold cuts them at their best level.
+
+    Members that are right to keep to what they are sure of when alone miss more than that together:
+    the mean of five passes the threshold where most of them do.
+    """
+    levels = best_levels(network, config, strips)
+    print(f"{config.name}: masks are best cut at {[round(float(level), 2) for level in levels]}")
+    layers: list[Any] = [m for m in network.segmentation_head.modules() if isinstance(m, nn.Conv2d)]
+    layers[-1].bias.data += config.level - levels
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -557,7 +607,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--classes", type=int, default=4)
     add("--seed", type=int, default=0)
     add("--bfloat16", action="store_true", help="train in half the bits: faster with avx512_bf16")
-    about = "of the held-out fold, for the presence head's last fit (default 800)"
+    about = "of the held-out fold, for the heads' last fit (default 800)"
     add("--presence-strips", type=int, default=800, help=about)
     add("--validation-strips", type=int, default=100, help="of the others held out (default 100)")
     add("--out", type=Path, default=Path(__file__).parent, help="folder of the checkpoint")
@@ -584,8 +634,9 @@ def main() -> None:
     half, spare = len(held_out.names) // 2, len(held_out.names) - args.validation_strips
     asked = min(args.presence_strips, max(half, spare))
     if asked:
-        unseen = pooled_features(network, config, held_out.some(0, asked))
-        refit_presence(presence_layer(network), *unseen)
+        unseen = held_out.some(0, asked)
+        refit_presence(presence_layer(network), *pooled_features(network, config, unseen))
+        refit_masks(network, config, unseen.some_of_each(LEVEL_STRIPS))
     write_checkpoint(network, config, args.out / f"{args.name}.safetensors")
     scores = validate(network, config, held_out.some(asked, asked + args.validation_strips))
     note_experiment(config, scores, run.seconds, args.comment)
