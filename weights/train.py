@@ -36,7 +36,7 @@ from kernel.images import Image, read_image
 from kernel.logs import Stages, progress, start_log
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import build_network, split
-from weights.score import Masks, Scores, draw_truth, read_truth
+from weights.score import Masks, Scores, dice_of, draw_truth, read_truth
 
 EXPERIMENTS = Path(__file__).parent / "experiments.csv"
 GATE_LENIENCE = 4.0  # a gate wrongly shut loses a mask, one wrongly open leaves it to the mask head
@@ -463,6 +463,11 @@ def presence_layer(network: Any) -> nn.Linear:
     return next(m for m in network.classification_head if isinstance(m, nn.Linear))
 
 
+def network_input(image: Image, config: Config) -> Tensor:
+    """An image (H, W) as the network takes it: (1, 1, H, W), normalised."""
+    return (torch.from_numpy(image)[None, None] / 255 - config.mean) / config.std
+
+
 @torch.inference_mode()
 def pooled_features(network: Any, config: Config, strips: Strips) -> tuple[Tensor, Tensor]:
     """Of whole strips: what the presence head sees (N, channels), what is there (N, classes)."""
@@ -470,7 +475,7 @@ def pooled_features(network: Any, config: Config, strips: Strips) -> tuple[Tenso
     pooled, present = [], []
     for name in progress(strips.names, "presence head", "strip"):
         image, masks = strips.load(name)
-        images = (torch.from_numpy(image)[None, None] / 255 - config.mean) / config.std
+        images = network_input(image, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             pooled.append(network.encoder(images)[-1].float().amax(dim=(2, 3)))
         present.append(torch.from_numpy(masks.any(axis=(1, 2))).float())
@@ -509,14 +514,14 @@ def best_levels(network: Any, config: Config, strips: Strips) -> Tensor:
     curves = torch.zeros(config.classes, len(LEVELS))
     for name in progress(strips.names, "mask head", "strip"):
         image, masks = strips.load(name)
-        images = (torch.from_numpy(image)[None, None] / 255 - config.mean) / config.std
+        images = network_input(image, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             logits = network(images)[0][0].float()
         for label in np.flatnonzero(masks.any(axis=(1, 2))):
             truth = torch.from_numpy(masks[label])
             found = logits[label] > LEVELS[:, None, None]
             both, sizes = (found & truth).sum(dim=(1, 2)), found.sum(dim=(1, 2)) + truth.sum()
-            curves[label] += 2 * both / sizes
+            curves[label] += torch.from_numpy(dice_of(both.numpy(), sizes.numpy()))
     asked = curves.amax(dim=1) > 0
     return torch.where(asked, LEVELS[curves.argmax(dim=1)], config.level)
 
