@@ -1,4 +1,4 @@
-"""The contact sheet: strips with their masks filled in colour, for the dry run and the notebook."""
+"""The contact sheet: strips with their masks filled in, for the dry run and the notebook."""
 
 import itertools
 from collections import defaultdict
@@ -9,19 +9,19 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from kernel.images import Image, Mask, read_image
+from kernel.images import Image, Mask, read_image, size_of
+from kernel.rle import decode_rle
 from kernel.rows import read_rows
-from kernel.validate import decode_rle
 
 Picture = npt.NDArray[np.uint8]  # BGR, (H, W, 3)
 
 COLOURS = ((66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214))  # BGR of class 1–4
 BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
-MOST = 24  # strips on a sheet
+MAX_STRIPS = 24  # on a sheet
 
 
-def draw_strip(image: Image, masks: Iterable[Mask], truth: Iterable[Mask] = ()) -> Picture:
-    """One strip with its masks filled in colour and the ground truth, if any, outlined in white."""
+def overlay_masks(image: Image, masks: Iterable[Mask], truth: Iterable[Mask] = ()) -> Picture:
+    """Draw a strip with its masks filled in colour and the ground truth, if any, outlined."""
     canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
         canvas[mask] = (0.55 * canvas[mask] + 0.45 * np.array(colour)).astype(np.uint8)
@@ -32,27 +32,27 @@ def draw_strip(image: Image, masks: Iterable[Mask], truth: Iterable[Mask] = ()) 
     return canvas.astype(np.uint8, copy=False)
 
 
-def captioned(strip: Picture, caption: str) -> Picture:
-    """A drawn strip under a bar with its caption."""
+def add_caption(strip: Picture, caption: str) -> Picture:
+    """Put a bar with a caption above a drawn strip."""
     bar = np.full((BAR, strip.shape[1], 3), 24, np.uint8)
     cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
     return np.vstack([bar, strip])
 
 
 def caption_of(name: str, labels: Sequence[int]) -> str:
-    """An image's name and the classes found on it."""
+    """Name an image and the classes found on it."""
     return f"{name}   found: {', '.join(f'class {label}' for label in labels) or 'no defect'}"
 
 
 def stack(strips: Sequence[Picture]) -> Picture:
-    """Drawn strips below each other, the narrower ones padded with black on the right."""
+    """Stack drawn strips, the narrower ones padded with black on the right."""
     width = max((strip.shape[1] for strip in strips), default=0)
     padded = [np.pad(s, ((0, GAP), (0, width - s.shape[1]), (0, 0))) for s in strips]
     return np.vstack(padded).astype(np.uint8)
 
 
-def draw_submission(submission: Path, images: Path, most: int = MOST) -> Picture:
-    """The first strips of a submission that have a mask.
+def draw_submission(submission: Path, images: Path, most: int = MAX_STRIPS) -> Picture:
+    """Draw the first strips of a submission that have a mask.
 
     Raises:
         ValueError: none has.
@@ -66,7 +66,7 @@ def draw_submission(submission: Path, images: Path, most: int = MOST) -> Picture
     strips = []
     for name, rles in itertools.islice(masks.items(), most):
         image = read_image(images / name)
-        size = (image.shape[0], image.shape[1])
+        size = size_of(image)
         found = [decode_rle(rles.get(c, ""), size) for c in range(1, max(rles) + 1)]
-        strips.append(captioned(draw_strip(image, found), caption_of(name, sorted(rles))))
+        strips.append(add_caption(overlay_masks(image, found), caption_of(name, sorted(rles))))
     return stack(strips)

@@ -1,26 +1,26 @@
-"""The hour: which passes there is still time for."""
+"""The deadline: which passes there is still time for before the hour ends."""
 
-import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from kernel.logs import log
+from kernel.tta import Half, Pass
 
 
-class Average:
-    """A mean that forgets: of the last 16 or so, and of all as long as there are fewer."""
+class MovingAverage:
+    """Exponential moving average with bias correction, decay 15/16; 0 before the first value."""
 
     def __init__(self) -> None:
         self.sum = self.weight = 0.0
 
     def add(self, value: float, weight: float = 1.0) -> None:
-        """One more value, or the sum of `weight` of them."""
+        """Add one value, or the sum of `weight` of them."""
         self.sum, self.weight = 15 / 16 * self.sum + value, 15 / 16 * self.weight + weight
 
     @property
     def mean(self) -> float:
-        """0 of nothing."""
+        """The average so far."""
         return self.sum / self.weight if self.weight else 0.0
 
 
@@ -28,11 +28,11 @@ class Deadline:
     """Which passes the next strip gets, so that the last strip ends inside the budget.
 
     Measured are the seconds of each member's encoder and decoder, and how many seconds a strip
-    takes from one landing to the next for each second that its planned passes would take whole:
+    takes from one finished strip to the next for each second that its passes would take in full:
     below 1 by the early exit, above it by all that runs outside the networks. A strip's seconds
-    under another plan are that ratio times that plan's. Before each strip takes off, passes are
-    dropped from its plan until all that are left would end in time: first flips, the dearest first,
-    for a member under another flip adds the least; then members, the dearest first, but for the
+    with other passes are that ratio times theirs. Before each strip begins, passes are dropped for
+    it until all strips that are left would end in time: first flips, the most expensive first, for
+    a member under another flip adds the least; then members, the most expensive first, but for the
     last. Nothing is decided for good: where the machine gets faster, passes come back.
 
     Where even one pass is too much, strips stay empty from `end` on. A part of the budget is kept
@@ -46,55 +46,54 @@ class Deadline:
     ) -> None:
         self.clock = clock
         self.end = start + (1 - self.RESERVE) * budget_s - self.RESERVE_S
-        self.last = start  # time of the last landing
-        self.seconds: defaultdict[tuple[str, str], Average] = defaultdict(Average)  # member, half
-        self.ratio = Average()
-        self.most = 0  # passes that a strip went without so far
-        self.left_out: Counter[str] = Counter()  # "member/flip" → strips without it
+        self.last = start  # time at which the last strip was done
+        self.seconds: defaultdict[tuple[str, Half], MovingAverage] = defaultdict(MovingAverage)
+        self.ratio = MovingAverage()
+        self.most_dropped = 0  # passes, of one strip so far
+        self.dropped: Counter[str] = Counter()  # "member/flip" → strips without it
 
     @property
     def over(self) -> bool:
         """Whether there is no time left for anything but the end."""
         return self.clock() >= self.end
 
-    def ran(self, member: str, half: str, seconds: float, strips: int) -> None:
-        """One half of a member ran for a batch of strips."""
-        self.seconds[member, half].add(seconds, strips)
-
-    def whole_s(self, passes: Iterable[tuple[str, str]]) -> float:
-        """Seconds of passes (member, flip) if all of both halves ran."""
-        halves = itertools.product((member for member, _ in passes), ("encoder", "decoder"))
-        return sum(self.seconds[key].mean for key in halves if key in self.seconds)
-
-    def takes_off(self) -> None:
-        """The first strip: what came before it is no strip's time."""
+    def start_strips(self) -> None:
+        """Begin to time the strips: what came before belongs to none."""
         self.last = self.clock()
 
-    def landed(self, passes: Sequence[tuple[str, str]]) -> None:
-        """One more strip is done, planned with these passes."""
+    def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
+        """Count the seconds of one half of a member for a batch of strips."""
+        self.seconds[member, half].add(seconds, strips)
+
+    def strip_done(self, passes: Sequence[Pass]) -> None:
+        """Count one more strip as done, which began with these passes."""
         now = self.clock()
-        self.ratio.add(now - self.last, self.whole_s(passes))
+        self.ratio.add(now - self.last, self.full_s(passes))
         self.last = now
 
-    def plan(self, passes: Sequence[tuple[str, str]], strips: int) -> list[int]:
-        """The passes (member, flip) of the next strip, by number; `strips` are still to land."""
+    def full_s(self, passes: Iterable[Pass]) -> float:
+        """Seconds of these passes if both halves of each ran."""
+        keys = [(each.member, half) for each in passes for half in Half]
+        return sum(self.seconds[key].mean for key in keys if key in self.seconds)
+
+    def select_passes(self, passes: Sequence[Pass], strips: int) -> list[int]:
+        """Return the ids of the passes for the next strip; `strips` are still to be done."""
         kept, left_s = list(range(len(passes))), self.end - self.clock()
         ratio = self.ratio.mean if self.ratio.weight else 1.0
+        first_flip = passes[0].flip
 
-        def worth(number: int) -> tuple[bool, float]:
-            return passes[number][1] == first_flip, -self.whole_s([passes[number]])
+        def value(pass_id: int) -> tuple[bool, float]:
+            return passes[pass_id].flip == first_flip, -self.full_s([passes[pass_id]])
 
-        first_flip = passes[0][1]
-        for number in sorted(kept, key=worth)[:-1]:
-            if strips * ratio * self.whole_s([passes[n] for n in kept]) <= left_s:
+        for pass_id in sorted(kept, key=value)[:-1]:
+            if strips * ratio * self.full_s([passes[i] for i in kept]) <= left_s:
                 break
-            kept.remove(number)
-        self.note([f"{member}/{flip}" for n, (member, flip) in enumerate(passes) if n not in kept])
+            kept.remove(pass_id)
+        self._count_dropped([str(each) for i, each in enumerate(passes) if i not in kept])
         return kept
 
-    def note(self, dropped: list[str]) -> None:
-        """Counts what a strip goes without; logs where that is more than ever before."""
-        self.left_out.update(dropped)
-        if len(dropped) > self.most:
-            self.most = len(dropped)
-            log.warning("to end in time, some strips go without %s", ", ".join(dropped))
+    def _count_dropped(self, dropped: list[str]) -> None:
+        self.dropped.update(dropped)
+        if len(dropped) > self.most_dropped:
+            self.most_dropped = len(dropped)
+            log.warning("to end in time, dropped for some strips: %s", ", ".join(dropped))

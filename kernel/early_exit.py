@@ -4,9 +4,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kernel.images import Size
 from kernel.manifest import Manifest
+from kernel.threshold import apply_threshold, drop_small_masks
 
-HOPE = 0.8  # of the sum that is needed: below it a strip looks clean
+CLEAN_FRACTION = 0.8  # of the sum that is needed: below it a strip looks clean
 
 
 class Tally:
@@ -27,17 +29,17 @@ class Tally:
     Adding K numbers of at most 1 in fp32 errs by less than K² 2⁻²⁴, the division and the scalars
     that tensors are compared with by a few K 2⁻²⁴ more; `margin` is above their sum and keeps both
     comparisons on the safe side. Where all passes were decoded, the masks are those of `mean > t`
-    and of no bound. The proof speaks of a pass's probabilities as they are,
-    so they must not depend on what else is in the batch. They do not as long as the batch has one
-    size, so all are filled up to it: tested bit by bit on the CPU. A GPU's libraries promise no
-    more than they document; after running out of memory the size is another, and last bits may be.
+    and of no bound. The proof speaks of a pass's probabilities as they are, so they must not depend
+    on what else is in the batch. They do not as long as the batch has one size, so all are padded
+    to it: tested bit by bit on the CPU. A GPU's libraries promise no more than they document; after
+    running out of memory the size is another, and last bits may be.
 
-    Two things take passes away, and the proof begins anew with the K that is left: `leave_out` of
-    a pass that gave NaN, and `cut` where the hour ends before the last pass.
+    Two things take passes away, and the proof begins anew with the K that is left: `drop_pass` of
+    one that gave NaN, and `finalize` where the hour ends before the last pass.
     """
 
-    def __init__(self, passes: int, manifest: Manifest, early_exit: bool) -> None:
-        self.passes, self.early_exit = passes, early_exit
+    def __init__(self, n_passes: int, manifest: Manifest, early_exit: bool) -> None:
+        self.n_passes, self.early_exit = n_passes, early_exit
         self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
         self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
@@ -46,44 +48,42 @@ class Tally:
         self.open = list(range(manifest.classes))  # not proven
 
     @property
-    def needed(self) -> float:
+    def required_sum(self) -> float:
         """What a sum must exceed."""
-        return self.passes * self.threshold
+        return self.n_passes * self.threshold
 
     @property
     def margin(self) -> float:
-        """Above what rounding can do to a sum."""
-        return float((self.passes + 1) ** 2 * 2**-23)
+        """More than what rounding can do to a sum."""
+        return float((self.n_passes + 1) ** 2 * 2**-23)
 
-    def encode(self, gates: npt.NDArray[np.float64]) -> None:
-        """One more pass is encoded; `gates` (classes,) bound its probabilities."""
+    def add_gates(self, gates: npt.NDArray[np.float64]) -> None:
+        """Count one more pass as encoded; `gates` (classes,) bound its probabilities."""
         self.gates.append(gates)
-        self.close()
+        self._close()
 
-    def decode(self, probabilities: Tensor) -> None:
-        """The next pass is decoded: probabilities (classes, H, W)."""
+    def add_probabilities(self, probabilities: Tensor) -> None:
+        """Add the next pass's probabilities (classes, H, W) to the sum."""
         self.total = probabilities.clone() if self.total is None else self.total.add_(probabilities)
         self.decoded += 1
-        self.close()
+        self._close()
 
-    def leave_out(self, encoded: bool) -> None:
-        """The next pass counts no more: the next to be encoded, or to be decoded if `encoded`."""
+    def drop_pass(self, encoded: bool) -> None:
+        """Drop the next pass: the next to be encoded, or the next to be decoded if `encoded`."""
         if encoded:
             del self.gates[self.decoded]
-        self.restart(self.passes - 1)
+        self._restart(self.n_passes - 1)
 
-    def cut(self) -> None:
-        """No pass comes any more: the mean is that of the passes decoded."""
-        self.restart(self.decoded)
+    def finalize(self) -> None:
+        """Take the mean of the passes decoded so far: no other comes."""
+        self._restart(self.decoded)
 
-    def restart(self, passes: int) -> None:
-        """All classes are open again, for another number of passes."""
-        self.passes, self.open = passes, list(range(self.classes))
-        self.close()
+    def _restart(self, n_passes: int) -> None:
+        self.n_passes, self.open = n_passes, list(range(self.classes))
+        self._close()
 
-    def close(self) -> None:
-        """Drops the classes that are proven now."""
-        if self.decoded == self.passes:
+    def _close(self) -> None:
+        if self.decoded == self.n_passes:
             self.open = []
         elif self.early_exit:
             self.open = [label for label in self.open if not self.proven(label)]
@@ -91,20 +91,20 @@ class Tally:
     def proven(self, label: int) -> bool:
         """Whether no pass to come can change this class's mask."""
         rest = sum(gates[label] for gates in self.gates[self.decoded :])
-        rest += self.passes - len(self.gates)
-        if rest > self.needed - self.margin:  # not even a pixel of sum 0 is off
+        rest += self.n_passes - len(self.gates)
+        if rest > self.required_sum - self.margin:  # not even a pixel of sum 0 is off
             return False
         if self.total is None:
             return True
-        possible = self.total[label] > self.needed - self.margin - rest
+        possible = self.total[label] > self.required_sum - self.margin - rest
         count = int(possible.sum())
         return count < self.min_area or count == int(
-            (self.total[label] > self.needed + self.margin).sum()
+            (self.total[label] > self.required_sum + self.margin).sum()
         )
 
     @property
     def looks_clean(self) -> bool:
-        """Whether gates alone may prove all open classes, were the next ones like those seen.
+        """Whether gates alone may prove all open classes, if the next ones are like those seen.
 
         A guess that costs or saves work and changes no mask: no decoder runs while it holds.
         """
@@ -114,18 +114,18 @@ class Tally:
         for label in self.open:
             highest = 0.0 if self.total is None else float(self.total[label].max())
             kept = sum(gates[label] for gates in self.gates[self.decoded :])
-            rest = (self.passes - len(self.gates)) * usual[label]
-            if highest + kept + rest > HOPE * self.needed:
+            rest = (self.n_passes - len(self.gates)) * usual[label]
+            if highest + kept + rest > CLEAN_FRACTION * self.required_sum:
                 return False
         return True
 
-    def masks(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    def masks(self, size: Size) -> npt.NDArray[np.bool_]:
         """Masks (classes, H, W); call it when no class is open."""
         if self.total is None:
             return np.zeros((self.classes, *size), np.bool_)
-        if self.decoded == self.passes:
-            masks = self.total / self.passes > self.threshold
+        if self.decoded == self.n_passes:
+            masks = apply_threshold(self.total / self.n_passes, self.threshold, self.min_area)
         else:
-            masks = self.total > self.needed + self.margin
-        areas = masks.sum(dim=(-2, -1), keepdim=True)
-        return (masks & (areas >= self.min_area)).cpu().numpy()
+            certain = self.total > self.required_sum + self.margin
+            masks = drop_small_masks(certain, self.min_area)
+        return masks.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Engines: both halves at the machine's speed, checked against plain PyTorch."""
+"""Engines: the fastest correct way to run a member here, checked against plain PyTorch."""
 
 import copy
 import itertools
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kernel.images import Image
+from kernel.images import Image, image_to_tensor, pad_to_multiple
 from kernel.logs import log
-from kernel.members import Member, split
+from kernel.members import Member, split_network
+from kernel.tta import Half
 
-SHAPES = 4  # of strips that an engine is ready for at a time
-AGREE = 1e-3  # mean difference of probabilities; fp16's is below it, a wrong network's far above
+MAX_CACHED_SHAPES = 4  # of strips that an engine is compiled for at a time
+TOLERANCE = 1e-3  # mean difference of probabilities; fp16's is below, a wrong network's far above
 
 
 def fold_batch_norm(module: nn.Module) -> None:
-    """Folds each batch norm into the convolution before it: the same numbers, one step less.
+    """Fold each batch norm into the convolution before it: the same numbers, one step less.
 
-    Neighbours are taken to run one after another; where they do not, `check_engine` will tell.
+    Neighbours are assumed to run one after another; where they do not, `check_engine` finds out.
     """
     for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
@@ -36,9 +37,9 @@ def fold_batch_norm(module: nn.Module) -> None:
 
 
 class OpenVino:
-    """One half as OpenVINO runs it on the CPU, compiled once for every shape that comes.
+    """One half on OpenVINO's CPU device, compiled once for every input shape.
 
-    A compiled shape keeps the memory that it works in: the oldest of more than `SHAPES` goes.
+    A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,49 +47,49 @@ class OpenVino:
 
         self.core, self.tensor = openvino.Core(), openvino.Tensor
         self.model = self.core.read_model(path)
-        self.requests: dict[tuple[torch.Size, ...], Any] = {}  # shapes → what runs them
+        self.requests: dict[tuple[torch.Size, ...], Any] = {}  # input shapes → compiled request
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """What the half that was packed gives: one tensor, or a tuple of them."""
+        """Return what the packed half returns: one tensor, or a tuple of them."""
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self.requests:
-            if len(self.requests) == SHAPES:
+            if len(self.requests) == MAX_CACHED_SHAPES:
                 del self.requests[next(iter(self.requests))]
-            self.requests[shapes] = self.compiled(shapes)
+            self.requests[shapes] = self._compile(shapes)
         request = self.requests[shapes]
-        inputs = [tensor.contiguous() for tensor in tensors]  # OpenVINO keeps addresses alone
-        # written where they are to stay: a request's own outputs would be copied, and kept as well
+        inputs = [tensor.contiguous() for tensor in tensors]  # OpenVINO keeps only addresses
+        # into tensors of ours: a request's own outputs would be copied, and kept as well
         outputs = tuple(torch.empty(list(found.shape)) for found in request.model_outputs)
         for index, tensor in enumerate(inputs):
-            request.set_input_tensor(index, self.shared(tensor))
+            request.set_input_tensor(index, _share(self.tensor, tensor))
         for index, tensor in enumerate(outputs):
-            request.set_output_tensor(index, self.shared(tensor))
+            request.set_output_tensor(index, _share(self.tensor, tensor))
         request.infer(share_outputs=True)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def compiled(self, shapes: tuple[torch.Size, ...]) -> Any:
-        """The half for inputs of these shapes, as a request to be filled."""
+    def _compile(self, shapes: tuple[torch.Size, ...]) -> Any:
         self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
         precise = {"INFERENCE_PRECISION_HINT": "f32"}
         return self.core.compile_model(self.model, "CPU", precise).create_infer_request()
 
-    def rest(self) -> None:
-        """Gives back the memory that it works in, until it runs again."""
+    def release_memory(self) -> None:
+        """Release the working memory; the next run allocates it again."""
         for request in self.requests.values():
             request.get_compiled_model().release_memory()
 
-    def shared(self, tensor: Tensor) -> Any:
-        """A tensor as OpenVINO takes it, in the same memory."""
-        return self.tensor(tensor.numpy(), shared_memory=True)
+
+def _share(openvino_tensor: Any, tensor: Tensor) -> Any:
+    """The same memory as a tensor of OpenVINO's."""
+    return openvino_tensor(tensor.numpy(), shared_memory=True)
 
 
 def openvino_files(file: str) -> list[str]:
-    """Where a member's halves lie beside its checkpoint `file`, if they were packed."""
-    return [f"{Path(file).stem}.{half}.xml" for half in ("encoder", "decoder")]
+    """Names of a member's halves beside its checkpoint `file`, where they were packed."""
+    return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
 def in_half_precision(half: nn.Module) -> Callable[..., Any]:
-    """A half that computes in fp16 on a GPU."""
+    """Run a half in fp16 on a GPU."""
 
     def run(*tensors: Tensor) -> Any:
         with torch.autocast("cuda", torch.float16):
@@ -97,8 +98,8 @@ def in_half_precision(half: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def fastest(plain: Member, folder: Path, device: torch.device) -> Member:
-    """A loaded member of the bundle `folder` on the fastest engine that this machine has for it.
+def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
+    """Return a member of the bundle `folder` on the fastest engine of this machine.
 
     OpenVINO on the CPU, where it imports and `build_kernel.py --openvino` packed the halves. Else
     PyTorch with batch norm folded; on a GPU in fp16, channels last. `plain` stays as it is.
@@ -106,72 +107,72 @@ def fastest(plain: Member, folder: Path, device: torch.device) -> Member:
     halves = [folder / name for name in openvino_files(plain.spec.file)]
     if device.type == "cpu" and halves[0].is_file():
         try:
-            encode, decode = map(OpenVino, halves)
-            return replace(plain, encode=encode, decode=decode, rests=(encode.rest, decode.rest))
+            encoder, decoder = map(OpenVino, halves)
+
+            def release_memory() -> None:
+                encoder.release_memory()
+                decoder.release_memory()
+
+            return replace(plain, encoder=encoder, decoder=decoder, release_memory=release_memory)
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
-    network = copy.deepcopy(plain.encode.network)
+    network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)
-    engine = split(network, plain.spec, device)
+    engine = split_network(network, plain.spec, device)
     if device.type == "cpu":
         return engine
     network.to(memory_format=torch.channels_last)
-    fp16 = in_half_precision
-    return replace(engine, encode=fp16(engine.encode), decode=fp16(engine.decode))
+    return replace(
+        engine,
+        encoder=in_half_precision(engine.encoder),
+        decoder=in_half_precision(engine.decoder),
+    )
 
 
-def liveliest(image: Image, width: int = 400) -> Image:
-    """The part of an image, about `width` pixels wide, whose grey varies most."""
+def highest_contrast_crop(image: Image, width: int = 400) -> Image:
+    """The crop of an image, about `width` pixels wide, whose grey varies most."""
     parts = np.array_split(image, max(image.shape[1] // width, 1), axis=1)
     return max(parts, key=lambda part: float(part.std()))
-
-
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Images (B, 1, H, W) with the last row and column repeated up to the next multiple."""
-    height, width = images.shape[-2:]
-    padding = (0, -width % multiple, 0, -height % multiple)
-    return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
 
 
 @torch.inference_mode()
 def check_engine(
     engine: Member, plain: Member, image: Image | None, device: torch.device
 ) -> Member:
-    """The engine, or plain fp32 PyTorch where the engine fails or gives something else.
+    """Return the engine, or plain fp32 PyTorch where the engine fails or differs.
 
-    Both see one part of an image (H, W): enough to tell, in a quarter of the time. Gates and masks
-    are compared apart: a shut gate would hide wrong masks. Without an image it stays unchecked.
+    Both see one crop of an image (H, W), in a quarter of a strip's time. Gates and masks are
+    compared apart: a shut gate would hide wrong masks. Without an image nothing is checked.
     """
     if image is None:
         return engine
-    images, answers = torch.from_numpy(liveliest(image))[None, None].to(device) / 255, []
+    images, answers = image_to_tensor(highest_contrast_crop(image), device), []
     images = pad_to_multiple(images, plain.stride)
     try:
         for member in (plain, engine):
-            gates, *features = member.encode(images)
-            masks = member.decode(torch.ones_like(gates), *features)
+            gates, *features = member.encoder(images)
+            masks = member.decoder(torch.ones_like(gates), *features)
             answers.append((gates.float(), masks.float()))
-            for rest in member.rests:
-                rest()
+            member.release_memory()
         apart = [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
-        agree = all(difference <= AGREE for difference in apart)  # which NaN is not
+        agree = all(difference <= TOLERANCE for difference in apart)  # which NaN is not
         fault = "" if agree else f"gates and masks are {apart} apart"
     except Exception as error:  # a failed engine must not cost the submission
         fault = repr(error)
     if fault:
         log.warning("%s runs on plain PyTorch, the engine fails: %s", plain.spec.name, fault)
-    for half in (engine.encode, engine.decode):
+    for half in (engine.encoder, engine.decoder):
         if isinstance(half, OpenVino):
-            half.requests.clear()  # a part's shape does not come again
+            half.requests.clear()  # a crop's shape does not come again
     return plain if fault else engine
 
 
 class DeviceLost(RuntimeError):
-    """A GPU that runs nothing any more."""
+    """The GPU runs nothing any more."""
 
 
-def works(device: torch.device) -> bool:
-    """Whether one real operation runs; Kaggle's P100 is available and dies at its first."""
+def device_usable(device: torch.device) -> bool:
+    """Whether one real operation runs; Kaggle's P100 is available and fails its first."""
     try:
         half = torch.float16 if device.type == "cuda" else torch.float32
         ones = torch.ones(1, 1, 8, 8, device=device, dtype=half)
@@ -185,4 +186,4 @@ def works(device: torch.device) -> bool:
 def pick_device() -> torch.device:
     """CUDA where it works, else the CPU."""
     cuda = torch.device("cuda")
-    return cuda if torch.cuda.is_available() and works(cuda) else torch.device("cpu")
+    return cuda if torch.cuda.is_available() and device_usable(cuda) else torch.device("cpu")

@@ -1,134 +1,137 @@
 """The submission kernel: every strip once through every member under every flip, offline.
 
 It is the only code that turns pixels into a submission; training, packing and the dry run use the
-same modules. Kaggle runs one file, so `build_kernel.py` joins them into one, a section each: logs →
-manifest → rows → mounts → deadline → images → members → engines → early exit → ensemble → predict →
-workers, and last the way from the first row to the last line.
+same modules. Kaggle runs one file: `build_kernel.py` concatenates the modules of kernel/ into it, a
+section each, this one last.
 """
 
 import argparse
-import importlib
 import json
-import logging
-import os
+import math
+import re
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kernel.logs import Stages, log, start_log
+from kernel.command import run_command
+from kernel.competition import TIME_LIMIT_S
+from kernel.contact_sheet import draw_submission  # noqa: F401 - for the notebook's last cell
+from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, Options, Task, find_one, find_task
-from kernel.predict import Outcome, Run, predict_here
+from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import LAYOUTS, Submission
+from kernel.validator import check_submission
+from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
 
-
-def log_findings(bundle: Path, submission: Path, task: Task) -> None:
-    """What the bundle's validate.py, where it has one, says of the submission."""
-    if not (bundle / "validate.py").is_file():
-        return
-    sys.path.insert(0, str(bundle))
-    sys.dont_write_bytecode = True  # the bundle stays what was packed
-    try:
-        check = importlib.import_module("validate").check_submission
-        for line in check(submission, task.layout.columns, task.pairs, task.images).lines():
-            log.info("%s", line)
-    except Exception as error:  # a fault of the check must not cost the submission
-        log.warning("the submission stands, but was not checked: %r", error)
+MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
 
 
-LAST_S = 3.0  # seconds before the end of the budget at which nothing is waited for any more
-LEAST_FREE = 50_000_000  # bytes of disk: a submission takes some, and the copy beside it
-
-
-@contextmanager
-def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
-    """Ends the process with what is done where it hangs until the budget is all but spent.
-
-    `Deadline` ends a run in time as long as passes return; this is for one that does not.
-    """
-
-    def bite() -> None:
-        log.error("the budget is spent: ending with the strips that are done, the others empty")
-        submission.save()
-        logging.shutdown()
-        os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
-
-    timer = threading.Timer(max(left_s - LAST_S, 0.0), bite)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def check_options(options: Options) -> None:
+    """Raise ValueError for what could only fail, or mislead, after the first strip."""
+    if options.batch_size < 0 or options.workers < 0:
+        raise ValueError(
+            f"--batch-size {options.batch_size}, --workers {options.workers}: expected 0 or more"
+        )
+    if not 0 < options.budget_s < math.inf:
+        raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
+    if options.shard:
+        found = re.fullmatch("([0-9]+)/([0-9]+)", options.shard)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(f"--shard {options.shard!r}: expected number/count like 2/3")
+    for option, path in (("--output", options.output), ("--report", options.report)):
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{option} {path}: no such folder {path.parent}; make it first")
+        if path and path.exists() and not path.is_file():
+            raise ValueError(f"{option} {path}: is no regular file; name another")
 
 
 def open_submission(options: Options, task: Task) -> Submission:
-    """A whole, empty submission, before anything else is done.
+    """Write a complete, empty submission, before anything else is done.
 
     Raises:
         ValueError: the disk is all but full.
-        OSError: the folder is missing or read-only.
+        OSError: the folder is read-only.
     """
     free = shutil.disk_usage(options.output.absolute().parent).free
-    if free < LEAST_FREE:
+    if free < MIN_FREE_BYTES:
         raise ValueError(
-            f"{options.output}: {free / 1e6:.0f} MB free, {LEAST_FREE / 1e6:.0f} wanted"
+            f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
         )
-    submission = Submission(options.output, task.layout, task.pairs)
+    output = options.output.resolve()  # a link stays, and what it points to is replaced
+    submission = Submission(output, task.layout, task.pairs)
     submission.save()
     return submission
 
 
-def predict(run: Run, task: Task) -> Outcome:
-    """A task by one process a GPU, or in this one; a whole submission stands in any case."""
-    workers = run.workers(task)
-    outcome = predict_by_workers(run, task, workers) if workers > 1 else predict_here(run, task)
+def predict(context: RunContext, task: Task) -> Outcome:
+    """Predict a task with one process a GPU, or in this one."""
+    count = context.n_workers(task)
+    shared = count > 1
+    outcome = predict_by_workers(context, task, count) if shared else predict_here(context, task)
+    for name in task.names:
+        if name not in outcome.work:
+            outcome.faults.setdefault(name, "was not predicted")
     if not outcome.work:
         log.error(
-            "not one of %d strips could be predicted: the submission is valid, and all empty",
+            "none of %d strips could be predicted: the submission is valid, and all empty",
             len(task.names),
         )
     return outcome
 
 
-def report_on(run: Run, task: Task, outcome: Outcome, rows: int, seconds: float) -> dict[str, Any]:
-    """What `--report` writes; its last line is said here."""
-    stages = run.stages.seconds
-    cheapest_first = sorted(run.manifest.members, key=lambda spec: sum(spec.flops))
-    working_s = seconds - sum(stages[stage] for stage in ("import", "load", "check"))
-    log.info(
-        "%s: %d rows, %d non-empty masks, %d strips failed, %.1f s, %.2f strips/s",
-        *(run.options.output, rows, len(run.submission.rles)),
-        *(len(outcome.faults), seconds, len(task.names) / working_s),
-    )
+def log_findings(submission: Path, task: Task) -> None:
+    """Log what the validator finds in the submission."""
+    try:
+        findings = check_submission(submission, task.layout.columns, task.pairs, task.images)
+        for line in findings.lines():
+            log.info("%s", line)
+    except Exception as error:  # a fault of the check must not cost the submission
+        log.warning("the submission is written, but was not checked: %r", error)
+
+
+def build_run_record(
+    context: RunContext, task: Task, outcome: Outcome, rows: int, seconds: float
+) -> dict[str, Any]:
+    """Return what run.json holds: what ran, for which strips, in how many seconds."""
+    stages, shares = context.stages, [work["share"] for work in outcome.work.values()]
     return {
         "strips": len(task.names),
         "rows": rows,
-        "non_empty": len(run.submission.rles),
+        "non_empty": len(context.submission.rles),
         "faults": outcome.faults,
+        "passes": [asdict(each) for each in outcome.passes],
         "work": outcome.work,
         "strip_s": outcome.strip_s,
-        "left_out": dict(outcome.left_out),
-        "share": sum(work["share"] for work in outcome.work.values()) / max(len(outcome.work), 1),
-        "passes": [[m.name, flip, *m.flops] for m in cheapest_first for flip in run.manifest.flips],
+        "dropped": dict(outcome.dropped),
+        "share": sum(shares) / max(len(shares), 1),
         "device": outcome.device,
         "gpu_bytes": outcome.gpu_bytes,
-        "workers": run.workers(task),
-        "budget_s": run.options.budget_s,
+        "workers": context.n_workers(task),
+        "budget_s": context.options.budget_s,
         "seconds": seconds,
-        "stages": dict(stages),
+        "stages": dict(stages.seconds),
+        "networks": stages.network_table(),
     }
 
 
+def log_summary(record: dict[str, Any], output: Path) -> None:
+    """Log the run's last line."""
+    start_s = sum(record["stages"].get(stage, 0.0) for stage in ("import", "load", "check"))
+    working_s = record["seconds"] - start_s
+    rate, faults = record["strips"] / working_s, len(record["faults"])
+    log.info(
+        f"{output}: {record['rows']} rows, {record['non_empty']} non-empty masks, "
+        f"{faults} strips failed, {record['seconds']:.1f} s, {rate:.2f} strips/s"
+    )
+
+
 def run(options: Options) -> dict[str, Any]:
-    """Predicts and writes the submission; returns what `--report` writes.
+    """Predict and write the submission; return the run record.
 
     Raises:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
@@ -143,17 +146,19 @@ def run(options: Options) -> dict[str, Any]:
         number, count = map(int, options.shard.split("/"))
         task = task.shard(number - 1, count)
     submission = open_submission(options, task)
-    this = Run(options, bundle, manifest, submission, stages, start + options.budget_s)
-    with watchdog(submission, this.left_s()):
+    context = RunContext(options, bundle, manifest, submission, stages, start + options.budget_s)
+    with watchdog(submission, context.left_s()):
         try:
-            outcome = predict(this, task)
-        finally:  # interrupted too: what is done stands
+            outcome = predict(context, task)
+        finally:  # interrupted too: what is done stays
             with stages("write"):
                 rows = submission.save(manifest.empty_rows or "ClassId" not in task.layout.columns)
         if not options.shard:
             with stages("validate"):
-                log_findings(bundle, options.output, task)
-    return report_on(this, task, outcome, rows, time.monotonic() - start)
+                log_findings(options.output, task)
+    record = build_run_record(context, task, outcome, rows, time.monotonic() - start)
+    log_summary(record, options.output)
+    return record
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -162,41 +167,27 @@ EXAMPLE = "  python inference.py --bundle dist/dataset --images strips/ --output
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """The command line as Options; none is needed on Kaggle."""
+    """Parse the command line; no argument is needed on Kaggle."""
     parser = argparse.ArgumentParser(
         description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--input",
-        type=Path,
-        default=Options.input,
-        help="where the bundle and the competition are mounted",
-    )
+    about = "where the bundle and the competition are mounted"
+    add("--input", type=Path, default=Options.input, help=about)
     add("--bundle", type=Path, help=f"folder with {MANIFEST} (default: found under --input)")
     add("--images", type=Path, help="folder of images (default: beside the sample)")
-    add(
-        "--sample",
-        type=Path,
-        help=f"the rows to write (default: {SAMPLE} under --input, or every image of --images)",
-    )
+    about = f"the rows to write (default: {SAMPLE} under --input, or every image of --images)"
+    add("--sample", type=Path, help=about)
     add("--output", type=Path, default=Options.output, help="default submission.csv")
-    add("--layout", choices=sorted(LAYOUTS), help="default: the sample's own, or 2019 without one")
+    about = "default: the sample's own, or two-column without one"
+    add("--layout", choices=sorted(LAYOUTS), help=about)
     add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
-    add(
-        "--no-early-exit",
-        dest="early_exit",
-        action="store_false",
-        help="run every pass, for the same submission",
-    )
+    about = "run every pass, for the same submission"
+    add("--no-early-exit", dest="early_exit", action="store_false", help=about)
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
-    add(
-        "--budget-s",
-        type=float,
-        default=Options.budget_s,
-        help="seconds until everything is written; default 3600, Kaggle's hour",
-    )
+    about = f"seconds until everything is written; default {TIME_LIMIT_S:.0f}, Kaggle's hour"
+    add("--budget-s", type=float, default=Options.budget_s, help=about)
     add("--strict", action="store_true", help="exit code 1 where a strip failed")
     add("--allow-missing-members", action="store_true", help="go on without a bad member")
     about = "seconds, work per strip and every failed strip (default: run.json beside the output)"
@@ -204,26 +195,26 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     return Options(**vars(parser.parse_args(arguments)))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; bad input ends it with one clear line and exit code 2."""
-    start_log()
-    options = parse_options(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C may be ignored in the background
-        signal.signal(number, signal.default_int_handler)
+def run_options(options: Options) -> int:
+    """Run, and write the run record; return the exit code."""
+    check_options(options)
     try:
-        report = run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        log.error("%s", error)
-        sys.exit(2)
+        record = run(options)
     except KeyboardInterrupt:
-        log.error("interrupted: %s is whole and holds what was done", options.output)
-        sys.exit(130)
-    text = json.dumps(report, indent=2, sort_keys=True) + "\n"
+        raise KeyboardInterrupt(f"{options.output} is whole and holds what was done") from None
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     path = options.report or options.output.with_name("run.json")
     path.write_text(text, encoding="utf-8")
-    if options.strict and report["faults"]:
-        log.error("--strict: %d strips failed", len(report["faults"]))
-        sys.exit(1)
+    if options.strict and record["faults"]:
+        log.error("--strict: %d strips failed", len(record["faults"]))
+        return 1
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    failures = ValueError, OSError, RuntimeError
+    run_command(lambda: run_options(parse_options(arguments)), failures)
 
 
 if __name__ == "__main__":

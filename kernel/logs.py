@@ -1,4 +1,4 @@
-"""What a run says: its log, progress in it, seconds per stage."""
+"""What a run prints and measures: log, progress, seconds per stage."""
 
 import io
 import logging
@@ -11,22 +11,26 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from kernel.tta import Half
+
 log = logging.getLogger("kernel")
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 def start_log() -> None:
-    """One format for every line that a script logs, on stdout."""
+    """Log every line on stdout, in one format."""
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=form, level=logging.INFO, stream=sys.stdout)
+    logging.raiseExceptions = False  # a line that cannot be written must not stop a run
 
 
 class LogLines(io.TextIOBase):
-    """Where a progress bar writes that nobody watches: each state becomes a line of the log."""
+    """A text stream that logs what is written to it, for progress without a terminal."""
 
     def write(self, text: str) -> int:
-        """Logs what is not blank."""
+        """Log `text` unless it is blank."""
         if text.strip():
             log.info("%s", text.strip())
         return len(text)
@@ -35,11 +39,11 @@ class LogLines(io.TextIOBase):
 def progress(
     items: Iterable[T], desc: str, unit: str, total: int | None = None, initial: int = 0
 ) -> "tqdm[T]":
-    """What takes more than two seconds, by tqdm: a bar in a terminal, else a line every 30 s.
+    """Show progress once it takes 2 s: a bar in a terminal, else a log line every 30 s.
 
-    Kaggle's log keeps every line. Iterate over it, or count by its `update`.
+    Iterate over it, or count with its `update`.
     """
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         return tqdm(items, desc, total, unit=unit, initial=initial, delay=2)
     lines = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
     return tqdm(
@@ -49,16 +53,36 @@ def progress(
 
 
 class Stages:
-    """Seconds spent per named stage; what the dry run's table is made of."""
+    """Seconds spent per named stage, and per member and half in the networks."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.networks: defaultdict[tuple[str, Half], float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time inside to stage `name`."""
-        start = time.perf_counter()
-        try:
+        """Add the time inside to stage `name`."""
+        with _timed(self.seconds, name):
             yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+
+    @contextmanager
+    def network(self, member: str, half: Half) -> Iterator[None]:
+        """Add the time inside to one half of a member."""
+        with _timed(self.networks, (member, half)):
+            yield
+
+    def network_table(self) -> dict[str, dict[str, float]]:
+        """Member → half → seconds, as it stands in run.json."""
+        table: dict[str, dict[str, float]] = {}
+        for (member, half), seconds in self.networks.items():
+            table.setdefault(member, {})[half.value] = seconds
+        return table
+
+
+@contextmanager
+def _timed(table: defaultdict[K, float], key: K) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        table[key] += time.perf_counter() - start

@@ -1,22 +1,17 @@
-"""The manifest: a bundle describes itself, and is refused where it would answer wrongly."""
+"""The manifest `ensemble.json`: a bundle describes itself, and a wrong description is refused."""
 
-import itertools
+import difflib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "ensemble.json"
-COMPETITION = "severstal-steel-defect-detection"
+from kernel.competition import N_CLASSES, SLUG
+from kernel.tta import FLIPS
 
-FLIPS: dict[str, tuple[int, ...]] = {  # name → the axes of (B, C, H, W) that it turns round
-    "none": (),
-    "horizontal": (-1,),
-    "vertical": (-2,),
-    "both": (-2, -1),
-}
+MANIFEST = "ensemble.json"
 
 
 @dataclass(frozen=True)
@@ -29,9 +24,11 @@ class MemberSpec:
     mean: list[float]  # of grey in [0, 1], one number a channel
     std: list[float]
     sha256: str = ""  # of the file; empty before the bundle is built
-    flops: list[int] = field(
-        default_factory=lambda: [1, 1]
-    )  # a pass's encoder and decoder, counted
+    flops: list[int] = field(default_factory=lambda: [1, 1])  # of encoder and decoder, counted
+    image_size: tuple[int, int] | None = (
+        None  # (H, W) that strips are resized to; None: as they are
+    )
+    channels: list[int] | None = None  # the network's output of each class; None: in order
 
     @property
     def gated(self) -> bool:
@@ -44,97 +41,202 @@ class Manifest:
     """`ensemble.json`: which members under which flips, and what becomes of their mean."""
 
     members: list[MemberSpec]
-    classes: int = 4
+    classes: int = N_CLASSES
     threshold: float = 0.55  # on the mean probability
     min_area: int = 0  # pixels; a class with fewer is left empty
     flips: tuple[str, ...] = ("none", "horizontal", "vertical")
-    image_size: tuple[int, int] = (256, 1600)  # (H, W), what the members were trained for
-    empty_rows: bool = True  # today's layout: write the rows of empty masks too
-    competition: str = COMPETITION
+    image_size: tuple[int, int] | None = (
+        None  # (H, W) that strips are resized to; None: as they are
+    )
+    empty_rows: bool = True  # three-column layout: write the rows of empty masks too
+    competition: str = SLUG
     format: int = 1
 
 
-def first_fault(manifest: Manifest) -> str | None:
-    """What makes a manifest unusable, in words, or nothing."""
-    names = Counter(member.name for member in manifest.members)
-    files = Counter(member.file for member in manifest.members)
-    rules = [
-        (bool(manifest.members), "no members"),
-        (max(names.values(), default=1) == 1, f"two members named {names.most_common(1)}"),
-        (max(files.values(), default=1) == 1, f"two members share {files.most_common(1)}"),
-        (manifest.classes >= 1, f"classes {manifest.classes}, expected 1 or more"),
-        (0 < manifest.threshold < 1, f"threshold {manifest.threshold}, expected between 0 and 1"),
-        (manifest.min_area >= 0, f"min_area {manifest.min_area}, expected 0 or more"),
-        (bool(manifest.flips), "no flips; name at least none"),
-        (set(manifest.flips) <= set(FLIPS), f"flips {manifest.flips}, known are {list(FLIPS)}"),
-        (len(set(manifest.flips)) == len(manifest.flips), f"flips {manifest.flips} name one twice"),
-    ]
-    rules += itertools.chain.from_iterable(member_rules(m, manifest) for m in manifest.members)
-    return next((fault for holds, fault in rules if not holds), None)
+# --- rules ----------------------------------------------------------------------------------------
 
 
-def member_rules(member: MemberSpec, manifest: Manifest) -> list[tuple[bool, str]]:
-    """What a member's entry must fulfil, each with what is wrong where it does not."""
-    who, model = f"member {member.name}: ", member.model
-    channels = model.get("in_channels", 3)
-    aux = model.get("aux_params") or {"classes": manifest.classes}
-    return [
-        (
-            Path(member.file).name == member.file not in ("", ".."),
-            f"{who}file {member.file!r} is not beside the manifest",
-        ),
-        ({"arch", "encoder_name"} <= set(model), f"{who}model {model} lacks arch or encoder_name"),
-        (
-            model.get("classes", 1) == aux.get("classes") == manifest.classes,
-            f"{who}its classes differ from the manifest's {manifest.classes}: {model}",
-        ),
-        (
-            len(member.mean) == len(member.std) == channels and channels in (1, 3),
-            f"{who}mean {member.mean}, std {member.std} for {channels} channels (1 or 3)",
-        ),
-        (all(std > 0 for std in member.std), f"{who}std {member.std}, expected above 0"),
-        (
-            all(map(math.isfinite, [*member.mean, *member.std])),
-            f"{who}mean {member.mean}, std {member.std}, expected finite numbers",
-        ),
-        (
-            len(member.flops) == 2 and min(member.flops) > 0,
-            f"{who}flops {member.flops}, expected its encoder's and its decoder's",
-        ),
-    ]
+def check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError for the first rule that is broken, naming the field and the value."""
+    if manifest.format != 1:
+        raise ValueError(f"format {manifest.format!r}, this kernel reads format 1")
+    if not manifest.members:
+        raise ValueError("no members")
+    _check_unique("two members named", [member.name for member in manifest.members])
+    _check_unique("two members share", [member.file for member in manifest.members])
+    _expect(_is_whole(manifest.classes), "classes", manifest.classes, "a whole number")
+    if manifest.classes != N_CLASSES:
+        raise ValueError(
+            f"classes {manifest.classes}, the competition has {N_CLASSES}; a member with other "
+            "outputs says with `channels` which of them are the classes, in order"
+        )
+    threshold, min_area, flips = manifest.threshold, manifest.min_area, manifest.flips
+    fits = _is_number(threshold) and 0 < threshold < 1
+    _expect(fits, "threshold", threshold, "a number between 0 and 1")
+    _expect(_is_whole(min_area) and min_area >= 0, "min_area", min_area, "a whole number from 0")
+    _expect(bool(flips) and all(map(_is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
+    if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
+        raise ValueError(f"flips {list(flips)}, expected some of {list(FLIPS)}, each once")
+    _check_size(manifest.image_size)
+    _expect(isinstance(manifest.empty_rows, bool), "empty_rows", manifest.empty_rows, "true, false")
+    _expect(_is_text(manifest.competition), "competition", manifest.competition, "a slug")
+    for member in manifest.members:
+        try:
+            _check_member(member, manifest.classes)
+        except ValueError as error:
+            raise ValueError(f"member {member.name}: {error}") from None
 
 
-def check_manifest(manifest: Manifest, path: Path) -> None:
-    """Raises ValueError for the first rule that a manifest breaks."""
-    try:
-        fault = first_fault(manifest)
-    except (TypeError, AttributeError) as error:  # a value of another type
-        raise ValueError(f"{path}: not a manifest: {error!r}") from error
-    if fault:
-        raise ValueError(f"{path}: {fault}")
+def _is_whole(value: object) -> bool:
+    return type(value) is int  # which True is not
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _check_size(value: object) -> None:
+    sides = value if isinstance(value, tuple) else ()
+    fits = value is None or (
+        len(sides) == 2 and all(_is_whole(side) and side > 0 for side in sides)
+    )
+    _expect(fits, "image_size", value, "[height, width], whole numbers above 0")
+
+
+def _expect(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {value!r}, expected {expected}")
+
+
+def _check_unique(what: str, values: list[str]) -> None:
+    _expect(all(map(_is_text, values)), "names and files", values, "text")
+    value, times = Counter(values).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{what} {value!r}")
+
+
+def _check_member(member: MemberSpec, classes: int) -> None:
+    if Path(member.file).name != member.file or member.file in ("", ".."):
+        raise ValueError(f"file {member.file!r} is not beside the manifest")
+    _expect(isinstance(member.sha256, str), "sha256", member.sha256, "text")
+    _check_size(member.image_size)
+    fits = len(member.flops) == 2 and all(_is_whole(each) and each > 0 for each in member.flops)
+    _expect(fits, "flops", member.flops, "its encoder's and its decoder's")
+    _check_model(member.model)
+    _check_channels(member, classes)
+    _check_normalisation(member)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    if not isinstance(model, dict) or not {"arch", "encoder_name"} <= set(model):
+        raise ValueError(f"model {model!r} lacks arch or encoder_name")
+    for key in ("arch", "encoder_name"):
+        _expect(_is_text(model[key]), f"model's {key}", model[key], "text")
+    aux = model.get("aux_params")
+    _expect(aux is None or isinstance(aux, dict), "model's aux_params", aux, "an object or null")
+    for where, options in (("model", model), ("aux_params", aux or {})):
+        for key in ("classes", "in_channels"):
+            if key in options:
+                value = options[key]
+                _expect(_is_whole(value) and value > 0, f"{where}'s {key}", value, "a whole number")
+        if options.get("activation") is not None:
+            raise ValueError(
+                f"{where}'s activation {options['activation']!r}: the kernel applies the sigmoid, "
+                "so a packed network gives logits"
+            )
+
+
+def _check_channels(member: MemberSpec, classes: int) -> None:
+    """The network's outputs are the classes, or `channels` says which of them are."""
+    outputs = member.model.get("classes", 1)  # SMP's default
+    aux = member.model.get("aux_params") or {"classes": outputs}
+    if aux.get("classes") != outputs:
+        raise ValueError(f"aux_params's classes {aux.get('classes')}, the model's are {outputs}")
+    if member.channels is None:
+        if outputs != classes:
+            raise ValueError(
+                f"model's classes {outputs}, expected {classes}; with other outputs say with "
+                f'`channels` which are the classes, like "channels": {list(range(1, classes + 1))}'
+            )
+        return
+    found = member.channels
+    fits = isinstance(found, list) and all(_is_whole(c) and 0 <= c < outputs for c in found)
+    if not fits or len(set(found)) != len(found) or len(found) != classes:
+        raise ValueError(f"channels {found!r}, expected {classes} different of 0 to {outputs - 1}")
+
+
+def _check_normalisation(member: MemberSpec) -> None:
+    channels = member.model.get("in_channels", 3)  # SMP's default
+    for name, values in (("mean", member.mean), ("std", member.std)):
+        fits = isinstance(values, list) and len(values) == channels and channels in (1, 3)
+        if not fits or not all(map(_is_number, values)):
+            raise ValueError(f"{name} {values!r} for {channels} channels, expected 1 or 3 numbers")
+        if max(values) > 1:
+            divided = [round(value / 255, 4) for value in values]
+            raise ValueError(
+                f"{name} {values} is of grey in 0-255, expected of [0, 1]: divide by 255, {divided}"
+            )
+    if min(member.mean) < 0 or min(member.std) <= 0:
+        raise ValueError(
+            f"mean {member.mean}, std {member.std}: expected a mean from 0, a std above 0"
+        )
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def parse_manifest(entries: dict[str, Any], path: Path) -> Manifest:
-    """The manifest in the JSON object of the file `path`.
+    """Return the manifest in the JSON object of the file `path`.
 
     Raises:
-        ValueError: a field is missing or unknown, the format is a later one, or a rule is broken.
+        ValueError: a field is missing, unknown or of another type, or a rule is broken.
     """
     try:
-        members = [MemberSpec(**member) for member in entries["members"]]
-        fields = entries | {"members": members}
-        fields |= {key: tuple(fields[key]) for key in ("flips", "image_size") if key in fields}
-        manifest = Manifest(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a manifest: {error!r}") from error
-    if manifest.format != 1:
-        raise ValueError(f"{path}: format {manifest.format}, this kernel reads format 1")
-    check_manifest(manifest, path)
+        _check_fields(entries, Manifest, "the manifest")
+        _expect(isinstance(entries["members"], list), "members", entries["members"], "a list")
+        members = [_parse_member(entry) for entry in entries["members"]]
+        flips = entries.get("flips", list(Manifest.flips))
+        _expect(isinstance(flips, list), "flips", flips, f"a list of {list(FLIPS)}")
+        manifest = Manifest(**_with_tuples(entries | {"members": members}))
+        check_manifest(manifest)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return manifest
 
 
+def _parse_member(entry: object) -> MemberSpec:
+    if not isinstance(entry, dict):
+        raise ValueError(f"member {entry!r}, expected an object")
+    _check_fields(entry, MemberSpec, f"member {entry.get('name')}")
+    if not isinstance(entry.get("flops", []), list):
+        raise ValueError(f"member {entry['name']}: flops {entry['flops']!r}, expected two numbers")
+    return MemberSpec(**_with_tuples(entry))
+
+
+def _with_tuples(entries: dict[str, Any]) -> dict[str, Any]:
+    lists = {key for key in ("flips", "image_size") if isinstance(entries.get(key), list)}
+    return entries | {key: tuple(entries[key]) for key in lists}
+
+
+def _check_fields(entries: dict[str, Any], kind: type, where: str) -> None:
+    """Raise ValueError for a field that a dataclass does not have, or one that it needs."""
+    known = {each.name: each for each in fields(kind)}
+    for key in entries:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            nearest = f"the nearest is {close[0]}" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"{where}: unknown field {key!r}; {nearest}")
+    for name, each in known.items():
+        if each.default is MISSING and each.default_factory is MISSING and name not in entries:
+            raise ValueError(f"{where}: lacks {name}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError where the file is missing or holds none."""
+    """Read a JSON object; raise ValueError where the file is missing or holds none."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,7 +249,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle; raises ValueError where it is missing or not as it must be."""
+    """Return a bundle's manifest; raise ValueError where it is missing or breaks a rule."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py")

@@ -1,7 +1,8 @@
-"""Members: trained networks in two halves, encoder with presence and decoder."""
+"""Members: trained networks in two halves, encoder with presence head and decoder."""
 
 import atexit
 import hashlib
+import platform
 import shutil
 import sys
 import tempfile
@@ -17,52 +18,65 @@ from torch import Tensor, nn
 
 from kernel.manifest import MemberSpec
 
+# --- two halves -----------------------------------------------------------------------------------
+
+
+def _select(outputs: Tensor, channels: list[int] | None) -> Tensor:
+    return outputs if channels is None else outputs[:, channels]
+
 
 class Encoder(nn.Module):
-    """A pass's first half: grey images (B, 1, H, W) in [0, 1] → gates (B, classes) and features.
+    """The first half: grey images (B, 1, H, W) in [0, 1] → gates (B, classes), features.
 
-    A gate is the most that any probability of its class can be: what the presence head says, or 1.
-    A network with a way of its own (DPT) runs whole here, and its logits are the features.
+    A gate is the most that any probability of its class can be: sigmoid(presence), or 1 without a
+    presence head. A network with its own `forward` (DPT) runs whole here; its logits are the
+    features.
     """
 
     mean: Tensor  # (1, channels, 1, 1)
     std: Tensor
 
-    def __init__(self, network: Any, spec: MemberSpec, whole: bool) -> None:
+    def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
-        self.network, self.gated, self.whole = network, spec.gated, whole
-        self.classes = spec.model.get("classes", 1)  # SMP's default
+        self.network, self.gated, self.monolithic = network, spec.gated, monolithic
+        self.channels = spec.channels
+        self.classes = len(spec.channels or range(spec.model.get("classes", 1)))  # SMP's default
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Gates, then the features from the highest resolution to the lowest."""
+        """Return the gates, then the features from the highest resolution to the lowest."""
         images = (images - self.mean) / self.std  # one channel becomes the member's
-        if self.whole:
+        if self.monolithic:
             outputs = self.network(images)
             features, presence = [outputs[0]] if self.gated else [outputs], outputs[-1]
         else:
             features = self.network.encoder(images)
             presence = self.network.classification_head(features[-1]) if self.gated else None
         if self.gated:
-            return torch.sigmoid(presence), *features
+            return torch.sigmoid(_select(presence, self.channels)), *features
         return images.new_ones(images.shape[0], self.classes), *features
 
 
 class Decoder(nn.Module):
-    """A pass's second half: gates and features → probabilities (B, classes, H, W)."""
+    """The second half: gates and features → probabilities (B, classes, H, W)."""
 
-    def __init__(self, network: Any, whole: bool) -> None:
+    def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
-        self.network, self.whole = network, whole
+        self.network, self.monolithic = network, monolithic
+        self.channels = spec.channels
 
     def forward(self, gates: Tensor, *features: Tensor) -> Tensor:
-        """The soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate."""
-        if self.whole:
+        """Return the soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate."""
+        if self.monolithic:
             logits = features[0]
         else:
             logits = self.network.segmentation_head(self.network.decoder(list(features)))
-        return torch.sigmoid(logits) * gates[:, :, None, None]
+        return torch.sigmoid(_select(logits, self.channels)) * gates[:, :, None, None]
+
+
+def _keep_memory() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -70,38 +84,41 @@ class Member:
     """A trained network, its two halves ready to run."""
 
     spec: MemberSpec
-    encode: Any  # an Encoder, or an engine's
-    decode: Any
+    encoder: Any  # an Encoder, or an engine's
+    decoder: Any
     stride: int  # pixels; an image's sides must be multiples of it
-    rests: tuple[Callable[[], None], ...] = ()  # what gives back the memory that it works in
+    release_memory: Callable[[], None] = _keep_memory  # its working memory, until it runs again
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of grey images (B, 1, H, W) in [0, 1]."""
-        probabilities: Tensor = self.decode(*self.encode(images))
+        probabilities: Tensor = self.decoder(*self.encoder(images))
         return probabilities
 
 
-def split(network: Any, spec: MemberSpec, device: torch.device) -> Member:
-    """A member of its network, cut where the presence head is known and the masks are not."""
+def split_network(network: Any, spec: MemberSpec, device: torch.device) -> Member:
+    """Cut a network where the presence head is known and the masks are not."""
     from segmentation_models_pytorch.base import SegmentationModel
 
-    whole = getattr(type(network), "forward", None) is not SegmentationModel.forward
-    encoder, decoder = Encoder(network, spec, whole), Decoder(network, whole)
+    monolithic = getattr(type(network), "forward", None) is not SegmentationModel.forward
+    encoder, decoder = Encoder(network, spec, monolithic), Decoder(network, spec, monolithic)
     stride = int(network.encoder.output_stride)
     return Member(spec, encoder.eval().to(device), decoder.eval().to(device), stride)
 
 
-def use_wheels(bundle: Path) -> None:
-    """Puts the bundle's wheels first on the import path: what was packed is what runs.
+# --- loading --------------------------------------------------------------------------------------
 
-    Compiled code cannot be imported from inside a wheel, so that one is unpacked, where it is for
-    this Python, into a folder that goes when the run ends.
+
+def use_wheels(bundle: Path) -> None:
+    """Put the bundle's wheels first on the import path: what was packed is what runs.
+
+    Compiled code cannot be imported from inside a wheel. Such a wheel is unpacked, if it is for
+    this Python and machine, into a folder that is removed when the run ends.
     """
-    this_python = "-cp{}{}-".format(*sys.version_info)
+    version, machine = "-cp{}{}-".format(*sys.version_info), f"_{platform.machine()}.whl"
     for wheel in sorted(bundle.glob("*.whl"), reverse=True):
         if wheel.name.endswith("-none-any.whl"):
             sys.path.insert(0, str(wheel))
-        elif this_python in wheel.name:
+        elif version in wheel.name and wheel.name.endswith(machine) and sys.platform == "linux":
             folder = tempfile.mkdtemp(prefix=wheel.stem)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             shutil.unpack_archive(wheel, folder, "zip")
@@ -109,7 +126,7 @@ def use_wheels(bundle: Path) -> None:
 
 
 def build_network(model: dict[str, Any]) -> nn.Module:
-    """An untrained network of `smp.create_model`'s keyword arguments; downloads nothing.
+    """Build the untrained network of `smp.create_model`'s arguments; download nothing.
 
     Raises:
         ValueError: SMP knows no such architecture, encoder or option.
@@ -118,20 +135,20 @@ def build_network(model: dict[str, Any]) -> nn.Module:
 
     try:
         network: nn.Module = smp.create_model(**{**model, "encoder_weights": None})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"SMP builds no network of {model}: {error}") from error
     return network.eval()
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises ValueError where a file is missing or not the one that was packed."""
+    """Raise ValueError where a file is missing or not the one that was packed."""
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; the bundle is not whole, build and upload it again"
         )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected and found != expected:
+    if expected and found != expected.lower():
         raise ValueError(
             f"{path}: sha256 {found[:12]}…, the manifest says {expected[:12]}…: "
             "the file changed after it was hashed; restore it, or build and upload again"
@@ -139,7 +156,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
-    """One member of a bundle, in fp32 and ready to run.
+    """Load one member of a bundle, in fp32 and ready to run.
 
     Raises:
         ValueError: its file is missing, changed, unreadable or not of the declared model.
@@ -156,4 +173,4 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]  # PyTorch lists every key
         raise ValueError(f"{path}: not of the declared model {spec.model}: {reason}") from error
-    return split(network.float(), spec, device)
+    return split_network(network.float(), spec, device)

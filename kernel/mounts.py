@@ -1,12 +1,12 @@
-"""Finding what is mounted: the bundle, the sample and its images."""
+"""Mounts: finding the bundle, the sample and its images."""
 
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kernel.competition import SLUG, TIME_LIMIT_S
 from kernel.logs import log
-from kernel.manifest import COMPETITION
 from kernel.rows import LAYOUTS, Layout, read_rows
 
 SAMPLE = "sample_submission.csv"
@@ -27,43 +27,63 @@ class Options:
     early_exit: bool = True
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
-    budget_s: float = 3600.0  # of Kaggle's hour, from the start of `run`
+    budget_s: float = TIME_LIMIT_S  # from the start of `run`
     strict: bool = False  # a strip that failed is an error
     allow_missing_members: bool = False
     report: Path | None = None  # None is run.json beside the output
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
-    """The folder under `root`, at any depth, that holds the file `name`; copies of it are one.
+    """Find the folder under `root`, at any depth, that holds the file `name`; copies count as one.
+
+    Linked folders are searched too.
 
     Raises:
         ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    found = {path.read_bytes(): path.parent for path in sorted(root.rglob(name), reverse=True)}
-    folders = sorted(found.values())
-    if not folders:
+    folders = sorted((folder for folder, files in _walk(root) if name in files), reverse=True)
+    found = sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
+    if not found:
         there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
         raise ValueError(
             f"no {name} under {root}, where there is {there}: add {what} to the kernel's sources, "
             f"or give {option}"
         )
-    if len(folders) > 1:
-        listed = ", ".join(map(str, folders))
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
         raise ValueError(
             f"more than one {name}: {listed}; remove one from the kernel's sources, "
             f"or choose with {option}"
         )
-    return folders[0]
+    return found[0]
+
+
+def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below `top`, linked ones too and each once, with the names of its files."""
+    seen = set[str]()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()  # a link back up would never end
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), files
+
+
+def list_images(folder: Path) -> list[str]:
+    """Names of the images in a folder, sorted: files with an image's suffix that are not hidden."""
+    paths = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path.name for path in paths if not path.name.startswith(".") and path.is_file())
 
 
 def find_images(sample: Path, names: set[str], root: Path) -> Path:
-    """The folder that holds most of a sample's images: below the sample's own, else below `root`.
+    """Find the folder with most of a sample's images: below the sample's own, else below `root`.
 
     Raises:
         ValueError: no folder holds any.
     """
     for top in (sample.parent, root):
-        shares = {Path(folder): len(names.intersection(f)) for folder, _, f in os.walk(top)}
+        shares = {folder: len(names.intersection(files)) for folder, files in _walk(top)}
         best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
         if shares.get(best):
             return best
@@ -75,7 +95,7 @@ def find_images(sample: Path, names: set[str], root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be predicted, and how it is to be written."""
+    """The images to predict and the rows to write."""
 
     images: Path
     layout: Layout
@@ -97,7 +117,7 @@ class Task:
 
 
 def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
-    """(image, class) pairs in order, each once; class 0 stands for every class of its image."""
+    """Return (image, class) pairs in order, each once; class 0 stands for all classes."""
     spread = ((n, c) for n, label in rows for c in ([label] if label else range(1, classes + 1)))
     return list(dict.fromkeys(spread))
 
@@ -105,7 +125,7 @@ def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str
 def read_sample(
     sample: Path, layout: str | None, classes: int
 ) -> tuple[Layout, list[tuple[str, int]]]:
-    """A sample's layout and (image, class) pairs; ValueError for a class above `classes`."""
+    """Read a sample's layout and (image, class) pairs; ValueError for a class above `classes`."""
     found, rows = read_rows(sample)
     pairs = [(name, label) for name, label, _ in rows]
     above = next((pair for pair in pairs if pair[1] > classes), None)
@@ -118,7 +138,7 @@ def read_sample(
 
 
 def find_task(options: Options, classes: int) -> Task:
-    """The sample's rows, or, where only `--images` is given, every image of that folder.
+    """Return the sample's rows, or, where only `--images` is given, every image of that folder.
 
     Raises:
         ValueError: nothing to predict is found, or a row names a class the members do not know.
@@ -127,18 +147,17 @@ def find_task(options: Options, classes: int) -> Task:
     if images and not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
     if images and not sample:
-        found = sorted(p.name for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        pairs = expand_rows([(name, 0) for name in found], classes)
-        task = Task(images, LAYOUTS[options.layout or "2019"], pairs)
+        pairs = expand_rows([(name, 0) for name in list_images(images)], classes)
+        task = Task(images, LAYOUTS[options.layout or "two-column"], pairs)
     else:
-        what = f"the competition {COMPETITION}"
+        what = f"the competition {SLUG}"
         sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
         layout, pairs = read_sample(sample, options.layout, classes)
         names = {name for name, _ in pairs}
         task = Task(images or find_images(sample, names, options.input), layout, pairs)
     if not task.pairs:
         raise ValueError(f"{sample or images}: names no image")
-    others = {path.name for path in task.images.iterdir()} - set(task.names)
+    others = set(list_images(task.images)) - set(task.names)
     if others:
-        log.info("%s: %d files are in no row, %s…", task.images, len(others), min(others))
+        log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))
     return task

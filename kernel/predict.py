@@ -1,4 +1,4 @@
-"""The run in one process: every image through the ensemble and into the submission."""
+"""Prediction in one process: every image through the ensemble and into the submission."""
 
 import time
 from collections import Counter
@@ -6,21 +6,25 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kernel.deadline import Deadline
 from kernel.engines import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, Strip, decode_strip, encode_rle
+from kernel.images import Image, Strip, decode_strip, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
 from kernel.mounts import Options, Task
+from kernel.rle import encode_rle
 from kernel.rows import Submission
+from kernel.scheduling import Scheduler
+from kernel.tta import Pass
 
 
 def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Strip]:
-    """Strips in order, up to `ahead` of them decoded beside the network."""
+    """Yield strips in order, up to `ahead` of them decoded beside the networks."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting: list[Future[Strip]] = []
         for name in names:
@@ -32,13 +36,13 @@ def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Str
 
 
 def first_image(task: Task) -> Image | None:
-    """The first strip that can be read."""
+    """Return the first image that can be read."""
     strips = (decode_strip(task.images, name) for name in task.names)
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
-    """The same strips; the time spent waiting for each goes to stage `name`."""
+    """Yield the same strips; the time spent waiting for each goes to stage `name`."""
     while True:
         with stages(name):
             strip = next(strips, None)
@@ -52,24 +56,29 @@ class Outcome:
     """What became of every image; its masks are in the submission."""
 
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
-    work: dict[str, dict[str, float]] = field(default_factory=dict)  # image → what was run for it
-    left_out: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
+    work: dict[str, dict[str, Any]] = field(default_factory=dict)  # image → `Scheduler.work`
+    passes: list[Pass] = field(default_factory=list)  # that were loaded; `work` has their numbers
+    dropped: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
     strip_s: dict[str, float] = field(default_factory=dict)  # image → seconds since the one before
     device: str = ""
     gpu_bytes: int = 0  # the most that PyTorch held on one GPU
 
     def add(self, other: "Outcome") -> None:
-        """Takes in what became of other images."""
+        """Add what became of other images."""
+        self.passes += [each for each in other.passes if each not in self.passes]
+        number = {i: self.passes.index(each) for i, each in enumerate(other.passes)}
+        for image, work in other.work.items():
+            ids = ("passes", "encoders", "decoders", "nan")
+            self.work[image] = work | {key: [number[i] for i in work[key]] for key in ids}
         self.faults |= other.faults
-        self.work |= other.work
-        self.left_out += other.left_out
+        self.dropped += other.dropped
         self.strip_s |= other.strip_s
         self.device = other.device
         self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """What every step of a run needs."""
 
     options: Options
@@ -83,71 +92,83 @@ class Run:
         """Seconds of the budget that are left."""
         return self.end - time.monotonic()
 
-    def workers(self, task: Task) -> int:
-        """Processes that a task is dealt out to: one a GPU, or as many as were asked for."""
+    def n_workers(self, task: Task) -> int:
+        """Processes that share a task: one a GPU, or as many as were asked for."""
         asked = self.options.workers or max(torch.cuda.device_count(), 1)
         return 1 if self.options.shard else min(asked, len(task.names))
 
 
-def predict_task(ensemble: Ensemble, task: Task, submission: Submission, outcome: Outcome) -> None:
-    """Every image of a task through the ensemble and into the submission."""
-    strips = decode_ahead(task.images, task.names, ahead=4 * ensemble.batch_size)
-    strips = timed(strips, ensemble.stages, "decode")
+def predict_task(
+    scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome
+) -> None:
+    """Every image of a task through the scheduler and into the submission."""
+    stages = scheduler.source.stages
+    strips = decode_ahead(task.images, task.names, ahead=4 * scheduler.batch_size)
     before = time.monotonic()
     with progress(task.names, "strips", "strip") as bar:
-        for flight in ensemble.fly(strips, len(task.names)):
-            name = flight.strip.name
-            if flight.fault:
-                outcome.faults[name] = flight.fault
-                log.warning("%s stays empty: %s", name, flight.fault)
+        for state in scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names)):
+            name = state.strip.name
+            if state.fault:
+                outcome.faults[name] = state.fault
+                log.warning("%s stays empty: %s", name, state.fault)
             else:
-                outcome.work[name] = ensemble.work(flight)
-                with ensemble.stages("rle"):
-                    masks = enumerate(flight.tally.masks(flight.size), 1)
-                    submission.put(name, {label: encode_rle(mask) for label, mask in masks})
-            with ensemble.stages("write"):
-                submission.save_soon()
+                outcome.work[name] = scheduler.work(state)
+                with stages("rle"):
+                    masks = enumerate(state.masks, 1)
+                    submission.set_masks(name, {label: encode_rle(mask) for label, mask in masks})
+            with stages("write"):
+                submission.save_throttled()
             before, since = time.monotonic(), before
             outcome.strip_s[name] = before - since
             bar.update()
-    if ensemble.device.type == "cuda":
-        outcome.gpu_bytes = torch.cuda.max_memory_allocated()
 
 
-def predict_on(device: torch.device, run: Run, task: Task, outcome: Outcome) -> None:
+def log_resizing(ensemble: Ensemble, image: Image | None) -> None:
+    """Log which members see strips, judged by the first of them, in another size."""
+    for name, size in ensemble.sizes.items():
+        if image is not None and size and size != size_of(image):
+            (height, width), own = size_of(image), f"{size[0]}×{size[1]}"
+            log.warning("strips are %d×%d: %s sees them resized to %s", height, width, name, own)
+
+
+def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outcome) -> None:
     """A task in this process, on this device.
 
     Raises:
-        DeviceLost: the device broke down; `outcome` tells which images are done.
+        DeviceLost: the device broke down; `outcome` has the images that are done.
     """
-    options, stages = run.options, run.stages
+    options, on_gpu = run.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline = Deadline(run.left_s(), time.monotonic())
+    deadline, image = Deadline(run.left_s(), time.monotonic()), first_image(task)
     ensemble = load_ensemble(
         run.bundle,
         run.manifest,
         device,
-        stages,
-        batch_size=options.batch_size or (8 if device.type == "cuda" else 1),
-        early_exit=options.early_exit,
+        run.stages,
         allow_missing=options.allow_missing_members,
-        image=first_image(task),
-        deadline=deadline,
+        image=image,
     )
+    outcome.passes = list(ensemble.passes)
+    log_resizing(ensemble, image)
+    batch_size = options.batch_size or (8 if on_gpu else 1)
+    scheduler = Scheduler(ensemble, batch_size, options.early_exit, deadline)
     log.info("%d images of %s on %s", len(task.names), task.images, device)
     try:
-        predict_task(ensemble, task, run.submission, outcome)
+        predict_task(scheduler, task, run.submission, outcome)
     finally:
-        outcome.left_out += deadline.left_out
+        outcome.dropped += deadline.dropped
+        outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def predict_here(run: Run, task: Task) -> Outcome:
-    """A task in this process; what a GPU that breaks down leaves undone runs on the CPU."""
+def predict_here(run: RunContext, task: Task) -> Outcome:
+    """A task in this process; the images that a lost GPU leaves run on the CPU."""
     outcome = Outcome()
     try:
         predict_on(pick_device(), run, task, outcome)
     except DeviceLost as error:
         rest = task.without(outcome.work.keys() | outcome.faults.keys())
         log.warning("%s; its last %d images run on the CPU", error, len(rest.names))
-        predict_on(torch.device("cpu"), run, rest, outcome)
+        on_cpu = Outcome()
+        predict_on(torch.device("cpu"), run, rest, on_cpu)
+        outcome.add(on_cpu)
     return outcome

@@ -1,21 +1,20 @@
-"""Rows of a csv: sample, ground truth and submission share two layouts."""
+"""Rows of a csv: sample, ground truth and submission, in two layouts."""
 
 import csv
+import gzip
 import io
+import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
 
 from kernel.logs import log
 
 
 def csv_line(cells: Iterable[str]) -> str:
-    """One line of a csv, its end included."""
+    """Return one line of a csv, its end included."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
@@ -23,68 +22,103 @@ def csv_line(cells: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a csv names an (image, class) pair: 2019 in one column, today in two."""
+    """How a csv names an (image, class) pair: in one column or in two."""
 
     columns: tuple[str, ...]
 
     def line(self, image: str, label: int, rle: str) -> str:
-        """One row of the csv; `label` is the class, from 1."""
+        """Return one row of the csv; `label` is the class, from 1."""
         cells = {"ImageId_ClassId": f"{image}_{label}", "ImageId": image, "ClassId": str(label)}
         return csv_line(cells.get(column, rle) for column in self.columns)
 
 
-LAYOUTS = {
-    "2019": Layout(("ImageId_ClassId", "EncodedPixels")),
-    "today": Layout(("ImageId", "EncodedPixels", "ClassId")),
+LAYOUTS = {  # of 2019 and of today
+    "two-column": Layout(("ImageId_ClassId", "EncodedPixels")),
+    "three-column": Layout(("ImageId", "EncodedPixels", "ClassId")),
 }
 
 
-def read_rows(path: Path) -> tuple[Layout, list[tuple[str, int, str]]]:
-    """A csv's layout and its rows (image, class, RLE) in its order, in either layout.
+Row = tuple[str, int, str]  # image, class, RLE
+RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
-    Today's sample names each image once, with class 0.
+
+def read_rows(path: Path, check: RowCheck = lambda _: None) -> tuple[Layout, list[Row]]:
+    """Read a csv in either layout, .gz or not: the layout, and its rows in order.
+
+    The three-column sample names each image once, with class 0. An index column is ignored. Bytes
+    that are not UTF-8 are kept as they are.
 
     Raises:
-        ValueError: it is no csv, the header is neither layout's, or a class is no number.
+        ValueError: it is no csv, the header is neither layout's, a row has another number of cells
+            or no class, or `check` objects; names the line.
     """
+    opened = gzip.open if path.suffix == ".gz" else open
+    csv.field_size_limit(2**31 - 1)  # a mask of noise is long
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' own errors are ValueErrors that name no file
-        raise ValueError(f"{path}: no csv that can be read: {error}") from error
-    layout = Layout(tuple(table.columns))
-    if set(table.columns) == set(LAYOUTS["2019"].columns):
-        images = table["ImageId_ClassId"].str.replace(r"_[^_]*$", "", regex=True)
-        labels = table["ImageId_ClassId"].str.replace(r"^.*_", "", regex=True)
-    elif set(table.columns) == set(LAYOUTS["today"].columns):
-        images, labels = table["ImageId"], table["ClassId"]
-    else:
-        known = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
-        raise ValueError(f"{path}: header {','.join(table.columns)}, expected {known}")
-    wrong = np.flatnonzero(~labels.str.fullmatch(r"[0-9]{1,9}"))
-    if wrong.size:
-        cells = ",".join(table.iloc[wrong[0]])
-        raise ValueError(f"{path}: line {wrong[0] + 2} names no class: {cells}")
-    return layout, list(zip(images, labels.astype(int), table["EncodedPixels"], strict=True))
+        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            layout, parse = _parse_header(next(lines, []))
+            rows = []
+            for cells in lines:
+                if cells:
+                    row = parse(cells)
+                    fault = check(row)
+                    if fault:
+                        raise ValueError(fault)
+                    rows.append(row)
+    except (csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: line {lines.line_num}: {error}") from error
+    return layout, rows
+
+
+def _parse_header(header: list[str]) -> tuple[Layout, Callable[[list[str]], Row]]:
+    """The layout of a header, and what makes a row of a line's cells."""
+    columns = [cell.strip() for cell in header]
+    index = columns[:1] in ([""], ["Unnamed: 0"])  # as pandas writes one
+    layout = Layout(tuple(columns[index:]))
+    known = [each for each in LAYOUTS.values() if set(each.columns) == set(layout.columns)]
+    if not known or len(layout.columns) != len(known[0].columns):
+        expected = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
+        raise ValueError(f"header {','.join(header)}, expected {expected}")
+
+    def parse(cells: list[str]) -> Row:
+        if len(cells) != len(header):
+            raise ValueError(f"{len(cells)} cells, the header has {len(header)}: {_short(cells)}")
+        named = dict(zip(columns, cells, strict=True))
+        pair = named.get("ImageId_ClassId", "").rpartition("_")
+        image, label = named.get("ImageId", pair[0]), named.get("ClassId", pair[2])
+        if not re.fullmatch("[0-9]{1,9}", label):
+            raise ValueError(f"names no class: {_short(cells)}")
+        if not image:
+            raise ValueError(f"names no image: {_short(cells)}")
+        return image, int(label), named["EncodedPixels"]
+
+    return layout, parse
+
+
+def _short(cells: list[str]) -> str:
+    text = ",".join(cells)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 class Submission:
-    """submission.csv: whole from the first second on, the rows of strips to come empty.
+    """submission.csv: complete from the first second on, the rows of strips to come empty.
 
-    Each save writes all rows beside the file and puts them in its place: a reader, or a kill at any
-    moment, finds the old file or the new one, never a part of it.
+    Each save writes all rows beside the file and then replaces it: a reader, or a kill at any
+    moment, finds the old file or the new one, never a part of one.
     """
 
-    SHARE = 0.01  # of the time may go into saving
+    MAX_SAVING_SHARE = 0.01  # of the time
 
     def __init__(self, path: Path, layout: Layout, pairs: Iterable[tuple[str, int]]) -> None:
         self.path, self.layout = path, layout
         self.lines = {pair: layout.line(*pair, "") for pair in pairs}
         self.rles: dict[tuple[str, int], str] = {}  # (image, class) with a mask
-        self.next_s = 0.0  # time.monotonic() of the next save that keeps within its share
+        self.next_s = 0.0  # time.monotonic() of the next save within that share
         self.saving = threading.Lock()  # the watchdog saves too
 
-    def put(self, image: str, rles: dict[int, str]) -> None:
-        """The masks of one strip, class → RLE; those that no row asks for are left out."""
+    def set_masks(self, image: str, rles: dict[int, str]) -> None:
+        """Set the masks of one strip, class → RLE; a mask that no row asks for is ignored."""
         for label, rle in rles.items():
             pair = image, label
             if rle and pair in self.lines:
@@ -92,7 +126,7 @@ class Submission:
                 self.lines[pair] = self.layout.line(*pair, rle)
 
     def save(self, empty_rows: bool = True) -> int:
-        """Writes every row, or only those with a mask; their number.
+        """Write every row, or only those with a mask; return their number.
 
         Raises:
             OSError: the folder is missing or read-only, or the disk is full.
@@ -103,28 +137,31 @@ class Submission:
         text += "".join([line for pair, line in self.lines.items() if pair in rows])
         part = self.path.with_name(self.path.name + ".part")
         with self.saving:
-            part.write_text(text, encoding="utf-8", newline="")
+            if self.path.exists() and not self.path.is_file():  # a device is not to be replaced
+                self.path.write_text(text, encoding="utf-8", errors="surrogateescape")
+                return len(rows)
+            part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
             part.replace(self.path)
         now = time.monotonic()
-        self.next_s = now + (now - start) / self.SHARE
+        self.next_s = now + (now - start) / self.MAX_SAVING_SHARE
         return len(rows)
 
-    def save_soon(self) -> None:
-        """Saves, unless too much time went into that lately; a full disk may be empty later."""
+    def save_throttled(self) -> None:
+        """Save, unless too much time went into that lately; a full disk may have room later."""
         if time.monotonic() < self.next_s:
             return
         try:
             self.save()
         except OSError as error:
             self.next_s = time.monotonic() + 10
-            log.warning("cannot write what is done so far, going on: %s", error)
+            log.warning("cannot save the rows so far, going on: %s", error)
 
 
 def write_submission(
     path: Path, layout: Layout, pairs: Iterable[tuple[str, int]], rles: dict[tuple[str, int], str]
 ) -> None:
-    """All rows at once, with the masks of `rles`."""
+    """Write all rows at once, with the masks of `rles`."""
     submission = Submission(path, layout, pairs)
     for (image, label), rle in rles.items():
-        submission.put(image, {label: rle})
+        submission.set_masks(image, {label: rle})
     submission.save()

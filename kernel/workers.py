@@ -1,4 +1,4 @@
-"""One process a GPU: images dealt out, results merged, no worker's death a loss."""
+"""Workers: one process a GPU, its images, and their results."""
 
 import os
 import subprocess
@@ -12,16 +12,17 @@ from pathlib import Path
 from kernel.logs import Stages, log
 from kernel.manifest import read_json
 from kernel.mounts import Task
-from kernel.predict import Outcome, Run, predict_here
+from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import Submission, read_rows
+from kernel.tta import Half, Pass
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 
 
 def start_worker(
-    run: Run, task: Task, folder: Path, shard: tuple[int, int]
+    run: RunContext, task: Task, folder: Path, shard: tuple[int, int]
 ) -> subprocess.Popen[bytes]:
-    """This script once more, for one shard of the images on one GPU, its results into `folder`."""
+    """Start this script once more, for one shard of the images on one GPU; results to `folder`."""
     (number, count), options = shard, run.options
     script = run.bundle / "inference.py"  # a notebook has no file of its own
     if not script.is_file():
@@ -35,37 +36,49 @@ def start_worker(
         "output": folder / f"{number}.csv",
         "report": folder / f"{number}.json",
         "batch-size": options.batch_size,
-        "budget-s": run.left_s(),
+        "budget-s": max(run.left_s(), 1.0),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
     command += [] if options.early_exit else ["--no-early-exit"]
     command += ["--allow-missing-members"] if options.allow_missing_members else []
     threads = max((os.cpu_count() or 1) // count, 1)
-    environment = {"CUDA_VISIBLE_DEVICES": str(number - 1), "OMP_NUM_THREADS": str(threads)}
+    environment = {"CUDA_VISIBLE_DEVICES": _gpu_of(number), "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(command, env=os.environ | environment)
 
 
+def _gpu_of(number: int) -> str:
+    """The GPU of a worker, from 1, among those that CUDA_VISIBLE_DEVICES leaves, if it is set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(number - 1)
+    gpus = visible.split(",")
+    return gpus[(number - 1) % len(gpus)]
+
+
 def collect(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
-    """Takes over the masks that the workers have written so far."""
+    """Take over the masks that the workers have written so far."""
     for path in (folder / f"{number}.csv" for number in numbers):
         if path.is_file():
             for image, label, rle in read_rows(path)[1]:
-                submission.put(image, {label: rle})
-    submission.save_soon()
+                submission.set_masks(image, {label: rle})
+    submission.save_throttled()
 
 
 def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
-    """What a worker says of its images; its seconds count by its `share` of the workers."""
-    entries = read_json(report)
-    for stage, seconds in entries["stages"].items():
+    """Read a worker's run.json; its seconds count by its `share` of the workers."""
+    record = read_json(report)
+    for stage, seconds in record["stages"].items():
         stages.seconds[stage] += share * seconds
-    known = ("faults", "work", "strip_s", "device", "gpu_bytes")
-    told = {key: entries[key] for key in known}
-    return Outcome(**told, left_out=Counter(entries["left_out"]))
+    for member, halves in record["networks"].items():
+        for half, seconds in halves.items():
+            stages.networks[member, Half(half)] += share * seconds
+    same = {key: record[key] for key in ("faults", "work", "strip_s", "device", "gpu_bytes")}
+    passes = [Pass(each["member"], each["flip"], tuple(each["flops"])) for each in record["passes"]]
+    return Outcome(**same, passes=passes, dropped=Counter(record["dropped"]))
 
 
-def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
-    """A task dealt out to `count` processes; what one of them cannot finish is done here."""
+def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
+    """Share a task among `count` processes; what one of them cannot finish is done here."""
     outcome, numbers = Outcome(), range(1, count + 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -74,7 +87,7 @@ def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
             while any(worker.poll() is None for worker in workers):
                 time.sleep(COLLECT_S)
                 collect(folder, numbers, run.submission)
-        finally:  # interrupted: no worker outlives this process, and what they did stands
+        finally:  # interrupted: no worker outlives this process, and its finished rows stay
             for worker in workers:
                 worker.terminate()
             for worker in workers:
@@ -86,9 +99,7 @@ def predict_by_workers(run: Run, task: Task, count: int) -> Outcome:
                 outcome.add(read_worker(report, run.stages, 1 / count))
                 continue
             rest = task.shard(number - 1, count)
-            log.warning(
-                "worker %d of %d ended with exit code %d: its %d images run here",
-                *(number, count, worker.returncode, len(rest.names)),
-            )
+            who = f"worker {number} of {count} ended with exit code {worker.returncode}"
+            log.warning("%s: its %d images run here", who, len(rest.names))
             outcome.add(predict_here(run, rest))
     return outcome

@@ -1,6 +1,6 @@
 """What comes from files, drawn at random: a value or a ValueError, nothing else.
 
-`FUZZ=100000 pytest tests/test_fuzz.py` is `make fuzz`; each failure is kept as an example here.
+`FUZZ=20000 pytest tests/kernel/test_fuzz.py` is `make fuzz`; each failure is kept as an example.
 """
 
 import json
@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_entry, tiny_model
+from helpers import draw_image, encode_image, tiny_entry, tiny_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
-from kernel.images import encode_rle
-from kernel.manifest import FLIPS, load_manifest
+from kernel.images import read_image
+from kernel.manifest import load_manifest
 from kernel.mounts import read_sample
+from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import LAYOUTS, read_rows, write_submission
-from kernel.validate import decode_rle
+from kernel.tta import FLIPS
 
 CASES = settings(
     max_examples=int(os.environ.get("FUZZ", "300")),
@@ -30,23 +30,57 @@ CASES = settings(
 # --- run lengths ----------------------------------------------------------------------------------
 
 
-@CASES
-@given(arrays.arrays(np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, max_side=24)))
-def test_a_mask_comes_back_from_its_code(mask: np.ndarray) -> None:
-    size = (mask.shape[0], mask.shape[1])
-    np.testing.assert_array_equal(decode_rle(encode_rle(mask), size), mask)
+NUMBERS = st.lists(st.integers(-1, 78), max_size=8).map(lambda each: " ".join(map(str, each)))
 
 
 @CASES
-@given(st.text("0123456789 -+.e\n", max_size=40))
+@given(st.text("0123456789 -+.e\n", max_size=40) | NUMBERS)
+@example("1 3 8 2")
+@example("5 2 1 2")  # decoded, and refused by Kaggle
+@example("1 3 4 2")  # as well
 def test_a_code_is_decoded_or_refused(code: str) -> None:
+    fault = rle_fault(code, 77)
     try:
         mask = decode_rle(code, (7, 11))
     except ValueError:
+        assert fault
         return
     numbers = [int(word) for word in code.split()]
     assert mask.sum() <= sum(numbers[1::2])
     assert mask.any() == bool(numbers)
+    if not fault:
+        assert [int(word) for word in encode_rle(mask).split()] == numbers
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+FILES = [encode_image(suffix, draw_image(0, (24, 40))) for suffix in (".jpg", ".png", ".bmp")]
+
+
+@st.composite
+def image_files(draw: st.DrawFn) -> bytes:
+    """The bytes of an image, some of them changed, cut out or put in."""
+    data = bytearray(draw(st.sampled_from(FILES)))
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, len(data)))
+        end = start + draw(st.integers(0, 40))
+        data[start:end] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+@CASES
+@given(data=image_files())
+@example(data=b"")
+@example(data=FILES[0])
+def test_an_image_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    try:
+        image = read_image(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert image.dtype == np.uint8 and image.ndim == 2 and image.size > 0
 
 
 # --- the sample -----------------------------------------------------------------------------------
@@ -70,6 +104,7 @@ def samples(draw: st.DrawFn) -> bytes:
 @example(data=b"\x00")
 @example(data=b"ImageId,EncodedPixels,ClassId\na.jpg,,99999999999999999999\n")
 @example(data=b"ImageId_ClassId,EncodedPixels\na.jpg_\xff1,\n")
+@example(data=b"ImageId_ClassId,EncodedPixels\na\xff.jpg_1,\n")
 def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "sample.csv"
     path.write_bytes(data)
@@ -98,7 +133,7 @@ KEYS = ["format", "classes", "threshold", "min_area", "flips", "image_size", "me
 MEMBER_KEYS = ["name", "file", "model", "mean", "std", "sha256", "flops", "x"]
 
 
-def whole() -> dict[str, Any]:
+def sound_manifest() -> dict[str, Any]:
     members = [tiny_entry("a", tiny_model("FPN")), tiny_entry("b", tiny_model("Unet"))]
     return {"format": 1, "classes": 4, "members": members, "threshold": 0.55}
 
@@ -117,7 +152,7 @@ def whole() -> dict[str, Any]:
 def test_a_manifest_is_read_or_refused_by_its_path(
     changes: dict[str, Any], member: dict[str, Any], tmp_path: Path
 ) -> None:
-    entries = whole()
+    entries = sound_manifest()
     entries["members"][0] |= member
     path = tmp_path / "ensemble.json"
     path.write_text(json.dumps(entries | changes), encoding="utf-8")

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
-from kernel.images import encode_rle
-from kernel.validate import decode_rle
+from kernel.images import Mask, Size
+from kernel.rle import decode_rle, encode_rle, rle_fault
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=150)
 
 
-def drawn_masks() -> st.SearchStrategy[Any]:
+def drawn_masks() -> st.SearchStrategy[Mask]:
     """Masks from 1×1 to 24×24, scattered and almost empty or almost full."""
     sizes = array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)
     scattered = arrays(np.bool_, sizes)
@@ -23,7 +23,7 @@ def drawn_masks() -> st.SearchStrategy[Any]:
     return st.one_of(scattered, sparse, sparse.map(np.logical_not))
 
 
-def mask_with(size: tuple[int, int], *pixels: tuple[int, int]) -> np.ndarray:
+def mask_with(size: tuple[int, int], *pixels: tuple[int, int]) -> Mask:
     mask = np.zeros(size, np.bool_)
     for row, column in pixels:
         mask[row, column] = True
@@ -45,6 +45,10 @@ BORDER_CASES = {
 }
 
 
+def size_of(mask: Mask) -> Size:
+    return mask.shape[0], mask.shape[1]
+
+
 def numbers(rle: str) -> list[int]:
     return [int(word) for word in rle.split()]
 
@@ -64,11 +68,15 @@ def counts_of(rle: str, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": list(size), "counts": counts + ([tail] if tail else [])}
 
 
-def assert_cocos_code(mask: np.ndarray) -> None:
+def assert_cocos_code(mask: Mask) -> None:
     expected = coco.encode(np.asfortranarray(mask, np.uint8))
-    found = coco.frPyObjects(counts_of(encode_rle(mask), mask.shape), *mask.shape)
+    size = size_of(mask)
+    found = coco.frPyObjects(counts_of(encode_rle(mask), size), *size)
     same = found["counts"] == expected["counts"]
     assert same, f"{encode_rle(mask)[:80]} is not {expected}"[:200]
+
+
+# --- both ways ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", BORDER_CASES)
@@ -78,7 +86,7 @@ def test_the_code_is_pycocotools_at_the_borders(case: str) -> None:
 
 @repeatable
 @given(mask=drawn_masks())
-def test_the_code_is_pycocotools(mask: np.ndarray) -> None:
+def test_the_code_is_pycocotools(mask: Mask) -> None:
     assert_cocos_code(mask)
 
 
@@ -86,10 +94,10 @@ def test_the_code_is_pycocotools(mask: np.ndarray) -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @repeatable
 @given(mask=drawn_masks())
-def test_a_code_decodes_to_the_mask_that_pycocotools_decodes(mask: np.ndarray) -> None:
-    rle = encode_rle(mask)
-    expected = coco.decode(coco.frPyObjects(counts_of(rle, mask.shape), *mask.shape))
-    np.testing.assert_array_equal(decode_rle(rle, mask.shape), expected.astype(bool))
+def test_a_code_decodes_to_the_mask_that_pycocotools_decodes(mask: Mask) -> None:
+    rle, size = encode_rle(mask), size_of(mask)
+    expected = coco.decode(coco.frPyObjects(counts_of(rle, size), *size))
+    np.testing.assert_array_equal(decode_rle(rle, size), expected.astype(bool))
 
 
 @repeatable
@@ -98,8 +106,8 @@ def test_a_code_decodes_to_the_mask_that_pycocotools_decodes(mask: np.ndarray) -
 @example(mask=BORDER_CASES["last pixel"])
 @example(mask=BORDER_CASES["one row"])
 @example(mask=BORDER_CASES["one column"])
-def test_decoding_what_was_encoded_gives_the_mask_back(mask: np.ndarray) -> None:
-    found = decode_rle(encode_rle(mask), mask.shape)
+def test_decoding_what_was_encoded_gives_the_mask_back(mask: Mask) -> None:
+    found = decode_rle(encode_rle(mask), size_of(mask))
     assert found.dtype == np.bool_
     np.testing.assert_array_equal(found, mask)
 
@@ -107,7 +115,7 @@ def test_decoding_what_was_encoded_gives_the_mask_back(mask: np.ndarray) -> None
 @repeatable
 @given(mask=drawn_masks())
 @example(mask=BORDER_CASES["foot of a column and head of the next"])
-def test_runs_are_sorted_and_do_not_touch(mask: np.ndarray) -> None:
+def test_runs_are_sorted_and_do_not_touch(mask: Mask) -> None:
     listed = runs(encode_rle(mask))
     assert all(length >= 1 for _, length in listed)
     ends = [start + length for start, length in listed]
@@ -119,7 +127,7 @@ def test_a_mask_of_a_real_strips_size_is_pycocotools() -> None:
     mask = np.random.default_rng(0).random((256, 1600)) < 0.3
     assert 0 < mask.mean() < 1
     assert_cocos_code(mask)
-    np.testing.assert_array_equal(decode_rle(encode_rle(mask), mask.shape), mask)
+    np.testing.assert_array_equal(decode_rle(encode_rle(mask), size_of(mask)), mask)
 
 
 def test_pixels_are_counted_from_one_down_the_columns() -> None:
@@ -145,7 +153,9 @@ def test_a_mask_that_is_a_view_is_encoded_as_it_looks() -> None:
     assert encode_rle(view) == encode_rle(view.copy())
 
 
-MALFORMED = {
+# --- codes that are refused -----------------------------------------------------------------------
+
+UNDECODABLE = {
     "an odd count": "1 2 5",
     "a start of zero": "0 2",
     "a negative start": "-3 2",
@@ -163,10 +173,10 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
+@pytest.mark.parametrize("case", UNDECODABLE)
 def test_decoding_refuses(case: str) -> None:
     with pytest.raises(ValueError):
-        decode_rle(MALFORMED[case], (4, 6))
+        decode_rle(UNDECODABLE[case], (4, 6))
 
 
 def test_a_refused_run_is_named() -> None:
@@ -176,3 +186,56 @@ def test_a_refused_run_is_named() -> None:
 
 def test_the_last_pixel_alone_is_no_malformed_run() -> None:
     np.testing.assert_array_equal(decode_rle("24 1", (4, 6)), mask_with((4, 6), (3, 5)))
+
+
+# --- what Kaggle refuses --------------------------------------------------------------------------
+
+
+def canonical(pixels: set[int]) -> str:
+    """The one well-formed code of a set of pixels, counted from 1, built run by run."""
+    starts = sorted(pixel for pixel in pixels if pixel - 1 not in pixels)
+    ends = sorted(pixel for pixel in pixels if pixel + 1 not in pixels)
+    return " ".join(f"{s} {e - s + 1}" for s, e in zip(starts, ends, strict=True))
+
+
+@settings(repeatable, max_examples=300)
+@given(st.lists(st.integers(-1, 26), max_size=8))
+def test_a_code_is_well_formed_just_where_it_is_the_one_code_of_its_pixels(
+    words: list[int],
+) -> None:
+    pairs = list(zip(words[::2], words[1::2], strict=False))
+    pixels = {pixel for start, length in pairs for pixel in range(start, start + length)}
+    rle = " ".join(map(str, words))
+    good = canonical(pixels) == rle and pixels <= set(range(1, 25))
+    assert (rle_fault(rle, 24) is None) == good
+
+
+@settings(repeatable, max_examples=300)
+@given(st.sets(st.integers(1, 24)))
+def test_every_set_of_pixels_has_a_code_that_passes(pixels: set[int]) -> None:
+    assert rle_fault(canonical(pixels), 24) is None
+    mask = decode_rle(canonical(pixels), (4, 6))
+    assert {int(i) + 1 for i in np.flatnonzero(mask.T.ravel())} == pixels
+
+
+ILL_FORMED = {
+    "a word": ("1 two", "'two' is no number"),
+    "a fraction": ("1 2.5", "'2.5' is no number"),
+    "a comma": ("1,2", "'1,2' is no number"),
+    "an odd count": ("1 2 5", "3 numbers, expected pairs"),
+    "pixel zero": ("0 2", "0-indexed"),
+    "a negative start": ("-4 2", "before pixel 1"),
+    "a length of zero": ("3 0", "has no pixel"),
+    "a negative length": ("3 -1", "has no pixel"),
+    "unsorted runs": ("9 2 1 2", "overlaps or comes before the run that ends at 10"),
+    "an overlap": ("1 4 3 4", "overlaps or comes before the run that ends at 4"),
+    "touching runs": ("1 4 5 2", "touches the run that ends at 4"),
+    "one pixel too many": ("24 2", "leaves an image of 24 pixels"),
+    "a number that no integer holds": ("99999999999999999999 1", "leaves an image"),
+}
+
+
+@pytest.mark.parametrize("case", ILL_FORMED)
+def test_an_ill_formed_code_is_refused_by_what_is_wrong(case: str) -> None:
+    rle, words = ILL_FORMED[case]
+    assert words in str(rle_fault(rle, 24))

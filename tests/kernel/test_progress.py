@@ -5,15 +5,15 @@ import time
 from typing import Any
 
 import pytest
+import tqdm
 
-from kernel import logs
 from kernel.logs import progress
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What tqdm is asked for; its intervals are cut to hundredths, so that a test can wait."""
-    real, known = logs.tqdm, dict[str, Any]()
+    real, known = tqdm.tqdm, dict[str, Any]()
 
     def hasty(*arguments: Any, **options: Any) -> Any:
         known.update(options)
@@ -21,7 +21,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             options[name] = options.get(name, 0.1) / 100
         return real(*arguments, **options)
 
-    monkeypatch.setattr(logs, "tqdm", hasty)
+    monkeypatch.setattr("kernel.logs.tqdm", hasty)
     return known
 
 

@@ -1,0 +1,1 @@
+"""What Kaggle runs, and nothing else; `build_kernel.py` joins it into one file."""

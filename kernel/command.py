@@ -1,0 +1,58 @@
+"""The boundary of every command: bad input ends it with one line and an exit code."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from kernel.logs import start_log
+
+BAD_INPUT = 2  # the exit code, as argparse's
+INTERRUPTED = 130
+
+Failures = tuple[type[Exception], ...]
+
+
+def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSError)) -> None:
+    """Run `main`, which parses the command line and returns an exit code; exit unless it is 0.
+
+    `failures` are what bad input raises: their message goes to stderr as one line.
+    """
+    _prepare_streams()
+    start_log()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may ignore Ctrl-C in the background
+        signal.signal(number, signal.default_int_handler)
+    try:
+        code = main()
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        code = 1
+    except failures as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = BAD_INPUT
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+        code = INTERRUPTED
+    _flush_output()
+    if code:
+        sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Make output safe: a terminal of ASCII alone, a name that is no UTF-8, a closed stdout."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file would get this number, and a library's prints
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_output() -> None:
+    try:
+        with contextlib.suppress(AttributeError):  # stdout is None where it was closed
+            sys.stdout.flush()
+    except BrokenPipeError:  # at exit Python would flush once more, and end with code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,0 +1,160 @@
+"""Damaged image files: refused, or read with every pixel right, and never a third outcome."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel.images import decode_strip, read_image
+from kernel.jpeg import find_data_ends
+
+KINDS = {
+    "baseline": [],
+    "progressive": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+    "restart markers": [cv2.IMWRITE_JPEG_RST_INTERVAL, 7],
+    "optimized": [cv2.IMWRITE_JPEG_OPTIMIZE, 1],
+}
+EOI = b"\xff\xd9"
+
+
+def grey(seed: int, size: tuple[int, int] = (64, 96), margin: int = 0) -> np.ndarray:
+    """Smooth noise, with `margin` black columns at the right, as beside the steel."""
+    noise = np.random.default_rng(seed).integers(0, 255, size, np.uint8)
+    image = cv2.normalize(
+        cv2.GaussianBlur(noise, (0, 0), 2), np.empty(size), 20, 235, cv2.NORM_MINMAX
+    )
+    image[:, size[1] - margin :] = 0
+    return image.astype(np.uint8)
+
+
+def jpeg(kind: str, colours: int, seed: int = 0, margin: int = 0) -> bytes:
+    image = grey(seed, margin=margin)
+    pixels = cv2.merge([image] * 3) if colours == 3 else image
+    return cv2.imencode(".jpg", pixels, KINDS[kind])[1].tobytes()
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    """The grey pixels of a whole file, as OpenCV gives them."""
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert decoded is not None
+    return decoded
+
+
+def read(data: bytes, folder: Path) -> np.ndarray | str:
+    """The image, or why it was refused."""
+    (folder / "a.jpg").write_bytes(data)
+    strip = decode_strip(folder, "a.jpg")
+    return strip.fault if strip.image is None else strip.image
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [0, 1, 3, 1021, 1023, 2048, 65536])
+def test_bytes_after_the_end_of_a_jpeg_are_no_damage(
+    kind: str, colours: int, padding: int, tmp_path: Path
+) -> None:
+    data = jpeg(kind, colours)
+    np.testing.assert_array_equal(read(data + b"\0" * padding, tmp_path), pixels_of(data))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_black_margin_is_no_damage(kind: str, tmp_path: Path) -> None:
+    """Where data are missing the last block is flat, and so is it beside the steel."""
+    data = jpeg(kind, 3, margin=40)
+    image = read(data, tmp_path)
+    np.testing.assert_array_equal(image, pixels_of(data))
+    assert np.ptp(pixels_of(data)[-8:, -8:]) == 0
+
+
+jpegs = st.builds(
+    jpeg,
+    st.sampled_from(list(KINDS)),
+    st.sampled_from([1, 3]),
+    st.integers(0, 50),
+    st.sampled_from([0, 40]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(jpegs, st.floats(0, 1), st.booleans())
+def test_a_jpeg_that_is_cut_is_refused_or_loses_no_pixel(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, place: float, closed: bool
+) -> None:
+    cut = data[: int(place * (len(data) - 2))]
+    found = read(cut + EOI if closed else cut, tmp_path_factory.getbasetemp())
+    if isinstance(found, str):
+        return
+    assert closed  # without an end marker it is cut
+    np.testing.assert_array_equal(found, pixels_of(data))
+
+
+def test_a_hole_in_a_baseline_jpeg_is_refused(tmp_path: Path) -> None:
+    """Nearly always: where all that follows the hole came out black or white, it is not seen."""
+    rng, seen = np.random.default_rng(0), 0
+    for seed in range(100):
+        data = jpeg("baseline", 1 + 2 * (seed % 2), seed)
+        start, length = int(rng.uniform(0.3, 0.9) * len(data)), int(rng.integers(200, 400))
+        seen += isinstance(read(data[:start] + data[start + length :], tmp_path), str)
+    assert seen >= 97
+
+
+@settings(max_examples=200, deadline=None)
+@given(jpegs, st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20))
+def test_what_pillow_cannot_decode_is_refused_too(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, changes: list[tuple[float, int]]
+) -> None:
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[int(place * (len(data) - 1))] = value
+    found = read(bytes(damaged), tmp_path_factory.getbasetemp())
+    try:
+        PIL.Image.open(io.BytesIO(bytes(damaged))).load()
+    except (OSError, SyntaxError, ValueError):
+        assert isinstance(found, str)
+
+
+def test_a_missing_restart_interval_is_refused(tmp_path: Path) -> None:
+    data = jpeg("restart markers", 1)
+    ends = find_data_ends(data)
+    assert len(ends) > 8
+    fault = read(data[: ends[2]] + data[ends[3] :], tmp_path)
+    assert "damaged or cut" in str(fault)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_png_that_breaks_off_is_refused(share: float, tmp_path: Path) -> None:
+    data = cv2.imencode(".png", grey(1))[1].tobytes()
+    np.testing.assert_array_equal(read(data, tmp_path), grey(1))
+    assert "a.jpg: " in str(read(data[: int(share * len(data))], tmp_path))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
+    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = grey(3)
+    cv2.imwrite(str(tmp_path / "a.png"), image.astype(np.uint16) << (bits - 8))
+    from kernel.images import _log_depth
+
+    _log_depth.cache_clear()
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
+    said = [record.message for record in caplog.records if "read as" in record.message]
+    assert said == ([] if bits == 16 else [said[0]])
+    assert bits == 16 or f"read as {bits} bits" in said[0]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_stored_pixels_are_read_whatever_exif_says(orientation: int, tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(grey(2))
+    exif = picture.getexif()
+    exif[0x112] = orientation
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    stored = np.asarray(PIL.Image.open(tmp_path / "a.jpg"))
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (64, 96)
+    np.testing.assert_array_equal(image, stored)

@@ -1,0 +1,128 @@
+"""The ensemble: its masks are those of a plain double loop over members and flips."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, SMALL, change_manifest, draw_image
+from oracle import (
+    Grey,
+    Probabilities,
+    assert_crosses,
+    assert_masks,
+    halve_masks,
+    load_networks,
+    mean_by_hand,
+    pass_by_hand,
+    threshold_of,
+)
+
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import Image, size_of
+from kernel.logs import Stages
+from kernel.manifest import load_manifest
+from kernel.scheduling import Scheduler, predict_masks
+
+
+@pytest.fixture(scope="module")
+def halved(session_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three tiny members at a threshold that their mean crosses both ways."""
+    folder = tmp_path_factory.mktemp("halved") / "weights"
+    halve_masks(Path(shutil.copytree(session_weights, folder)))
+    change_manifest(folder, image_size=None)  # strips of many sizes, none resized
+    return folder
+
+
+@pytest.fixture
+def bundle(halved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(halved, tmp_path / "weights"))
+
+
+@pytest.fixture(scope="module")
+def ensemble(halved: Path) -> Ensemble:
+    return ensemble_of(halved)
+
+
+def ensemble_of(folder: Path) -> Ensemble:
+    return load_ensemble(folder, load_manifest(folder), CPU, Stages())
+
+
+def masks_of(ensemble: Ensemble, *images: Image) -> np.ndarray:
+    """(B, classes, H, W)."""
+    return predict_masks(Scheduler(ensemble), images)
+
+
+def each_pass(ensemble: Ensemble, image: Grey) -> list[tuple[str, str, Probabilities]]:
+    """Member, flip and probabilities (classes, H, W) of every pass."""
+    found = []
+    with torch.inference_mode():
+        for pass_id, each in enumerate(ensemble.passes):
+            encoded = ensemble.run_encoder(pass_id, ensemble.prepare(image))
+            probabilities = ensemble.run_decoder(pass_id, encoded, size_of(image))[0].numpy()
+            found.append((each.member, each.flip, probabilities))
+    return found
+
+
+@pytest.mark.parametrize("size", [SMALL, (50, 70), (33, 129), (64, 64), (45, 31)], ids=str)
+def test_the_masks_are_those_of_a_double_loop(size: tuple[int, int], bundle: Path) -> None:
+    change_manifest(bundle, flips=["none", "horizontal", "vertical", "both"])
+    image = draw_image(3, size)
+    mean, threshold = mean_by_hand(bundle, image), threshold_of(bundle)
+    assert_crosses(mean, threshold)
+    found = masks_of(ensemble_of(bundle), image)
+    assert found.shape == (1, 4, *size)
+    assert_masks(found[0], mean, threshold)
+
+
+def test_each_pass_is_that_of_the_double_loop_in_the_manifests_order(
+    ensemble: Ensemble, halved: Path
+) -> None:
+    image = draw_image(4)
+    found = each_pass(ensemble, image)
+    flips = ("none", "horizontal", "vertical")
+    expected = [(entry, net, flip) for entry, net in load_networks(halved) for flip in flips]
+    assert len(found) == len(expected) == 9
+    for (member, name, probabilities), (entry, network, flip) in zip(found, expected, strict=True):
+        assert (member, name) == (entry["name"], flip)
+        by_hand = pass_by_hand(entry, network, image / 255, flip)
+        np.testing.assert_allclose(probabilities, by_hand, atol=1e-5)
+
+
+def test_a_gate_never_raises_a_probability(ensemble: Ensemble) -> None:
+    """The three members are one with a gate, one more, and one without: both kinds are mixed."""
+    members = [ensemble.members[name] for name in ("unet-a", "fpn-b", "unet-c")]
+    assert [m.spec.gated for m in members] == [True, True, False]
+    assert [m.encoder.mean.shape[1] for m in members] == [1, 1, 3]
+    grey = torch.from_numpy(draw_image(5))[None, None] / 255
+    for gated in members[:2]:
+        with torch.inference_mode():
+            normalised = (grey - gated.encoder.mean) / gated.encoder.std
+            logits, presence = gated.encoder.network(normalised)
+            found = gated(grey)
+        assert (found <= presence.sigmoid()[:, :, None, None] + 1e-6).all()
+        assert (found <= logits.sigmoid() + 1e-6).all()
+
+
+def test_images_that_come_together_get_what_they_get_alone(
+    ensemble: Ensemble, halved: Path
+) -> None:
+    images = [draw_image(seed, (40, 72)) for seed in range(3)]
+    for image, found in zip(images, masks_of(ensemble, *images), strict=True):
+        mean, threshold = mean_by_hand(halved, image), threshold_of(halved)
+        assert_masks(found, mean, threshold)
+        assert_masks(masks_of(ensemble, image)[0], mean, threshold)
+
+
+def test_small_masks_are_emptied_class_by_class(ensemble: Ensemble, bundle: Path) -> None:
+    image = draw_image(6)
+    whole = masks_of(ensemble, image)[0]
+    areas = sorted(whole.sum(axis=(-2, -1)).tolist())
+    assert areas[0] < areas[2]
+    for least in (areas[2], areas[2] + 1):  # a mask of exactly min_area stays
+        change_manifest(bundle, min_area=least)
+        found = masks_of(ensemble_of(bundle), image)[0]
+        for mask, before in zip(found, whole, strict=True):
+            expected = before if before.sum() >= least else np.zeros_like(before)
+            np.testing.assert_array_equal(mask, expected)

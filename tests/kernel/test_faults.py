@@ -1,0 +1,421 @@
+"""What goes wrong under way, and what becomes of the submission: tests/README.md has the table."""
+
+import itertools
+import json
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers import (
+    CPU,
+    LABELS,
+    change_manifest,
+    change_member,
+    draw_image,
+    edit_manifest,
+    encode_image,
+    error_of,
+    exit_code,
+    predict,
+    read_submission,
+    save_image,
+    save_strips,
+    write_sample,
+)
+
+from kernel import inference
+from kernel.deadline import Deadline
+from kernel.engines import device_usable, pick_device
+from kernel.ensemble import Ensemble
+from kernel.images import Image
+from kernel.rows import Submission
+from kernel.tta import Pass
+
+NAMES = [f"{seed}.jpg" for seed in range(6)]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six readable strips."""
+    save_strips(tmp_path / "images", NAMES)
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Path:
+    """The three tiny members under three flips, which no test here changes."""
+    return tiny_bundle / "dataset"
+
+
+@pytest.fixture(scope="module")
+def whole(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The submission of the six strips when nothing goes wrong; each has a mask."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_strips(folder / "images", NAMES)
+    predict(bundle, folder / "images", folder / "submission.csv")
+    rles = read_submission(folder / "submission.csv")
+    assert all(any(rles[name, label] for label in LABELS) for name in NAMES)
+    return folder / "submission.csv"
+
+
+# --- hostile and broken strips --------------------------------------------------------------------
+
+
+def break_off(path: Path) -> None:
+    data = encode_image(".jpg", draw_image(9, (256, 1600)))
+    path.write_bytes(data[: len(data) // 2])
+
+
+def save_blank(size: tuple[int, int]) -> Callable[[Path], None]:
+    """Large images that take few bytes: 20,000 × 20,000 are 50 kB, and 400 MB when decoded."""
+    return lambda path: PIL.Image.new("1", size[::-1]).save(path, "PNG")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "zero bytes": (lambda path: path.write_bytes(b""), "0 bytes that are no image"),
+    "text": (lambda path: path.write_text("not an image"), "12 bytes that are no image"),
+    "a truncated JPEG": (break_off, "that OpenCV does not decode|a JPEG whose data end"),
+    "20 000 × 20 000": (save_blank((20_000, 20_000)), "400000000 pixels"),
+    "10 000 × 8 000": (save_blank((8_000, 10_000)), "10000×8000 pixels"),
+    "one pixel": (  # FPN's group norm takes no single value
+        lambda path: save_image(path, draw_image(9)[:1, :1]),
+        "the networks failed",
+    ),
+    "a folder": (lambda path: path.mkdir(), "Is a directory"),
+    "a missing file": (lambda path: None, "No such file"),
+    "a dangling link": (lambda path: path.symlink_to("nowhere"), "No such file"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
+}
+
+
+def test_broken_strips_cost_their_own_rows_and_are_named(
+    bundle: Path, images: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reasons = {f"{case}_b d.jpg": reason for case, (_, reason) in BROKEN.items()}
+    for case, (make, _) in BROKEN.items():
+        make(images / f"{case}_b d.jpg")
+    output, report = images.parent / "submission.csv", images.parent / "report.json"
+    names = sorted([*NAMES, *reasons])
+    sample = write_sample(images.parent / "sample.csv", names, "two-column")
+    words = ["--bundle", bundle, "--images", images, "--sample", sample]
+    assert exit_code(inference.main, *words, "--output", output, "--report", report) == 0
+    empty = {(name, label): "" for name in reasons for label in LABELS}
+    assert read_submission(output) == read_submission(whole) | empty
+    faults = json.loads(report.read_text())["faults"]
+    assert faults.keys() == reasons.keys()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    for name, reason in reasons.items():
+        assert re.search(reason, faults[name])
+        [line] = [line for line in warnings if name in line]
+        assert line == f"{name} stays empty: {faults[name]}"
+
+
+def test_strips_that_are_all_broken_still_give_a_valid_submission(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    output = tmp_path / "submission.csv"
+    words = ("--bundle", bundle, "--images", tmp_path, "--output", output)
+    assert exit_code(inference.main, *words) == 0
+    assert "none of 2 strips could be predicted" in caplog.text
+    expected = {(name, label): "" for name in ("1.jpg", "2.jpg") for label in LABELS}
+    assert read_submission(output) == expected
+    assert exit_code(inference.main, *words, "--strict") == 1
+
+
+ODD: dict[str, Callable[[Path, Image], object]] = {
+    "PNG named .jpg": save_image,
+    "BMP named .jpg": lambda path, image: path.write_bytes(encode_image(".bmp", image)),
+    "16 bit": lambda path, image: save_image(path, image.astype(np.uint16) * 257),
+    "RGBA": lambda path, image: save_image(path, cv2.cvtColor(image, cv2.COLOR_GRAY2BGRA)),
+    "CMYK": lambda path, image: PIL.Image.fromarray(image).convert("CMYK").save(path, "JPEG"),
+    "a link to an image": lambda path, _: path.symlink_to("0.jpg"),
+}
+
+
+def test_odd_strips_are_predicted_like_any(bundle: Path, images: Path) -> None:
+    endings = ["odd.jpg", "ODD.JPG", "ö d_d 鋼.jpg"]
+    names = [f"{case} {ending}" for case in ODD for ending in endings]
+    for case, ending in itertools.product(ODD, endings):
+        ODD[case](images / f"{case} {ending}", draw_image(9))
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert not record["faults"]
+    assert record["work"].keys() == {*NAMES, *names}
+    rows = read_submission(images.parent / "submission.csv")
+    assert len(rows) == 4 * (len(NAMES) + len(names))
+    assert all(any(rows[name, label] for label in LABELS) for name in names)
+
+
+def test_rows_named_twice_and_strips_in_no_row_are_told(
+    session_light: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample, output = images.parent / "sample.csv", images.parent / "submission.csv"
+    sample.write_text("ImageId,EncodedPixels,ClassId\n2.jpg,1 9,0\n2.jpg,1 9,0\n1.jpg,1 9,0\n")
+    caplog.set_level(logging.INFO)
+    predict(session_light, images, output, sample=sample)
+    expected = [(name, label) for name in ("2.jpg", "1.jpg") for label in LABELS]
+    assert list(read_submission(output)) == expected
+    assert any("names 1 rows twice" in line for line in caplog.messages)
+    assert any("4 images are in no row, '0.jpg'" in line for line in caplog.messages)
+
+
+# --- hostile and broken bundles -------------------------------------------------------------------
+
+
+def flip_bit(folder: Path) -> None:
+    path = folder / "unet-a.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+def lie_about_sizes(folder: Path) -> None:
+    """The header says that the first tensor ends beyond the file; no hash tells."""
+    path = folder / "unet-a.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    tensor = next(value for key, value in header.items() if key != "__metadata__")
+    tensor["data_offsets"][1] += 10_000_000
+    lie = json.dumps(header).encode()
+    path.write_bytes(len(lie).to_bytes(8, "little") + lie + data[8 + length :])
+    change_member(folder, sha256="")
+
+
+def name_twice(folder: Path) -> None:
+    edit_manifest(folder, lambda entries: entries["members"].append(entries["members"][0]))
+
+
+BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped bit": (flip_bit, "sha256"),
+    "a header that lies": (lie_about_sizes, "no safetensors file"),
+    "a member outside": (lambda f: change_member(f, file="../x.safetensors"), "not beside"),
+    "an absolute path": (lambda f: change_member(f, file="/etc/passwd"), "not beside"),
+    "a member twice": (name_twice, "two members named"),
+    "other classes": (lambda f: change_manifest(f, classes=3), "the competition has 4"),
+    "a threshold of 1": (lambda f: change_manifest(f, threshold=1.0), "threshold 1.0"),
+    "a threshold of 0": (lambda f: change_manifest(f, threshold=0), "threshold 0"),
+    "an unknown format": (lambda f: change_manifest(f, format=7), "format 7"),
+    "an unknown flip": (lambda f: change_manifest(f, flips=["none", "diagonal"]), "diagonal"),
+    "no members": (lambda f: change_manifest(f, members=[]), "no members"),
+}
+
+
+@pytest.mark.parametrize("case", BUNDLES)
+def test_the_kernel_refuses_a_bundle_with(
+    case: str, dataset: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, reason = BUNDLES[case]
+    spoil(dataset)
+    output = images.parent / "out.csv"
+    words = ("--bundle", dataset, "--images", images, "--output", output)
+    assert exit_code(inference.main, *words) == 2
+    error = error_of(capsys.readouterr().err)
+    assert reason in error
+    assert str(dataset) in error
+
+
+@pytest.mark.parametrize("case", ["a flipped bit", "a header that lies"])
+def test_a_bad_member_is_left_out_only_where_that_is_allowed(
+    case: str, dataset: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    BUNDLES[case][0](dataset)
+    output = images.parent / "out.csv"
+    record = predict(dataset, images, output, allow_missing_members=True)
+    assert {each["member"] for each in record["passes"]} == {"fpn-b", "unet-c"}
+    assert [work["passes"] for work in record["work"].values()] == [list(range(6))] * len(NAMES)
+    assert any("going on without member unet-a" in line for line in caplog.messages)
+
+
+def test_not_one_usable_member_is_an_error_even_where_members_may_miss(
+    dataset: Path, images: Path
+) -> None:
+    for path in dataset.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no member can be used"):
+        predict(dataset, images, images.parent / "out.csv", allow_missing_members=True)
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+def test_a_read_only_output_is_an_error_before_the_first_strip(
+    bundle: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The system's own read-only tree: permissions do not stop root."""
+    monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
+    words = ("--bundle", bundle, "--images", images, "--output", "/proc/submission.csv")
+    assert exit_code(inference.main, *words) == 2
+    assert "/proc" in error_of(capsys.readouterr().err)
+
+
+def test_a_full_disk_is_an_error_before_the_first_strip(
+    bundle: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Usage:
+        free = 1_000_000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
+    output = images.parent / "out.csv"
+    words = ("--bundle", bundle, "--images", images, "--output", output)
+    assert exit_code(inference.main, *words) == 2
+    assert "1 MB free" in error_of(capsys.readouterr().err)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    bundle: Path,
+    images: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_text, calls = Path.write_text, [0]
+
+    def full(path: Path, *arguments: Any, **named: Any) -> Any:
+        calls[0] += path.name.endswith(".part")
+        if calls[0] == 2:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Submission, "MAX_SAVING_SHARE", 1e9)  # a save after every strip
+    predict(bundle, images, images.parent / "submission.csv")
+    assert any("No space left" in line for line in caplog.messages)
+    assert (images.parent / "submission.csv").read_bytes() == whole.read_bytes()
+
+
+def test_every_strip_that_is_done_is_on_disk_when_the_next_one_starts(
+    bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Submission, "MAX_SAVING_SHARE", 1e9)  # a save costs less than that here
+    output, seen = images.parent / "submission.csv", list[int]()
+    strip_done = Deadline.strip_done
+
+    def spied(deadline: Deadline, passes: Sequence[Pass]) -> None:
+        seen.append(sum(1 for rle in read_submission(output).values() if rle))
+        strip_done(deadline, passes)
+
+    monkeypatch.setattr(Deadline, "strip_done", spied)
+    predict(bundle, images, output)
+    assert seen[0] == 0
+    assert len(seen) == len(NAMES)
+    assert all(before < after for before, after in itertools.pairwise(seen))
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_fails_its_first_operation_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fails)
+    assert pick_device() == CPU
+    assert "no kernel image is available" in caplog.text
+
+
+def test_a_gpu_lost_half_way_leaves_its_strips_to_the_cpu(
+    bundle: Path,
+    images: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No GPU here: the device that breaks down is a CPU that a switch makes fail."""
+    broken, calls = [False], [0]
+    run_decoder = Ensemble.run_decoder
+
+    def dies(ensemble: Ensemble, pass_id: int, encoded: Any, size: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 30 and not broken[0]:
+            broken[0] = True
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return run_decoder(ensemble, pass_id, encoded, size)
+
+    def fails_once(device: torch.device) -> bool:
+        return device_usable(device) and not (broken[0] and calls[0] == 30)
+
+    monkeypatch.setattr(Ensemble, "run_decoder", dies)
+    monkeypatch.setattr("kernel.scheduling.device_usable", fails_once)
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert not record["faults"]
+    assert len(record["work"]) == 6
+    [line] = [line for line in caplog.messages if "run on the CPU" in line]
+    assert "launch failure" in line
+    assert re.search(r"its last [1-5] images", line)  # what was done is not done again
+    assert (images.parent / "submission.csv").read_bytes() == whole.read_bytes()
+
+
+def test_out_of_memory_halves_the_batch_and_costs_no_strip(
+    bundle: Path,
+    images: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_encoder, refused = Ensemble.run_encoder, list[int]()
+
+    def small(ensemble: Ensemble, pass_id: int, batch: torch.Tensor) -> Any:
+        if len(batch) > 2:
+            refused.append(len(batch))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return run_encoder(ensemble, pass_id, batch)
+
+    monkeypatch.setattr(Ensemble, "run_encoder", small)
+    record = predict(bundle, images, images.parent / "submission.csv", batch_size=8)
+    assert refused == [8, 4]
+    assert not record["faults"]
+    assert (images.parent / "submission.csv").read_bytes() == whole.read_bytes()
+
+
+# --- interruption ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_an_interrupted_run_ends_with_a_line_and_what_it_has_done(
+    number: signal.Signals, workers: int, session_light: Path, tmp_path: Path
+) -> None:
+    images, names = tmp_path / "images", [f"{index}.jpg" for index in range(1000)]
+    save_strips(images, names[:1])
+    for name in names[1:]:
+        (images / name).symlink_to(names[0])
+    output, printed = tmp_path / "out.csv", tmp_path / "log.txt"
+    words = ["--bundle", session_light, "--images", images, "--output", output]
+    script = session_light / "inference.py"
+    command = [sys.executable, *map(str, (script, *words, "--workers", workers))]
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        give_up = time.monotonic() + 120
+        while not (output.is_file() and b" " in output.read_bytes()):
+            assert time.monotonic() < give_up, printed.read_text()
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130, printed.read_text()
+    last = printed.read_text().splitlines()[-1]
+    assert last.startswith("interrupted") and "out.csv is whole" in last
+    assert "Traceback" not in printed.read_text()
+    rows = read_submission(output)
+    assert len(rows) == 4 * len(names)
+    assert 0 < sum(1 for rle in rows.values() if rle) < len(rows)

@@ -1,0 +1,121 @@
+"""Images: any file of a strip becomes the same grey pixels, or is refused by its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers import SMALL, draw_image, encode_image, save_image
+
+from kernel.images import decode_strip, pad_to_multiple, read_image
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_a_grey_png_is_read_as_it_is(tmp_path: Path) -> None:
+    image = draw_image(0)
+    save_image(tmp_path / "grey.png", image)
+    found = read_image(tmp_path / "grey.png")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, image)
+
+
+def test_a_three_channel_jpeg_is_read_as_grey(tmp_path: Path) -> None:
+    path = tmp_path / "strip.jpg"
+    cv2.imwrite(str(path), cv2.merge([draw_image(0)] * 3))
+    found = read_image(path)
+    assert found.shape == SMALL
+    assert found.dtype == np.uint8
+    with PIL.Image.open(path) as opened:
+        assert opened.mode == "RGB"
+        assert np.abs(found - np.asarray(opened.convert("L"), int)).max() <= 1
+
+
+def test_a_coloured_png_becomes_its_luminance(tmp_path: Path) -> None:
+    colours = np.zeros((2, 3, 3), np.uint8)
+    colours[:, 0, 2], colours[:, 1, 1], colours[:, 2, 0] = 200, 200, 200  # BGR: red, green, blue
+    save_image(tmp_path / "colours.png", colours)
+    found = read_image(tmp_path / "colours.png")
+    assert np.abs(found - np.array([60.0, 117.0, 23.0])).max() <= 1  # 0.299, 0.587, 0.114 of 200
+
+
+SMOOTH = cv2.GaussianBlur(draw_image(9), (0, 0), 4)
+ODD: dict[str, tuple[Callable[[Path], object], int]] = {  # and by how much a grey may differ
+    "PNG named .jpg": (lambda path: save_image(path, SMOOTH), 0),
+    "BMP named .jpg": (lambda path: path.write_bytes(encode_image(".bmp", SMOOTH)), 0),
+    "16 bit": (lambda path: save_image(path, SMOOTH.astype(np.uint16) * 257), 1),
+    "RGBA": (lambda path: save_image(path, cv2.cvtColor(SMOOTH, cv2.COLOR_GRAY2BGRA)), 1),
+    "CMYK": (lambda path: PIL.Image.fromarray(SMOOTH).convert("CMYK").save(path, "JPEG"), 6),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_file_has_the_greys_of_the_plain_one(case: str, tmp_path: Path) -> None:
+    write, tolerance = ODD[case]
+    write(tmp_path / "odd.jpg")
+    found = read_image(tmp_path / "odd.jpg")
+    assert found.dtype == np.uint8
+    assert SMOOTH.std() > 20
+    assert np.abs(found.astype(int) - SMOOTH).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["a strip.png", "Stahl-Bänder_№1.png", "鋼.png"])
+def test_a_name_with_spaces_and_foreign_letters_is_read(name: str, tmp_path: Path) -> None:
+    save_image(tmp_path / name, draw_image(0))
+    np.testing.assert_array_equal(read_image(tmp_path / name), draw_image(0))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"", b"no image at all, only text", b"\xff\xd8\xff\xe0"])
+def test_bytes_that_are_no_image_are_refused_by_name(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"bad\.jpg: {len(data)} bytes that are no image"):
+        read_image(path)
+
+
+def test_a_missing_image_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "gone.jpg")
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        read_image(tmp_path)
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 × 20,000 in 50 kB: decoded it would be 400 MB."""
+    PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="400000000 pixels"):
+        read_image(tmp_path / "huge.png")
+
+
+def test_a_strip_that_cannot_be_read_carries_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    strip = decode_strip(tmp_path, "bad.jpg")
+    assert (strip.name, strip.image) == ("bad.jpg", None)
+    assert "0 bytes that are no image" in strip.fault
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def test_an_image_that_fits_is_not_padded() -> None:
+    images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pad_to_multiple(images, 32), images)
+
+
+def test_padding_repeats_the_last_row_and_column() -> None:
+    image = draw_image(8, (6, 10))
+    padded = pad_to_multiple(torch.from_numpy(image)[None, None].float(), 8)
+    expected = np.pad(image, ((0, 2), (0, 6)), mode="edge")
+    np.testing.assert_array_equal(padded[0, 0].numpy(), expected)

@@ -1,0 +1,87 @@
+"""Members: the bytes that were packed become the network that was trained, or are refused."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, read_manifest
+from safetensors.torch import load_file, save_file
+
+from kernel.manifest import MemberSpec
+from kernel.members import load_member
+
+Weights = dict[str, torch.Tensor]
+
+
+def spec_of(folder: Path, **changes: Any) -> MemberSpec:
+    return MemberSpec(**read_manifest(folder)["members"][0] | changes)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_member_whose_bytes_are_those_packed_is_loaded(session_light: Path) -> None:
+    path = session_light / "fpn.safetensors"
+    found = load_member(session_light, spec_of(session_light, sha256=sha256(path)), CPU)
+    weights, expected = found.encoder.network.state_dict(), load_file(path)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert not any(module.training for module in found.encoder.network.modules())
+
+
+def test_a_missing_member_is_named(light_bundle: Path) -> None:
+    (light_bundle / "fpn.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"fpn\.safetensors: no such file; the bundle is not whol"):
+        load_member(light_bundle, spec_of(light_bundle), CPU)
+
+
+def test_one_changed_byte_is_noticed(light_bundle: Path) -> None:
+    path = light_bundle / "fpn.safetensors"
+    packed, data = sha256(path), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"sha256 {sha256(path)[:12]}…, .*{packed[:12]}…"):
+        load_member(light_bundle, spec_of(light_bundle, sha256=packed), CPU)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 2000, -1])
+def test_a_truncated_member_is_no_safetensors_file(kept: int, light_bundle: Path) -> None:
+    path = light_bundle / "fpn.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"fpn\.safetensors: no safetensors file"):
+        load_member(light_bundle, spec_of(light_bundle), CPU)
+
+
+def without(weights: Weights, key: str) -> Weights:
+    return {name: value for name, value in weights.items() if name != key}
+
+
+BIAS = "segmentation_head.0.bias"
+MISFITS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "missing": (lambda w: without(w, BIAS), f"Missing key.*{BIAS}"),
+    "unexpected": (lambda w: w | {"head.bias": w[BIAS].clone()}, r"Unexpected key.*head\.bias"),
+    "of another shape": (lambda w: w | {BIAS: torch.zeros(7)}, f"size mismatch for {BIAS}"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_the_first_key_is_named_that_is(case: str, light_bundle: Path) -> None:
+    change, message = MISFITS[case]
+    path = light_bundle / "fpn.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(ValueError, match=rf"fpn\.safetensors: not of the declared.*{message}"):
+        load_member(light_bundle, spec_of(light_bundle), CPU)
+
+
+def test_half_precision_weights_run_in_full_precision(light_bundle: Path) -> None:
+    path = light_bundle / "fpn.safetensors"
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    save_file(halves, path)
+    network = load_member(light_bundle, spec_of(light_bundle), CPU).encoder.network
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    weights = network.state_dict()
+    assert all(torch.equal(weights[key], value.to(weights[key])) for key, value in halves.items())

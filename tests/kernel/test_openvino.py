@@ -1,0 +1,218 @@
+"""OpenVINO: packed halves give what plain PyTorch gives, and where they fail PyTorch runs."""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, draw_image, predict, save_strips
+from torch import Tensor
+
+from kernel.engines import (
+    MAX_CACHED_SHAPES,
+    OpenVino,
+    check_engine,
+    compile_member,
+    openvino_files,
+)
+from kernel.manifest import MemberSpec, load_manifest
+from kernel.members import Encoder, Member, load_member
+from packing import bundle
+from packing.members import pack_openvino
+
+pytestmark = pytest.mark.xdist_group("openvino")  # in one process: they are packed once
+
+
+@pytest.fixture(scope="module")
+def packed(session_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny members packed with OpenVINO's halves, without its wheel of 59 MB."""
+    pytest.importorskip("openvino")
+    folder = tmp_path_factory.mktemp("openvino")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "OPENVINO_WHEEL", {})
+        bundle.build(session_weights, folder / "dist", "somebody", openvino=True)
+    return folder / "dist" / "dataset"
+
+
+@pytest.fixture
+def openvino_dataset(packed: Path, tmp_path: Path) -> Path:
+    """A copy of the packed dataset, to be broken."""
+    return Path(shutil.copytree(packed, tmp_path / "openvino"))
+
+
+def specs_of(dataset: Path) -> list[MemberSpec]:
+    return load_manifest(dataset).members
+
+
+def greys(seed: int, batch: int, height: int, width: int) -> Tensor:
+    return torch.rand(batch, 1, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def engine_of(dataset: Path, spec: MemberSpec) -> Member:
+    return compile_member(load_member(dataset, spec, CPU), dataset, CPU)
+
+
+def answers(member: Member, images: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode():
+        gates, *features = member.encoder(images)
+        return gates, member.decoder(gates, *features)
+
+
+# --- the answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 64, 96), (1, 256, 320), (3, 32, 64)], ids=str)
+def test_openvino_gives_what_plain_pytorch_gives(
+    shape: tuple[int, int, int], openvino_dataset: Path
+) -> None:
+    for spec in specs_of(openvino_dataset):
+        plain = load_member(openvino_dataset, spec, CPU)
+        engine = compile_member(plain, openvino_dataset, CPU)
+        assert isinstance(engine.encoder, OpenVino)
+        assert engine.stride == plain.stride
+        images = greys(2, *shape)
+        found, expected = answers(engine, images), answers(plain, images)
+        assert expected[1].std() > 0.01
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_only_the_features_that_a_decoder_reads_leave_the_encoder(openvino_dataset: Path) -> None:
+    counts = {
+        spec.model["arch"]: len(engine_of(openvino_dataset, spec).encoder(greys(3, 1, 64, 96)))
+        for spec in specs_of(openvino_dataset)
+    }
+    assert counts == {"Unet": 1 + 6, "FPN": 1 + 4}  # gates, and the levels from the image down
+
+
+def test_what_an_engine_gave_stays_when_it_runs_again(openvino_dataset: Path) -> None:
+    engine = engine_of(openvino_dataset, specs_of(openvino_dataset)[0])
+    first = engine.encoder(greys(4, 1, 64, 96))
+    copies = [tensor.clone() for tensor in first]
+    engine.encoder(greys(5, 1, 64, 96))
+    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+def test_engines_that_meet_many_sizes_keep_few_of_them_ready(openvino_dataset: Path) -> None:
+    spec = specs_of(openvino_dataset)[0]
+    plain, engine = load_member(openvino_dataset, spec, CPU), engine_of(openvino_dataset, spec)
+    sizes = [(32 * side, 64) for side in range(1, MAX_CACHED_SHAPES + 2)]
+    for size in [*sizes, sizes[0]]:  # the first once more, when it was put away
+        images = greys(7, 1, *size)
+        for mine, theirs in zip(answers(engine, images), answers(plain, images), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert [len(half.requests) for half in (engine.encoder, engine.decoder)] == [
+        MAX_CACHED_SHAPES,
+        MAX_CACHED_SHAPES,
+    ]
+
+
+def resident_mb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def test_an_engine_that_releases_its_memory_gives_the_same_bits_again(
+    openvino_dataset: Path,
+) -> None:
+    engine, images = (
+        engine_of(openvino_dataset, specs_of(openvino_dataset)[0]),
+        greys(9, 1, 1024, 2048),
+    )
+    before = answers(engine, images)
+    working = resident_mb()
+    engine.release_memory()
+    assert working - resident_mb() > images.nbytes / 2**20
+    after = answers(engine, images)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_an_openvino_that_cannot_release_its_memory_is_not_used(openvino_dataset: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("infer requests are busy")
+
+    spec = specs_of(openvino_dataset)[0]
+    plain, engine = load_member(openvino_dataset, spec, CPU), engine_of(openvino_dataset, spec)
+    stuck = replace(engine, release_memory=fails)
+    assert check_engine(stuck, plain, draw_image(6), CPU) is plain
+
+
+def test_after_the_check_nothing_stays_compiled_for_its_part_of_a_strip(
+    openvino_dataset: Path,
+) -> None:
+    spec = specs_of(openvino_dataset)[0]
+    plain, engine = load_member(openvino_dataset, spec, CPU), engine_of(openvino_dataset, spec)
+    assert check_engine(engine, plain, draw_image(6), CPU) is engine
+    assert not engine.encoder.requests
+    assert not engine.decoder.requests
+
+
+@torch.inference_mode()
+def test_openvino_takes_tensors_that_lie_turned_in_memory(openvino_dataset: Path) -> None:
+    engine = engine_of(openvino_dataset, specs_of(openvino_dataset)[0])
+    images = greys(8, 1, 96, 64).transpose(-1, -2)
+    assert not images.is_contiguous()
+    assert torch.equal(engine(images), engine(images.contiguous()))
+
+
+def test_a_member_that_is_packed_again_is_the_same_bytes(packed: Path, tmp_path: Path) -> None:
+    """OpenVINO's own names count what the process has made before."""
+    fpn = next(spec for spec in specs_of(packed) if spec.name == "fpn-b")
+    pack_openvino(load_member(packed, fpn, CPU), tmp_path)
+    again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(name.split(".")[-1] for name in again) == ["bin", "bin", "xml", "xml"]
+    assert again == {name: (packed / name).read_bytes() for name in again}
+
+
+# --- where it fails -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["torn", "not installed"])
+def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
+    how: str,
+    openvino_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spec = specs_of(openvino_dataset)[0]
+    if how == "torn":
+        (openvino_dataset / openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
+    else:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    engine = engine_of(openvino_dataset, spec)
+    assert isinstance(engine.encoder, Encoder)
+    assert "unet-a runs on PyTorch, not on OpenVINO" in caplog.text
+
+
+def test_openvino_that_is_not_installed_stops_the_build_with_the_remedy(
+    session_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"--openvino: not installed here; pip install"):
+        bundle.build(session_weights, tmp_path / "dist", "somebody", openvino=True)
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_run_with_a_wrong_engine_writes_the_masks_of_plain_pytorch(
+    openvino_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another member's halves lie where this one's should be."""
+    images = tmp_path / "images"
+    save_strips(images, ["0.png", "1.png"])
+    (images / "0 broken.png").write_bytes(b"")  # the first in order is not the one to check on
+
+    def submission(name: str) -> bytes:
+        predict(openvino_dataset, images, tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    expected = submission("right.csv")
+    assert "plain PyTorch" not in caplog.text
+    files = {spec.name: openvino_files(spec.file) for spec in specs_of(openvino_dataset)}
+    for own, other in zip(files["unet-c"], files["unet-a"], strict=True):
+        for suffix in (".xml", ".bin"):
+            path = openvino_dataset / own
+            shutil.copy((openvino_dataset / other).with_suffix(suffix), path.with_suffix(suffix))
+    assert submission("wrong.csv") == expected
+    assert "unet-c runs on plain PyTorch" in caplog.text

@@ -1,0 +1,530 @@
+"""Scheduling: batches and regrouping change no mask, and a strip that fails costs only itself."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from helpers import CPU, SMALL, draw_image, random_network, tiny_entry, tiny_model, write_manifest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernel.deadline import Deadline
+from kernel.early_exit import Tally
+from kernel.engines import DeviceLost
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import Image, Size, Strip
+from kernel.logs import Stages
+from kernel.manifest import Manifest, load_manifest
+from kernel.scheduling import Scheduler, StripState, pad_batch, predict_masks
+from kernel.tta import Half, list_passes
+
+Masks = npt.NDArray[np.bool_]  # (classes, H, W)
+
+# --- a source of drawn passes, without a network --------------------------------------------------
+
+CLASSES, N_PASSES, SIZE = 2, 6, (4, 5)
+N_STRIPS = 9
+
+
+class DrawnPasses:
+    """Passes of drawn probabilities; an image's first pixel is its number.
+
+    A number in `refused` makes every batch with it fail; NaN comes where `gates` or
+    `probabilities` hold it.
+    """
+
+    def __init__(
+        self, threshold: float = 0.3, flops: Sequence[tuple[int, int]] = ((3, 2),)
+    ) -> None:
+        self.manifest = Manifest([], CLASSES, threshold)
+        members = [(f"m{i}", flops[i % len(flops)]) for i in range(N_PASSES // 2)]
+        self.passes = list_passes(members, ["none", "vertical"])
+        self.device, self.stages = CPU, Stages()
+        rng = np.random.default_rng(4)
+        open_gates = rng.random((N_PASSES, N_STRIPS, 1)) < rng.random(N_STRIPS)[:, None]
+        gates = np.where(open_gates, 1.0, 0.1 * rng.random((N_PASSES, N_STRIPS, CLASSES)))
+        self.gates = torch.from_numpy(gates).float()  # (passes, strips, classes)
+        drawn = torch.from_numpy(rng.random((N_PASSES, N_STRIPS, CLASSES, *SIZE))).float()
+        self.probabilities = drawn * self.gates[..., None, None]
+        self.refused = set[int]()
+        self.encoded = list[tuple[int, list[int]]]()  # (pass, numbers) of every batch
+        self.decoded = list[tuple[int, list[int]]]()
+
+    def prepare(self, image: Image) -> Tensor:
+        return torch.from_numpy(image).float()[None, None]
+
+    def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        numbers = images[:, 0, 0, 0].long()
+        self.encoded.append((pass_id, numbers.tolist()))
+        if self.refused.intersection(numbers.tolist()):
+            raise RuntimeError("no such strip, said the network")
+        return self.gates[pass_id, numbers], numbers[:, None]
+
+    def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
+        assert size == SIZE
+        numbers = encoded[1][:, 0]
+        self.decoded.append((pass_id, numbers.tolist()))
+        return self.probabilities[pass_id, numbers]
+
+    def mean(self, number: int, pass_ids: Sequence[int] = range(N_PASSES)) -> Tensor:
+        """By hand: over those passes that give numbers."""
+        total, count = torch.zeros(CLASSES, *SIZE), 0
+        for i in pass_ids:
+            if (
+                self.gates[i, number].isfinite().all()
+                and self.probabilities[i, number].isfinite().all()
+            ):
+                total, count = total + self.probabilities[i, number], count + 1
+        return total / count
+
+    def masks(self, number: int, pass_ids: Sequence[int] = range(N_PASSES)) -> Masks:
+        masks: Masks = (self.mean(number, pass_ids) > self.manifest.threshold).numpy()
+        return masks
+
+
+def numbered(count: int = N_STRIPS) -> list[Strip]:
+    return [Strip(str(number), np.full(SIZE, number, np.uint8)) for number in range(count)]
+
+
+def run(scheduler: Scheduler, strips: Sequence[Strip]) -> dict[str, StripState]:
+    """Every strip's state when it is done, in completion order."""
+    return {state.strip.name: state for state in scheduler.predict_strips(strips, len(strips))}
+
+
+@pytest.fixture
+def source() -> DrawnPasses:
+    source = DrawnPasses()
+    masks = np.stack([source.masks(number) for number in range(N_STRIPS)])
+    assert 0.1 < masks.mean() < 0.9
+    assert not masks.any(axis=(1, 2, 3)).all()  # some strips are clean
+    return source
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+def test_masks_are_those_of_every_pass_whatever_the_batch(
+    batch_size: int, early_exit: bool, source: DrawnPasses
+) -> None:
+    states = run(Scheduler(source, batch_size, early_exit), numbered())
+    assert len(states) == N_STRIPS
+    for name, state in states.items():
+        assert not state.fault
+        np.testing.assert_array_equal(state.masks, source.masks(int(name)))
+    sizes = {len(numbers) for _, numbers in source.encoded + source.decoded}
+    assert sizes == {batch_size}  # a partial batch is filled up
+    runs = sum(len(state.ran[half]) for state in states.values() for half in Half)
+    assert (runs == 2 * N_PASSES * N_STRIPS) != early_exit
+
+
+def test_a_batch_is_filled_up_with_its_last_tensor() -> None:
+    tensors = [torch.full((1, 2), float(value)) for value in (3, 4)]
+    assert pad_batch(tensors, 4).tolist() == [[3, 3], [4, 4], [4, 4], [4, 4]]
+    assert pad_batch(tensors[:1], 1) is tensors[0]
+
+
+def test_strips_are_read_only_as_far_ahead_as_batches_need(source: DrawnPasses) -> None:
+    read, done = list[str](), 0
+
+    def reading() -> Iterator[Strip]:
+        for strip in numbered():
+            read.append(strip.name)
+            yield strip
+
+    for batch_size, ahead in ((1, 1), (2, 8)):
+        read.clear()
+        for done, _ in enumerate(Scheduler(source, batch_size).predict_strips(reading(), N_STRIPS)):
+            assert len(read) <= done + ahead
+        assert done == N_STRIPS - 1
+
+
+def test_a_strip_that_is_done_is_yielded_before_those_that_need_more(source: DrawnPasses) -> None:
+    states = run(Scheduler(source, 2), numbered())
+    runs = [sum(map(len, state.ran.values())) for state in states.values()]
+    assert list(states) != [strip.name for strip in numbered()]
+    assert runs[0] < max(runs)
+
+
+def test_the_first_passes_of_a_strip_are_not_run_twice(source: DrawnPasses) -> None:
+    states = run(Scheduler(source, 1, early_exit=False), numbered(3))
+    for state in states.values():
+        assert state.ran[Half.ENCODER] == state.ran[Half.DECODER] == list(range(N_PASSES))
+    assert source.encoded == [(i, [n]) for n in range(3) for i in range(N_PASSES)]
+
+
+def test_only_the_passes_that_were_asked_for_run_in_their_order(source: DrawnPasses) -> None:
+    asked = [4, 0, 3]
+    states = run(Scheduler(source, 1, early_exit=False, pass_ids=asked), numbered())
+    for name, state in states.items():
+        assert state.ran[Half.ENCODER] == asked
+        np.testing.assert_array_equal(state.masks, source.masks(int(name), asked))
+
+
+def test_work_says_which_halves_ran_and_their_share_of_all_flops() -> None:
+    source = DrawnPasses(flops=[(1, 10), (2, 20), (4, 40)])
+    scheduler = Scheduler(source, pass_ids=[0, 1, 4, 5])
+    states = run(scheduler, numbered())
+    for number, state in enumerate(states.values()):
+        encoders = [i for i, (strip,) in source.encoded if strip == number]
+        decoders = [i for i, (strip,) in source.decoded if strip == number]
+        work = scheduler.work(state)
+        assert (work["passes"], work["encoders"]) == ([0, 1, 4, 5], encoders)
+        assert work["decoders"] == decoders
+        flops = sum((1, 1, 2, 2, 4, 4)[i] for i in encoders)
+        flops += sum((10, 10, 20, 20, 40, 40)[i] for i in decoders)
+        assert work["share"] == pytest.approx(flops / 154)
+    assert len({len(state.ran[Half.DECODER]) for state in states.values()}) > 1
+
+
+def test_predict_masks_keeps_the_order_of_its_images(source: DrawnPasses) -> None:
+    images = [np.full(SIZE, number, np.uint8) for number in (5, 0, 7, 2)]
+    found = predict_masks(Scheduler(source, 2), images)
+    np.testing.assert_array_equal(found, np.stack([source.masks(n) for n in (5, 0, 7, 2)]))
+
+
+# --- what fails -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("refused", [{0}, {4}, {8}, {3, 6}])
+def test_a_strip_that_the_networks_cannot_take_costs_only_itself(
+    refused: set[int], batch_size: int, source: DrawnPasses
+) -> None:
+    source.refused = refused
+    states = run(Scheduler(source, batch_size), numbered())
+    for name, state in states.items():
+        if int(name) in refused:
+            assert state.fault.startswith("the networks failed: RuntimeError('no such strip")
+        else:
+            assert not state.fault
+            np.testing.assert_array_equal(state.masks, source.masks(int(name)))
+
+
+def test_images_that_fail_are_an_error_of_predict_masks(source: DrawnPasses) -> None:
+    source.refused = {1}
+    with pytest.raises(RuntimeError, match="the networks failed"):
+        predict_masks(Scheduler(source), [np.full(SIZE, 1, np.uint8)])
+
+
+def test_a_strip_that_could_not_be_read_is_yielded_with_its_fault(source: DrawnPasses) -> None:
+    strips = [*numbered(2), Strip("bad", None, "no image"), Strip("2", np.full(SIZE, 2, np.uint8))]
+    states = run(Scheduler(source), strips)
+    assert list(states) == ["0", "1", "bad", "2"]
+    assert states["bad"].done and states["bad"].fault == "no image"
+    assert not any(states["bad"].ran.values())
+    assert source.encoded
+
+
+def test_a_device_that_is_lost_ends_the_strips_and_names_the_error(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.refused = {1}
+    monkeypatch.setattr("kernel.scheduling.device_usable", lambda device: device != CPU)
+    done = list[str]()
+    with pytest.raises(DeviceLost, match=r"cpu fails: RuntimeError.'no such strip"):
+        for state in Scheduler(source).predict_strips(numbered(), N_STRIPS):
+            done.append(state.strip.name)
+    assert done == ["0"]
+
+
+@pytest.mark.parametrize("half", Half)
+def test_out_of_memory_halves_the_batch_and_loses_nothing(
+    half: Half,
+    source: DrawnPasses,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name, sizes = f"run_{half}", list[int]()
+    run_half = getattr(source, name)
+
+    def hungry(pass_id: int, tensors: Any, *size: Size) -> Any:
+        sizes.append(len(tensors) if half is Half.ENCODER else len(tensors[0]))
+        if sizes[-1] > 2:  # a batch of 8 fails, one of 4 fails, one of 2 goes
+            raise torch.cuda.OutOfMemoryError("out of memory, said the device")
+        return run_half(pass_id, tensors, *size)
+
+    monkeypatch.setattr(source, name, hungry)
+    states = run(Scheduler(source, batch_size=8), numbered())
+    assert len(states) == N_STRIPS
+    for name, state in states.items():
+        assert not state.fault
+        np.testing.assert_array_equal(state.masks, source.masks(int(name)))
+    assert [size for size in sizes if size > 2] == [8, 4]  # then it is small enough for good
+    lines = [line for line in caplog.messages if line.startswith("out of memory")]
+    assert [line.split()[3] for line in lines] == ["4", "2"]
+    assert all("strips at a time from here on" in line for line in lines)
+
+
+def test_a_strip_that_takes_all_memory_alone_costs_only_itself(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_encoder = source.run_encoder
+
+    def hungry(pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        if images[0, 0, 0, 0] == 5:
+            raise torch.cuda.OutOfMemoryError("out of memory, said the device")
+        return run_encoder(pass_id, images)
+
+    monkeypatch.setattr(source, "run_encoder", hungry)
+    states = run(Scheduler(source), numbered())
+    assert [name for name, state in states.items() if state.fault] == ["5"]
+    assert "OutOfMemoryError" in states["5"].fault
+
+
+# --- passes that give NaN -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("early_exit", [True, False])
+@pytest.mark.parametrize("half", Half)
+def test_a_pass_that_gives_nan_is_dropped_from_the_mean_of_that_strip_alone(
+    half: Half,
+    early_exit: bool,
+    batch_size: int,
+    source: DrawnPasses,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = source.gates if half is Half.ENCODER else source.probabilities
+    given[2, 3].view(-1)[0] = given[0, 7].view(-1)[-1] = given[5, 7].view(-1)[0] = torch.nan
+    states = run(Scheduler(source, batch_size, early_exit), numbered())
+    for name, state in states.items():
+        assert not state.fault
+        np.testing.assert_array_equal(state.masks, source.masks(int(name)))
+    if not early_exit:
+        assert states["3"].pass_ids == [0, 1, 3, 4, 5]
+        assert states["7"].pass_ids == [1, 2, 3, 4]
+        assert len(caplog.messages) == 3
+        assert "3: pass 2 gives NaN, dropped from its mean" in caplog.messages
+        for name in ("3", "7"):  # it ran, though it does not count
+            assert states[name].ran[Half.ENCODER] == states[name].planned == list(range(N_PASSES))
+            kept = states[name].pass_ids if half is Half.ENCODER else list(range(N_PASSES))
+            assert states[name].ran[Half.DECODER] == kept
+
+
+@pytest.mark.parametrize("half", Half)
+def test_a_strip_for_which_every_pass_gives_nan_fails_alone(
+    half: Half, source: DrawnPasses
+) -> None:
+    given = source.gates if half is Half.ENCODER else source.probabilities
+    given[:, 4] = torch.nan
+    if half is Half.DECODER:
+        source.gates[:, 4] = 1.0  # open, so that each is decoded
+    states = run(Scheduler(source, 4), numbered())
+    assert {n: s.fault for n, s in states.items() if s.fault} == {"4": "every pass gave NaN"}
+    assert states["4"].ran[half] == list(range(N_PASSES))
+
+
+# --- the end of the time --------------------------------------------------------------------------
+
+
+def state_of(decoded: Sequence[float], encoded: int) -> StripState:
+    """A strip of 15 passes: some decoded with these probabilities, then some only encoded."""
+    tally = Tally(15, Manifest([], 1, threshold=0.5), early_exit=True)
+    strip, images = Strip("a", np.zeros((2, 2), np.uint8)), torch.zeros(1, 1, 2, 2)
+    state = StripState(strip, images, tally, list(range(15)), (2, 2))
+    for _ in range(len(decoded) + encoded):
+        state.add_encoded((torch.ones(1, 1),), np.ones(1))
+    for value in decoded:
+        state.add_probabilities(torch.full((1, 2, 2), value))
+    assert not state.done
+    return state
+
+
+@pytest.mark.parametrize(("second", "on"), [(0.3, True), (0.05, False)])
+@pytest.mark.parametrize("encoded", [0, 2])
+def test_a_strip_under_way_at_the_end_keeps_the_mean_of_its_passes(
+    encoded: int, second: float, on: bool
+) -> None:
+    state = state_of([0.9, second], encoded)
+    state.finalize()
+    assert state.done and not state.fault
+    assert state.masks.all() == on
+
+
+def test_a_strip_of_which_nothing_is_decoded_at_the_end_fails_for_lack_of_time() -> None:
+    state = state_of([], 3)
+    state.finalize()
+    assert state.done
+    assert state.fault == "no time was left for it"
+
+
+def test_when_the_time_is_over_no_half_is_run_any_more(source: DrawnPasses) -> None:
+    """The clock ends in the middle of the fourth strip."""
+    deadline = Deadline(1e6, 0.0, clock=lambda: 1e6 if len(source.encoded) > 20 else 0.0)
+    states = run(Scheduler(source, 1, early_exit=False, deadline=deadline), numbered())
+    assert len(source.encoded) == 21
+    faults = {name: state.fault for name, state in states.items() if state.fault}
+    assert faults == dict.fromkeys("45678", "no time was left for it")
+    np.testing.assert_array_equal(states["3"].masks, source.masks(3, [0, 1]))
+
+
+def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: DrawnPasses) -> None:
+    class Half3(Deadline):
+        def select_passes(self, passes: Sequence[Any], strips: int) -> list[int]:
+            return [0, 2] if strips == N_STRIPS - 3 else list(range(len(passes)))
+
+    asked = [5, 4, 3]
+    deadline = Half3(1e6, 0.0, clock=lambda: 0.0)
+    scheduler = Scheduler(source, 1, early_exit=False, deadline=deadline, pass_ids=asked)
+    states = run(scheduler, numbered())
+    for name, state in states.items():
+        assert state.planned == state.ran[Half.ENCODER] == ([5, 3] if name == "3" else asked)
+        np.testing.assert_array_equal(state.masks, source.masks(int(name), state.planned))
+
+
+def test_the_deadline_learns_what_each_half_and_strip_took(source: DrawnPasses) -> None:
+    told = list[tuple[Any, ...]]()
+
+    class Spied(Deadline):
+        def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
+            assert 0 <= seconds < 10
+            told.append((member, half, strips))
+
+        def strip_done(self, passes: Sequence[Any]) -> None:
+            told.append(tuple(map(str, passes)))
+
+        def select_passes(self, passes: Sequence[Any], strips: int) -> list[int]:
+            told.append(("of", strips))
+            return list(range(len(passes)))
+
+    scheduler = Scheduler(source, 1, False, Spied(1e6, 0.0, clock=lambda: 0.0), [1, 2])
+    run(scheduler, numbered(2))
+    halves = [(m, half, 1) for m in ("m0", "m1") for half in Half]
+    done = ("m0/vertical", "m1/none")
+    assert told == [("of", 2), *halves, done, ("of", 1), *halves, done]
+
+
+# --- through networks -----------------------------------------------------------------------------
+
+
+def open_for_some(network: Any, spec: dict[str, Any], seed: int) -> None:
+    """Draw the presence head anew so that it says yes to some images and no to others."""
+    images = torch.from_numpy(np.stack([draw_image(seed) for seed in range(20)]))[:, None] / 255
+    with torch.no_grad():
+        features = network.encoder((images - spec["mean"][0]) / spec["std"][0])[-1]
+        pooled = features.amax(dim=(-2, -1))  # (20, channels)
+        linear = network.classification_head[3]
+        torch.manual_seed(seed % 2)  # some members agree
+        weight = torch.randn(linear.weight.shape) / (pooled.std(dim=0) + 1e-3)
+        logits = pooled @ weight.T
+        linear.weight.copy_(weight * 4 / logits.std(dim=0)[:, None])
+        linear.bias.copy_(-4 * logits.mean(dim=0) / logits.std(dim=0) - 3)
+
+
+@pytest.fixture(scope="module")
+def doubting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five members: gates that open for some images and classes and stay shut for others."""
+    folder = tmp_path_factory.mktemp("doubting")
+    models = [tiny_model(arch) for arch in ("Unet", "FPN", "Unet", "FPN")]
+    models.append(tiny_model("Unet", channels=3, presence=False))
+    flops = [(60, 40), (60, 9), (61, 42), (60, 10), (66, 40)]
+    entries = [tiny_entry(f"m{seed}", model) for seed, model in enumerate(models)]
+    for seed, (model, entry) in enumerate(zip(models, entries, strict=True)):
+        network = random_network(model, seed)
+        if "aux_params" in model:
+            open_for_some(network, entry, seed)
+        save_file(network.state_dict(), folder / entry["file"])
+        entry["flops"] = flops[seed]
+    write_manifest(folder, entries, threshold=0.45)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ensemble(doubting: Path) -> Ensemble:
+    return load_ensemble(doubting, load_manifest(doubting), CPU, Stages())
+
+
+def strips_of(images: Sequence[Image]) -> list[Strip]:
+    return [Strip(str(index), image) for index, image in enumerate(images)]
+
+
+def test_passes_run_cheapest_member_first(ensemble: Ensemble) -> None:
+    members = list(dict.fromkeys(each.member for each in ensemble.passes))
+    assert members == ["m1", "m3", "m0", "m2", "m4"]
+    flops = [sum(each.flops) for each in ensemble.passes]
+    assert flops == sorted(flops)
+    assert flops[0] < flops[-1]
+
+
+def test_a_member_releases_its_memory_when_another_runs(doubting: Path, ensemble: Ensemble) -> None:
+    released = list[str]()
+    members = [
+        replace(member, release_memory=partial(released.append, name))
+        for name, member in ensemble.members.items()
+    ]
+    watched = Ensemble(load_manifest(doubting), members, CPU, Stages())
+    run(Scheduler(watched, early_exit=False), strips_of([draw_image(0), draw_image(1)]))
+    in_order = list(ensemble.members)
+    assert released == [*in_order, *in_order][:-1]
+
+
+@pytest.fixture(scope="module")
+def full(ensemble: Ensemble) -> dict[str, StripState]:
+    """Fourteen strips of two sizes with every pass, one by one."""
+    sizes = [(64, 96), (40, 70)]
+    images = [draw_image(seed, sizes[seed % 2]) for seed in range(14)]
+    return run(Scheduler(ensemble, early_exit=False), strips_of(images))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_masks_of_networks_are_the_same_and_take_less_work(
+    ensemble: Ensemble, full: dict[str, StripState], batch_size: int
+) -> None:
+    scheduler = Scheduler(ensemble, batch_size)
+    early = run(scheduler, [state.strip for state in full.values()])
+    assert early.keys() == full.keys() == {str(index) for index in range(14)}
+    shares, every = [], list(range(15))
+    for name, state in early.items():
+        np.testing.assert_array_equal(state.masks, full[name].masks)
+        work = {"passes": every, "encoders": every, "decoders": every, "nan": [], "share": 1.0}
+        assert scheduler.work(full[name]) == work
+        shares.append(scheduler.work(state)["share"])
+    assert min(shares) < 0.5 < 0.9 < max(shares)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_pass_gives_an_image_the_same_bits_whatever_shares_its_batch(
+    ensemble: Ensemble, batch_size: int
+) -> None:
+    image, *others = [ensemble.prepare(draw_image(seed)) for seed in range(8)]
+    seen = []
+    for place in range(batch_size):
+        batch = others[place : place + batch_size]
+        batch[place] = image
+        with torch.inference_mode():
+            for index in range(len(ensemble.passes)):
+                encoded = ensemble.run_encoder(index, torch.cat(batch))
+                probabilities = ensemble.run_decoder(index, encoded, SMALL)
+                seen.append((index, probabilities[place].numpy().tobytes()))
+    assert len(seen) == batch_size * len(ensemble.passes)
+    assert len(set(seen)) == len(ensemble.passes)  # one answer a pass
+
+
+def test_strips_share_batches_and_partial_ones_are_filled_up(
+    ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, groups = list[int](), list[int]()
+    run_encoder, encode = Ensemble.run_encoder, Scheduler._encode
+
+    def spied(self: Ensemble, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        sizes.append(len(images))
+        return run_encoder(self, pass_id, images)
+
+    def counted(self: Scheduler, pass_id: int, states: list[StripState]) -> None:
+        groups.append(len(states))
+        encode(self, pass_id, states)
+
+    monkeypatch.setattr(Ensemble, "run_encoder", spied)
+    monkeypatch.setattr(Scheduler, "_encode", counted)
+    run(Scheduler(ensemble, 4), strips_of([draw_image(seed) for seed in range(32)]))
+    assert set(sizes) == {4}
+    assert 1 <= min(groups) < 4 == max(groups)
+    assert np.mean(groups) > 2.8  # strips on different ways are regrouped

@@ -1,0 +1,125 @@
+"""Tasks: the folders that hold the inputs, and the rows that are to be written."""
+
+from pathlib import Path
+
+import pytest
+from helpers import LABELS, write_sample
+
+from kernel.mounts import Options, Task, find_images, find_one, find_task, read_sample
+from kernel.rows import LAYOUTS
+
+# --- the sample's rows ----------------------------------------------------------------------------
+
+
+def test_class_0_stands_for_every_class_of_its_image(tmp_path: Path) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["b.jpg", "a.jpg"])
+    layout, pairs = read_sample(sample, None, 4)
+    assert layout == LAYOUTS["three-column"]
+    assert pairs == [(name, label) for name in ("b.jpg", "a.jpg") for label in LABELS]
+
+
+def test_rows_named_twice_are_written_once_where_they_came_first(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.csv"
+    lines = ["ImageId,EncodedPixels,ClassId", "a.jpg,,2", "b.jpg,,1", "a.jpg,,0", "a.jpg,,2", ""]
+    sample.write_text("\n".join(lines), encoding="utf-8")
+    pairs = read_sample(sample, None, 3)[1]
+    assert pairs == [("a.jpg", 2), ("b.jpg", 1), ("a.jpg", 1), ("a.jpg", 3)]
+
+
+def test_a_class_above_the_members_is_refused_with_its_row(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.csv"
+    sample.write_text("ImageId_ClassId,EncodedPixels\na.jpg_4,\na.jpg_5,\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\('a\.jpg', 5\) names a class above the members' 4"):
+        read_sample(sample, None, 4)
+
+
+def test_a_layout_that_is_asked_for_wins_over_the_samples(tmp_path: Path) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "two-column")
+    assert read_sample(sample, "three-column", 4)[0] == LAYOUTS["three-column"]
+
+
+# --- finding folders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [".", "bundle", "datasets/owner/bundle", "a/b/c/d"])
+def test_the_folder_of_a_file_is_found_at_any_depth(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ensemble.json").touch()
+    (tmp_path / "other").mkdir()
+    assert find_one(tmp_path, "ensemble.json", "the bundle", "--bundle") == folder
+
+
+@pytest.mark.parametrize("root", [".", "not-there"])
+def test_a_file_that_is_nowhere_says_what_to_add(root: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no ensemble\.json under .*: add the bundle .*--bundle"):
+        find_one(tmp_path / root, "ensemble.json", "the bundle", "--bundle")
+
+
+def test_a_file_found_twice_lists_both_and_asks_to_choose(tmp_path: Path) -> None:
+    for place in ("one", "deep/two"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "ensemble.json").write_text(place)
+    with pytest.raises(ValueError) as error:
+        find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
+    assert str(tmp_path / "one") in str(error.value)
+    assert str(tmp_path / "deep" / "two") in str(error.value)
+    assert "choose with --bundle" in str(error.value)
+
+
+def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Path) -> None:
+    for name in ("test_images/b.jpg", "test_images/a.jpg", "train_images/x.jpg", "abc/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    sample = tmp_path / "sample_submission.csv"
+    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
+    assert found == tmp_path / "test_images"
+
+
+@pytest.mark.parametrize("folders", [[], ["train_images"]])
+def test_no_images_beside_the_sample_asks_for_their_folder(
+    folders: list[str], tmp_path: Path
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jpg").touch()
+    with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
+        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+
+def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.png", "C.JPG", "notes.txt", "train.csv"):
+        (tmp_path / name).touch()
+    task = find_task(Options(images=tmp_path), 2)
+    assert task.layout == LAYOUTS["two-column"]
+    assert task.pairs == [(n, label) for n in ("C.JPG", "a.png", "b.jpg") for label in (1, 2)]
+    assert task.names == ["C.JPG", "a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_without_rows_names_no_image(layout: str, tmp_path: Path) -> None:
+    sample = write_sample(tmp_path / "sample_submission.csv", [], layout)
+    with pytest.raises(ValueError, match="names no image"):
+        find_task(Options(images=tmp_path, sample=sample), 4)
+
+
+def test_a_folder_without_images_names_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: names no image"):
+        find_task(Options(images=tmp_path), 4)
+
+
+def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gone: no such folder of images"):
+        find_task(Options(images=tmp_path / "gone"), 4)
+
+
+def test_shards_hold_every_image_once() -> None:
+    pairs = [(f"{number}.jpg", label) for number in range(7) for label in (1, 2)]
+    task = Task(Path(), LAYOUTS["two-column"], pairs)
+    shards = [task.shard(index, 3) for index in range(3)]
+    assert [len(shard.names) for shard in shards] == [3, 2, 2]
+    assert sorted(pair for shard in shards for pair in shard.pairs) == sorted(pairs)

@@ -1,0 +1,167 @@
+"""The watchdog: a run that hangs ends before its budget with the rows that are done."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import predict, read_submission, run_kernel, run_script, save_strips
+
+from kernel.predict import Outcome
+from kernel.rows import LAYOUTS, Submission
+from kernel.watchdog import WATCHDOG_MARGIN_S, watchdog
+
+PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]
+
+HANG = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import inference as kernel
+
+def hang(context, task):
+    context.submission.set_masks("a.png", {2: "1 9"})
+    time.sleep(600)
+
+kernel.predict = hang
+kernel.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    save_strips(tmp_path / "strips", ["a.png", "b.png"])
+    return tmp_path / "strips"
+
+
+def test_a_run_that_hangs_ends_inside_its_budget_with_the_rows_that_are_done(
+    session_light: Path, images: Path, tmp_path: Path
+) -> None:
+    """The process ends with exit code 0: Kaggle scores what it finds."""
+    script = tmp_path / "hang.py"
+    script.write_text(HANG, encoding="utf-8")
+    arguments = ("--bundle", session_light, "--images", images, "--budget-s", 5)
+    start = time.monotonic()
+    done = run_script(script, session_light, *arguments, cwd=tmp_path)
+    assert time.monotonic() - start < 120  # most of it imports
+    assert done.returncode == 0, done.stderr
+    assert "the budget is spent" in done.stdout
+    expected = {pair: "1 9" if pair == ("a.png", 2) else "" for pair in PAIRS}
+    assert read_submission(tmp_path / "submission.csv") == expected
+
+
+def test_a_budget_that_is_spent_at_once_ends_with_every_row_empty(
+    session_light: Path, images: Path, tmp_path: Path
+) -> None:
+    ran = run_kernel(session_light, images, tmp_path / "out", "--budget-s", 1)
+    assert ran.code == 0, ran.stderr
+    assert "the budget is spent" in ran.stdout
+    assert read_submission(tmp_path / "out" / "submission.csv") == dict.fromkeys(PAIRS, "")
+
+
+# --- in this process, which `os._exit` does not end -----------------------------------------------
+
+
+class Ended:
+    """Stands in for `os._exit`: remembers its exit code, and when it came."""
+
+    def __init__(self) -> None:
+        self.codes, self.called = list[int](), threading.Event()
+
+    def __call__(self, code: int) -> None:
+        self.codes.append(code)
+        self.called.set()
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
+    instead = Ended()
+    monkeypatch.setattr(os, "_exit", instead)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    return instead
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    """One mask is set and not saved."""
+    made = Submission(tmp_path / "submission.csv", LAYOUTS["two-column"], PAIRS)
+    made.save()
+    made.set_masks("b.png", {1: "3 4"})
+    return made
+
+
+def test_the_rows_are_saved_before_the_process_ends(
+    submission: Submission, ended: Ended, caplog: pytest.LogCaptureFixture
+) -> None:
+    with watchdog(submission, WATCHDOG_MARGIN_S + 0.1):
+        assert ended.called.wait(timeout=30)
+    assert ended.codes == [0]
+    assert read_submission(submission.path)["b.png", 1] == "3 4"
+    assert "the budget is spent" in caplog.text
+
+
+@pytest.mark.parametrize(("left_s", "expected_s"), [(100.0, 97.0), (3.5, 0.5), (2.0, 0.0)])
+def test_it_waits_until_three_seconds_before_the_budget(
+    left_s: float, expected_s: float, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, timer = list[float](), threading.Timer
+
+    def spied(interval: float, function: object) -> threading.Timer:
+        waits.append(interval)
+        return timer(600, lambda: None)
+
+    monkeypatch.setattr(threading, "Timer", spied)
+    with watchdog(submission, left_s):
+        pass
+    assert waits == [expected_s]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_by_itself_is_left_alone(
+    fails: bool, submission: Submission, ended: Ended
+) -> None:
+    before = submission.path.read_bytes()
+    try:
+        with watchdog(submission, WATCHDOG_MARGIN_S + 0.3):
+            if fails:
+                raise ValueError
+    except ValueError:
+        assert fails
+    assert not ended.called.wait(timeout=0.6)
+    assert submission.path.read_bytes() == before
+
+
+def test_a_thread_that_waits_keeps_no_process_alive(submission: Submission) -> None:
+    before = set(threading.enumerate())
+    with watchdog(submission, 600.0):
+        [thread] = set(threading.enumerate()) - before
+        assert thread.daemon
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_a_run_predicts_under_the_watchdog_of_its_budget(
+    session_light: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lefts, under = list[float](), list[bool]()
+
+    @contextmanager
+    def spied(_: Submission, left_s: float) -> Iterator[None]:
+        lefts.append(left_s)
+        yield
+        lefts.append(-1)
+
+    def predict_nothing(*_: object) -> Outcome:
+        under.append(len(lefts) == 1)
+        return Outcome()
+
+    monkeypatch.setattr("kernel.inference.watchdog", spied)
+    monkeypatch.setattr("kernel.inference.predict", predict_nothing)
+    monkeypatch.setattr("kernel.inference.log_summary", lambda *_: None)
+    predict(session_light, images, tmp_path / "out.csv", budget_s=50.0)
+    assert under == [True]
+    assert 20 < lefts[0] <= 50  # less what the start took
+    assert lefts[1:] == [-1]

@@ -1,0 +1,186 @@
+"""Several processes: the same submission as one, also where one of them dies."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import predict, read_submission, save_strips
+
+from kernel.inference import parse_options
+from kernel.logs import Stages
+from kernel.manifest import Manifest
+from kernel.mounts import Options, Task
+from kernel.predict import RunContext
+from kernel.rows import LAYOUTS, Submission
+from kernel.workers import collect, start_worker
+
+NAMES = [f"{index}.png" for index in range(5)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle without its wheels, from which a worker would import more slowly."""
+    folder = tmp_path_factory.mktemp("workers") / "bundle"
+    no_wheels = shutil.ignore_patterns("*.whl")
+    return Path(shutil.copytree(tiny_bundle / "dataset", folder, ignore=no_wheels))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five strips, one of them broken."""
+    folder = tmp_path_factory.mktemp("strips")
+    save_strips(folder, NAMES)
+    (folder / "3.png").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(
+    bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bytes, dict[str, Any]]:
+    """The submission and the run record of one process."""
+    output = tmp_path_factory.mktemp("alone") / "submission.csv"
+    record = predict(bundle, images, output)
+    assert output.read_bytes().count(b"\n") == 1 + 5 * 4
+    assert record["non_empty"] > 0
+    assert record["workers"] == 1
+    return output.read_bytes(), record
+
+
+def test_two_workers_write_what_one_process_writes(
+    bundle: Path,
+    images: Path,
+    alone: tuple[bytes, dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected, record_alone = alone
+    record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
+    assert (tmp_path / "submission.csv").read_bytes() == expected
+    assert record["workers"] == 2
+    assert "run here" not in caplog.text
+    for key in ("strips", "rows", "non_empty", "passes", "work", "device", "share"):
+        assert record[key] == record_alone[key], key
+    assert list(record["faults"]) == list(record_alone["faults"]) == ["3.png"]
+    for key in ("stages", "networks"):
+        assert record[key].keys() == record_alone[key].keys(), key
+
+
+def test_a_worker_that_is_killed_costs_no_row(
+    bundle: Path,
+    images: Path,
+    alone: tuple[bytes, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected, record_alone = alone
+
+    def killed(run: RunContext, task: Task, folder: Path, shard: tuple[int, int]) -> Any:
+        worker = start_worker(run, task, folder, shard)
+        if shard == (2, 2):
+            worker.kill()
+        return worker
+
+    monkeypatch.setattr("kernel.workers.start_worker", killed)
+    record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
+    line = "worker 2 of 2 ended with exit code -9: its 2 images run here"
+    assert any(line in message for message in caplog.messages)
+    assert (tmp_path / "submission.csv").read_bytes() == expected
+    for key in ("strips", "passes", "work", "faults"):
+        assert record[key] == record_alone[key], key
+
+
+# --- what a worker is started with ----------------------------------------------------------------
+
+
+def started(options: Options, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of the second of three workers, with 100 s left."""
+    calls = list[tuple[list[str], dict[str, str]]]()
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: calls.append((command, env)))
+    bundle, manifest = Path("bundle"), Manifest([])
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
+    submission = Submission(Path("out.csv"), task.layout, task.pairs)
+    end = time.monotonic() + 100
+    run = RunContext(options, bundle, manifest, submission, Stages(), end)
+    start_worker(run, task, Path("scratch"), (2, 3))
+    return calls[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(sample=Path("s.csv"), batch_size=3, early_exit=False, allow_missing_members=True),
+    ],
+    ids=["defaults", "all changed"],
+)
+def test_a_worker_gets_the_options_of_its_run(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (_, _, *words), environment = started(options, monkeypatch)
+    found = parse_options(words)
+    assert 90 < found.budget_s <= 100
+    expected = replace(
+        options,
+        bundle=Path("bundle"),
+        images=Path("strips"),
+        shard="2/3",
+        output=Path("scratch/2.csv"),
+        report=Path("scratch/2.json"),
+        budget_s=found.budget_s,
+    )
+    assert found == expected
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment["OMP_NUM_THREADS"] == str(max((os.cpu_count() or 1) // 3, 1))
+
+
+# --- the end of an interrupted run ----------------------------------------------------------------
+
+LAST_WORDS = """
+import pathlib, signal, sys, time
+folder, number = pathlib.Path(sys.argv[1]), sys.argv[2]
+def end(*_):
+    time.sleep(1)  # the pass that it is in
+    rows = f"ImageId_ClassId,EncodedPixels\\n{number}.png_1,1 {number}\\n"
+    (folder / f"{number}.csv").write_text(rows)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, end)
+(folder / f"{number}.ready").touch()
+time.sleep(60)
+"""
+
+
+def test_what_workers_do_in_their_last_second_stands_too(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run waits for its workers' end before it collects for the last time."""
+    workers = list[subprocess.Popen[bytes]]()
+
+    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int]) -> Any:
+        command = [sys.executable, "-c", LAST_WORDS, str(folder), str(shard[0])]
+        workers.append(subprocess.Popen(command))
+        return workers[-1]
+
+    def interrupt(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
+        while len(list(folder.glob("*.ready"))) < 2:
+            time.sleep(0.05)
+        monkeypatch.setattr("kernel.workers.collect", collect)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kernel.workers.start_worker", start)
+    monkeypatch.setattr("kernel.workers.collect", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predict(bundle, images, tmp_path / "submission.csv", workers=2)
+    assert [worker.poll() for worker in workers] == [130, 130]
+    rows = read_submission(tmp_path / "submission.csv")
+    found = {pair: rle for pair, rle in rows.items() if rle}
+    assert found == {("1.png", 1): "1 1", ("2.png", 1): "1 2"}
