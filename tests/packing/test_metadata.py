@@ -4,37 +4,21 @@ from typing import Any
 
 import pytest
 
-import build_kernel
-from build_kernel import (
-    PLACEHOLDER,
-    check_rules,
-    dataset_rules,
-    kernel_rules,
-    read_metadata,
-    slugify,
-)
 from kernel.manifest import Manifest, MemberSpec
+from packing import metadata
+from packing.metadata import PLACEHOLDER, check_dataset, check_kernel, read_metadata, slugify
+from packing.paths import DATASET_METADATA, KERNEL_METADATA
 
-ROOT = Path(__file__).parents[1]
-DATASET: dict[str, Any] = json.loads((ROOT / "dataset-metadata.json").read_text("utf-8"))
-KERNEL: dict[str, Any] = json.loads((ROOT / "kernel/kernel-metadata.json").read_text("utf-8"))
+DATASET: dict[str, Any] = json.loads(DATASET_METADATA.read_text("utf-8"))
+KERNEL: dict[str, Any] = json.loads(KERNEL_METADATA.read_text("utf-8"))
 FILES = ["ensemble.json", "inference.py"]
 COMPETITION = "severstal-steel-defect-detection"
 MANIFEST = Manifest([MemberSpec("a", "a.safetensors", {}, [0.3], [0.1])])
 
 
-def check_dataset(**changes: Any) -> None:
-    check_rules(Path("dataset-metadata.json"), dataset_rules(DATASET | changes, FILES))
-
-
-def check_kernel(**changes: Any) -> None:
-    rules = kernel_rules(KERNEL | changes, DATASET["id"], COMPETITION)
-    check_rules(Path("kernel-metadata.json"), rules)
-
-
 def test_the_committed_files_keep_the_rules() -> None:
-    check_dataset()
-    check_kernel()
+    check_dataset(DATASET, FILES)
+    check_kernel(KERNEL, DATASET["id"], COMPETITION)
     assert DATASET["id"].startswith(PLACEHOLDER + "/")
 
 
@@ -53,7 +37,7 @@ def test_the_committed_files_keep_the_rules() -> None:
     ],
 )
 def test_a_dataset_at_the_edge_of_a_rule_passes(changes: dict[str, Any]) -> None:
-    check_dataset(**changes)
+    check_dataset(DATASET | changes, FILES)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +53,7 @@ def test_a_dataset_at_the_edge_of_a_rule_passes(changes: dict[str, Any]) -> None
         ({"title": None}, "title None"),
         ({"subtitle": "a" * 19}, "subtitle .* has 19 characters, not 20 to 80"),
         ({"subtitle": "a" * 81}, "subtitle .* has 81 characters"),
+        ({"subtitle": 7}, "subtitle 7 has 0 characters"),
         ({"licenses": []}, r"licenses \[\] is not exactly one licence"),
         ({"licenses": [{"name": "CC0-1.0"}] * 2}, "is not exactly one licence"),
         ({"licenses": None}, "is not exactly one licence"),
@@ -78,8 +63,8 @@ def test_a_dataset_at_the_edge_of_a_rule_passes(changes: dict[str, Any]) -> None
     ],
 )
 def test_a_dataset_that_kaggle_refuses(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=rf"^dataset-metadata\.json: Kaggle refuses it: .*{words}"):
-        check_dataset(**changes)
+    with pytest.raises(ValueError, match=words):
+        check_dataset(DATASET | changes, FILES)
 
 
 @pytest.mark.parametrize(
@@ -114,34 +99,44 @@ def test_a_dataset_that_kaggle_refuses(changes: dict[str, Any], words: str) -> N
     ],
 )
 def test_a_kernel_that_kaggle_refuses(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=rf"^kernel-metadata\.json: Kaggle refuses it: .*{words}"):
-        check_kernel(**changes)
+    with pytest.raises(ValueError, match=words):
+        check_kernel(KERNEL | changes, DATASET["id"], COMPETITION)
 
 
 def test_a_key_left_out_of_the_kernel_is_refused() -> None:
     # the client's own default for enable_internet is true
     lacking = {key: value for key, value in KERNEL.items() if key != "enable_internet"}
     with pytest.raises(ValueError, match="enable_internet None"):
-        check_rules(Path("k.json"), kernel_rules(lacking, DATASET["id"], COMPETITION))
+        check_kernel(lacking, DATASET["id"], COMPETITION)
+
+
+# --- both files -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Copies of both files, which a test may change."""
+    paths = {"dataset": tmp_path / DATASET_METADATA.name, "kernel": tmp_path / KERNEL_METADATA.name}
+    paths["dataset"].write_text(json.dumps(DATASET), encoding="utf-8")
+    paths["kernel"].write_text(json.dumps(KERNEL), encoding="utf-8")
+    monkeypatch.setattr(metadata, "DATASET_METADATA", paths["dataset"])
+    monkeypatch.setattr(metadata, "KERNEL_METADATA", paths["kernel"])
+    return paths
 
 
 def test_an_owner_fills_both_files() -> None:
-    metadata = read_metadata("steelworker", MANIFEST)
-    assert metadata.owner == "steelworker"
-    assert metadata.dataset["id"] == "steelworker/severstal-steel-ensemble"
-    assert metadata.kernel["id"] == "steelworker/severstal-steel-ensemble-submission"
-    assert metadata.kernel["dataset_sources"] == [metadata.dataset["id"]]
+    found = read_metadata("steelworker", MANIFEST)
+    assert found.owner == "steelworker"
+    assert found.dataset["id"] == "steelworker/severstal-steel-ensemble"
+    assert found.kernel["id"] == "steelworker/severstal-steel-ensemble-submission"
+    assert found.kernel["dataset_sources"] == [found.dataset["id"]]
 
 
-def test_without_an_owner_the_dataset_file_gives_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "dataset-metadata.json"
-    path.write_text(json.dumps(DATASET | {"id": "smith/steel-members"}))
-    monkeypatch.setattr(build_kernel, "DATASET", path)
-    metadata = read_metadata(None, MANIFEST)
-    assert metadata.kernel["id"].startswith("smith/")
-    assert metadata.kernel["dataset_sources"] == ["smith/steel-members"]
+def test_without_an_owner_the_dataset_file_gives_it(files: dict[str, Path]) -> None:
+    files["dataset"].write_text(json.dumps(DATASET | {"id": "smith/steel-members"}))
+    found = read_metadata(None, MANIFEST)
+    assert found.kernel["id"].startswith("smith/")
+    assert found.kernel["dataset_sources"] == ["smith/steel-members"]
 
 
 def test_an_owner_that_is_no_kaggle_name_is_refused() -> None:
@@ -149,11 +144,32 @@ def test_an_owner_that_is_no_kaggle_name_is_refused() -> None:
         read_metadata("Two Words", MANIFEST)
 
 
-def test_metadata_that_is_no_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "dataset-metadata.json"
-    path.write_text("{")
-    monkeypatch.setattr(build_kernel, "DATASET", path)
-    with pytest.raises(ValueError, match=r"dataset-metadata\.json: no JSON"):
+def test_a_notebook_is_a_kernel_of_another_type() -> None:
+    kernel = read_metadata("smith", MANIFEST, notebook=True).kernel
+    assert (kernel["code_file"], kernel["kernel_type"]) == ("inference.ipynb", "notebook")
+
+
+@pytest.mark.parametrize("which", ["dataset", "kernel"])
+def test_a_file_that_kaggle_refuses_is_named(which: str, files: dict[str, Path]) -> None:
+    entries = json.loads(files[which].read_text("utf-8"))
+    files[which].write_text(json.dumps(entries | {"title": "No"}))
+    with pytest.raises(ValueError, match=rf"{which}-metadata\.json: Kaggle refuses it: title 'No'"):
+        read_metadata(None, MANIFEST)
+
+
+@pytest.mark.parametrize("changes", [{"resources": ["a.csv"]}, {"licenses": ["CC0-1.0"]}])
+def test_words_where_objects_belong_are_named(
+    changes: dict[str, Any], files: dict[str, Path]
+) -> None:
+    files["dataset"].write_text(json.dumps(DATASET | changes))
+    with pytest.raises(ValueError, match=r"dataset-metadata\.json: not Kaggle's metadata: .*str"):
+        read_metadata(None, MANIFEST)
+
+
+@pytest.mark.parametrize("which", ["dataset", "kernel"])
+def test_metadata_that_is_no_json_is_named(which: str, files: dict[str, Path]) -> None:
+    files[which].write_text("{")
+    with pytest.raises(ValueError, match=rf"{which}-metadata\.json: no JSON"):
         read_metadata(None, MANIFEST)
 
 

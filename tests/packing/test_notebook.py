@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,15 @@ import cv2
 import nbformat
 import numpy as np
 import pytest
+from helpers import CLASSES, SMALL, save_strips, write_sample
 from kaggle_stub import run_client, serve
 
-from build_kernel import CODE, GUARD, build, join_modules, notebook_of, write_json
-from kernel import dry_run
-from kernel.mounts import read_sample
-from kernel.validate import check_submission
-from weights import steel
+from kernel.mounts import SAMPLE, read_sample
+from kernel.validator import check_submission
+from packing.bundle import build, write_json
+from packing.joining import GUARD, join_modules
+from packing.notebook import build_notebook
+from packing.paths import SCRIPT
 
 EXECUTE = """
 import sys
@@ -37,26 +40,26 @@ def code_cells(notebook: dict[str, Any]) -> list[str]:
 
 
 def test_it_is_a_valid_notebook_of_the_same_code_that_explains_itself_first() -> None:
-    code = join_modules(CODE)
-    notebook = notebook_of(code)
-    nbformat.validate(nbformat.from_dict(notebook))
+    code = join_modules(SCRIPT)
+    notebook = build_notebook(code)
+    nbformat.validate(notebook)
     *sections, run, picture = code_cells(notebook)
     assert len(sections) == code.count("\n# --- ") + 1
     words = "\n".join(sections).split()
     assert words == code.removesuffix(GUARD).split()
     assert run.endswith("main(ARGUMENTS)")
-    assert "contact_sheet" in picture
+    assert "draw_submission(options.output, task.images)" in picture
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown" and "submission.csv" in first["source"]
 
 
 def test_code_without_its_last_lines_is_no_kernel() -> None:
     with pytest.raises(ValueError, match="does not end in"):
-        notebook_of("x = 1\n")
+        build_notebook("x = 1\n")
 
 
-def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
-    """Jupyter's run of it in `folder`; a cell that fails fails the test."""
+def execute(notebook: Path, folder: Path) -> list[dict[str, Any]]:
+    """Its cells after Jupyter's run in `folder`; a cell that fails fails the test."""
     target = folder.parent / "executed.ipynb"
     own = {"HOME": str(folder.parent), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
@@ -67,17 +70,19 @@ def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return nbformat.read(target, as_version=4)
+    read: Any = nbformat.read  # untyped
+    cells: list[dict[str, Any]] = read(target, as_version=4)["cells"]
+    return cells
 
 
 def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
-    tiny_weights: Path, tmp_path: Path
+    session_weights: Path, tmp_path: Path
 ) -> None:
-    build(tiny_weights, tmp_path / "dist", "somebody", notebook=True)
+    build(session_weights, tmp_path / "dist", "somebody", notebook=True)
     kernel = tmp_path / "dist" / "kernel"
     built = {path.name: path.read_bytes() for path in kernel.iterdir()}
     assert set(built) == {"inference.ipynb", "kernel-metadata.json"}
-    write_json(tmp_path / "again.ipynb", notebook_of(join_modules(CODE)))
+    write_json(tmp_path / "again.ipynb", build_notebook(join_modules(SCRIPT)))
     assert built["inference.ipynb"] == (tmp_path / "again.ipynb").read_bytes()
     with serve() as kaggle:
         run_client(kaggle, tmp_path, "kernels", "push", "-p", kernel)
@@ -85,22 +90,25 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     assert (pushed["kernelType"], pushed["language"]) == ("notebook", "python")
     assert pushed["enableInternet"] is False
 
-    steel.write_competition(tmp_path / "steel", train=0, test=3, seed=4, size=(64, 96))
-    images = tmp_path / "steel" / "test_images"
-    sample = dry_run.lay_tree(tmp_path, tmp_path / "dist", images)
-    arguments = ["--input", str(tmp_path / "input")]
+    mounted = tmp_path / "input"
+    shutil.copytree(tmp_path / "dist" / "dataset", mounted / "bundle")
+    images, names = mounted / "competition" / "test_images", ["a.jpg", "b.jpg", "c.jpg"]
+    save_strips(images, names)
+    sample = write_sample(images.with_name(SAMPLE), names)
+    (tmp_path / "working").mkdir()
+    arguments = ["--input", str(mounted)]
     text = json.dumps(arguments).replace('"', '\\"')
     assert pushed["text"].count("ARGUMENTS: list[str] = []") == 1
     path = tmp_path / "pushed.ipynb"
     path.write_text(pushed["text"].replace("list[str] = []", f"list[str] = {text}"))
-    cells = execute(path, tmp_path / "working")["cells"]
+    cells = execute(path, tmp_path / "working")
 
-    layout, pairs = read_sample(sample, None, 4)
+    layout, pairs = read_sample(sample, None, CLASSES)
     submission = tmp_path / "working" / "submission.csv"
     assert check_submission(submission, layout.columns, pairs, images).errors == []
     said = "".join(output.get("text", "") for output in cells[-2]["outputs"])
     assert " INFO valid\n" in said
     [picture] = [output["data"]["image/jpeg"] for output in cells[-1]["outputs"]]
     sheet = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR)
-    assert sheet.shape[1] == 96
+    assert sheet is not None and sheet.shape[1] == SMALL[1]
     assert (np.ptp(sheet.astype(int), axis=2) > 60).any()  # colour on grey steel

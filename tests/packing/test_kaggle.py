@@ -11,50 +11,43 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import site_without_smp
+from helpers import (
+    CLASSES,
+    all_bytes,
+    read_submission,
+    save_strips,
+    site_without_smp,
+    write_sample,
+)
 from kaggle_stub import Kaggle, run_client, run_with_client, serve
 
-from build_kernel import (
-    check_rules,
-    dataset_rules,
-    find_owner,
-    kernel_rules,
-    print_next,
-    read_metadata,
-    slugify,
-)
-from kernel import dry_run
+from evaluation.dry_run import network_denial
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE, read_sample
-from kernel.rows import read_rows
-from kernel.validate import check_submission
-from weights import steel
+from kernel.validator import check_submission
+from packing.metadata import check_dataset, check_kernel, find_owner, read_metadata, slugify
+from packing.paths import KERNEL_METADATA
+from packing.summary import print_next
 
 pytestmark = pytest.mark.skipif(not find_spec("kaggle"), reason="Kaggle's client is not installed")
 
-ROOT = Path(__file__).resolve().parents[1]
 COMPETITION = "severstal-steel-defect-detection"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def lay_arrived(kaggle: Kaggle, dataset: str, strips: Path, root: Path) -> Path:
+def mount_arrived(kaggle: Kaggle, dataset: str, root: Path) -> Path:
     """Kaggle's tree of what arrived, read-only, in which nothing else of the build is."""
     mounted = root / "input" / "datasets" / dataset
     mounted.mkdir(parents=True)
     for name, content in kaggle.datasets[dataset].items():
         (mounted / name).write_bytes(content)
     competition = root / "input" / "competitions" / COMPETITION
-    shutil.copytree(strips, competition)
-    names = sorted(path.name for path in (strips / "test_images").iterdir())
-    rows = "".join(f"{name},1 6144,0\n" for name in names)
-    (competition / SAMPLE).write_text(f"ImageId,EncodedPixels,ClassId\n{rows}")
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    save_strips(competition / "test_images", names)
+    sample = write_sample(competition / SAMPLE, names)
     for path in (root / "input").rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
     (root / "working").mkdir()
-    return competition / SAMPLE
+    return sample
 
 
 def run_as_kaggle(root: Path, text: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +57,7 @@ def run_as_kaggle(root: Path, text: str) -> subprocess.CompletedProcess[str]:
     script.write_text(text, encoding="utf-8")
     python = [getattr(sys, "_base_executable", sys.executable), "-S"]
     bare = {"PYTHONPATH": str(site_without_smp(root / "site")), "PATH": os.environ["PATH"]}
-    command = [*dry_run.without_network(), *python, str(script), "--input", str(root / "input")]
+    command = [*network_denial(), *python, str(script), "--input", str(root / "input")]
     return subprocess.run(
         command, env=bare, cwd=root / "working", capture_output=True, text=True, check=False
     )
@@ -80,7 +73,6 @@ def commands_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> list[list
 def test_what_the_client_sends_runs_on_kaggle(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steel.write_competition(tmp_path / "strips", train=0, test=3, seed=4, size=(64, 96))
     create, push, submit = commands_told(tiny_bundle, capsys)
     with serve() as kaggle:
         said = run_client(kaggle, tmp_path, *create)
@@ -91,7 +83,7 @@ def test_what_the_client_sends_runs_on_kaggle(
         assert "title" not in said and "not valid" not in said
         run_client(kaggle, tmp_path, *submit)
     [(dataset, files)] = kaggle.datasets.items()
-    built = contents(tiny_bundle / "dataset")
+    built = all_bytes(tiny_bundle / "dataset")
     metadata = json.loads(built.pop("dataset-metadata.json"))  # the client's own, never uploaded
     assert files == built
     assert dataset == metadata["id"] == "somebody/severstal-steel-ensemble"
@@ -114,20 +106,21 @@ def test_what_the_client_sends_runs_on_kaggle(
     assert f"{submitted['kernelOwner']}/{submitted['kernelSlug']}" == name
     assert (submitted["kernelVersion"], submitted["fileName"]) == (1, "submission.csv")
 
-    sample = lay_arrived(kaggle, dataset, tmp_path / "strips", tmp_path)
-    before = contents(tmp_path / "input")
+    sample = mount_arrived(kaggle, dataset, tmp_path)
+    before = all_bytes(tmp_path / "input")
     ended = run_as_kaggle(tmp_path, kernel["text"])
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert contents(tmp_path / "input") == before
+    assert all_bytes(tmp_path / "input") == before
     assert " INFO valid\n" in ended.stdout
     left = {path.name for path in (tmp_path / "working").iterdir()}
     assert left == {"submission.csv", "run.json"}
-    layout, pairs = read_sample(sample, None, 4)
+    assert not list((tmp_path / "site").glob("segmentation_models_pytorch*"))
+    layout, pairs = read_sample(sample, None, CLASSES)
     submission = tmp_path / "working" / "submission.csv"
     findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
     assert findings.errors == []
     assert len(pairs) == 12
-    assert any(rle for *_, rle in read_rows(submission)[1])
+    assert any(read_submission(submission).values())
 
 
 def test_a_later_version_replaces_the_files(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -141,7 +134,7 @@ def test_a_later_version_replaces_the_files(tiny_bundle: Path, tmp_path: Path) -
         (folder / "ensemble.json").write_text("{}")
         run_client(kaggle, tmp_path, "datasets", "version", "-p", folder, "-m", "without a member")
     assert kaggle.calls.count("CreateDataset") == kaggle.calls.count("CreateDatasetVersion") == 1
-    built = contents(folder)
+    built = all_bytes(folder)
     del built["dataset-metadata.json"]
     assert kaggle.datasets["somebody/severstal-steel-ensemble"] == built
     assert kaggle.requests["CreateDatasetVersion"]["body"]["versionNotes"] == "without a member"
@@ -185,13 +178,11 @@ def ask_client(tmp_path: Path, metadata: list[tuple[str, dict[str, object]]]) ->
 
 
 def ask_us(name: str, metadata: dict[str, object]) -> bool:
-    rules = (
-        dataset_rules(metadata, [])
-        if name.startswith("dataset")
-        else kernel_rules(metadata, "me/steel-members", COMPETITION)
-    )
     try:
-        check_rules(Path(name), rules)
+        if name.startswith("dataset"):
+            check_dataset(metadata, [])
+        else:
+            check_kernel(metadata, "me/steel-members", COMPETITION)
     except ValueError:
         return False
     return True
@@ -214,7 +205,7 @@ def dataset_named(rng: random.Random) -> dict[str, object]:
 def kernel_named(rng: random.Random, alphabet: str) -> dict[str, object]:
     title = drawn(rng, alphabet, 3, 4, 5, 6, 7, 12, 40)
     slug = slugify(title) if rng.random() < 0.7 else drawn(rng, "az09", 4, 5, 8)
-    committed = json.loads((ROOT / "kernel" / "kernel-metadata.json").read_text())
+    committed: dict[str, object] = json.loads(KERNEL_METADATA.read_text("utf-8"))
     return committed | {
         "id": f"me/{slug or 'empty'}",
         "title": title,
@@ -246,15 +237,14 @@ def test_a_title_of_other_letters_passes_our_rules_only_where_the_client_is_not_
 STRICTER = ["Me/steel-members", "me/Steel_Members", "me/steel-members/2", "me/-steel-members"]
 
 
-@pytest.mark.parametrize("ref", STRICTER)
 def test_names_that_the_client_sends_but_that_are_no_address_are_refused_here(
-    ref: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    rng = random.Random(13)
-    metadata = dataset_named(rng) | {"title": "Steel members", "subtitle": None, "id": ref}
-    metadata["licenses"] = [{"name": "CC0-1.0"}]
-    assert ask_client(tmp_path, [("dataset-metadata.json", metadata)]) == [True]
-    assert not ask_us("dataset-metadata.json", metadata)
+    sound: dict[str, object] = {"title": "Steel members", "licenses": [{"name": "CC0-1.0"}]}
+    assert ask_us("dataset-metadata.json", sound | {"id": "me/steel-members"})
+    named = [("dataset-metadata.json", sound | {"id": ref}) for ref in STRICTER]
+    assert ask_client(tmp_path, named) == [True] * len(STRICTER)
+    assert [ask_us(*item) for item in named] == [False] * len(STRICTER)
 
 
 # --- who the user is ------------------------------------------------------------------------------
@@ -303,10 +293,38 @@ def test_the_owner_is_who_the_client_says(
     for key, value in (own | {"HOME": str(tmp_path)}).items():
         monkeypatch.setenv(key, value)
     with serve() as kaggle:
-        key = {} if "KAGGLE_USERNAME" not in own else {"KAGGLE_KEY": "k"}
-        theirs = run_with_client(kaggle, tmp_path, WHO, login=False, **own, **key)
+        secret = {"KAGGLE_KEY": "k"} if "KAGGLE_USERNAME" in own else {}
+        theirs = run_with_client(kaggle, tmp_path, WHO, login=False, **own, **secret)
     assert find_owner() == theirs
     assert theirs in [*files.values(), "env"]
+
+
+def test_a_user_without_a_home_is_found_by_the_environment_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> Path:  # as Path.home does there
+        raise RuntimeError("Could not determine home directory.")
+
+    for key in [key for key in os.environ if key.startswith(("KAGGLE_", "XDG_"))]:
+        monkeypatch.delenv(key)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert find_owner() is None
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    assert find_owner() is None
+    (tmp_path / "kaggle.json").write_text('{"username": "key"}')
+    assert find_owner() == "key"
+    (tmp_path / "kaggle.json").touch()
+    monkeypatch.setenv("KAGGLE_USERNAME", "env")
+    assert find_owner() == "env"
+
+
+def test_an_empty_file_of_the_client_beside_the_environments_user_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "kaggle.json").touch()
+    monkeypatch.setenv("KAGGLE_USERNAME", "env")
+    assert find_owner() == "env"
 
 
 def test_without_a_user_there_is_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""From trained checkpoints to a Kaggle dataset and kernel."""

@@ -1,0 +1,111 @@
+"""The bundle: a dataset and a kernel, built aside and swapped in when both are complete."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kernel.logs import progress
+from kernel.manifest import MANIFEST, Manifest
+from packing.joining import join_modules
+from packing.members import PackedMember, pack_member
+from packing.metadata import Metadata, read_metadata
+from packing.notebook import build_notebook
+from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
+from packing.sources import read_sources
+from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
+
+CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
+BUNDLE_ENTRIES = {"dataset", "kernel", "report", CALIBRATION}  # the dry run adds the last two
+
+# --- staging --------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, entries: dict[str, Any]) -> None:
+    """Write JSON that is the same on every build."""
+    text = json.dumps(entries, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _stage_dataset(
+    folder: Path, manifest: Manifest, sources: list[Path], wheels: list[Path], openvino: bool
+) -> list[PackedMember]:
+    """Lay out members, manifest, wheels and script, flat: Kaggle skips folders silently."""
+    pairs = list(zip(sources, manifest.members, strict=True))
+    bar = progress(pairs, "packing", "member")
+    packed = [pack_member(source, spec, manifest, folder, openvino) for source, spec in bar]
+    specs = [each.spec for each in packed]
+    write_json(folder / MANIFEST, asdict(replace(manifest, members=specs)))
+    for wheel in wheels:
+        shutil.copyfile(wheel, folder / wheel.name)
+    (folder / SCRIPT.name).write_text(join_modules(SCRIPT), encoding="utf-8")
+    return packed
+
+
+def _stage_kernel(folder: Path, script: Path, notebook: bool) -> None:
+    if notebook:
+        write_json(folder / NOTEBOOK, build_notebook(script.read_text(encoding="utf-8")))
+    else:
+        shutil.copyfile(script, folder / script.name)
+
+
+# --- swapping in ----------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError where `out` holds what is no bundle: the swap would take it away."""
+    if not out.exists():
+        return
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
+    if found and not complete:
+        listed = ", ".join(sorted(found)[:3])
+        raise ValueError(
+            f"{out}: holds other things than a bundle ({listed}); choose another --out"
+        )
+
+
+def _swap_in(bundle: Path, out: Path, previous: Path) -> None:
+    """Put a complete bundle in the place of the previous one, which goes to `previous`."""
+    if out.exists():
+        out.rename(previous)
+    try:
+        bundle.rename(out)
+    except OSError:
+        if previous.exists():
+            previous.rename(out)
+        raise
+
+
+def build(
+    weights: Path, out: Path, owner: str | None, openvino: bool = False, notebook: bool = False
+) -> tuple[Metadata, list[PackedMember]]:
+    """Build the bundle of the folder `weights` and put it in the place of `out`.
+
+    Raises:
+        ValueError: an input is bad; what stood at `out` stays as it was.
+    """
+    out = out.resolve()
+    check_out(out)
+    if openvino and not find_spec("openvino"):
+        raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
+    manifest, sources = read_sources(weights)
+    metadata = read_metadata(owner, manifest, notebook)
+    wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        bundle = Path(scratch, "bundle")
+        dataset, kernel = bundle / "dataset", bundle / "kernel"
+        for folder in (bundle, dataset, kernel):
+            folder.mkdir()
+        packed = _stage_dataset(dataset, manifest, sources, wheels, openvino)
+        _stage_kernel(kernel, dataset / SCRIPT.name, notebook)
+        write_json(dataset / DATASET_METADATA.name, metadata.dataset)
+        write_json(kernel / KERNEL_METADATA.name, metadata.kernel)
+        if (out / CALIBRATION).is_file():
+            shutil.copy(out / CALIBRATION, bundle)
+        _swap_in(bundle, out, Path(scratch, "previous"))
+    return metadata, packed

@@ -1,0 +1,187 @@
+"""One member into the bundle: its checkpoint checked, halved, written, tried and counted."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernel.competition import IMAGE_SIZE
+from kernel.engines import openvino_files
+from kernel.images import pad_to_multiple
+from kernel.manifest import Manifest, MemberSpec
+from kernel.members import Member, load_member
+from packing.checkpoints import Checkpoint, read_checkpoint
+from packing.models import (
+    check_config,
+    check_normalisation,
+    load_into_model,
+    one_line,
+    saved_configs,
+)
+
+
+@dataclass(frozen=True)
+class PackedMember:
+    """A member in the bundle, and what a build prints about it."""
+
+    spec: MemberSpec
+    n_parameters: int
+    n_bytes: int
+    notes: list[str]
+
+
+def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return copies: floating tensors in fp16, the others (batch norm's counters) as they are.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, or becomes infinite in fp16.
+    """
+    half = {
+        # copies: safetensors takes no two tensors that share memory
+        key: value.to(torch.float16 if value.is_floating_point() else value.dtype, copy=True)
+        for key, value in weights.items()
+    }
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{path}: {key} holds NaN or infinite values; take an earlier checkpoint"
+            )
+        if not torch.isfinite(half[key]).all():
+            largest = value.abs().max().item()
+            raise ValueError(f"{path}: {key} reaches {largest:.3g}, above fp16's 65504; retrain it")
+    return {key: value.contiguous() for key, value in half.items()}
+
+
+@contextmanager
+def _explained(path: Path, fault: str, remedy: str) -> Iterator[None]:
+    """Say in one line what failed, whatever a network raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {fault}: {one_line(error)}; {remedy}") from error
+
+
+def size_of_trial(spec: MemberSpec, manifest: Manifest) -> tuple[int, int]:
+    """Return the (H, W) that a member sees: its own, or the strips'."""
+    return spec.image_size or manifest.image_size or IMAGE_SIZE
+
+
+def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
+    """Run one random image of the size that the member sees.
+
+    Raises:
+        ValueError: the network fails on it, or gives another shape or NaN.
+    """
+    height, width = size_of_trial(member.spec, manifest)
+    images = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(0))
+    images = pad_to_multiple(images, member.stride)
+    with (
+        _explained(path, f"fails on an image of {height}×{width}", "correct model or image_size"),
+        torch.inference_mode(),
+    ):
+        probabilities = member(images)
+    found, expected = tuple(probabilities.shape), (1, manifest.classes, *images.shape[-2:])
+    if found != expected:
+        raise ValueError(f"{path}: gives probabilities {found}, expected {expected}; correct model")
+    if not torch.isfinite(probabilities).all():
+        raise ValueError(f"{path}: gives NaN for a random image in fp16; retrain it")
+
+
+def count_flops(member: Member, size: tuple[int, int]) -> list[int]:
+    """Return the FLOPs of encoder and decoder for one image (H, W), a multiply-add as 2.
+
+    The member's weights are dropped: on the meta device there is no arithmetic.
+    """
+    encoder, decoder = member.encoder.to("meta"), member.decoder.to("meta")
+    images = pad_to_multiple(torch.empty(1, 1, *size, device="meta"), member.stride)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as first:
+            encoded = encoder(images)
+        with FlopCounterMode(display=False) as second:
+            decoder(*encoded)
+    return [int(first.get_total_flops()), int(second.get_total_flops())]
+
+
+def pack_openvino(member: Member, folder: Path) -> int:
+    """Write both halves as OpenVINO reads them, for any image size and batch; return their bytes.
+
+    In fp32, twice the checkpoint's bytes: batch norm is folded here, and rounded to fp16 once more
+    the weights move 0.1 % of a mask's pixels.
+    """
+    import openvino
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # OpenVINO traces in a way that PyTorch calls deprecated
+        images = torch.rand(1, 1, 2 * member.stride, 3 * member.stride)
+        encoded = member.encoder(images)
+        decoder = openvino.convert_model(member.decoder, example_input=encoded)
+        encoder = openvino.convert_model(member.encoder, example_input=images)
+    for parameter, result in zip(decoder.get_parameters(), encoder.get_results(), strict=True):
+        if not parameter.output(0).get_target_inputs():  # a level that this decoder does not read
+            decoder.remove_parameter(parameter)
+            encoder.remove_result(result)
+    paths = [folder / name for name in openvino_files(member.spec.file)]
+    for half, path in zip((encoder, decoder), paths, strict=True):
+        half.set_friendly_name(path.stem)  # OpenVINO's own names count what this process has made
+        for number, node in enumerate(half.get_ordered_ops()):
+            node.set_friendly_name(f"{node.get_type_name()}_{number}")
+        openvino.save_model(half, path, compress_to_fp16=False)
+    return sum(path.stat().st_size + path.with_suffix(".bin").stat().st_size for path in paths)
+
+
+def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> None:
+    """Hold the manifest's entry against all that came with the weights."""
+    for where, config in saved_configs(source, checkpoint).items():
+        check_config(config, spec.model, where)
+    check_normalisation(checkpoint, spec)
+
+
+def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path) -> MemberSpec:
+    """Write a network's weights in fp16, its entry in their header; the entry with the hash."""
+    entry = {k: v for k, v in asdict(spec).items() if k not in ("sha256", "flops")}  # known later
+    header = {"member": json.dumps(entry, sort_keys=True)}  # one key: several have no fixed order
+    data = save(to_half(network.state_dict(), path), header)
+    (folder / spec.file).write_bytes(data)
+    return replace(spec, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _pack(
+    source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
+) -> PackedMember:
+    checkpoint = read_checkpoint(source)
+    _check_source(source, checkpoint, spec)
+    network = load_into_model(checkpoint, spec.model)
+    spec = _write_member(folder, spec, network, checkpoint.path)
+    member = load_member(folder, spec, torch.device("cpu"))
+    check_probabilities(member, manifest, checkpoint.path)
+    n_parameters = sum(weight.numel() for weight in member.encoder.network.parameters())
+    n_bytes = (folder / spec.file).stat().st_size
+    if openvino:
+        with _explained(checkpoint.path, "OpenVINO cannot read it", "build without --openvino"):
+            n_bytes += pack_openvino(member, folder)
+    with _explained(checkpoint.path, "its FLOPs cannot be counted", "correct model"):
+        spec = replace(spec, flops=count_flops(member, size_of_trial(spec, manifest)))
+    return PackedMember(spec, n_parameters, n_bytes, checkpoint.notes)
+
+
+def pack_member(
+    source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
+) -> PackedMember:
+    """Check a checkpoint, write it as fp16 safetensors and load that as the kernel will.
+
+    Raises:
+        ValueError: the checkpoint is unsafe, not of the declared model, contradicts the manifest,
+            or gives no probabilities; names the member.
+    """
+    try:
+        return _pack(source, spec, manifest, folder, openvino)
+    except ValueError as error:
+        raise ValueError(f"member {spec.name}: {' '.join(str(error).splitlines())}") from error

@@ -1,0 +1,408 @@
+"""The declared `model`: held against SMP and saved configurations, built, and given its weights."""
+
+import difflib
+import functools
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernel.manifest import MemberSpec
+from kernel.members import build_network
+from packing.checkpoints import Checkpoint, is_plain, normalisation_of
+from packing.old_names import rename_old, widen_head
+from packing.reading import weights_file
+
+LOGITS = (None, "identity", "sigmoid")  # activations of a network that the kernel's sigmoid fits
+
+# Options that SMP renamed and still reads: old name → its name today, and whose it was.
+UNETS = ("unet", "unetplusplus", "manet", "linknet")
+RENAMED_OPTIONS = {
+    "decoder_use_batchnorm": ("decoder_use_norm", UNETS),
+    "psp_use_batchnorm": ("decoder_use_norm", ("pspnet",)),
+    "upscale_mode": ("decoder_interpolation", ("pan",)),
+}
+
+# Tried against a checkpoint of another model: this project's five and the most common others.
+ENCODERS = (
+    "resnet18", "resnet34", "resnet50", "se_resnet50", "se_resnext50_32x4d", "densenet201",
+    "efficientnet-b0", "efficientnet-b1", "efficientnet-b2", "efficientnet-b3", "efficientnet-b4",
+    "efficientnet-b5",
+)  # fmt: skip
+ARCHITECTURES = ("FPN", "Unet")
+LIKELY, RIGHT = 0.5, 0.9  # shares of names and shapes that a checkpoint and a model have in common
+
+# --- what `model` says ----------------------------------------------------------------------------
+
+
+def _config_of(source: Path) -> Path:
+    """Where `save_pretrained` puts the configuration of a member's file or folder."""
+    return weights_file(source).parent / "config.json"
+
+
+def read_model(source: Path) -> dict[str, Any]:
+    """Return `smp.create_model`'s keyword arguments, from the config.json of `save_pretrained`.
+
+    Raises:
+        ValueError: the config is missing, no JSON, or names no architecture.
+    """
+    path = _config_of(source)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model = {"arch": config["_model_class"], **config}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: names no architecture ({error!r}); the manifest's entry needs `model`"
+        ) from error
+    return {k: v for k, v in model.items() if not k.startswith("_") and k != "encoder_weights"}
+
+
+def without_activation(model: Any) -> Any:
+    """Return the same model giving logits: the sigmoid is the kernel's, twice would be wrong.
+
+    Another activation stays, for the manifest's rules to refuse.
+    """
+    if not isinstance(model, dict):
+        return model
+    kept = {k: v for k, v in model.items() if k != "activation" or v not in LOGITS}
+    return kept | {k: without_activation(v) for k, v in kept.items() if k == "aux_params"}
+
+
+def with_todays_options(model: Any) -> Any:
+    """Return the same model with options that SMP renamed under the names that they have today."""
+    if not isinstance(model, dict):
+        return model
+    renamed = dict(model)
+    for old, (new, architectures) in RENAMED_OPTIONS.items():
+        if old in renamed and str(model.get("arch")).lower() in architectures:
+            value = renamed.pop(old)
+            renamed |= {} if value is None else {new: value}  # as SMP does: None changes nothing
+    return renamed
+
+
+# --- held against SMP -----------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """Return the known names that are like a name, or the first that there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=n, cutoff=0.5)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known[:12])}, …"
+
+
+def _options_of(kind: Any) -> dict[str, Any]:
+    """A class's options → their defaults; SMP's classes swallow all others."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    named = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return {each.name: each.default for each in named if each.name != "self"}
+
+
+def _class_of(model: Mapping[str, Any]) -> Any:
+    import segmentation_models_pytorch as smp
+
+    known, arch = smp.MODEL_ARCHITECTURES_MAPPING, str(model["arch"])
+    if arch.lower() not in known:
+        raise ValueError(f"unknown architecture {arch!r}; {nearest(arch, sorted(known))}")
+    return known[arch.lower()]
+
+
+def _head_options() -> dict[str, Any]:
+    from segmentation_models_pytorch.base import ClassificationHead
+
+    return {k: v for k, v in _options_of(ClassificationHead).items() if k != "in_channels"}
+
+
+def check_options(model: dict[str, Any]) -> None:
+    """Raise ValueError for an option that SMP's class does not have, naming the nearest.
+
+    For a `tu-` encoder other options are timm's, where timm refuses what it does not know.
+    """
+    kind = _class_of(model)
+    known = [*_options_of(kind), "arch"]
+    others = {key: value for key, value in model.items() if key not in known}
+    if others and not _timm_takes(model, others):
+        key = next(iter(others))
+        raise ValueError(
+            f"model's {key!r} is no option of SMP's {kind.__name__}, which would drop it unsaid; "
+            f"{nearest(key, known)}; correct or remove it"
+        )
+    head = _head_options()
+    for key in model.get("aux_params") or {}:
+        if key not in head:
+            raise ValueError(
+                f"aux_params's {key!r} is no option of SMP's ClassificationHead; "
+                f"{nearest(key, head)}; correct or remove it"
+            )
+
+
+def _timm_takes(model: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Whether timm's encoder has these options: it does not build with one that it lacks."""
+    import timm
+
+    loader = inspect.signature(timm.create_model).parameters  # a path, a cache: not the network's
+    if not str(model["encoder_name"]).startswith("tu-") or loader.keys() & options.keys():
+        return False
+    return None not in options.values() and _builds(model)  # timm drops None unseen
+
+
+def _builds(model: dict[str, Any]) -> bool:
+    try:
+        build_network(model)
+    except Exception:  # a network raises whatever it likes
+        return False
+    return True
+
+
+def _build_declared(model: dict[str, Any]) -> nn.Module:
+    """The untrained network of a manifest's entry; an error names the nearest that SMP knows."""
+    import segmentation_models_pytorch as smp
+    import timm
+
+    check_options(model)
+    encoder = str(model["encoder_name"])
+    if ":" in encoder:
+        raise ValueError(
+            f"encoder {encoder!r} is read from another place, which Kaggle's machine has not; "
+            "name a model of timm's own, tu-NAME"
+        )
+    try:
+        return build_network(model)
+    except Exception as error:  # a network raises whatever it likes
+        encoders = [*smp.encoders.get_encoder_names(), *(f"tu-{n}" for n in timm.list_models())]
+        fault = one_line(error)
+        renamed = smp.encoders.is_equivalent_to_timm_universal(encoder)
+        if encoder.split(".")[0] not in encoders and not renamed:
+            fault = f"unknown encoder {encoder!r}; {nearest(encoder, encoders)}"
+        raise ValueError(fault) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says as one line, its kind where it says nothing."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+# --- held against saved configurations ------------------------------------------------------------
+
+
+def _comparable(model: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `model` says of the known options, in one spelling."""
+    renamed = with_todays_options(dict(model))
+    said = {key: value for key, value in renamed.items() if key in known}
+    said |= {"arch": str(said["arch"]).lower()} if "arch" in said else {}
+    if said.get("activation") in LOGITS:
+        said["activation"] = None
+    if isinstance(said.get("aux_params"), Mapping):
+        said["aux_params"] = _comparable(_head_options() | said["aux_params"], _head_options())
+    # a tuple is a list
+    plain: dict[str, Any] = json.loads(json.dumps(said, default=str, skipkeys=True))
+    return plain
+
+
+def check_config(config: Mapping[str, Any], model: dict[str, Any], where: str) -> None:
+    """Raise ValueError where a configuration saved with the weights contradicts `model`.
+
+    An option that `model` leaves out has SMP's default.
+    """
+    options = _options_of(_class_of(model))
+    known = {key: value for key, value in options.items() if key != "encoder_weights"}
+    declared = _comparable(known | model, known | {"arch": None})
+    for key, saved in _comparable({"arch": model["arch"], **config}, declared).items():
+        if key in ("classes", "in_channels") and not isinstance(saved, int):
+            continue  # another program's word, such as the classes' names; the weights' shapes tell
+        if saved != declared[key]:
+            raise ValueError(
+                f"model's {key} is {declared[key]!r}, {where} says {saved!r}; correct `model`, "
+                "or take that configuration away if it is not of these weights"
+            )
+
+
+def saved_configs(source: Path, checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """Return every configuration of a network that came with the weights: where → `model`."""
+    configs: dict[str, Mapping[str, Any]] = {
+        where: config for where, config in checkpoint.configs.items() if "encoder_name" in config
+    }
+    path = _config_of(source)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return configs
+    if isinstance(config, dict) and {"_model_class", "encoder_name"} & set(config):
+        arch = {"arch": config["_model_class"]} if "_model_class" in config else {}
+        configs[str(path)] = config | arch
+    return configs
+
+
+# --- held against the manifest's normalisation ----------------------------------------------------
+
+
+def _agrees(found: list[float], declared: list[float]) -> bool:
+    """Whether numbers are the declared ones, of [0, 1] or of 0-255; bfloat16 keeps 8 bits."""
+    n = max(len(found), len(declared))
+    pairs = list(zip(found * (n // len(found)), declared * (n // len(declared)), strict=True))
+    return any(
+        all(abs(a - scale * b) <= 5e-3 * abs(scale * b) + 1e-6 for a, b in pairs)
+        for scale in (1, 255)
+    )
+
+
+def _said_of_images(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Any]]:
+    """Each mean and std that came with the weights: where, which of both, its value."""
+    for name, tensor in checkpoint.left_out.items():
+        kind = normalisation_of(name)
+        if kind and is_plain(tensor):
+            yield f"{checkpoint.path}: {name}", kind, tensor.flatten().tolist()
+    for where, config in checkpoint.configs.items():
+        for kind in ("mean", "std"):
+            yield f"{where}: {kind}", kind, config.get(kind)
+
+
+def check_normalisation(checkpoint: Checkpoint, spec: MemberSpec) -> None:
+    """Hold the manifest's mean and std against every one that came with the weights.
+
+    Raises:
+        ValueError: another one; names it and both values.
+    """
+    declared = {"mean": spec.mean, "std": spec.std}
+    for where, kind, found in _said_of_images(checkpoint):
+        numbers = isinstance(found, list) and all(isinstance(each, int | float) for each in found)
+        if numbers and len(found) in (1, 3) and not _agrees(found, declared[kind]):
+            raise ValueError(
+                f"{where} is {[round(each, 4) for each in found]}, the manifest's {kind} is "
+                f"{declared[kind]}; write what it was trained with, or save it without that"
+            )
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """In words, every key that is missing, unexpected or of another shape."""
+    missing = [f"lacks {key}" for key in wanted if key not in found]
+    unexpected = [f"has the unexpected {key}" for key in found if key not in wanted]
+    reshaped = [
+        f"has {key} as {tuple(found[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    return missing + unexpected + reshaped
+
+
+def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict[str, Any]) -> str:
+    """Why weights do not fit the declared model, and what to do."""
+    faults = _differences(weights, wanted) or ["does not load"]
+    head = [key for key in weights if key.startswith("classification_head.")]
+    unexpected = [key for key in weights if key not in wanted]
+    if len(unexpected) == len(faults) and unexpected == head:
+        classes = weights[head[-1]].shape[0] if weights[head[-1]].ndim else "?"
+        return (
+            f"{faults[0]}: a presence head was trained, and model declares none; write "
+            f'"aux_params": {{"classes": {classes}, "pooling": "avg" or "max"}} as it was trained, '
+            "or save the network without it"
+        )
+    if len(unexpected) == len(faults):
+        return (
+            f"{faults[0]}; SMP's {model['arch']} has all its weights there and no layer of that "
+            f"name ({len(faults)} in all): what it does would be lost; train without it, or save "
+            "the network without it where its output does not need it"
+        )
+    return (
+        f"{faults[0]}; {len(faults)} keys differ from the declared model; "
+        f"{likely_model(weights, model)}"
+    )
+
+
+def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
+    """Return the declared network with the checkpoint's weights in it.
+
+    Old names become today's: those of SMP 0.0.x here, later ones by SMP's own loading. Counters of
+    batch norm that old or EMA checkpoints lack are added as zero: nothing reads them.
+
+    Raises:
+        ValueError: SMP builds no such model, or a key is missing, unexpected or of another shape;
+            names the likely model.
+    """
+    path, weights = checkpoint.path, checkpoint.weights
+    try:
+        network = _build_declared(model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    wanted = network.state_dict()
+    renamed = rename_old(weights)
+    old = "names of SMP 0.0.x (2019), taken as today's" if renamed.keys() != weights.keys() else ""
+    if old:
+        widen_head(renamed, wanted)
+        checkpoint.notes.append(old)
+    for key, value in wanted.items():
+        if key.endswith("num_batches_tracked"):
+            renamed.setdefault(key, torch.zeros_like(value))
+    try:
+        network.load_state_dict(renamed, strict=True)  # renames in place what SMP renamed
+    except RuntimeError as error:
+        fault = _fault(renamed, wanted, model)
+        raise ValueError(f"{path}: {old}{': ' * bool(old)}{fault}") from error
+    return network
+
+
+# --- the likely model -----------------------------------------------------------------------------
+
+
+def _traits(weights: Mapping[str, Tensor]) -> frozenset[object]:
+    """Names, and names with their shapes: what a checkpoint and a model have in common."""
+    return frozenset(weights) | {(key, value.shape) for key, value in weights.items()}
+
+
+def _likeness(found: frozenset[object], wanted: frozenset[object]) -> float:
+    return len(found & wanted) / max(len(found | wanted), 1)
+
+
+def _model_traits(model: dict[str, Any]) -> frozenset[object]:
+    for device in ("meta", "cpu"):  # shapes only: no memory, no time; some encoders compute there
+        try:
+            with torch.device(device):
+                return _traits(build_network(model).state_dict())
+        except Exception:  # SMP does not combine every decoder with every encoder
+            continue
+    return frozenset()
+
+
+@functools.cache
+def _encoder_traits(encoder: str, in_channels: int) -> frozenset[object]:
+    """Those of an encoder under an FPN, which takes any."""
+    model = {"arch": "FPN", "encoder_name": encoder, "in_channels": in_channels}
+    return _encoder_part(_model_traits(model))
+
+
+def _encoder_part(traits: frozenset[object]) -> frozenset[object]:
+    names = ((trait, trait[0] if isinstance(trait, tuple) else trait) for trait in traits)
+    return frozenset(trait for trait, name in names if str(name).startswith("encoder."))
+
+
+def likely_model(weights: dict[str, Tensor], declared: dict[str, Any]) -> str:
+    """Say which encoder and architecture a checkpoint looks like."""
+    found, in_channels = _traits(weights), declared.get("in_channels", 3)  # SMP's default
+    own = _encoder_part(found)
+    encoders = (declared["encoder_name"], *ENCODERS)
+    encoder = max(encoders, key=lambda name: _likeness(own, _encoder_traits(name, in_channels)))
+    heads = {k: v for k, v in declared.items() if k in ("in_channels", "classes", "aux_params")}
+    architectures = (declared["arch"], *ARCHITECTURES)
+    plain = [{"arch": arch, "encoder_name": encoder} | heads for arch in architectures]
+    models = [declared, *plain]
+    shares = [_likeness(found, _model_traits(model)) for model in models]
+    share = max(shares)
+    best = models[shares.index(share)]  # the first of equals
+    if share <= LIKELY:
+        return "it is none of the usual encoders; correct `model`"
+    likely = f"{best['arch']} with encoder {best['encoder_name']} ({share:.0%} alike)"
+    if best is not declared:
+        return f"it looks like {likely}; correct `model`"
+    if share < RIGHT:
+        return f"none of the usual models is closer than {likely}: correct `model` and its options"
+    presence = "a" if any(name.startswith("classification_head") for name in weights) else "no"
+    return (
+        f"{likely} is right, so compare in_channels, classes and aux_params: "
+        f"the file has {presence} presence head"
+    )

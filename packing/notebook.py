@@ -1,0 +1,65 @@
+"""The kernel as a notebook: a cell a module, then one that runs it and one that shows the masks."""
+
+import re
+from typing import Any
+
+from packing.joining import GUARD
+
+TITLE_CELL = """\
+# Severstal: Steel Defect Detection, an ensemble of segmentation networks
+
+Every strip goes once through every member under every flip; the mean of the probabilities over the
+threshold becomes `submission.csv`. Add the competition and the bundle's dataset as inputs, turn the
+internet off and the GPU on. The cells below are the bundle's `inference.py`, section by section;
+the last two run it and show what it found. Built by `build_kernel.py --notebook`."""
+
+RUN_CELL = """\
+ARGUMENTS: list[str] = []  # as on the command line, such as ["--no-early-exit"]
+main(ARGUMENTS)"""
+
+PICTURE_CELL = """\
+try:
+    import IPython.display
+
+    options = parse_options(ARGUMENTS)
+    labels = [label for _, label, _ in read_rows(options.output)[1]]
+    task = find_task(options, classes=max(labels))
+    sheet = draw_submission(options.output, task.images)
+    display(IPython.display.Image(data=cv2.imencode(".jpg", sheet)[1].tobytes()))
+except Exception as error:  # a picture must not cost the submission
+    log.warning("no contact sheet: %s", error)"""
+
+
+def build_notebook(code: str) -> dict[str, Any]:
+    """Return the joined code as a notebook of format 4.5, a cell for each of its sections.
+
+    Raises:
+        ValueError: it does not end in what runs a script, which a notebook leaves out.
+    """
+    if not code.endswith(GUARD):
+        raise ValueError(f"the kernel's code does not end in {GUARD.strip()!r}; restore that")
+    sections = re.split(r"\n+(?=# --- )", code.removesuffix(GUARD).rstrip("\n"))
+    cells = [*sections, RUN_CELL, PICTURE_CELL]
+    return {
+        "cells": [
+            {"cell_type": "markdown", "id": "title", "metadata": {}, "source": TITLE_CELL},
+            *(_code_cell(number, source) for number, source in enumerate(cells)),
+        ],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+def _code_cell(number: int, source: str) -> dict[str, Any]:
+    return {
+        "cell_type": "code",
+        "id": f"cell-{number}",
+        "execution_count": None,
+        "metadata": {},
+        "outputs": [],
+        "source": source,
+    }

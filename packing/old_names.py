@@ -1,0 +1,74 @@
+"""Names of SMP 0.0.x, of 2019 → today's, for networks whose layers stayed the same.
+
+Checked against SMP 0.0.3 itself: the same weights give the same logits. What later versions of SMP
+renamed, its own `load_state_dict` renames.
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+HEAD = "segmentation_head.0.weight"
+
+
+def _unet(name: str) -> str:
+    name = re.sub(
+        r"layer(\d)\.block\.(\d)\.block",
+        lambda found: f"blocks.{int(found[1]) - 1}.conv{int(found[2]) + 1}",
+        name,
+    )
+    name = re.sub(r"center\.block\.(\d)\.block", r"center.\1", name)
+    return re.sub(
+        r"layer(\d)\.(attention\d)",
+        lambda found: f"blocks.{int(found[1]) - 1}.{found[2]}.attention",
+        name,
+    )
+
+
+def _linknet(name: str) -> str:
+    return re.sub(
+        r"layer(\d)\.block\.(\d)\.block",
+        lambda found: f"blocks.{int(found[1]) - 1}.block.{found[2]}",
+        name,
+    )
+
+
+def _fpn(name: str) -> str:
+    name = re.sub(r"^decoder\.conv1\.", "decoder.p5.", name)
+    return re.sub(r"\.s([2-5])\.", lambda found: f".seg_blocks.{5 - int(found[1])}.", name)
+
+
+def _pspnet(name: str) -> str:
+    name = re.sub(r"stages\.(\d)\.pool\.1\.block", r"blocks.\1.pool.1", name)
+    return re.sub(r"^decoder\.conv\.block\.", "decoder.conv.", name)
+
+
+DECODERS = {  # a name that only this decoder of SMP 0.0.x has → what became of its names
+    "decoder.layer1.block.2.block.0.weight": _linknet,
+    "decoder.layer1.block.1.block.0.weight": _unet,
+    "decoder.s5.block.0.block.0.weight": _fpn,
+    "decoder.psp.stages.0.pool.1.block.0.weight": _pspnet,
+}
+
+
+def rename_old(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of SMP 0.0.x under today's names; others as they are."""
+    renames = [rename for mark, rename in DECODERS.items() if mark in weights]
+    if not renames:
+        return dict(weights)
+    renamed = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
+    for name, tensor in weights.items():
+        if name.startswith("decoder.final_conv."):
+            renamed[name.replace("decoder.final_conv", "segmentation_head.0")] = tensor
+        elif name.startswith("decoder."):
+            renamed[renames[0](name)] = tensor
+    return renamed
+
+
+def widen_head(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Put the 1×1 convolution that ended SMP 0.0.x's Unet into today's 3×3: the same output."""
+    if HEAD in weights and HEAD in wanted:
+        head, sides = weights[HEAD], wanted[HEAD].shape[2:]
+        if head.shape[2:] == (1, 1) and sides == (3, 3):
+            weights[HEAD] = nn.functional.pad(head, (1, 1, 1, 1))

@@ -1,0 +1,248 @@
+"""A checkpoint's file → what it holds, read without running its code; what is none is named."""
+
+import argparse
+import difflib
+import json
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+PRETRAINED_FILES = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained, new and old
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+SAVE_WEIGHTS = (
+    "where it was trained, save the weights alone: torch.save(network.state_dict(), 'member.pt')"
+)
+
+# Beside the weights: numpy's numbers, under numpy 2's name and numpy 1's, and timm's arguments.
+SCALAR = np.float64(0).__reduce__()[0]
+PLAIN_DATA: list[Any] = [argparse.Namespace, np.dtype]
+PLAIN_DATA += [SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
+PLAIN_DATA += [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")]
+
+# What a file is by its first bytes, and what to do.
+MAGIC = {
+    b"version https://git-lfs": "a git LFS pointer, not the file: run git lfs pull",
+    b"\x1f\x8b": "compressed by gzip: unpack it, and name what comes out in `file`",
+    b"BZh": "compressed by bzip2: unpack it, and name what comes out in `file`",
+    b"\xfd7zXZ": "compressed by xz: unpack it, and name what comes out in `file`",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, and name what comes out in `file`",
+    b"7z\xbc\xaf": "a 7z archive: unpack it, and name what comes out in `file`",
+    b"Rar!": "a rar archive: unpack it, and name what comes out in `file`",
+    b"\x89HDF": f"HDF5, as Keras saves: {SAVE_WEIGHTS}",
+    b"\x93NUMPY": f"an array of numpy: {SAVE_WEIGHTS}",
+    b"\0" * 64: "zeros where a checkpoint begins: the copy failed, copy it once more",
+}
+
+
+# --- which file -----------------------------------------------------------------------------------
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file that holds the weights: `path`, or inside a `save_pretrained` folder."""
+    if not path.is_dir():
+        return path
+    found = [path / name for name in PRETRAINED_FILES if (path / name).is_file()]
+    return found[0] if found else path / PRETRAINED_FILES[0]
+
+
+def no_such_checkpoint(path: Path) -> str:
+    """Say that a file is missing, and which checkpoint beside it is meant."""
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    names = [each.name for each in beside if each.suffix in SUFFIXES and each.is_file()]
+    same = [name for name in names if Path(name).stem in (path.name, path.stem)]
+    close = same or difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    nearest = f"beside it: {', '.join(close or names[:3])}; " if names else ""
+    return f"{path}: no such checkpoint; {nearest}copy it there, train it or correct `file`"
+
+
+# --- what it is -----------------------------------------------------------------------------------
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    """Eight bytes with the header's length, then the header's JSON."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def _text_fault(head: bytes) -> str:
+    """What a text is that stands where a checkpoint belongs; nothing where it is no text."""
+    try:
+        text = head[:256].decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return ""
+    if not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+        return ""
+    if text.startswith("<"):
+        return "a web page, not the file: download it once more, signed in where that is asked"
+    return f"a text that begins {text[:40]!r}: copy the checkpoint there"
+
+
+def _zip_fault(path: Path) -> str:
+    """What a zip is that torch.save did not write; nothing for one that it wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return ""  # cut short: PyTorch says so
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "a TorchScript program: torch.save(torch.jit.load(path).state_dict(), 'member.pt') "
+            "makes a checkpoint of it"
+        )
+    if any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
+        return ""
+    if any(name.endswith("archive_format") for name in names):
+        return f"a program of torch.export: {SAVE_WEIGHTS}"
+    return f"a zip of {', '.join(names[:3])}: unpack it, and name the checkpoint in `file`"
+
+
+def _kind_fault(path: Path, head: bytes) -> str:
+    """What a file is that is no checkpoint of PyTorch; nothing where it may be one."""
+    known = [fault for magic, fault in MAGIC.items() if head.startswith(magic)]
+    if known:
+        return known[0]
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_fault(path)
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it, and name the checkpoint in `file`"
+    if not head or head.startswith(b"\x80"):  # a pickle
+        return ""
+    return _text_fault(head) or f"no file of torch.save or safetensors: {SAVE_WEIGHTS}"
+
+
+# --- what a refused pickle is ---------------------------------------------------------------------
+
+PLAIN_IMPORT = re.compile(
+    r"collections\.OrderedDict|torch\.(_utils|serialization|storage)\..+|torch\.\w+"
+    r"|torch\.nn\.parameter\.Parameter|numpy\..+|_codecs\.encode|argparse\.Namespace"
+)
+NETWORK_IMPORT = re.compile(r"segmentation_models_pytorch\.|torch\.nn\.(?!parameter)|torch\.fx\.")
+
+
+def _imports(stream: IO[bytes]) -> list[str]:
+    """The names that one pickle imports, in order, read from its opcodes: nothing runs."""
+    found: list[str] = []
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    last = ""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "MEMOIZE":
+            memo[len(memo)] = last
+            continue
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(str(argument))] = last
+            continue
+        last = str(argument) if "UNICODE" in opcode.name else ""
+        if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            last = memo.get(int(str(argument)), "")
+        if last:
+            strings.append(last)
+        if opcode.name == "GLOBAL":
+            found.append(str(argument).replace(" ", "."))
+        if opcode.name == "STACK_GLOBAL":
+            found.append(".".join(strings[-2:]))
+    return found
+
+
+def _pickle_of(path: Path) -> tuple[int, list[str]]:
+    """The protocol of a checkpoint's pickle, and the names that it imports."""
+    with path.open("rb") as file:
+        protocol = file.read(2)[-1]
+        file.seek(0)
+        if protocol != ord("K"):  # PK: torch.save's zip
+            # the old layout: magic number, version, machine, the object, its storages' names
+            pickles = [_imports(file) for _ in range(5) if file.peek(1)[:1] == b"\x80"]
+            return protocol, [name for names in pickles for name in names]
+    with zipfile.ZipFile(path) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        with archive.open(name) as pickled:
+            protocol = pickled.read(2)[-1]
+        with archive.open(name) as pickled:
+            return protocol, _imports(pickled)
+
+
+def _pickle_fault(path: Path) -> str:
+    """Why PyTorch's safe reader refuses a pickle, and what to do."""
+    try:
+        protocol, names = _pickle_of(path)
+    except Exception:  # damaged: an opcode, an argument or the zip; nothing runs
+        return f"no checkpoint that can be read, its pickle is damaged; {SAVE_WEIGHTS}"
+    foreign = [name for name in names if not PLAIN_IMPORT.fullmatch(name)]
+    if not foreign and protocol > 3:
+        return (
+            f"a plain state_dict, saved with pickle_protocol={protocol}, which PyTorch's safe "
+            "reader does not know: save it once more without pickle_protocol, "
+            "torch.save(network.state_dict(), 'member.pt')"
+        )
+    if not foreign:
+        return f"no checkpoint that can be read, its pickle is damaged; {SAVE_WEIGHTS}"
+    networks = [name for name in foreign if NETWORK_IMPORT.match(name)]
+    what = "a whole network, pickled" if networks else "no plain state_dict"
+    first = (networks or foreign)[0]
+    return f"refused, it is {what}, and unpickling it could run code ({first}); {SAVE_WEIGHTS}"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint's file holds."""
+
+    tree: object  # nested dictionaries and lists with tensors in them
+    member: dict[str, Any]  # the entry of a manifest in a safetensors header, as training writes it
+
+
+def _read_safetensors(path: Path) -> Content:
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    try:
+        member = json.loads(header.get("member", "{}"))
+    except ValueError:
+        member = {}
+    return Content(tensors, member if isinstance(member, dict) else {})
+
+
+def _read_pickle(path: Path) -> Content:
+    with (
+        warnings.catch_warnings(),
+        torch.serialization.safe_globals(PLAIN_DATA),
+        path.open("rb") as file,  # by its name PyTorch would take another reader
+    ):
+        warnings.simplefilter("ignore")  # of protocols: an error says it in words
+        return Content(torch.load(file, map_location="cpu", weights_only=True), {})
+
+
+def read_content(path: Path) -> Content:
+    """Read a .safetensors, .pt, .pth, .ckpt or .bin file by its content, whatever its suffix.
+
+    Raises:
+        ValueError: it is missing, damaged, no checkpoint, or could run code; says which.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+        if _looks_like_safetensors(head):
+            return _read_safetensors(path)
+        fault = _kind_fault(path, head)
+        if not fault:
+            return _read_pickle(path)
+    except FileNotFoundError:
+        raise ValueError(no_such_checkpoint(path)) from None
+    except pickle.UnpicklingError:
+        fault = _pickle_fault(path)
+    except Exception as error:  # a damaged file raises whatever it likes
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        reason = "" if "weights_only" in reason else f": {reason}"  # no advice to run its code
+        fault = f"no checkpoint that can be read{reason}; copy it once more"
+    raise ValueError(f"{path}: {fault}")

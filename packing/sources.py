@@ -1,0 +1,55 @@
+"""The source manifest: which checkpoints are to be packed, and as what."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from kernel.manifest import MANIFEST, Manifest, parse_manifest, read_json
+from kernel.members import check_sha256
+from packing.models import read_model, with_todays_options, without_activation
+from packing.reading import no_such_checkpoint, weights_file
+
+
+def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
+    path = Path(weights, entry["file"])
+    if not path.resolve().is_relative_to(weights.resolve()):
+        raise ValueError(
+            f"member {entry['name']}: file {entry['file']!r} leaves {weights}; copy it there"
+        )
+    if not weights_file(path).is_file():
+        raise ValueError(f"member {entry['name']}: {no_such_checkpoint(weights_file(path))}")
+    return path
+
+
+def _packed_entry(weights: Path, entry: Any) -> Any:
+    """A source entry as it stands in the bundle: flat file name, model filled in.
+
+    What is no member stays as it is: `parse_manifest` says why.
+    """
+    fields = entry if isinstance(entry, dict) else {}
+    if not all(isinstance(fields.get(key), str) for key in ("name", "file")):
+        return entry
+    model = entry["model"] if "model" in entry else read_model(_source_of(weights, entry))
+    model = with_todays_options(without_activation(model))
+    name = re.sub(r"[^\w.-]+", "-", entry["name"])
+    return entry | {"file": f"{name}.safetensors", "model": model}
+
+
+def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
+    """Return the bundle's manifest, hashes and flops to come, and each member's checkpoint.
+
+    Raises:
+        ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing or changed.
+    """
+    path = weights / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; write one, or give its folder with --weights")
+    entries = read_json(path)
+    members = entries.get("members")
+    if isinstance(members, list):
+        entries = entries | {"members": [_packed_entry(weights, entry) for entry in members]}
+    manifest = parse_manifest(entries, path)
+    sources = [_source_of(weights, entry) for entry in members or []]
+    for source, spec in zip(sources, manifest.members, strict=True):
+        check_sha256(weights_file(source), spec.sha256)
+    return manifest, sources

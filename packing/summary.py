@@ -1,0 +1,46 @@
+"""What a build prints: a table of its members, and the commands that come next."""
+
+from pathlib import Path
+
+from packing.members import PackedMember
+from packing.metadata import PLACEHOLDER, Metadata
+
+ROW = "{:<20} {:<24} {:<12} {:>11} {:>7} {:>11}"
+
+
+def print_table(packed: list[PackedMember]) -> None:
+    """Print one line a member, and the totals."""
+    print(ROW.format("member", "encoder", "decoder", "parameters", "MB", "GFLOP/pass"))
+    for each in packed:
+        model = each.spec.model
+        names = each.spec.name, model["encoder_name"], model["arch"]
+        print(ROW.format(*names, *_numbers([each])))
+        for note in each.notes:
+            print(f"  {note}")
+    print(ROW.format("total", "", "", *_numbers(packed)))
+    print("A pass is one image through one member; a multiply-add counts as 2.")
+
+
+def _numbers(packed: list[PackedMember]) -> tuple[str, str, str]:
+    """Parameters, megabytes and GFLOP of members together."""
+    parameters = sum(each.n_parameters for each in packed)
+    megabytes = sum(each.n_bytes for each in packed) / 1e6
+    gflop = sum(sum(each.spec.flops) for each in packed) / 1e9
+    return f"{parameters:,}", f"{megabytes:.1f}", f"{gflop:.1f}"
+
+
+def print_next(out: Path, metadata: Metadata) -> None:
+    """Print the commands that upload and submit the bundle, and what must be done before."""
+    kernel = metadata.kernel
+    if metadata.owner == PLACEHOLDER:
+        print(
+            f"\nThe owner is still {PLACEHOLDER}: build again with --owner NAME before uploading."
+        )
+    print(f"\nNext, for {metadata.owner}:\n  kaggle datasets create -p {out / 'dataset'}")
+    print(f"  kaggle kernels push -p {out / 'kernel'}")
+    print("and when that version of the kernel has run on Kaggle:")
+    print(
+        f"  kaggle competitions submit {kernel['competition_sources'][0]} -k {kernel['id']}"
+        " -v 1 -f submission.csv -m first"
+    )
+    print(f"Later versions: kaggle datasets version -p {out / 'dataset'} -m MESSAGE")

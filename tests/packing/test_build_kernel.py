@@ -1,0 +1,169 @@
+"""The command: a whole build by the script, and bad input as one line and an exit code."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    all_bytes,
+    edit_manifest,
+    error_of,
+    exit_code,
+    random_network,
+    run_script,
+    tiny_entry,
+    tiny_model,
+    write_manifest,
+)
+from safetensors.torch import load_file
+
+from build_kernel import main
+from packing.wheels import WHEELS
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No user of the Kaggle client."""
+    monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "nobody"))
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+
+
+def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
+    session_weights: Path, built_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "dist"
+    paths = ("--weights", session_weights, "--out", out)
+    # beside the fixture's build: another process, another order of sets and hashes
+    done = run_script(ROOT / "build_kernel.py", *paths, "--owner", "somebody", PYTHONHASHSEED="2")
+    assert done.returncode == 0, done.stderr
+    members = {"unet-a.safetensors", "fpn-b.safetensors", "unet-c.safetensors"}
+    files = {"inference.py", "ensemble.json", "dataset-metadata.json", *members, *WHEELS}
+    assert {path.name for path in (out / "dataset").iterdir()} == files
+    assert {path.name for path in (out / "kernel").iterdir()} == {
+        "inference.py",
+        "kernel-metadata.json",
+    }
+    assert all_bytes(out) == all_bytes(built_bundle)
+    assert f"kaggle datasets create -p {out / 'dataset'}" in done.stdout
+    assert f"kaggle kernels push -p {out / 'kernel'}" in done.stdout
+    assert "-k somebody/severstal-steel-ensemble-submission -v 1" in done.stdout
+    assert "still your-kaggle-name" not in done.stdout
+    assert "430,296" in done.stdout  # parameters of the first member
+    assert "a multiply-add counts as 2" in done.stdout
+
+
+def test_an_ema_copy_of_lightning_in_a_subfolder_is_packed_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = random_network(tiny_model(), seed=5).state_dict()
+    (tmp_path / "runs").mkdir()
+    checkpoint = {"state_dict": {f"model.{k}": v * 2 for k, v in weights.items()}, "ema": weights}
+    torch.save(checkpoint, tmp_path / "runs/last.ckpt")
+    write_manifest(tmp_path, [tiny_entry("mine", tiny_model()) | {"file": "runs/last.ckpt"}])
+    main(["--weights", str(tmp_path), "--out", str(tmp_path / "dist")])
+    out = capsys.readouterr().out
+    assert "took the EMA copy" in out
+    assert "The owner is still your-kaggle-name" in out
+    packed = load_file(tmp_path / "dist/dataset/mine.safetensors")
+    key = "segmentation_head.0.weight"
+    assert torch.equal(packed[key], weights[key].half())
+
+
+def test_help_opens_with_a_real_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(main, "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: python build_kernel.py --owner NAME")
+
+
+# --- bad input: one clear line, exit code 2 -------------------------------------------------------
+
+
+def second_member(**changes: Any) -> Edit:
+    return lambda entries: entries["members"][1].update(changes)
+
+
+def second_model(**changes: Any) -> Edit:
+    return lambda entries: entries["members"][1]["model"].update(changes)
+
+
+BAD: dict[str, tuple[Edit, str]] = {
+    "a checkpoint that is not there": (
+        second_member(file="gone.pt"),
+        r"member fpn-b: .*gone\.pt: no such checkpoint; .*correct `file`",
+    ),
+    "a file above the folder": (
+        second_member(file="../weights/../x.pt"),
+        r"member fpn-b: file '\.\./weights/\.\./x\.pt' leaves .*weights; copy it there",
+    ),
+    "an absolute file": (second_member(file="/etc/passwd"), r"'/etc/passwd' leaves"),
+    "a changed byte": (second_member(sha256="0" * 64), r"fpn-b\.safetensors: sha256 .*000000"),
+    "a hash that is no text": (second_member(sha256=5), "member fpn-b: sha256 5, expected text"),
+    "a file that is no text": (second_member(file=5), r"ensemble\.json: .*5.*expected text"),
+    "a member that is no object": (
+        lambda entries: entries["members"].append("fpn"),
+        r"ensemble\.json: member 'fpn', expected an object",
+    ),
+    "members that are no list": (
+        lambda entries: entries.update(members=None),
+        r"ensemble\.json: members None, expected a list",
+    ),
+    "a softmax": (
+        second_model(activation="softmax2d"),
+        "member fpn-b: model's activation 'softmax2d'",
+    ),
+    "two names of one packed file": (
+        lambda entries: [entries["members"][i].update(name=n) for i, n in ((0, "a b"), (1, "a-b"))],
+        r"ensemble\.json: two members share .*a-b\.safetensors",
+    ),
+    "another architecture": (
+        second_member(model=tiny_model("Unet")),
+        r"fpn-b\.safetensors: .*decoder.*looks like FPN",
+    ),
+    "an architecture that SMP lacks": (
+        second_model(arch="FPM"),
+        "unknown architecture 'FPM'; nearest: fpn",
+    ),
+    "an encoder that SMP lacks": (
+        second_model(encoder_name="densnet201"),
+        "unknown encoder.*densenet201",
+    ),
+    "a member without mean": (
+        lambda entries: entries["members"][1].pop("mean"),
+        r"ensemble\.json: member fpn-b: lacks mean",
+    ),
+    "no members": (
+        lambda entries: entries.pop("members"),
+        r"ensemble\.json: the manifest: lacks members",
+    ),
+    "a rule of the manifest": (
+        lambda entries: entries.update(flips=["diagonal"]),
+        r"ensemble\.json: flips .*diagonal",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(
+    case: str, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit, words = BAD[case]
+    edit_manifest(tiny_weights, edit)
+    assert exit_code(main, "--weights", tiny_weights, "--out", tmp_path / "dist") == 2
+    assert re.search(words, error_of(capsys.readouterr().err))
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_missing_weights_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = ("--weights", tmp_path / "nowhere", "--out", tmp_path / "dist")
+    assert exit_code(main, *paths) == 2
+    line = error_of(capsys.readouterr().err)
+    assert line.startswith(f"{tmp_path / 'nowhere/ensemble.json'}: no such file; ")
+    assert "--weights" in line

@@ -1,0 +1,163 @@
+"""The bundle: what a build leaves in the folder, and what it leaves alone."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    ROOT,
+    all_bytes,
+    edit_manifest,
+    random_network,
+    tiny_entry,
+    tiny_model,
+    write_manifest,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kernel.manifest import load_manifest
+from kernel.members import load_member
+from packing import bundle, metadata
+from packing.bundle import build, check_out
+from packing.joining import join_modules
+from packing.paths import SCRIPT
+
+
+def test_script_and_metadata_are_the_projects(tiny_bundle: Path) -> None:
+    for folder in ("dataset", "kernel"):
+        packed = tiny_bundle / folder / "inference.py"
+        assert packed.read_text(encoding="utf-8") == join_modules(SCRIPT)
+    kernel = json.loads((tiny_bundle / "kernel/kernel-metadata.json").read_text(encoding="utf-8"))
+    assert kernel["dataset_sources"] == ["somebody/severstal-steel-ensemble"]
+
+
+def test_members_are_fp16_hashed_and_self_describing(
+    session_weights: Path, tiny_bundle: Path
+) -> None:
+    manifest = load_manifest(tiny_bundle / "dataset")
+    assert [member.name for member in manifest.members] == ["unet-a", "fpn-b", "unet-c"]
+    for spec in manifest.members:
+        path = tiny_bundle / "dataset" / spec.file
+        assert spec.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        source, packed = load_file(session_weights / spec.file), load_file(path)
+        assert packed.keys() == source.keys()
+        for key, value in source.items():
+            expected = value.half() if value.is_floating_point() else value
+            assert torch.equal(packed[key], expected)
+        with safe_open(path, "pt") as file:
+            entry = json.loads(file.metadata()["member"])
+        assert entry["model"] == spec.model
+        assert (entry["name"], entry["mean"]) == (spec.name, spec.mean)
+
+
+def test_the_kernel_loads_what_was_built_and_it_predicts_as_before(tiny_bundle: Path) -> None:
+    images = torch.rand(2, 1, 64, 96, generator=torch.Generator().manual_seed(3))
+    for number, spec in enumerate(load_manifest(tiny_bundle / "dataset").members):
+        member = load_member(tiny_bundle / "dataset", spec, CPU)
+        network = random_network(spec.model, seed=number)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
+        with torch.inference_mode():
+            outputs = network((images.expand(-1, len(spec.mean), -1, -1) - mean) / std)
+            found = member(images)
+        logits, presence = outputs if spec.gated else (outputs, torch.full((2, 4), torch.inf))
+        expected = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
+        assert expected.std() > 0.02
+        assert (found - expected).abs().max() < 0.02
+
+
+def test_a_save_pretrained_folder_needs_no_model_in_the_manifest(tmp_path: Path) -> None:
+    network: Any = random_network(tiny_model(), seed=5)
+    network.save_pretrained(tmp_path / "runs" / "mine")
+    entry = tiny_entry("mine", tiny_model()) | {"file": "runs/mine"}
+    write_manifest(tmp_path, [{k: v for k, v in entry.items() if k != "model"}])
+    build(tmp_path, tmp_path / "dist", None)
+    spec = load_manifest(tmp_path / "dist/dataset").members[0]
+    assert spec.file == "mine.safetensors"
+    assert spec.model.items() >= tiny_model().items()
+
+
+def test_metadata_is_checked_before_anything_is_written(
+    session_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dataset-metadata.json"
+    path.write_text(json.dumps({"id": "me/steel-members", "title": "tiny", "licenses": []}))
+    monkeypatch.setattr(metadata, "DATASET_METADATA", path)
+    monkeypatch.setattr(bundle, "fetch_wheels", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="title 'tiny' has 4 characters"):
+        build(session_weights, tmp_path / "dist", None)
+    assert not (tmp_path / "dist").exists()
+
+
+# --- in the place of another ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that stands where the next build goes."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "dist"))
+
+
+def test_a_failed_build_leaves_the_previous_one_whole(built: Path, tiny_weights: Path) -> None:
+    before = all_bytes(built)
+    weights = load_file(tiny_weights / "unet-c.safetensors")
+    weights["segmentation_head.0.bias"][0] = torch.nan  # the last member: others are staged by then
+    save_file(weights, tiny_weights / "unet-c.safetensors")
+    with pytest.raises(ValueError, match="NaN"):
+        build(tiny_weights, built, "another")
+    assert all_bytes(built) == before
+    assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
+
+
+def test_a_bundle_that_cannot_be_put_in_place_leaves_the_previous_one(
+    built: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename = all_bytes(built), Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "bundle":
+            raise OSError("in use")
+        return rename(path, target)
+
+    edit_manifest(tiny_weights, lambda entries: entries["members"].pop())
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="in use"):
+        build(tiny_weights, built, None)
+    assert all_bytes(built) == before
+    assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
+
+
+def test_a_second_build_replaces_all_but_the_calibration(built: Path, tiny_weights: Path) -> None:
+    (built / "report").mkdir()
+    (built / "calibration.json").write_text("{}")
+    edit_manifest(tiny_weights, lambda entries: entries["members"].pop())
+    build(tiny_weights, built, None)
+    assert {path.name for path in built.iterdir()} == {"calibration.json", "dataset", "kernel"}
+    assert (built / "dataset/fpn-b.safetensors").exists()
+    assert not (built / "dataset/unet-c.safetensors").exists()
+    assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
+
+
+def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(
+        ValueError, match=r"holds other things than a bundle \(thesis\.txt\).*--out"
+    ):
+        check_out(tmp_path)
+
+
+def test_folders_that_only_bear_a_bundles_names_are_not_swapped_away(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "kernel").mkdir()
+    with pytest.raises(ValueError, match="holds other things than a bundle"):
+        check_out(tmp_path)
+
+
+def test_the_project_folder_is_not_swapped_away() -> None:
+    with pytest.raises(ValueError, match="holds other things than a bundle"):
+        check_out(ROOT)

@@ -1,0 +1,180 @@
+"""One member into the bundle: fp16, the trial run, and the count of its FLOPs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, SMALL, random_network, tiny_entry, tiny_model, write_manifest
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kernel.manifest import Manifest, MemberSpec
+from kernel.members import Member, load_member, split_network
+from packing import members
+from packing.members import PackedMember, check_probabilities, count_flops, pack_member, to_half
+from packing.sources import read_sources
+
+PATH = Path("m.pt")
+
+
+def test_weights_beyond_fp16_are_refused_and_the_edge_is_kept() -> None:
+    edge = {"a": torch.tensor([65504.0, -65504.0]), "n": torch.tensor(70_000)}
+    half = to_half(edge, PATH)
+    assert half["a"].dtype == torch.float16 and half["n"].item() == 70_000
+    with pytest.raises(ValueError, match=r"m\.pt: a reaches 7e\+04, above fp16's 65504"):
+        to_half({"a": torch.tensor([70_000.0])}, PATH)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"m\.pt: a holds NaN or infinite"):
+        to_half({"a": torch.tensor([1.0, value])}, PATH)
+
+
+def test_weights_that_share_memory_are_copied() -> None:
+    flat = torch.arange(4.0).half()
+    half = to_half({"a": flat[:2], "b": flat[2:], "n": torch.tensor(3)}, PATH)
+    assert half["a"].untyped_storage().data_ptr() != half["b"].untyped_storage().data_ptr()
+    assert half["b"].tolist() == [2, 3]
+
+
+def stub_member(decode: Any, stride: int = 1, size: tuple[int, int] | None = None) -> Member:
+    spec = MemberSpec("a", "a.safetensors", {}, [0.0], [1.0], image_size=size)
+    return Member(spec, lambda images: (images,), decode, stride)
+
+
+MANIFEST = Manifest([], image_size=SMALL)
+
+
+def test_a_network_that_gives_nan_or_another_shape_is_refused() -> None:
+    member = stub_member(lambda images: images.expand(-1, 4, -1, -1) / 0 * 0)
+    with pytest.raises(ValueError, match=r"m\.pt: gives NaN"):
+        check_probabilities(member, MANIFEST, PATH)
+    with pytest.raises(ValueError, match=r"\(1, 4, 64, 96\), expected \(1, 3, 64, 96\)"):
+        check_probabilities(member, replace(MANIFEST, classes=3), PATH)
+
+
+def test_the_trial_image_is_padded_to_the_members_stride() -> None:
+    def decode(images: Tensor) -> Tensor:
+        assert images.shape == (1, 1, 70, 98)
+        return images.expand(-1, 4, -1, -1)
+
+    check_probabilities(stub_member(decode, stride=14), MANIFEST, PATH)
+
+
+def test_a_network_that_fails_on_the_manifests_size_is_refused_in_words() -> None:
+    def decode(images: Tensor) -> Tensor:
+        if images.shape[-2:] == SMALL:
+            raise RuntimeError("size 7 must match size 8")
+        return images.expand(-1, 4, -1, -1)
+
+    words = r"m\.pt: fails on an image of 64×96: size 7 must match size 8; correct model"
+    with pytest.raises(ValueError, match=words):
+        check_probabilities(stub_member(decode), MANIFEST, PATH)
+    check_probabilities(stub_member(decode), replace(MANIFEST, image_size=(256, 1600)), PATH)
+
+
+def test_the_trial_image_has_the_members_own_size() -> None:
+    def decode(images: Tensor) -> Tensor:
+        assert images.shape == (1, 1, 32, 160)
+        return images.expand(-1, 4, -1, -1)
+
+    check_probabilities(stub_member(decode, size=(32, 160)), MANIFEST, PATH)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a\nb"), AssertionError(), IndexError("no\nsuch"), ZeroDivisionError("0")]
+)
+def test_whatever_a_trial_raises_is_one_line(error: Exception) -> None:
+    def decode(images: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(ValueError, match=r"m\.pt: fails on an image of 64×96: ") as refused:
+        check_probabilities(stub_member(decode), MANIFEST, PATH)
+    assert "\n" not in str(refused.value) and ": ;" not in str(refused.value)
+
+
+def save_member(folder: Path, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    network = random_network(model, seed=3)
+    save_file(network.state_dict(), folder / "a.safetensors")
+    return tiny_entry("a", model) | changes
+
+
+def pack(folder: Path, entry: dict[str, Any], **changes: Any) -> PackedMember:
+    write_manifest(folder, [entry], **changes)
+    manifest, [source] = read_sources(folder)
+    (folder / "dataset").mkdir()
+    return pack_member(source, manifest.members[0], manifest, folder / "dataset", False)
+
+
+def test_flops_are_of_the_members_own_size(tmp_path: Path) -> None:
+    own = save_member(tmp_path, tiny_model(), image_size=[128, 96])
+    packed = pack(tmp_path, own)
+    plain = load_member(tmp_path / "dataset", packed.spec, CPU)
+    assert packed.spec.flops == count_flops(plain, (128, 96))
+    plain = load_member(tmp_path / "dataset", packed.spec, CPU)
+    assert packed.spec.flops[1] == 2 * count_flops(plain, SMALL)[1]
+
+
+def test_a_network_that_takes_its_own_size_only_is_tried_on_that(tmp_path: Path) -> None:
+    model = tiny_model("PAN", presence=False)  # which fails on 64×96
+    with pytest.raises(ValueError, match=r"member a: .*fails on an image of 64×96: .*correct"):
+        pack(tmp_path, save_member(tmp_path, model))
+    shutil.rmtree(tmp_path / "dataset")
+    packed = pack(tmp_path, save_member(tmp_path, model, image_size=[128, 256]))
+    assert packed.spec.image_size == (128, 256)
+
+
+@pytest.mark.parametrize("step", ["pack_openvino", "count_flops"])
+def test_whatever_a_later_step_raises_is_one_line_with_the_member(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NotImplementedError("no\nsuch operation")
+
+    entry = save_member(tmp_path, tiny_model())
+    write_manifest(tmp_path, [entry])
+    manifest, [source] = read_sources(tmp_path)
+    monkeypatch.setattr(members, step, fail)
+    with pytest.raises(ValueError, match=r"member a: .*a\.safetensors: .*: no such operation; "):
+        pack_member(source, manifest.members[0], manifest, tmp_path, True)
+
+
+def test_what_came_with_the_weights_is_held_against_the_manifest(tmp_path: Path) -> None:
+    model = tiny_model()
+    entry = save_member(tmp_path, model)
+    header = {"member": json.dumps(entry | {"model": model | {"decoder_channels": [8] * 5}})}
+    save_file(random_network(model, 3).state_dict(), tmp_path / "a.safetensors", header)
+    with pytest.raises(
+        ValueError, match=r"member a: model's decoder_channels is .*header.model says"
+    ):
+        pack(tmp_path, entry)
+    shutil.rmtree(tmp_path / "dataset")
+    weights = random_network(model, 3).state_dict() | {"pixel_mean": torch.tensor([0.9])}
+    save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match=r"member a: .*pixel_mean is \[0\.9\], the manifest's mean"
+    ):
+        pack(tmp_path, entry)
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 5, kernel_size=3, padding=1, bias=False)
+        object.__setattr__(self.encoder, "output_stride", 32)  # as SMP's encoders have it
+
+    def forward(self, images: Tensor) -> Tensor:
+        encoded: Tensor = self.encoder(images)
+        return encoded
+
+
+def test_a_multiply_add_counts_as_two_flops() -> None:
+    spec = MemberSpec("a", "a.safetensors", {}, [0.0] * 3, [1.0] * 3)
+    member = split_network(Stem(), spec, CPU)
+    assert count_flops(member, SMALL) == [2 * (3 * 3 * 3) * 5 * 64 * 96, 0]
+    assert count_flops(member, (60, 90)) == count_flops(member, SMALL)  # padded to 32

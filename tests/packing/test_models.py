@@ -1,0 +1,490 @@
+"""The declared model: its options, saved configurations, normalisation, and the weights in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_network, tiny_entry, tiny_model, write_manifest
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kernel.manifest import MemberSpec
+from kernel.members import build_network
+from packing.checkpoints import Checkpoint, read_checkpoint
+from packing.models import (
+    check_config,
+    check_normalisation,
+    check_options,
+    likely_model,
+    load_into_model,
+    read_model,
+    saved_configs,
+    with_todays_options,
+    without_activation,
+)
+from packing.old_names import rename_old
+from packing.sources import read_sources
+
+MODEL = tiny_model()
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return random_network(MODEL, seed=7)
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_save_pretrained_folder_brings_its_model(network: nn.Module, tmp_path: Path) -> None:
+    network.save_pretrained(tmp_path / "member")  # type: ignore[operator]
+    found = read_checkpoint(tmp_path / "member")
+    assert_same(found.weights, network.state_dict())
+    model = read_model(tmp_path / "member")
+    assert model["arch"] == "Unet"
+    assert {key: model[key] for key in MODEL} == MODEL
+    assert not {"encoder_weights", "_model_class"} & set(model)
+    load_into_model(found, model)
+
+
+def test_a_folder_without_an_architecture_asks_for_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"encoder_name": "resnet18"}))
+    with pytest.raises(ValueError, match=r"config\.json: names no architecture.*`model`"):
+        read_model(tmp_path)
+
+
+def test_a_sigmoid_is_left_to_the_kernel() -> None:
+    model = {"arch": "Unet", "activation": "sigmoid", "aux_params": {"activation": "sigmoid"}}
+    assert without_activation(model) == {"arch": "Unet", "aux_params": {}}
+    assert model["activation"] == "sigmoid"
+
+
+def test_an_activation_that_is_no_sigmoid_stays_to_be_refused() -> None:
+    model = {"arch": "Unet", "activation": None, "aux_params": {"activation": "softmax"}}
+    assert without_activation(model) == {"arch": "Unet", "aux_params": {"activation": "softmax"}}
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def checkpoint_of(model: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(Path("member.pt"), dict(build_network(model).state_dict()), [])
+
+
+def test_missing_counters_of_batch_norm_are_added(network: nn.Module) -> None:
+    weights = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    assert len(weights) < len(network.state_dict())
+    fitted = load_into_model(Checkpoint(Path("member.pt"), weights, []), MODEL)
+    assert_same(dict(fitted.named_parameters()), dict(network.named_parameters()))
+    counters = {k: v for k, v in fitted.state_dict().items() if "num_batches" in k}
+    assert fitted.state_dict().keys() == network.state_dict().keys()
+    assert counters and not any(counters.values())
+
+
+@pytest.mark.parametrize(
+    ("arch", "encoder"),
+    [("FPN", "resnet18"), ("Unet", "se_resnext50_32x4d"), ("FPN", "efficientnet-b2")],
+)
+def test_a_wrong_encoder_is_told_with_the_right_one(arch: str, encoder: str) -> None:
+    right = {"arch": arch, "encoder_name": encoder, "in_channels": 1, "classes": 4}
+    message = likely_model(checkpoint_of(right).weights, right | {"encoder_name": "resnet50"})
+    assert f"it looks like {arch} with encoder {encoder} (100%" in message
+
+
+@pytest.mark.parametrize("right", [("DeepLabV3Plus", "resnet18"), ("FPN", "densenet201")])
+def test_a_declared_decoder_that_takes_few_encoders_does_not_hide_the_right_model(
+    right: tuple[str, str],
+) -> None:
+    arch, encoder = right
+    model = {"arch": arch, "encoder_name": encoder, "in_channels": 1, "classes": 4}
+    declared = model | {"arch": "DeepLabV3Plus", "encoder_name": "resnet50"}
+    message = likely_model(checkpoint_of(model).weights, declared)
+    assert f"it looks like {arch} with encoder {encoder} (100%" in message
+
+
+def test_a_network_of_no_known_encoder_is_not_called_right() -> None:
+    weights = {f"encoder.{number}.weight": torch.ones(1) for number in range(9)}
+    assert likely_model(weights, MODEL) == "it is none of the usual encoders; correct `model`"
+
+
+def test_a_wrong_encoder_names_file_key_and_encoder() -> None:
+    right = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
+    with pytest.raises(ValueError, match=r"member\.pt: (lacks|has) .*encoder\.layer.*resnet18"):
+        load_into_model(checkpoint_of(right), right | {"encoder_name": "resnet50"})
+
+
+def test_a_wrong_decoder_names_the_architecture() -> None:
+    right = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
+    with pytest.raises(ValueError, match=r"decoder\..*looks like FPN with encoder resnet18"):
+        load_into_model(checkpoint_of(right), right | {"arch": "Unet"})
+
+
+def test_a_wrong_number_of_classes_names_the_shape_and_the_heads() -> None:
+    right = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 5}
+    with pytest.raises(ValueError, match=r"segmentation_head.*\(5, .*compare.*classes"):
+        load_into_model(checkpoint_of(right), right | {"classes": 4})
+
+
+def test_an_undeclared_presence_head_is_told() -> None:
+    declared = {k: v for k, v in MODEL.items() if k != "aux_params"}
+    with pytest.raises(ValueError, match=r"unexpected classification_head.*a presence head"):
+        load_into_model(checkpoint_of(MODEL), declared)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"encoder_name": "resnet43"}, r"unknown encoder 'resnet43'; nearest: .*resnet34"),
+        ({"encoder_name": "tu-resnet10tt"}, r"unknown encoder.*tu-resnet10t"),
+        ({"encoder_name": "se-resnet50"}, r"unknown encoder.*se_resnet50"),
+        ({"encoder_name": "efficientnet_b5"}, r"unknown encoder.*efficientnet-b5"),
+        ({"arch": "Unt"}, r"unknown architecture 'Unt'; nearest: unet"),
+        ({"decoder_colour": 3}, r"model's 'decoder_colour' is no option of SMP's Unet.*decoder_"),
+        ({"encoder_name": "tu-hf-hub:a/b"}, r"encoder 'tu-hf-hub:a/b' is read from another place"),
+        ({"encoder_depth": 9}, r"SMP builds no network of .*depth"),
+    ],
+)
+def test_an_unknown_name_gives_the_nearest(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"member\.pt: {words}"):
+        load_into_model(Checkpoint(Path("member.pt"), {}, []), MODEL | wrong)
+
+
+def test_a_right_architecture_is_said_only_of_weights_that_are_nearly_all_its() -> None:
+    right = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
+    weights = checkpoint_of(right).weights
+    for share, words in (
+        (0.97, "is right, so compare"),
+        (0.7, "none of the usual models is closer"),
+    ):
+        kept = dict(list(weights.items())[: int(share * len(weights))])
+        assert words in likely_model(kept, right)
+
+
+def test_an_undeclared_presence_head_names_the_option() -> None:
+    declared = {k: v for k, v in MODEL.items() if k != "aux_params"}
+    words = (
+        r"classification_head\.3\.weight: a presence head was trained.*aux_params.*\"classes\": 4"
+    )
+    with pytest.raises(ValueError, match=words):
+        load_into_model(checkpoint_of(MODEL), declared)
+
+
+def test_a_layer_in_the_network_that_smp_has_not_is_refused(network: nn.Module) -> None:
+    weights = dict(network.state_dict()) | {"stem.weight": torch.ones(3, 1, 1, 1)}
+    with pytest.raises(
+        ValueError, match=r"unexpected stem\.weight; SMP's Unet has .*would be lost"
+    ):
+        load_into_model(Checkpoint(Path("member.pt"), weights, []), MODEL)
+
+
+# --- old names ------------------------------------------------------------------------------------
+
+
+def test_names_that_smp_renamed_are_read_by_its_own_loading() -> None:
+    model = {"arch": "FPN", "encoder_name": "tu-resnest14d", "in_channels": 3, "classes": 4}
+    trained = random_network(model, seed=3).state_dict()
+    old = {key.replace("encoder.model.", "encoder."): value for key, value in trained.items()}
+    assert old.keys() != trained.keys()
+    found = load_into_model(Checkpoint(Path("member.pt"), old, []), model)
+    assert_same(found.state_dict(), trained)
+
+
+class OldConv(nn.Module):
+    """Convolution, batch norm and ReLU as SMP 0.0.x names them."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        conv = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
+        self.block = nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.block(images)
+        return found
+
+
+class OldBlock(nn.Module):
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(OldConv(n_in, n_out), OldConv(n_out, n_out))
+
+    def forward(self, images: Tensor, skip: Tensor | None) -> Tensor:
+        images = nn.functional.interpolate(images, scale_factor=2, mode="nearest")
+        found: Tensor = self.block(images if skip is None else torch.cat([images, skip], 1))
+        return found
+
+
+class OldDecoder(nn.Module):
+    """The decoder of a Unet with a resnet18, written as in 2019."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        sizes = ((768, 256), (384, 128), (192, 64), (128, 32), (32, 16))
+        for number, size in enumerate(sizes, 1):
+            self.add_module(f"layer{number}", OldBlock(*size))
+        self.final_conv = nn.Conv2d(16, classes, 1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        images, skips = features[-1], [*features[-2:0:-1], None]
+        for number, skip in enumerate(skips, 1):
+            images = self.get_submodule(f"layer{number}")(images, skip)
+        logits: Tensor = self.final_conv(images)
+        return logits
+
+
+def test_a_unet_of_2019_gives_its_logits_under_todays_names() -> None:
+    model = {"arch": "Unet", "encoder_name": "resnet18", "in_channels": 3, "classes": 4}
+    torch.manual_seed(3)
+    encoder: Any = build_network(model).encoder
+    old = nn.ModuleDict({"encoder": encoder, "decoder": OldDecoder(4)}).eval()
+    for name, buffer in old.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    checkpoint = Checkpoint(Path("member.pt"), dict(old.state_dict()), [])
+    found = load_into_model(checkpoint, model).eval()
+    assert checkpoint.notes == ["names of SMP 0.0.x (2019), taken as today's"]
+    images = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = old["decoder"](old["encoder"](images))
+        assert expected.std() > 0.01
+        torch.testing.assert_close(found(images), expected, atol=1e-5, rtol=0)
+
+
+OLD_NAMES = {  # the first weight of each part, as SMP 0.0.3 has it
+    "Linknet": {
+        "decoder.layer1.block.0.block.0.weight": "decoder.blocks.0.block.0.0.weight",
+        "decoder.layer5.block.1.block.0.bias": "decoder.blocks.4.block.1.0.bias",
+        "decoder.layer3.block.2.block.1.bias": "decoder.blocks.2.block.2.1.bias",
+        "decoder.layer1.block.2.block.0.weight": "decoder.blocks.0.block.2.0.weight",
+        "decoder.final_conv.bias": "segmentation_head.0.bias",
+    },
+    "FPN": {
+        "decoder.conv1.weight": "decoder.p5.weight",
+        "decoder.p4.skip_conv.weight": "decoder.p4.skip_conv.weight",
+        "decoder.s5.block.0.block.0.weight": "decoder.seg_blocks.0.block.0.block.0.weight",
+        "decoder.s2.block.0.block.1.bias": "decoder.seg_blocks.3.block.0.block.1.bias",
+        "decoder.final_conv.weight": "segmentation_head.0.weight",
+    },
+    "PSPNet": {
+        "decoder.psp.stages.0.pool.1.block.0.weight": "decoder.psp.blocks.0.pool.1.0.weight",
+        "decoder.psp.stages.3.pool.1.block.1.bias": "decoder.psp.blocks.3.pool.1.1.bias",
+        "decoder.conv.block.0.weight": "decoder.conv.0.weight",
+        "decoder.final_conv.weight": "segmentation_head.0.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("arch", OLD_NAMES)
+def test_names_of_2019_become_todays(arch: str) -> None:
+    todays = build_network({"arch": arch, "encoder_name": "resnet18", "classes": 4}).state_dict()
+    renamed = rename_old({name: torch.ones(1) for name in OLD_NAMES[arch]})
+    assert list(renamed) == list(OLD_NAMES[arch].values())
+    assert set(renamed) <= set(todays)
+
+
+def test_a_checkpoint_of_2019_under_another_architecture_is_told_its_own() -> None:
+    model = {"arch": "Unet", "encoder_name": "resnet18", "in_channels": 3, "classes": 4}
+    encoder: Any = build_network(model).encoder
+    old = nn.ModuleDict({"encoder": encoder, "decoder": OldDecoder(4)}).state_dict()
+    words = r"names of SMP 0\.0\.x.*it looks like Unet with encoder resnet18"
+    with pytest.raises(ValueError, match=words):
+        load_into_model(Checkpoint(Path("member.pt"), dict(old), []), model | {"arch": "FPN"})
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            {"decoder_interpolation_mode": "bilinear"},
+            r"'decoder_interpolation_mode'.*decoder_inter",
+        ),
+        ({"interpolation": "bilinear"}, "'interpolation' is no option of SMP's Unet"),
+        ({"decoder_atention_type": None}, "'decoder_atention_type'.*decoder_attention_type"),
+        ({"psp_use_batchnorm": True}, "'psp_use_batchnorm' is no option of SMP's Unet"),
+        ({"arch": "FPN", "decoder_channels": [8]}, "'decoder_channels' is no option of SMP's FPN"),
+        (
+            {"aux_params": {"classes": 4, "poling": "max"}},
+            "aux_params's 'poling'.*nearest: pooling",
+        ),
+        (
+            {"aux_params": {"classes": 4, "in_channels": 3}},
+            "aux_params's 'in_channels' is no option",
+        ),
+        ({"cache_dir": "x"}, "'cache_dir' is no option of SMP's Unet"),  # of timm's loading
+        ({"block_args": None}, "'block_args' is no option of SMP's Unet"),  # timm drops None
+    ],
+)
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-test_resnet"])
+def test_an_option_that_smp_has_not_is_refused(
+    encoder: str, model: dict[str, Any], words: str
+) -> None:
+    declared = {"arch": "Unet", "encoder_name": encoder, "in_channels": 1, "classes": 4}
+    with pytest.raises(ValueError, match=words):
+        check_options(declared | model)
+
+
+def test_options_of_smp_and_of_timms_encoder_pass() -> None:
+    model = {"arch": "Unet", "encoder_name": "tu-test_resnet", "encoder_weights": "imagenet"}
+    check_options(model | {"decoder_use_norm": "identity", "aux_params": {"classes": 4}})
+    check_options(model | {"block_args": {"attn_layer": "se"}, "drop_path_rate": 0.1})
+    with pytest.raises(ValueError, match="'block_arg' is no option"):
+        check_options(model | {"block_arg": {"attn_layer": "se"}})
+
+
+def test_options_that_smp_renamed_have_todays_names() -> None:
+    old = {"arch": "UNET", "decoder_use_batchnorm": False}
+    assert with_todays_options(old) == {"arch": "UNET", "decoder_use_norm": False}
+    assert with_todays_options({"arch": "PAN", "upscale_mode": "nearest"}) == {
+        "arch": "PAN",
+        "decoder_interpolation": "nearest",
+    }
+    dropped = {"arch": "Unet", "decoder_use_batchnorm": None}
+    assert with_todays_options(dropped) == {"arch": "Unet"}
+    swallowed = {"arch": "FPN", "decoder_use_batchnorm": False}
+    assert with_todays_options(swallowed) == swallowed  # and refused
+
+
+# --- saved configurations -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (
+            {"decoder_interpolation": "bilinear"},
+            r"decoder_interpolation is 'nearest', .*'bilinear'",
+        ),
+        ({"activation": "softmax2d"}, r"activation is None, here says 'softmax2d'"),
+        ({"arch": "FPN"}, r"arch is 'unet', here says 'fpn'"),
+        ({"encoder_name": "resnet18"}, r"encoder_name is 'tu-test_resnet', here says 'resnet18'"),
+        ({"classes": 5}, r"classes is 4, here says 5"),
+        ({"decoder_use_batchnorm": False}, r"decoder_use_norm is 'batchnorm', here says False"),
+        ({"aux_params": {"classes": 4, "pooling": "avg"}}, r"aux_params is .*'max'.*'avg'.*"),
+        ({"aux_params": None}, r"aux_params is .*here says None"),
+    ],
+)
+def test_a_saved_configuration_that_contradicts_the_model_is_refused(
+    saved: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"model's {words}; correct `model`"):
+        check_config(MODEL | saved, MODEL, "here")
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        MODEL,
+        {"arch": "unet", "activation": "sigmoid", "decoder_channels": (16, 8, 8, 8, 8)},
+        {"encoder_weights": "imagenet", "decoder_attention_type": None, "lr": 0.1},
+        {"aux_params": {"classes": 4, "pooling": "max", "dropout": 0.2, "activation": None}},
+        {"classes": ["pit", "scratch"]},  # another program's word
+    ],
+)
+def test_a_saved_configuration_that_says_the_same_passes(saved: dict[str, Any]) -> None:
+    check_config(saved, MODEL, "here")
+
+
+def test_configurations_are_found_wherever_they_are_saved(network: Any, tmp_path: Path) -> None:
+    network.save_pretrained(tmp_path / "folder")
+    torch.save(
+        {"state_dict": network.state_dict(), "hyper_parameters": {"lr": 1, "model": MODEL}},
+        tmp_path / "a.ckpt",
+    )
+    entry = {"model": MODEL | {"upsampling": 2}, "mean": [0.5]}
+    save_file(network.state_dict(), tmp_path / "b.safetensors", {"member": json.dumps(entry)})
+    sources = ("folder", "folder/model.safetensors", "a.ckpt", "b.safetensors")
+    found = {}
+    for name in sources:
+        source = tmp_path / name
+        [(where, found[name])] = saved_configs(source, read_checkpoint(source)).items()
+        assert str(tmp_path) in where
+    assert [found[name]["arch"] for name in sources] == ["Unet"] * 4
+    assert found["b.safetensors"]["upsampling"] == 2
+
+
+def test_a_config_of_something_else_beside_the_weights_is_none(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    (tmp_path / "config.json").write_text('{"classes": 7}')
+    assert saved_configs(tmp_path / "a.pt", read_checkpoint(tmp_path / "a.pt")) == {}
+
+
+def test_the_activation_of_a_saved_configuration_is_refused_naming_member_and_option(
+    network: Any, tmp_path: Path
+) -> None:
+    network.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation": "softmax2d"}))
+    entry = tiny_entry("one", MODEL) | {"file": "m"}
+    write_manifest(tmp_path, [{key: value for key, value in entry.items() if key != "model"}])
+    with pytest.raises(ValueError, match="member one: model's activation 'softmax2d'"):
+        read_sources(tmp_path)
+
+
+# --- normalisation --------------------------------------------------------------------------------
+
+
+def with_buffers(**buffers: Any) -> Checkpoint:
+    left_out = {name.replace("__", "."): torch.tensor(value) for name, value in buffers.items()}
+    return Checkpoint(Path("member.pt"), {}, [], left_out)
+
+
+RGB = MemberSpec("m", "m.safetensors", {}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+GREY = MemberSpec("m", "m.safetensors", {}, [0.34], [0.13])
+
+
+@pytest.mark.parametrize(
+    ("spec", "buffers", "words"),
+    [
+        (GREY, {"norm__mean": [0.5]}, r"norm\.mean is \[0\.5\], the manifest's mean is \[0\.34\]"),
+        (GREY, {"pixel_std": [[[[0.2]]]]}, r"pixel_std is \[0\.2\], the manifest's std"),
+        (GREY, {"a__image_mean": 0.5}, r"a\.image_mean is \[0\.5\]"),
+        (GREY, {"mean": [0.485, 0.456, 0.406]}, r"mean is \[0\.485, 0\.456"),
+        (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [1.0, 1.0, 1.0]}, "pixel_std"),
+        (RGB, {"mean": [0.406, 0.456, 0.485]}, r"mean is \[0\.406"),  # blue first
+        (GREY, {"means": [128]}, r"means is \[128\]"),
+    ],
+)
+def test_a_mean_or_std_in_the_file_that_is_not_the_manifests_is_refused(
+    spec: MemberSpec, buffers: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"member\.pt: {words}"):
+        check_normalisation(with_buffers(**buffers), spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "buffers"),
+    [
+        (RGB, {"mean": [[[0.485]], [[0.456]], [[0.406]]], "std": [0.229, 0.224, 0.225]}),
+        (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}),
+        (GREY, {"mean": [0.34, 0.34, 0.34]}),
+        (GREY, {"bn__running_mean": [5.0], "criterion__mean": [7.0], "class_means": [1.0] * 4}),
+    ],
+)
+def test_what_agrees_with_the_manifest_or_normalises_no_images_passes(
+    spec: MemberSpec, buffers: dict[str, Any]
+) -> None:
+    check_normalisation(with_buffers(**buffers), spec)
+
+
+@pytest.mark.parametrize("form", ["header", "hyper_parameters"])
+def test_a_mean_that_was_saved_as_a_number_is_held_against_the_manifest(
+    form: str, network: nn.Module, tmp_path: Path
+) -> None:
+    said = {"mean": [0.5], "std": [0.13]}
+    path = tmp_path / "member.ckpt"
+    if form == "header":
+        save_file(network.state_dict(), path, {"member": json.dumps(said)})
+    else:
+        torch.save({"state_dict": network.state_dict(), form: {"lr": 1} | said}, path)
+    words = rf"member\.ckpt's {form}: mean is \[0\.5\], the manifest's mean is \[0\.34\]"
+    with pytest.raises(ValueError, match=words):
+        check_normalisation(read_checkpoint(path), GREY)

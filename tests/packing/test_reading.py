@@ -1,0 +1,249 @@
+"""Files: read by what they hold without running their code, or named for what they are."""
+
+import bz2
+import gzip
+import io
+import lzma
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_network, tiny_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from packing.checkpoints import read_checkpoint
+from packing.reading import weights_file
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return random_network(tiny_model(), seed=7)
+
+
+class Bomb:
+    """A pickle that makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.mark, "it ran")
+
+
+def write_pickle(content: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+BOMBS: dict[str, tuple[Callable[[object, Path], object], Callable[[Path], object]]] = {
+    "torch.save's zip": (torch.save, lambda path: torch.load(path, weights_only=False)),
+    "torch.save's old layout": (
+        lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda path: torch.load(path, weights_only=False),
+    ),
+    "a plain pickle": (write_pickle, lambda path: pickle.loads(path.read_bytes())),
+}
+
+
+@pytest.mark.parametrize("form", BOMBS)
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(
+    form: str, network: nn.Module, tmp_path: Path
+) -> None:
+    write, unpickle = BOMBS[form]
+    path, mark = tmp_path / "bomb.pth", tmp_path / "ran"
+    write({"state_dict": dict(network.state_dict()), "callbacks": Bomb(mark)}, path)
+    with pytest.raises(ValueError, match=r"bomb\.pth: refused.*could run code.*state_dict\(\)"):
+        read_checkpoint(path)
+    assert not mark.exists()
+    unpickle(path)  # the bomb is live: only the reader kept it from going off
+    assert mark.exists()
+
+
+def test_a_whole_pickled_network_is_refused_with_the_remedy(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(network, tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"refused.*torch\.save\(network\.state_dict\(\)"):
+        read_checkpoint(tmp_path / "whole.pt")
+
+
+def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": Path("x")}, protocol=2))
+    with pytest.raises(ValueError, match=r"plain\.pkl: refused"):
+        read_checkpoint(tmp_path / "plain.pkl")
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
+def test_a_cut_file_is_named(name: str, network: nn.Module, tmp_path: Path) -> None:
+    whole, path = tmp_path / f"whole{Path(name).suffix}", tmp_path / name
+    (torch.save if path.suffix == ".pth" else save_file)(network.state_dict(), whole)
+    path.write_bytes(whole.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=rf"{name}: no checkpoint that can be read"):
+        read_checkpoint(path)
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(ValueError, match=r"empty\.pth: no checkpoint that can be read"):
+        read_checkpoint(tmp_path / "empty.pth")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.pth: no such checkpoint"):
+        read_checkpoint(tmp_path / "absent.pth")
+
+
+# --- what a file is -------------------------------------------------------------------------------
+
+
+def raw_checkpoint() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"encoder.w": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
+def zip_of(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, raw_checkpoint())
+    return buffer.getvalue()
+
+
+def tar_of(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        header = tarfile.TarInfo(name)
+        header.size = len(raw_checkpoint())
+        archive.addfile(header, io.BytesIO(raw_checkpoint()))
+    return buffer.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+OTHERS: dict[str, tuple[bytes, str]] = {
+    "a git LFS pointer": (POINTER, "a git LFS pointer, not the file: run git lfs pull"),
+    "a web page": (b"<!DOCTYPE html><html></html>", "a web page.*download it once more"),
+    "a web page after blanks": (b"\xef\xbb\xbf\r\n <html>", "a web page.*download it once more"),
+    "an API's answer": (b'{"message": "Not Found"}', 'a text that begins \'{"message"'),
+    "gzip": (gzip.compress(raw_checkpoint()), "compressed by gzip: unpack it"),
+    "bzip2": (bz2.compress(raw_checkpoint()), "compressed by bzip2: unpack it"),
+    "xz": (lzma.compress(raw_checkpoint()), "compressed by xz: unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(90), "compressed by zstd: unpack it"),
+    "a zip of a checkpoint": (zip_of("best.pth"), r"a zip of best\.pth: unpack it"),
+    "a zip of arrays": (zip_of("a.npy"), r"a zip of a\.npy: unpack it"),
+    "a tar": (tar_of("best.pth"), "a tar archive: unpack it"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(90), r"HDF5, as Keras saves: .*state_dict\(\)"),
+    "ONNX": (b"\x08\x0a\x12\x07pytorch\x1a\x032.1" * 9, r"no file of torch\.save .*state_dict\(\)"),
+    "zeros": (bytes(5000), "zeros where a checkpoint begins: the copy failed"),
+    "a few zeros": (bytes(20), "no file of torch.save"),
+    "one byte": (b"\x80", "no checkpoint that can be read"),
+    "a damaged pickle": (b"\x80\x02}q\x00X\xff", "no checkpoint that can be read"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
+    kind: str, suffix: str, tmp_path: Path
+) -> None:
+    content, words = OTHERS[kind]
+    path = tmp_path / f"member{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"member\{suffix}: {words}") as error:
+        read_checkpoint(path)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch calls TorchScript deprecated
+def test_a_torchscript_program_is_named_and_its_remedy_gives_the_weights(
+    network: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "member.pt"
+    with torch.no_grad():
+        torch.jit.trace(network, torch.rand(1, 1, 64, 96)).save(path)  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match=r"a TorchScript program: torch\.save\(torch\.jit\.load\("):
+        read_checkpoint(path)
+    torch.save(torch.jit.load(path).state_dict(), tmp_path / "again.pt")  # type: ignore[no-untyped-call]
+    found = read_checkpoint(tmp_path / "again.pt").weights
+    expected = network.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items() if key in found)
+    assert {key for key in expected if key not in found} <= {
+        key for key in expected if key.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_plain_state_dict_of_another_protocol_is_named_as_that(
+    protocol: int, zipped: bool, network: nn.Module, tmp_path: Path
+) -> None:
+    options: Any = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "member.pt", **options)
+    words = rf"a plain state_dict, saved with pickle_protocol={protocol},.*without pickle_protocol"
+    with pytest.raises(ValueError, match=words) as error:
+        read_checkpoint(tmp_path / "member.pt")
+    assert "could run code" not in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_runs_code_is_no_plain_state_dict_in_any_protocol(
+    protocol: int, network: nn.Module, tmp_path: Path
+) -> None:
+    mark = tmp_path / "ran"
+    tree = {"state_dict": dict(network.state_dict()), "callbacks": Bomb(mark)}
+    torch.save(tree, tmp_path / "bomb.pth", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match=r"refused, it is no plain state_dict.*could run code"):
+        read_checkpoint(tmp_path / "bomb.pth")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("place", ["alone", "under a key"])
+def test_a_whole_network_is_named_as_one(
+    place: str, protocol: int, network: nn.Module, tmp_path: Path
+) -> None:
+    tree = network if place == "alone" else {"model": network, "epoch": 3}
+    torch.save(tree, tmp_path / "member.pt", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match=r"a whole network, pickled.*segmentation_models_pytorch"):
+        read_checkpoint(tmp_path / "member.pt")
+
+
+@pytest.mark.parametrize("name", ["member.pth", "member.bin", "member"])
+def test_safetensors_are_read_under_any_name(name: str, network: nn.Module, tmp_path: Path) -> None:
+    save_file(network.state_dict(), tmp_path / name)
+    found = read_checkpoint(tmp_path / name).weights
+    assert found.keys() == network.state_dict().keys()
+    assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
+
+
+def test_a_checkpoint_of_torch_is_read_under_safetensors_name(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(network.state_dict(), tmp_path / "member.safetensors")
+    found = read_checkpoint(tmp_path / "member.safetensors").weights
+    assert found.keys() == network.state_dict().keys()
+
+
+def test_a_folder_of_old_save_pretrained_is_read(network: nn.Module, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    found = read_checkpoint(tmp_path)
+    assert found.path == tmp_path / "pytorch_model.bin"
+    assert found.weights.keys() == network.state_dict().keys()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    assert weights_file(tmp_path) == tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["member", "member.pt", "membre.pth", "folder"])
+def test_a_missing_file_is_named_with_the_one_beside_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "member.pth", tmp_path / "folder" / "best.ckpt"):
+        path.touch()
+    there = "best.ckpt" if name == "folder" else "member.pth"
+    with pytest.raises(ValueError, match=rf"no such checkpoint; beside it: {there}; .*`file`"):
+        read_checkpoint(tmp_path / name)

@@ -1,0 +1,125 @@
+"""The source manifest: each rule that it may break, and where its checkpoints must lie."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import read_manifest, tiny_entry, tiny_model, write_manifest
+
+from kernel.manifest import parse_manifest
+from packing.sources import read_sources
+
+
+def member(**changes: Any) -> dict[str, Any]:
+    return tiny_entry("one", tiny_model()) | changes
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return tiny_model() | changes
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no members": ({"members": []}, "no members"),
+    "one name twice": (
+        {"members": [member(), member(file="b.safetensors")]},
+        "two members named .*one",
+    ),
+    "one file twice": (
+        {"members": [member(), member(name="two")]},
+        r"two members share .*one\.safetensors",
+    ),
+    "no classes": ({"classes": 0}, "classes 0, the competition has 4"),
+    "a threshold of nought": ({"threshold": 0}, "threshold 0, expected a number between 0 and 1"),
+    "a threshold of one": ({"threshold": 1.0}, "threshold 1.0, expected a number between 0 and 1"),
+    "a negative area": ({"min_area": -1}, "min_area -1, expected a whole number from 0"),
+    "no flips": ({"flips": []}, r"flips \(\), expected some of .*none"),
+    "an unknown flip": (
+        {"flips": ["none", "diagonal"]},
+        "flips .*diagonal.*expected some of .*both",
+    ),
+    "flips as one word": ({"flips": "none"}, "flips 'none', expected a list of"),
+    "a flip named twice": (
+        {"flips": ["none", "vertical", "none"]},
+        "flips .*expected some of .*each once",
+    ),
+    "a file elsewhere": (
+        {"members": [member(file="../one.safetensors")]},
+        "member one: file '../one.safetensors' is not beside the manifest",
+    ),
+    "a model without encoder": (
+        {"members": [member(model={"arch": "Unet", "in_channels": 1, "classes": 4})]},
+        "member one: model .* lacks arch or encoder_name",
+    ),
+    "a model of other classes": (
+        {"members": [member(model=model(classes=3, aux_params=None))]},
+        "member one: model's classes 3, expected 4",
+    ),
+    "a presence head of other classes": (
+        {"members": [member(model=model(aux_params={"classes": 5}))]},
+        "member one: aux_params's classes 5, the model's are 4",
+    ),
+    "two means for one channel": (
+        {"members": [member(mean=[0.1, 0.2])]},
+        r"member one: mean \[0.1, 0.2\] for 1 channels",
+    ),
+    "three means for one channel": (
+        {"members": [member(mean=[0.3] * 3)]},
+        "member one: mean .* for 1 channels",
+    ),
+    "no std": ({"members": [member(std=[])]}, r"member one: std \[\] for 1 channels"),
+    "two channels": (
+        {"members": [member(model=model(in_channels=2), mean=[0, 0], std=[1, 1])]},
+        "for 2 channels, expected 1 or 3",
+    ),
+    "a std of nought": (
+        {"members": [member(std=[0.0])]},
+        r"std \[0.0\]: expected .* a std above 0",
+    ),
+    "a threshold in words": ({"threshold": "0.55"}, "threshold '0.55', expected a number"),
+    "a model that is no object": (
+        {"members": [member(model=None)]},
+        "model None lacks arch or encoder_name",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_source_manifest_is_refused_for(case: str, tmp_path: Path) -> None:
+    changes, message = FAULTS[case]
+    write_manifest(tmp_path, **{"members": [member()], **changes})
+    path = tmp_path / "ensemble.json"
+    with pytest.raises(ValueError, match=message) as error:
+        parse_manifest(read_manifest(tmp_path), path)
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_without_weights_names_the_file_that_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
+    write_manifest(tmp_path, [member(file="one")])
+    words = r"member one: .*one/model\.safetensors: no such checkpoint; .*correct `file`"
+    with pytest.raises(ValueError, match=words):
+        read_sources(tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "one.safetensors", tmp_path / "weights"
+    outside.touch()
+    folder.mkdir()
+    (folder / outside.name).symlink_to(outside)
+    write_manifest(folder, [member()])
+    with pytest.raises(ValueError, match=r"member one: file 'one\.safetensors' leaves .*weights"):
+        read_sources(folder)
+
+
+def test_a_name_becomes_a_flat_file_and_the_source_stays_what_it_was(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "last.pt").touch()
+    name = "fold 0/best (EMA)"
+    entry = member(name=name, file="runs/last.pt", model=model(activation="sigmoid"))
+    write_manifest(tmp_path, [entry])
+    manifest, sources = read_sources(tmp_path)
+    assert sources == [tmp_path / "runs" / "last.pt"]
+    [spec] = manifest.members
+    assert (spec.name, spec.file) == (name, "fold-0-best-EMA-.safetensors")
+    assert spec.model == tiny_model()  # the sigmoid is the kernel's
