@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,8 +18,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kernel.images import encode_rle
-from kernel.logs import progress, start_log
+from kernel.command import run_command
+from kernel.competition import (
+    IMAGE_SIZE,
+    N_CLASSES,
+    N_CLEAN_TRAINING_IMAGES,
+    N_TRAINING_IMAGES,
+    TRAINING_IMAGES_WITH_CLASS,
+)
+from kernel.images import read_image
+from kernel.logs import progress
+from kernel.mounts import list_images
+from kernel.rle import decode_rle, encode_rle, rle_fault
+from kernel.rows import LAYOUTS
+from training.ground_truth import read_truth
 
 Rng = np.random.Generator
 Real = NDArray[np.float32] | NDArray[np.float64]
@@ -28,11 +41,11 @@ Span = tuple[int, int]  # first and last column of the steel, the rest is dark m
 Size = tuple[int, int]  # (H, W)
 Point = tuple[float, float] | NDArray[np.float64]  # (x, y)
 
-CLASSES = 4
-DEFECTIVE = 6666 / 12568  # images of train with a defect; the other 5,902 are clean
-SHARES = (897.0, 247.0, 5150.0, 801.0)  # images of train with class 1, 2, 3, 4
-SECOND_CLASS = 429 / 6666  # 7,095 (image, class) pairs on 6,666 defective images
-LAYOUTS = ("today", "2019")  # of the ground truth's rows
+N_DEFECTIVE = N_TRAINING_IMAGES - N_CLEAN_TRAINING_IMAGES
+DEFECTIVE = N_DEFECTIVE / N_TRAINING_IMAGES  # share of the strips
+SHARES = tuple(map(float, TRAINING_IMAGES_WITH_CLASS.values()))  # of class 1, 2, 3, 4
+SECOND_CLASS = 429 / N_DEFECTIVE  # 7,095 (image, class) pairs on 6,666 defective images
+DARK = 15  # grey levels; what is darker on a real strip lies beside the steel
 TRAIN, TEST = 0, 1  # splits, the second word of every strip's seed
 
 
@@ -239,7 +252,7 @@ def water_stain(rng: Rng, size: Size, unit: float) -> Field:
     return 3 * step(blurred(drops, 2.5 * unit + 0.3) + ragged * (blurred(drops, 4) > 0.05) - 0.5, 3)
 
 
-# --- defects: the outline and the gain inside it -----------------------------
+# --- defects: outlines --------------------------------------------------------
 
 
 def place(rng: Rng, steel: Span, unit: float, near_edge: float = 0.0) -> float:
@@ -251,22 +264,18 @@ def place(rng: Rng, steel: Span, unit: float, near_edge: float = 0.0) -> float:
     return float(rng.uniform(left + 0.1 * (right - left), right - 0.1 * (right - left)))
 
 
-def pits(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
-    """Class 1: a narrow upright cluster of small pits with bright rims, near the strip's edge."""
+def outline_pits(rng: Rng, size: Size, steel: Span, unit: float) -> Mask:
+    """Narrow upright polygons near the strip's edge."""
     mask = np.zeros(size, bool)
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
         centre = (place(rng, steel, unit, 0.7), rng.uniform(0.15, 0.85) * size[0])
         blob(rng, mask, centre, (rng.uniform(8, 15) * unit + 2, rng.uniform(24, 48) * unit + 2))
-    density = 0.035 * inside(rng, mask, 3 * unit)
-    rims, holes = specks(rng, density, size, 1.3), specks(rng, density, size, 1.9)
-    shade = rng.uniform(0.15, 0.35) * inside(rng, mask, 3 * unit)
-    return mask, np.asarray(1 - shade - 0.6 * holes + rng.uniform(0.8, 2.0) * rims, np.float32)
+    return mask
 
 
-def cracks(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
-    """Class 2: thin jagged upright cracks; the outline is a narrow stripe around each."""
-    height = size[0]
-    mask, lines = np.zeros(size, bool), np.zeros(size, np.float32)
+def outline_cracks(rng: Rng, size: Size, steel: Span, unit: float) -> Mask:
+    """A narrow stripe around a jagged upright line, or around two."""
+    height, mask = size[0], np.zeros(size, bool)
     for _ in range(rng.choice([1, 1, 2])):
         length = rng.uniform(0.35, 0.95) * height
         top = rng.uniform(0, height - length)
@@ -276,19 +285,12 @@ def cracks(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]
         columns = np.clip(place(rng, steel, unit, 0.6) + walk, steel[0] + 2, steel[1] - 3)
         left, right = np.stack([columns - half, rows], 1), np.stack([columns + half, rows], 1)
         fill(mask, np.concatenate([left[::3], right[::-1][::3]]))
-        for _ in range(rng.integers(1, 4)):
-            jitter = rng.normal(0, 0.25 * half) + rng.normal(0, 0.9 * unit, 16)
-            points = np.rint(np.stack([columns + jitter, rows], 1)).astype(np.int32)
-            cv2.polylines(lines, [points], False, 1.0, max(1, round(rng.uniform(1, 3) * unit)))
-    depth = rng.uniform(0.3, 0.65) * blurred(lines, 0.7)
-    shade = rng.uniform(0.05, 0.2) * inside(rng, mask, 3 * unit)
-    return mask, np.asarray(1 - depth - shade, np.float32)
+    return mask
 
 
-def scratches(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
-    """Class 3: bundles of dark, slightly slanted scoring lines, often from the upper border."""
-    height = size[0]
-    mask, lines = np.zeros(size, bool), np.zeros(size, np.float32)
+def outline_scratches(rng: Rng, size: Size, steel: Span, unit: float) -> Mask:
+    """Slightly slanted stripes, often from the upper border."""
+    height, mask = size[0], np.zeros(size, bool)
     slant = rng.uniform(-0.12, 0.12)
     for _ in range(1 + rng.poisson(0.9)):
         half, column = rng.uniform(5, 12) * unit + 1, place(rng, steel, unit)
@@ -298,28 +300,104 @@ def scratches(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Fie
         low, high = column + slant * top, column + slant * bottom
         ends = [(low - half, top), (low + half, top), (high + half, bottom), (high - half, bottom)]
         fill(mask, np.array(ends))
-        for offset in rng.uniform(-0.7, 0.7, rng.integers(3, 7)) * half:
-            stop = high + offset, top + rng.uniform(0.8, 1) * (bottom - top)
-            cv2.line(
-                lines,
-                (round(low + offset), round(top)),
-                (round(stop[0]), round(stop[1])),
-                rng.uniform(0.4, 1),
-                max(1, round(rng.uniform(1, 4) * unit)),
-            )
-    depth = rng.uniform(0.45, 0.75) * blurred(lines, 0.7)
-    shade = rng.uniform(0.05, 0.2) * inside(rng, mask, 3 * unit)
-    return mask, np.asarray(1 - depth - shade, np.float32)
+    return mask
 
 
-def scale_patches(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
-    """Class 3: torn patches, dark slanted gouges with bright rims or a rough ground with specks."""
+def outline_patches(rng: Rng, size: Size, steel: Span, unit: float) -> Mask:
+    """One to four polygons, all upright or all lying."""
     mask = np.zeros(size, bool)
     upright = rng.random() < 0.5
     for _ in range(rng.integers(1, 5)):
         centre = (place(rng, steel, unit), rng.uniform(0.1, 0.9) * size[0])
         radii = np.array([rng.uniform(10, 26), rng.uniform(20, 55)]) * unit + 2
         blob(rng, mask, centre, radii if upright else 0.8 * radii[::-1])
+    return mask
+
+
+def outline_bands(rng: Rng, size: Size, steel: Span, unit: float) -> Mask:
+    """Zones over the strip's whole height."""
+    height, mask = size[0], np.zeros(size, bool)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        column, half = place(rng, steel, unit), rng.uniform(20, 80) * unit + 1
+        edges = column + half * (rng.normal(0, 0.12, (2, 4)) + np.array([[-1], [1]]))
+        rows = np.linspace(0, height - 1, 4)
+        left, right = np.stack([edges[0], rows], 1), np.stack([edges[1], rows], 1)
+        fill(mask, np.concatenate([left, right[::-1]]))
+    return mask
+
+
+def outline_rolled_in(rng: Rng, size: Size, steel: Span, unit: float) -> Mask:
+    """A large polygon, or up to three that overlap."""
+    mask = np.zeros(size, bool)
+    centre = np.array([place(rng, steel, unit), rng.uniform(0.1, 0.9) * size[0]])
+    scale = rng.lognormal(0.18, 0.3) * unit
+    for _ in range(rng.integers(1, 4)):
+        blob(rng, mask, centre, (rng.uniform(50, 120) * scale, rng.uniform(45, 80) * scale))
+        centre = centre + rng.normal(0, (70, 40)) * scale
+    return mask
+
+
+# --- defects: the gain inside an outline, drawn or real -------------------------
+
+
+def middle_lines(mask: Mask) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Of each connected outline its middle, 16 (x, y) from top to bottom, and half its width."""
+    lines = []
+    count, components = cv2.connectedComponents(mask.view(np.uint8))
+    for number in range(1, count):
+        component = components == number
+        filled = np.flatnonzero(component.any(axis=1))
+        rows = np.rint(np.linspace(filled[0], filled[-1], 16)).astype(int)
+        first = component[rows].argmax(axis=1)
+        last = mask.shape[1] - 1 - component[rows, ::-1].argmax(axis=1)
+        lines.append((np.stack([(first + last) / 2, rows], 1), (last - first) / 2))
+    return lines
+
+
+def draw_line(field: Field, points: NDArray[np.float64], tone: float, width: float) -> None:
+    """Draw a line through (x, y) `points` into `field`."""
+    corners = np.rint(points).astype(np.int32)
+    cv2.polylines(field, [corners], False, tone, max(1, round(width)))
+
+
+def pits(rng: Rng, mask: Mask, unit: float) -> Field:
+    """Class 1: a cluster of small pits with bright rims."""
+    size = mask.shape
+    density = 0.035 * inside(rng, mask, 3 * unit)
+    rims, holes = specks(rng, density, size, 1.3), specks(rng, density, size, 1.9)
+    shade = rng.uniform(0.15, 0.35) * inside(rng, mask, 3 * unit)
+    return np.asarray(1 - shade - 0.6 * holes + rng.uniform(0.8, 2.0) * rims, np.float32)
+
+
+def cracks(rng: Rng, mask: Mask, unit: float) -> Field:
+    """Class 2: thin jagged cracks along the outline's middle."""
+    lines = np.zeros(mask.shape, np.float32)
+    for middle, half in middle_lines(mask):
+        for _ in range(rng.integers(1, 4)):
+            jitter = rng.normal(0, 0.25) * half + rng.normal(0, 0.9 * unit, 16)
+            points = middle + np.stack([jitter, np.zeros(16)], 1)
+            draw_line(lines, points, 1.0, rng.uniform(1, 3) * unit)
+    depth = rng.uniform(0.3, 0.65) * blurred(lines, 0.7)
+    shade = rng.uniform(0.05, 0.2) * inside(rng, mask, 3 * unit)
+    return np.asarray(1 - depth - shade, np.float32)
+
+
+def scratches(rng: Rng, mask: Mask, unit: float) -> Field:
+    """Class 3: bundles of dark scoring lines along the outline."""
+    lines = np.zeros(mask.shape, np.float32)
+    for middle, half in middle_lines(mask):
+        for offset in rng.uniform(-0.7, 0.7, rng.integers(3, 7)):
+            points = middle + np.stack([offset * half, np.zeros(16)], 1)
+            shown = points[: rng.integers(13, 17)]
+            draw_line(lines, shown, rng.uniform(0.4, 1), rng.uniform(1, 4) * unit)
+    depth = rng.uniform(0.45, 0.75) * blurred(lines, 0.7)
+    shade = rng.uniform(0.05, 0.2) * inside(rng, mask, 3 * unit)
+    return np.asarray(1 - depth - shade, np.float32)
+
+
+def scale_patches(rng: Rng, mask: Mask, unit: float) -> Field:
+    """Class 3: torn patches, dark slanted gouges with bright rims or a rough ground with specks."""
+    size = mask.shape
     shown = inside(rng, mask, 3 * unit)
     gouges = bent(rng, relief(rng, size, rng.uniform(7, 18) * unit + 2, 9 * unit + 2))
     gain = 1 - shown * (
@@ -330,59 +408,151 @@ def scale_patches(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask,
         rng.uniform(0, 0.4) * shown * step(noise(rng, size, 5 * unit + 1, 9 * unit + 1) - 0.8, 1)
     )
     gain += rng.uniform(0, 1.5) * specks(rng, 0.01 * shown, size, 1.1)
-    return mask, np.asarray(gain, np.float32)
+    return np.asarray(gain, np.float32)
 
 
-def scale_bands(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
-    """Class 3: rough zones over the strip's whole height, a blocky dark crust or a bright rash."""
-    height = size[0]
-    mask = np.zeros(size, bool)
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        column, half = place(rng, steel, unit), rng.uniform(20, 80) * unit + 1
-        edges = column + half * (rng.normal(0, 0.12, (2, 4)) + np.array([[-1], [1]]))
-        rows = np.linspace(0, height - 1, 4)
-        left, right = np.stack([edges[0], rows], 1), np.stack([edges[1], rows], 1)
-        fill(mask, np.concatenate([left, right[::-1]]))
+def scale_bands(rng: Rng, mask: Mask, unit: float) -> Field:
+    """Class 3: a blocky dark crust or a bright rash."""
+    size = mask.shape
     shown = inside(rng, mask, 10 * unit)
     crust = noise(rng, size, 9 * unit + 1, 60 * unit + 2)
     crust += 0.8 * noise(rng, size, 40 * unit + 1, 5 * unit + 1)
     crust += 0.6 * noise(rng, size, 3, 3) + 0.5 * noise(rng, size, 15 * unit + 1, 15 * unit + 1)
     crust = step(crust + 2.5 * blurred(mask, 14 * unit + 1) - 2.5, 1)
     if rng.random() < 0.6:
-        return mask, np.asarray(1 - rng.uniform(0.4, 0.75) * shown * crust, np.float32)
+        return np.asarray(1 - rng.uniform(0.4, 0.75) * shown * crust, np.float32)
     rash = specks(rng, shown * (0.03 + 0.05 * crust), size, 1.2) + 0.25 * crust * shown
-    return mask, np.asarray(1 + rng.uniform(0.4, 0.9) * rash, np.float32)
+    return np.asarray(1 + rng.uniform(0.4, 0.9) * rash, np.float32)
 
 
-def rolled_in_patch(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
+def rolled_in_patch(rng: Rng, mask: Mask, unit: float) -> Field:
     """Class 4: a large crust rolled into the steel, folded, with dark cracks and bright crests."""
-    mask = np.zeros(size, bool)
-    centre = np.array([place(rng, steel, unit), rng.uniform(0.1, 0.9) * size[0]])
-    scale = rng.lognormal(0.18, 0.3) * unit
-    for _ in range(rng.integers(1, 4)):
-        blob(rng, mask, centre, (rng.uniform(50, 120) * scale, rng.uniform(45, 80) * scale))
-        centre = centre + rng.normal(0, (70, 40)) * scale
+    size = mask.shape
     shown = inside(rng, mask, 7 * unit)
     folds = relief(rng, size, rng.uniform(30, 110) * unit + 2, rng.uniform(15, 45) * unit + 2)
     gain = 1 + shown * (rng.uniform(-0.45, 0.0) + 0.12 * noise(rng, size, 40 * unit, 25 * unit))
     gain += rng.uniform(0.2, 0.35) * shown * bent(rng, np.clip(folds, -2, 4))
     gain += shown * specks(rng, 0.004 * step(folds - 0.5, 1), size, 1.3)
     rim = 4 * shown * (1 - shown)
-    return mask, np.asarray(gain - 0.25 * rim, np.float32)
+    return np.asarray(gain - 0.25 * rim, np.float32)
 
 
-def any_scale(rng: Rng, size: Size, steel: Span, unit: float) -> tuple[Mask, Field]:
-    """Class 3 in one of its looks; its heavy tail of areas comes from the bands."""
-    look = rng.choice(3, p=(0.35, 0.48, 0.17))
-    return (scratches, scale_patches, scale_bands)[look](rng, size, steel, unit)
+@dataclass(frozen=True)
+class Look:
+    """One way in which a class looks."""
+
+    share: float  # of the class's defects
+    outline: Callable[[Rng, Size, Span, float], Mask]
+    gain: Callable[[Rng, Mask, float], Field]
 
 
-DEFECTS: tuple[Callable[[Rng, Size, Span, float], tuple[Mask, Field]], ...] = (
-    pits,
-    cracks,
-    any_scale,
-    rolled_in_patch,
+SCRATCHES = Look(0.35, outline_scratches, scratches)
+PATCHES = Look(0.48, outline_patches, scale_patches)
+BANDS = Look(0.17, outline_bands, scale_bands)  # class 3's heavy tail of areas
+LOOKS: tuple[tuple[Look, ...], ...] = (  # of class 1, 2, 3, 4
+    (Look(1.0, outline_pits, pits),),
+    (Look(1.0, outline_cracks, cracks),),
+    (SCRATCHES, PATCHES, BANDS),
+    (Look(1.0, outline_rolled_in, rolled_in_patch),),
 )
+
+
+def draw_look(rng: Rng, number: int) -> Look:
+    """One of the looks of class `number`, from 1, in their shares."""
+    looks = LOOKS[number - 1]
+    return looks[rng.choice(len(looks), p=[look.share for look in looks])]
+
+
+def fitting_look(number: int, mask: Mask, unit: float) -> Look:
+    """The look of class `number` that suits a real outline: long ones are scratches or bands."""
+    if len(LOOKS[number - 1]) == 1:
+        return LOOKS[number - 1][0]
+    _, _, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8))
+    _, _, width, height, _ = max(boxes[1:], key=lambda box: int(box[4])).tolist()
+    if width > 40 * unit and height > 0.9 * mask.shape[0]:
+        return BANDS
+    return SCRATCHES if height > 4 * width else PATCHES
+
+
+# --- real outlines and surfaces -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class RealParts:
+    """What is taken from real strips; where there is none it is drawn."""
+
+    outlines: dict[int, list[str]] = field(default_factory=dict)  # class → RLE of 256×1600
+    backgrounds: tuple[Path, ...] = ()  # clean strips
+    background_share: float = 1.0  # of the strips lie on one of them
+
+
+NOTHING_REAL = RealParts()
+
+
+def draw_outline(rng: Rng, number: int, steel: Mask, real: RealParts) -> Mask | None:
+    """A real outline of class `number`, flipped at random, nine tenths of it on the steel."""
+    outlines = real.outlines.get(number, [])
+    for _ in range(20 if outlines else 0):
+        mask = decode_rle(outlines[rng.integers(len(outlines))], IMAGE_SIZE)
+        mask = mask[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+        if mask.shape != steel.shape:
+            shape = steel.shape[::-1]
+            small = cv2.resize(mask.astype(np.uint8), shape, interpolation=cv2.INTER_NEAREST)
+            mask = small.astype(bool)
+        shown = np.ascontiguousarray(mask & steel)
+        if shown.any() and shown.sum() >= 0.9 * mask.sum():
+            return shown
+    return None
+
+
+def draw_background(rng: Rng, size: Size, real: RealParts) -> Field | None:
+    """A real clean strip, flipped at random, in grey levels."""
+    if not real.backgrounds or rng.random() >= real.background_share:
+        return None
+    image = read_image(real.backgrounds[rng.integers(len(real.backgrounds))])
+    image = image[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+    return np.asarray(cv2.resize(np.ascontiguousarray(image), size[::-1]), np.float32)
+
+
+def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[int, list[str]]:
+    """Read class → RLE of a train.csv of 256×1600 strips, those of `leave_out` left out.
+
+    Raises:
+        ValueError: no mask is left, one leaves its strip, or a class is unknown.
+    """
+    outlines: dict[int, list[str]] = {}
+    for name, rles in read_truth(path).items():
+        for number, rle in rles.items():
+            fault = rle_fault(rle, IMAGE_SIZE[0] * IMAGE_SIZE[1])
+            if fault:
+                raise ValueError(f"{path}: mask of class {number} of {name}: {fault}")
+            if name not in leave_out:
+                outlines.setdefault(number, []).append(rle)
+    if not outlines:
+        raise ValueError(f"{path}: no mask")
+    return outlines
+
+
+def read_names(path: Path) -> frozenset[str]:
+    """Read the names in a text file, one a line, or those of a train.csv's strips with a mask."""
+    if path.suffix in (".csv", ".gz"):
+        return frozenset(name for name, rles in read_truth(path).items() if rles)
+    return frozenset(path.read_text(encoding="utf-8").split())
+
+
+def find_backgrounds(folder: Path, clean_list: Path) -> tuple[Path, ...]:
+    """Find the clean strips of a folder.
+
+    `clean_list` names them, one a line, or is the folder's train.csv, which has no row of them.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    listed, truth = read_names(clean_list), clean_list.suffix in (".csv", ".gz")
+    clean = [name for name in list_images(folder) if (name in listed) != truth]
+    if not clean:
+        raise ValueError(f"{folder}: no clean strip by {clean_list}")
+    return tuple(folder / name for name in clean)
 
 
 # --- one strip ---------------------------------------------------------------
@@ -425,19 +595,48 @@ def surface(rng: Rng, size: Size, unit: float) -> Field:
     return gain
 
 
-def draw_strip(
-    rng: Rng, classes: Sequence[int] = (), size: Size = (256, 1600)
+def draw_defect(
+    rng: Rng, number: int, steel: Mask, span: Span, real: RealParts
+) -> tuple[Mask, Field]:
+    """A defect of class `number`: its mask, on the steel, and the gain inside it."""
+    size, unit = (steel.shape[0], steel.shape[1]), steel.shape[0] / 256
+    mask = draw_outline(rng, number, steel, real)
+    if mask is not None:
+        return mask, fitting_look(number, mask, unit).gain(rng, mask, unit)
+    look = draw_look(rng, number)
+    mask = look.outline(rng, size, span, unit)
+    return mask & steel, look.gain(rng, mask, unit)
+
+
+def steel_on(background: Field, unit: float) -> tuple[Mask, Span]:
+    """Where a real strip's steel is, and its first and last column."""
+    steel = blurred(background, 3 * unit + 0.5) > DARK
+    columns = np.flatnonzero(steel.mean(axis=0) > 0.5)
+    span = (int(columns[0]), int(columns[-1]) + 1) if columns.size else (0, steel.shape[1])
+    return steel, span
+
+
+def synthesize_strip(
+    rng: Rng,
+    classes: Sequence[int] = (),
+    size: Size = (256, 1600),
+    real: RealParts = NOTHING_REAL,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """One strip with the defects of `classes` (1–4): grey (H, W) and its masks (4, H, W)."""
     unit = size[0] / 256  # shapes are drawn in pixels of a full strip and shrink with it
-    margin, steel = dark_margin(rng, size, 0.8 if {1, 2} & set(classes) else 0.35)
-    gain = surface(rng, size, unit)
-    masks = np.zeros((CLASSES, *size), bool)
+    background = draw_background(rng, size, real)
+    if background is None:
+        margin, span = dark_margin(rng, size, 0.8 if {1, 2} & set(classes) else 0.35)
+        gain, steel = surface(rng, size, unit), np.zeros(size, bool)
+        steel[:, span[0] : span[1]] = True
+    else:
+        gain, (steel, span) = np.ones(size, np.float32), steel_on(background, unit)
+    masks = np.zeros((N_CLASSES, *size), bool)
     for number in classes:
-        mask, defect = DEFECTS[number - 1](rng, size, steel, unit)
-        mask[:, : steel[0]] = mask[:, steel[1] :] = False
-        masks[number - 1] = mask
+        masks[number - 1], defect = draw_defect(rng, number, steel, span, real)
         gain *= 1 + rng.uniform(0.85, 1.3) * (defect - 1)  # fainter ones no eye would find
+    if background is not None:
+        return np.clip(np.rint(background * gain), 0, 255).astype(np.uint8), masks
     grey = 255 * np.clip(rng.normal(0.415, 0.08), 0.24, 0.56) * gain * margin
     grey += 2.5 + rng.standard_normal(size, dtype=np.float32)  # the camera's black and its noise
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8), masks
@@ -449,7 +648,7 @@ def draw_classes(rng: Rng, shares: Sequence[float]) -> tuple[int, ...]:
         return ()
     count = 2 if rng.random() < SECOND_CLASS else 1
     chances = np.array(shares) / np.sum(shares)
-    return tuple(int(c) + 1 for c in sorted(rng.choice(CLASSES, count, replace=False, p=chances)))
+    return tuple(int(c) + 1 for c in sorted(rng.choice(N_CLASSES, count, replace=False, p=chances)))
 
 
 def draw_evenly(rng: Rng, shares: Sequence[float], index: int) -> tuple[int, ...]:
@@ -472,56 +671,54 @@ def strip_name(seed: int, split: int, index: int) -> str:
     return f"{((2 * index + split) * 0x9E3779B97 + seed * 0x51ED27) % 16**9:09x}.jpg"
 
 
-def write_strip(
-    folder: Path,
-    split: int,
-    seed: int,
-    shares: Sequence[float],
-    size: Size,
-    evenly: bool,
-    index: int,
-) -> tuple[str, list[str]]:
+@dataclass(frozen=True)
+class Plan:
+    """What decides the strips of a split."""
+
+    folder: Path
+    split: int  # TRAIN or TEST
+    seed: int
+    shares: Sequence[float]  # weights of class 1, 2, 3, 4
+    size: Size
+    evenly: bool  # whether few strips too have their share of defects
+    real: RealParts
+
+
+def write_strip(plan: Plan, index: int) -> tuple[str, list[str]]:
     """Write strip `index` of a split as JPEG; its name and its four runs, "" for no mask."""
-    rng = np.random.default_rng([seed, split, index])
-    classes = draw_evenly(rng, shares, index) if evenly else draw_classes(rng, shares)
-    image, masks = draw_strip(rng, classes, size)
-    name = strip_name(seed, split, index)
+    rng = np.random.default_rng([plan.seed, plan.split, index])
+    if plan.evenly:
+        classes = draw_evenly(rng, plan.shares, index)
+    else:
+        classes = draw_classes(rng, plan.shares)
+    image, masks = synthesize_strip(rng, classes, plan.size, plan.real)
+    name = strip_name(plan.seed, plan.split, index)
     quality = 95 if rng.random() < 0.8 else 90  # the quantisation tables of the real files
-    written = cv2.imwrite(
-        str(folder / name), cv2.merge([image] * 3), [cv2.IMWRITE_JPEG_QUALITY, quality]
-    )
+    path = plan.folder / name
+    written = cv2.imwrite(str(path), cv2.merge([image] * 3), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not written:
-        raise ValueError(f"cannot write {folder / name}: is the folder there and writable?")
+        raise ValueError(f"cannot write {path}: is the folder there and writable?")
     return name, [encode_rle(mask) for mask in masks]
 
 
-def write_split(
-    folder: Path,
-    count: int,
-    split: int,
-    seed: int,
-    shares: Sequence[float],
-    size: Size,
-    evenly: bool,
-    jobs: int,
-) -> list[tuple[str, list[str]]]:
-    """Write `count` strips into `folder`; their names and runs in name order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write = partial(write_strip, folder, split, seed, shares, size, evenly)
+def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]]:
+    """Write `count` strips; their names and runs in name order."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write, what = partial(write_strip, plan), plan.folder.name
     if not count:
         return []
     if jobs == 1:
-        return sorted(progress(map(write, range(count)), folder.name, "strip", count))
+        return sorted(progress(map(write, range(count)), what, "strip", count))
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        strips = pool.map(write, range(count), chunksize=8)
-        return sorted(progress(strips, folder.name, "strip", count))
+        strips = pool.map(write, range(count), chunksize=32)
+        return sorted(progress(strips, what, "strip", count))
 
 
 def write_truth(path: Path, strips: Sequence[tuple[str, list[str]]], layout: str) -> None:
-    """Write the ground truth: "2019" has four rows a strip, "today" only the non-empty ones."""
+    """Write the ground truth: four rows a strip, or in three columns the non-empty ones."""
     rows = [(name, n, run) for name, runs in strips for n, run in enumerate(runs, 1)]
     truth = pd.DataFrame(rows, columns=["ImageId", "ClassId", "EncodedPixels"])
-    if layout == "2019":
+    if layout == "two-column":
         truth.insert(0, "ImageId_ClassId", truth.ImageId + "_" + truth.ClassId.astype(str))
         truth = truth[["ImageId_ClassId", "EncodedPixels"]]
     else:
@@ -534,24 +731,26 @@ def write_competition(
     train: int,
     test: int,
     seed: int,
-    layout: str = "today",
+    layout: str = "three-column",
     shares: Sequence[float] = SHARES,
     size: Size = (256, 1600),
     jobs: int = 1,
     evenly: bool = False,
+    real: RealParts = NOTHING_REAL,
 ) -> None:
     """Write a folder like the competition's, and test.csv, which Kaggle keeps to itself.
 
     `shares` weighs the classes of the train strips; the test strips keep the real proportions.
     `evenly` keeps the share of strips with a defect among few strips too, not only among many.
-    Raises ValueError for a layout other than "today" and "2019".
+    `real` is for train and test strips alike.
+    Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
-    train_strips = write_split(
-        folder / "train_images", train, TRAIN, seed, shares, size, evenly, jobs
-    )
-    test_strips = write_split(folder / "test_images", test, TEST, seed, SHARES, size, evenly, jobs)
+        raise ValueError(f"layout is {layout!r}, expected one of {list(LAYOUTS)}")
+    train_plan = Plan(folder / "train_images", TRAIN, seed, shares, size, evenly, real)
+    test_plan = Plan(folder / "test_images", TEST, seed, SHARES, size, evenly, real)
+    train_strips = write_split(train_plan, train, jobs)
+    test_strips = write_split(test_plan, test, jobs)
     write_truth(folder / "train.csv", train_strips, layout)
     write_truth(folder / "test.csv", test_strips, layout)
     everything = f"1 {size[0] * size[1]}"  # the real sample: all pixels, of no class
@@ -562,6 +761,8 @@ def write_competition(
 
 # --- command line ------------------------------------------------------------
 
+EXAMPLE = "  python training/synthetic.py --out data/steel --train 1200 --test 400"
+
 
 def parse_size(text: str) -> Size:
     """A size like 256x1600, height × width in pixels."""
@@ -571,34 +772,63 @@ def parse_size(text: str) -> Size:
     return int(height), int(width)
 
 
-def main() -> None:
-    """Write the strips that the command line asks for."""
-    start_log()
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="python weights/steel.py --out data/steel --train 1200 --test 400 --seed 0\n\n"
-        "Draw synthetic steel strips in the competition's layout.",
+        description=f"{EXAMPLE}\n\nDraw synthetic steel strips in the competition's layout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=1200, help="strips in train_images")
-    parser.add_argument("--test", type=int, default=400, help="strips in test_images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layout", choices=LAYOUTS, default="today", help="of train.csv")
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs=CLASSES,
-        default=SHARES,
-        help="weights of class 1, 2, 3, 4 in train; test stays as on Kaggle (default %(default)s)",
-    )
-    parser.add_argument(
-        "--size", type=parse_size, default=(256, 1600), help="HEIGHTxWIDTH in pixels, 256x1600"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="processes that draw")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--train", type=int, default=1200, help="strips in train_images (default 1200)")
+    add("--test", type=int, default=400, help="strips in test_images (default 400)")
+    add("--seed", type=int, default=0)
+    add("--layout", choices=LAYOUTS, default="three-column", help="of train.csv")
+    about = "weights of class 1, 2, 3, 4 in train; test stays as on Kaggle (default %(default)s)"
+    add("--shares", type=float, nargs=N_CLASSES, default=SHARES, help=about)
+    add("--size", type=parse_size, default=IMAGE_SIZE, help="HEIGHTxWIDTH in pixels, 256x1600")
+    add("--jobs", type=int, default=1, help="processes that draw")
+    about = "a train.csv of real 256×1600 strips, whose masks the defects are drawn into"
+    add("--masks", type=Path, metavar="TRAIN.CSV", help=about)
+    about = "names, one a line, of strips whose masks are left out of --masks"
+    add("--leave-out", type=Path, metavar="FILE", help=about)
+    add("--backgrounds", type=Path, metavar="DIR", help="real strips to draw on, the clean ones")
+    about = "which are clean: their names, one a line, or the folder's train.csv"
+    add("--clean-list", type=Path, metavar="FILE", help=about)
+    about = "share of the strips that lie on one of --backgrounds (default 1)"
+    add("--background-share", type=float, default=1.0, help=about)
+    return parser.parse_args(arguments)
+
+
+def read_real_parts(args: argparse.Namespace) -> RealParts:
+    """Read what the command line gives of real strips.
+
+    Raises:
+        ValueError: --backgrounds without --clean-list, or a file that is not what it should be.
+    """
+    outlines, backgrounds = dict[int, list[str]](), tuple[Path, ...]()
+    if args.masks:
+        leave_out = read_names(args.leave_out) if args.leave_out else frozenset[str]()
+        outlines = read_outlines(args.masks, leave_out)
+    if args.backgrounds:
+        if not args.clean_list:
+            raise ValueError("--backgrounds needs --clean-list: which of them are clean?")
+        backgrounds = find_backgrounds(args.backgrounds, args.clean_list)
+    return RealParts(outlines, backgrounds, args.background_share)
+
+
+def write_strips(args: argparse.Namespace) -> int:
+    """Write the strips that the command line asks for."""
     write_competition(
-        args.out, args.train, args.test, args.seed, args.layout, args.shares, args.size, args.jobs
-    )
+        args.out, args.train, args.test, args.seed, args.layout, args.shares, args.size, args.jobs,
+        real=read_real_parts(args),
+    )  # fmt: skip
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: write_strips(parse_args(arguments)))
 
 
 if __name__ == "__main__":

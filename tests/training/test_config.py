@@ -1,0 +1,71 @@
+"""One experiment: its cycles of the learning rate, the kernel's level, and impossible values."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from training.config import NO_FOLD, Config, check_config
+
+
+def test_each_part_has_a_cycle_of_its_own_and_no_step_stands_still(config: Config) -> None:
+    parts = replace(config, crop_steps=200, whole_steps=40).parts
+    assert [(part.first, part.end) for part in parts] == [(0, 200), (200, 240)]
+    crops, whole = ([part.rate(step) for step in range(part.steps)] for part in parts)
+    assert 0.9 < max(crops) <= 1
+    assert 0.25 < max(whole) <= 0.3
+    for rates in (crops, whole):
+        peak = rates.index(max(rates))
+        assert 0 < peak < len(rates) / 4
+        assert rates[: peak + 1] == sorted(rates[: peak + 1])
+        assert rates[peak:] == sorted(rates[peak:], reverse=True)
+        assert 0 < rates[-1] < max(rates) / 50
+    assert min(crops + whole) > 0
+
+
+def test_the_level_is_where_the_kernels_threshold_cuts(config: Config) -> None:
+    cut = 1 / (1 + math.exp(-config.level))
+    assert cut == pytest.approx(0.55)  # the competition's recipe
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_manifests_entry_has_a_mean_for_every_channel(channels: int, config: Config) -> None:
+    spec = replace(config, channels=channels).spec
+    assert spec.model["in_channels"] == channels
+    assert (spec.mean, spec.std) == ([0.34] * channels, [0.13] * channels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, "--name 'a/b' cannot name a file"),
+        ({"name": ".."}, "--name '..' cannot name a file"),
+        ({"folds": 1}, "--folds 1, expected 2 or more"),
+        ({"fold": 7}, "--fold 7, expected 0 to 4 or none"),
+        ({"channels": 2}, "--channels 2, expected 1 or 3"),
+        ({"crop_steps": -1}, "--crop-steps, --whole-steps and --seed are 0 or more"),
+        ({"seed": -1}, "--crop-steps, --whole-steps and --seed are 0 or more"),
+        ({"crops": -1}, "--crops -1, expected 1 or more"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0, expected a number above 0"),
+        ({"learning_rate": math.nan}, "--learning-rate nan"),
+        ({"std": 0.0}, "--mean 0.34, --std 0.0: of grey in [0, 1]"),
+        ({"mean": 87.0}, "--mean 87.0"),
+        ({"moved_share": 1.5}, "shares (1.5, 0.6): each from 0 to 1"),
+        ({"extra_shares": (0.5, 0.5)}, "--extra's below 1 together"),
+        ({"std": math.nan}, "--std nan"),
+        ({"classes": 0}, "--classes 0"),
+        ({"evenness": math.nan}, "--evenness nan"),
+    ],
+)
+def test_a_value_that_no_experiment_can_have_is_refused(
+    change: dict[str, Any], message: str, config: Config
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        check_config(replace(config, **change))
+    assert message in str(refused.value)
+
+
+def test_what_an_experiment_can_be_is_not_refused(config: Config) -> None:
+    check_config(config)
+    check_config(replace(config, fold=NO_FOLD, crops=0, extra_shares=(0.5, 0.4)))

@@ -1,0 +1,184 @@
+"""Several members side by side: one at a time on each device, and one's failure costs no other.
+
+A stub stands for train.py; the first test alone asks the real one for its options.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import exit_code
+
+from training import fit_members, train
+from training.fit_members import list_devices, read_jobs, share_cores
+
+STUB = """
+import json, os, sys, time
+from pathlib import Path
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+start = time.time()
+print("stub starts", flush=True)
+time.sleep(float(words.get("--learning-rate", 0)))
+line = [words["--name"], words["--device"], start, time.time(), os.environ["OMP_NUM_THREADS"]]
+with Path(words["--runs"], "log.json").open("a") as file:
+    file.write(json.dumps(line) + "\\n")
+print("error: no such luck" if words["--name"] == "bad" else "done")
+sys.exit(2 if words["--name"] == "bad" else 0)
+"""
+
+Line = tuple[str, str, float, float, str]  # name, device, start, end, threads
+FitAll = Callable[..., tuple[int, list[Line]]]
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a list of members."""
+
+    def write(*lines: str) -> Path:
+        path = tmp_path / "members.txt"
+        path.write_text("\n".join(["# a comment", "", *lines, ""]), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fit_all(
+    members: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> FitAll:
+    """Return a function that fits members by a stub: the exit code, and what the stub noted."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB, encoding="utf-8")
+    monkeypatch.setattr(fit_members, "SCRIPT", stub)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def fit(names: list[str], devices: list[str], sleep_s: float = 0.0) -> tuple[int, list[Line]]:
+        runs = tmp_path / "runs"
+        runs.mkdir(exist_ok=True)
+        lines = [f"--name {name} --encoder resnet34" for name in names]
+        common = ["--data", "d", "--runs", runs, "--learning-rate", sleep_s]
+        code = exit_code(fit_members.main, members(*lines), "--devices", *devices, "--", *common)
+        log = runs / "log.json"
+        text = log.read_text().splitlines() if log.is_file() else []
+        return code, [tuple(json.loads(line)) for line in text]
+
+    return fit
+
+
+def test_the_list_of_the_project_is_read_and_what_is_common_wins() -> None:
+    path = Path(fit_members.__file__).parent / "members.txt"
+    jobs = read_jobs(path, ["--data", "severstal", "--fold", "none", "--runs", "elsewhere"])
+    assert [job.name for job in jobs] == [
+        "densenet201", "resnet34", "se_resnet50", "resnet50", "efficientnet-b0",
+    ]  # fmt: skip
+    args = train.parse_args(jobs[1].options)
+    assert (args.encoder, args.arch, args.fold, args.data) == (
+        "resnet34", "Unet", -1, Path("severstal"),
+    )  # fmt: skip
+    assert jobs[1].log == Path("elsewhere/resnet34/train.log")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "members [], expected at least one"),
+        (["--name a --encoder e", "--name a --encoder f"], "members ['a', 'a']"),
+        (["--name a --encoder e --no-such 1"], "no options of train.py: --name a --encoder e --no"),
+        (["--encoder e"], "no options of train.py: --encoder e"),
+        (["--name a --encoder 'e"], "No closing quotation"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(
+    lines: list[str],
+    message: str,
+    members: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = members(*lines)
+    assert exit_code(fit_members.main, path, "--", "--data", "d") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {path}: ") and message in last
+
+
+def test_a_list_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(fit_members.main, tmp_path / "gone.txt") == 2
+    assert "gone.txt" in capsys.readouterr().err
+
+
+def test_two_devices_fit_two_members_side_by_side_and_each_one_at_a_time(fit_all: FitAll) -> None:
+    code, lines = fit_all(["a", "b", "c", "d"], ["cuda:0", "cuda:1"], sleep_s=0.4)
+    assert code == 0
+    assert sorted(name for name, *_ in lines) == ["a", "b", "c", "d"]
+    for device in ("cuda:0", "cuda:1"):
+        spans = sorted((start, end) for _, where, start, end, _ in lines if where == device)
+        assert len(spans) == 2 and spans[0][1] <= spans[1][0]
+    first, second = sorted((start, end) for _, _, start, end, _ in lines)[:2]
+    assert second[0] < first[1]
+
+
+def test_members_on_the_same_cpu_share_its_cores(fit_all: FitAll) -> None:
+    code, lines = fit_all(["a", "b"], ["cpu", "cpu"])
+    assert code == 0
+    assert [where for _, where, *_ in lines] == ["cpu", "cpu"]
+    assert {threads for *_, threads in lines} == {str(max(1, (os.cpu_count() or 1) // 2))}
+
+
+def test_a_number_of_threads_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert share_cores(["cpu", "cpu"])["OMP_NUM_THREADS"] == "7"
+
+
+def test_without_a_gpu_the_cpu_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert list_devices(None) == ["cpu"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert list_devices(None) == ["cuda:0", "cuda:1"]
+    assert list_devices(["cpu"]) == ["cpu"]
+
+
+def test_a_member_that_fails_costs_no_other_and_its_last_line_is_shown(
+    fit_all: FitAll, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    code, lines = fit_all(["bad", "good"], ["cpu"])
+    assert code == 1
+    assert [name for name, *_ in lines] == ["bad", "good"]
+    assert "bad failed with exit code 2: error: no such luck" in caplog.text
+    assert "good is fitted" in caplog.text
+    assert (tmp_path / "runs/good/train.log").read_text() == "stub starts\ndone\n"
+
+
+def test_a_second_run_adds_to_the_log(fit_all: FitAll, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert fit_all(["good"], ["cpu"])[0] == 0
+    assert (tmp_path / "runs/good/train.log").read_text() == "stub starts\ndone\n" * 2
+
+
+def test_ctrl_c_ends_what_runs_and_starts_nothing_more(
+    fit_all: FitAll, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "runs/a/train.log"
+
+    def interrupt() -> None:
+        while not (log.is_file() and log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    start = time.monotonic()
+    code, lines = fit_all(["a", "b"], ["cpu"], sleep_s=60)
+    thread.join()
+    assert (code, lines) == (130, [])
+    assert time.monotonic() - start < 30
+    assert log.read_text() == "stub starts\n"
+    second = tmp_path / "runs/b/train.log"
+    assert not second.exists() or not second.read_text()
+    assert "interrupted" in capsys.readouterr().err

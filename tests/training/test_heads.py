@@ -1,0 +1,201 @@
+"""The heads' last fit, against scipy's optimum and against every level tried."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CLASSES, LABELS, SMALL, draw_image
+from scipy.optimize import minimize  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from kernel.images import Image
+from training.batches import Batches
+from training.config import Config
+from training.heads import (
+    LOGIT_GRID,
+    SampledPairs,
+    StripPairs,
+    best_logit_thresholds,
+    calibrate_mask_bias,
+    pooled_features,
+    refit_heads,
+    refit_presence,
+)
+from training.losses import presence_layer
+from training.metrics import dice
+from training.module import MemberModule, new_network
+from training.strips import Strips
+
+
+def module_of(network: Any, config: Config) -> MemberModule:
+    return MemberModule(network, config, config.parts[1]).eval()
+
+
+# --- presence head --------------------------------------------------------------------------------
+
+
+def test_the_presence_layer_on_pooled_features_is_the_networks_presence(
+    network: Any, config: Config, strips: Strips
+) -> None:
+    some = strips.some(1, 4)
+    pooled, present = pooled_features(module_of(network, config), StripPairs(some))
+    assert some.names == strips.names[1:4]
+    for row, name in enumerate(some.names):
+        image, masks = some.load(name)
+        grey = torch.from_numpy(image / 255).float()[None, None]
+        with torch.inference_mode():
+            _, presence = network((grey - config.mean) / config.std)
+            found = presence_layer(network)(pooled[row])
+        assert torch.allclose(found, presence[0], atol=1e-4)
+        assert present[row].bool().tolist() == masks.any(axis=(1, 2)).tolist()
+    assert pooled.std() > 0
+
+
+def refit_example() -> tuple[nn.Linear, Tensor, Tensor]:
+    """A head that shuts every gate; features of which one tells a class of one strip in thirty."""
+    draw = torch.Generator().manual_seed(4)
+    pooled = torch.rand(300, 6, generator=draw) * torch.tensor([1, 1, 1, 1, 10, 0.1])
+    present = torch.zeros(300, 2)
+    present[::30, 0] = 1
+    present[::2, 1] = 1
+    pooled[:, 2] += present[:, 0]
+    layer = nn.Linear(6, 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, -4)
+    return layer, pooled, present
+
+
+def test_the_refitted_presence_opens_the_gate_of_a_rare_class() -> None:
+    layer, pooled, present = refit_example()
+    refit_presence(layer, pooled, present)
+    gates = layer(pooled).sigmoid()[:, 0]
+    assert gates[present[:, 0] > 0].mean() > 0.7
+    assert gates[present[:, 0] == 0].mean() < 0.1
+
+
+@pytest.mark.parametrize("present_weight", [8.0, 2.0])
+def test_the_refitted_presence_is_the_tethered_optimum(present_weight: float) -> None:
+    """scipy's own optimiser of the same sum, written apart, finds the same weights."""
+    layer, pooled, present = refit_example()
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(5))
+    trained = layer.weight.detach().double().numpy()
+    refit_presence(layer, pooled, present, present_weight)
+    features, labels = pooled.double().numpy(), present.numpy()
+
+    def objective(flat: Any) -> float:
+        weight, bias = flat[:12].reshape(2, 6), flat[12:]
+        logits = features @ weight.T + bias
+        there = present_weight * labels * np.logaddexp(0, -logits)
+        losses = there + (1 - labels) * np.logaddexp(0, logits)
+        tether = (((weight - trained) * features.std(axis=0)) ** 2).sum()
+        return float(losses.mean() + 0.01 * tether)
+
+    best = minimize(objective, np.zeros(14), method="BFGS")
+    found = np.concatenate([layer.weight.detach().numpy().ravel(), layer.bias.detach().numpy()])
+    assert objective(found) < best.fun + 1e-4  # in single precision
+
+
+# --- mask head ------------------------------------------------------------------------------------
+
+
+def mask_logits(network: Any, image: Image, config: Config) -> Any:
+    grey = torch.from_numpy(image / 255).float()[None, None]
+    with torch.inference_mode():
+        return network.eval()((grey - config.mean) / config.std)[0][0].numpy()
+
+
+def dices_at(network: Any, config: Config, strips: Strips, levels: list[float]) -> Any:
+    """Mean Dice (levels, classes) of what is there, cut at levels, with the competition's Dice."""
+    dices = []
+    for name in strips.names:
+        image, masks = strips.load(name)
+        logits, there = mask_logits(network, image, config), masks.any(axis=(1, 2))
+        dices.append([np.where(there, dice(logits > level, masks), np.nan) for level in levels])
+    return np.nanmean(dices, axis=0)
+
+
+@pytest.mark.parametrize("arch", ["Unet", "FPN"])
+def test_the_refitted_masks_are_cut_where_they_score_most(
+    arch: str, config: Config, strips: Strips
+) -> None:
+    """Against every level tried, one strip after another."""
+    config = replace(config, arch=arch)
+    network = new_network(replace(config, seed=7)).eval()
+    module, pairs, levels = module_of(network, config), StripPairs(strips), LOGIT_GRID.tolist()
+    tried = dices_at(network, config, strips, levels)
+    found, dices = best_logit_thresholds(module, pairs)
+    image = draw_image(0)
+    before = mask_logits(network, image, config)
+    calibrate_mask_bias(module, pairs)
+    moved = mask_logits(network, image, config) - before
+    assert np.ptp(tried, axis=0).min() > 0.01  # the level matters
+    for label, level in enumerate(found.tolist()):
+        assert tried[levels.index(level), label] == pytest.approx(tried[:, label].max(), abs=1e-5)
+        assert np.allclose(moved[label], config.level - level, atol=1e-4)
+    assert dices.numpy() == pytest.approx(tried.max(axis=0), abs=1e-5)
+    now = dices_at(network, config, strips, [config.level])[0]
+    assert now == pytest.approx(tried.max(axis=0), abs=0.01)
+
+
+def test_a_class_that_no_strip_has_keeps_its_level(
+    network: Any, config: Config, strips: Strips
+) -> None:
+    without = replace(strips, names=[n for n in strips.names if 2 not in strips.truth.get(n, {})])
+    found, dices = best_logit_thresholds(module_of(network, config), StripPairs(without))
+    assert found[1] == torch.tensor(config.level)
+    assert dices[1] == 0
+    assert all(found[i] in LOGIT_GRID for i in (0, 2, 3))
+
+
+def test_of_each_class_some_strips_are_asked(
+    network: Any, config: Config, strips: Strips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.heads.GRID_STRIPS", 2)
+    module, levels = module_of(network, config), LOGIT_GRID.tolist()
+    found, dices = best_logit_thresholds(module, StripPairs(strips))
+    for label in LABELS:
+        tried = np.zeros(len(levels))
+        for image, masks in map(strips.load, strips.with_class(label)[:2]):
+            logits, truth = mask_logits(network, image, config)[label - 1], masks[label - 1]
+            tried += [dice((logits > level)[None], truth[None])[0] / 2 for level in levels]
+        assert tried[levels.index(float(found[label - 1]))] == pytest.approx(tried.max(), abs=1e-5)
+        assert float(dices[label - 1]) == pytest.approx(tried.max(), abs=1e-5)
+
+
+def test_both_heads_are_refitted_and_nothing_else(
+    network: Any, config: Config, strips: Strips
+) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    refit_heads(module_of(network, config), StripPairs(strips.some(0, 8)))
+    after = network.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.partition(".")[0] for name in changed} == {
+        "classification_head",
+        "segmentation_head",
+    }
+    assert sum(name.startswith("segmentation_head") for name in changed) == 1  # the bias
+
+
+# --- strips to fit them on ------------------------------------------------------------------------
+
+
+def test_sampled_pairs_are_whole_strips_always_the_same_flipped_together(
+    strips: Strips, config: Config
+) -> None:
+    pairs = SampledPairs(Batches([strips], config), 30)
+    assert len(pairs) == 30
+    flipped = 0
+    whole = {strips.load(name)[0].tobytes(): name for name in strips.names}
+    for index in range(30):
+        image, masks = pairs[index]
+        again = pairs[index]
+        assert (image.shape, masks.shape) == (SMALL, (CLASSES, *SMALL))
+        assert (image == again[0]).all() and (masks == again[1]).all()
+        axes: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-1, -2))
+        back = [(np.flip(image, a), np.flip(masks, a)) for a in axes]
+        [(name, expected)] = [(whole[i.tobytes()], m) for i, m in back if i.tobytes() in whole]
+        np.testing.assert_array_equal(expected, strips.load(name)[1])
+        flipped += image.tobytes() not in whole
+    assert 10 < flipped < 30

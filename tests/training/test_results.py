@@ -1,0 +1,100 @@
+"""What a fit leaves: a checkpoint the kernel loads, its scores, and its row in experiments.csv."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, SMALL
+
+from kernel.manifest import MemberSpec
+from kernel.members import load_member
+from training.config import NO_FOLD, Config
+from training.metrics import Scores
+from training.module import new_network
+from training.results import add_experiment, validate, write_checkpoint
+from training.strips import Strips
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_checkpoint_is_loaded_by_the_kernel(
+    channels: int, config: Config, tmp_path: Path
+) -> None:
+    config = replace(config, channels=channels)
+    network = new_network(config).eval()
+    write_checkpoint(network, config, tmp_path / "tiny.safetensors")
+    member = load_member(tmp_path, config.spec, CPU)
+    images = torch.rand(1, 1, *SMALL, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        inputs = ((images - config.mean) / config.std).expand(-1, channels, -1, -1)
+        logits, presence = network(inputs)
+        found = member(images)
+    expected = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
+    assert expected.std() > 0.01
+    assert (found - expected).abs().max() < 0.02  # fp16 on disk
+
+
+def test_the_checkpoints_header_holds_its_manifest_entry_and_its_weights_are_halves(
+    network: Any, config: Config, tmp_path: Path
+) -> None:
+    path = tmp_path / "new folder" / "tiny.safetensors"
+    write_checkpoint(network, config, path)
+    data = path.read_bytes()  # 8 bytes: the header's length; then JSON
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    entry = json.loads(header.pop("__metadata__")["member"])
+    assert MemberSpec(**entry) == config.spec
+    assert entry["model"]["encoder_name"] == "tu-test_resnet"
+    assert {tensor["dtype"] for tensor in header.values()} == {"F16", "I64"}
+    assert [each.name for each in path.parent.iterdir()] == ["tiny.safetensors"]
+
+
+def test_validation_scores_the_gated_member_on_whole_strips(
+    network: Any, config: Config, strips: Strips
+) -> None:
+    some = replace(strips, names=strips.names[:3])
+    scores = validate(network, config, some)
+    expected = Scores()
+    for name in some.names:
+        image, masks = some.load(name)
+        grey = torch.from_numpy(image / 255).float()[None, None]
+        with torch.inference_mode():
+            logits, presence = network((grey - config.mean) / config.std)
+        gated = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
+        expected.add((gated[0] > 0.55).numpy(), masks)
+    assert scores.summary() == expected.summary()
+    assert len(scores.all_pairs) == 12
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_experiment_adds_its_row_under_one_header(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "experiments.csv"
+    scores = Scores()
+    mask = np.zeros((1, 4, 4), np.bool_)
+    mask[0, 0, 0] = True
+    scores.add(mask, mask)
+    scores.add(~mask, mask & False)
+    for comment in ("first try", 'a comma, and "quotes"'):
+        add_experiment(path, config, scores, 90, comment)
+    rows = read_rows(path)
+    assert [row.pop("comment") for row in rows] == ["first try", 'a comma, and "quotes"']
+    expected = {
+        "name": "tiny", "fold": "0", "encoder": "tu-test_resnet", "decoder": "Unet", "steps": "4+3",
+        "dice": "0.5", "dice_non_empty": "1.0", "clean_left_empty": "0.0", "minutes": "1.5",
+    }  # fmt: skip
+    assert rows == [expected, expected]
+
+
+def test_without_a_fold_the_figures_stay_empty(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "experiments.csv"
+    add_experiment(path, replace(config, fold=NO_FOLD), Scores(), 60, "")
+    [row] = read_rows(path)
+    assert row["fold"] == "none"
+    assert [row[key] for key in ("dice", "dice_non_empty", "clean_left_empty")] == [""] * 3

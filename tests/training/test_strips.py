@@ -1,0 +1,93 @@
+"""Strips: which files of a folder count, and the masks that belong to them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import CLASSES, LABELS, SMALL, draw_image, save_image
+
+from training.strips import Strips, image_names, read_strips
+
+
+def write_data(folder: Path, rows: str, names: tuple[str, ...] = ("a.png", "b.png")) -> Path:
+    for seed, name in enumerate(names):
+        save_image(folder / "train_images" / name, draw_image(seed))
+    (folder / "train.csv").write_text(f"ImageId,ClassId,EncodedPixels\n{rows}", encoding="utf-8")
+    return folder
+
+
+def test_both_layouts_of_train_csv_give_the_same_strips(
+    strips: Strips, steel_in_two_columns: Path
+) -> None:
+    of_2019 = read_strips(steel_in_two_columns, CLASSES)
+    assert strips.names == of_2019.names
+    assert strips.clean() == of_2019.clean()
+    for label in LABELS:
+        assert strips.with_class(label) == of_2019.with_class(label)
+    for name in strips.names:
+        (image, masks), (other_image, other_masks) = strips.load(name), of_2019.load(name)
+        np.testing.assert_array_equal(image, other_image)
+        np.testing.assert_array_equal(masks, other_masks)
+        assert (image.shape, masks.shape) == (SMALL, (CLASSES, *SMALL))
+        assert masks.any() == (name not in strips.clean())
+
+
+def test_a_truth_of_images_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    data = write_data(tmp_path, "a.png,1,1 2\ngone.jpg,1,1 2\nlost.jpg,1,1 2\n")
+    with pytest.raises(ValueError, match=r"names gone\.jpg and 1 more, which train_images lacks"):
+        read_strips(data, CLASSES)
+
+
+def test_a_truth_of_other_names_is_refused_with_one_of_each(tmp_path: Path) -> None:
+    data = write_data(tmp_path, "a.jpg,1,1 2\n")
+    with pytest.raises(ValueError, match=r"it names 'a\.jpg', the folder has 'a\.png'"):
+        read_strips(data, CLASSES)
+
+
+def test_only_images_are_strips(tmp_path: Path) -> None:
+    data = write_data(tmp_path, "a.png,1,1 2\n", ("a.png", "b.JPG"))
+    for stray in (".DS_Store", "._a.png", "Thumbs.db", "notes.txt"):
+        (data / "train_images" / stray).write_bytes(b"x")
+    (data / "train_images" / ".ipynb_checkpoints").mkdir()
+    (data / "train_images" / "folder.png").mkdir()
+    strips = read_strips(data, CLASSES)
+    assert strips.names == ["a.png", "b.JPG"]
+    assert strips.clean() == ["b.JPG"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_without_images_is_refused(there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    if there:
+        folder.mkdir()
+        (folder / "Thumbs.db").write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{folder}: {'no images' if there else 'no such folder'}"):
+        image_names(folder)
+
+
+def test_data_without_a_train_csv_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.csv: no such file; --data is a folder with"):
+        read_strips(tmp_path, CLASSES)
+
+
+def test_a_mask_larger_than_its_image_names_the_strip(tmp_path: Path) -> None:
+    strips = read_strips(write_data(tmp_path, f"a.png,2,{64 * 96} 2\n"), CLASSES)
+    with pytest.raises(ValueError, match=r"a\.png: run 6144 2 leaves an image of 6144 pixels"):
+        strips.load("a.png")
+    assert not strips.load("b.png")[1].any()
+
+
+def test_an_image_that_is_none_names_the_strip(tmp_path: Path) -> None:
+    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"), CLASSES)
+    (strips.folder / "b.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"b\.png: 1 bytes that are no image"):
+        strips.load("b.png")
+
+
+def test_another_truth_or_another_file_is_another_fingerprint(tmp_path: Path) -> None:
+    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"), CLASSES)
+    first = strips.fingerprint()
+    assert read_strips(tmp_path, CLASSES).fingerprint() == first
+    other = read_strips(write_data(tmp_path, "a.png,2,1 3\n"), CLASSES).fingerprint()
+    save_image(tmp_path / "train_images" / "b.png", draw_image(7, (60, 96)))
+    assert len({first, other, read_strips(tmp_path, CLASSES).fingerprint()}) == 3

@@ -1,0 +1,337 @@
+"""The synthetic strips: reproducible, labelled right, and statistically like the real ones."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import decode_by_hand, draw_image, error_of, exit_code, save_image
+
+from kernel.images import Image, Size
+from kernel.rle import encode_rle
+from training import synthetic
+from training.metrics import Masks
+
+SMALL = (32, 48)
+FULL = (256, 1600)
+
+
+def synthesize(
+    seed: int | Sequence[int], classes: Sequence[int] = (), size: Size = (64, 400)
+) -> tuple[Image, Masks]:
+    return synthetic.synthesize_strip(np.random.default_rng(seed), classes, size)
+
+
+def written(folder: Path, train: int = 6, test: int = 4, **options: Any) -> Path:
+    synthetic.write_competition(folder, train, test, 3, size=SMALL, **options)
+    return folder
+
+
+def images_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
+
+
+def test_the_same_seed_draws_the_same_bytes(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "a"), written(tmp_path / "b")
+    assert len(images_of(first)) == 10
+    assert images_of(first) == images_of(second)
+    for name in ("train.csv", "test.csv", "sample_submission.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_strips_differ_and_none_is_constant() -> None:
+    images = [synthesize(seed)[0] for seed in range(12)]
+    assert len({image.tobytes() for image in images}) == 12
+    assert min(image.std() for image in images) > 2
+
+
+@pytest.mark.parametrize("size", [(256, 1600), (64, 128), (32, 48), (33, 47), (100, 60)])
+@pytest.mark.parametrize("classes", [(), (1,), (2,), (3,), (4,), (1, 3)])
+def test_just_the_asked_classes_are_in_the_masks_at_any_size(
+    size: Size, classes: tuple[int, ...]
+) -> None:
+    for seed in range(3):
+        image, masks = synthesize(seed, classes, size)
+        assert image.shape == size and image.dtype == np.uint8
+        assert masks.shape == (4, *size) and masks.dtype == bool
+        assert tuple(np.flatnonzero(masks.any((1, 2))) + 1) == classes
+        assert not masks.all((1, 2)).any()
+
+
+def without_gain(look: synthetic.Look) -> synthetic.Look:
+    """A look that draws the same numbers and shows nothing."""
+    return replace(look, gain=lambda *a: np.ones_like(look.gain(*a)))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_defect_changes_the_picture_inside_its_mask_and_only_there(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, masks = synthesize(number, (number,))
+    looks = tuple(tuple(map(without_gain, of_class)) for of_class in synthetic.LOOKS)
+    monkeypatch.setattr(synthetic, "LOOKS", looks)
+    clean, same = synthesize(number, (number,))
+    changed = np.abs(image.astype(int) - clean) > 3
+    assert (masks == same).all()
+    assert changed[masks[number - 1]].mean() > 0.4
+    assert (
+        changed[~cv2.dilate(masks[number - 1].view(np.uint8), np.ones((5, 5))).astype(bool)].mean()
+        < 0.01
+    )
+
+
+@pytest.mark.parametrize(("number", "pixels"), [(1, 1900), (2, 3300), (3, 4600), (4, 23000)])
+def test_the_median_mask_is_as_large_as_in_the_competition(number: int, pixels: int) -> None:
+    areas = [synthesize([seed, number], (number,), (256, 1600))[1].sum() for seed in range(12)]
+    assert pixels / 2 < np.median(areas) < pixels * 2
+
+
+def test_grey_levels_over_a_set_are_those_of_the_real_strips() -> None:
+    drawn = [np.random.default_rng([5, seed]) for seed in range(20)]
+    images = [
+        synthetic.synthesize_strip(rng, synthetic.draw_classes(rng, synthetic.SHARES))[0]
+        for rng in drawn
+    ]
+    assert 0.29 < np.mean(images) / 255 < 0.39  # 0.34 on 22 real strips
+    assert 0.10 < np.mean([image.std() for image in images]) / 255 < 0.17  # 0.13
+    assert 0.15 < np.mean([(image.mean(0) < 10).mean() > 0.04 for image in images]) < 0.6  # 8 of 22
+
+
+def test_a_file_is_as_large_as_the_real_ones_and_has_three_channels(tmp_path: Path) -> None:
+    synthetic.write_competition(tmp_path, 6, 0, 1)
+    for path in (tmp_path / "train_images").iterdir():
+        assert 20_000 < path.stat().st_size < 260_000  # real: 31–190 kB
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert image is not None and image.shape == (256, 1600, 3)
+
+
+@pytest.mark.parametrize("shares", [synthetic.SHARES, (1, 1, 1, 1)])
+def test_classes_come_in_the_asked_shares(shares: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(0)
+    strips = [synthetic.draw_classes(rng, shares) for _ in range(12568)]
+    clean = strips.count(())
+    counts = np.bincount(np.concatenate([s for s in strips if s]).astype(int), minlength=5)[1:]
+    assert abs(clean - 5902) < 200
+    assert np.allclose(
+        counts / counts.sum(), np.array(shares) / sum(shares), atol=0.04
+    )  # a second class is never the first again
+    assert 250 < sum(len(s) == 2 for s in strips) < 600
+
+
+def test_both_layouts_hold_the_same_masks(tmp_path: Path) -> None:
+    today = pd.read_csv(written(tmp_path / "a") / "train.csv")
+    old = pd.read_csv(
+        written(tmp_path / "b", layout="two-column") / "train.csv", keep_default_na=False
+    )
+    assert list(today) == ["ImageId", "ClassId", "EncodedPixels"]
+    assert list(old) == ["ImageId_ClassId", "EncodedPixels"]
+    assert len(old) == 4 * 6 and 0 < len(today) < 4 * 6
+    runs = {f"{row.ImageId}_{row.ClassId}": row.EncodedPixels for row in today.itertuples()}
+    assert runs == {key: run for key, run in old.itertuples(index=False) if run}
+
+
+def test_the_csv_holds_the_masks_that_were_drawn(tmp_path: Path) -> None:
+    truth = pd.read_csv(written(tmp_path) / "test.csv")
+    runs = {(row.ImageId, row.ClassId): str(row.EncodedPixels) for row in truth.itertuples()}
+    for index in range(4):
+        rng = np.random.default_rng([3, synthetic.TEST, index])
+        _, masks = synthetic.synthesize_strip(
+            rng, synthetic.draw_classes(rng, synthetic.SHARES), SMALL
+        )
+        for number, mask in enumerate(masks, 1):
+            run = runs.pop((synthetic.strip_name(3, synthetic.TEST, index), number), "")
+            assert (decode_by_hand(run, SMALL) == mask).all()
+    assert not runs
+
+
+def test_an_unknown_layout_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2020"):
+        written(tmp_path / "a", layout="2020")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_sample_has_one_row_a_test_strip_in_name_order(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    sample = (folder / "sample_submission.csv").read_text().splitlines()
+    names = sorted(path.name for path in (folder / "test_images").iterdir())
+    assert sample == ["ImageId,EncodedPixels,ClassId"] + [f"{n},1 {32 * 48},0" for n in names]
+
+
+def test_a_smaller_set_is_part_of_a_larger_one(tmp_path: Path) -> None:
+    small, large = written(tmp_path / "a", 3, 2), written(tmp_path / "b", 7, 5)
+    assert images_of(small).items() < images_of(large).items()
+    rows = set((small / "train.csv").read_text().splitlines())
+    assert rows <= set((large / "train.csv").read_text().splitlines())
+
+
+def test_names_are_nine_hex_digits_and_never_collide() -> None:
+    names = {synthetic.strip_name(7, split, i) for split in (0, 1) for i in range(5000)}
+    assert len(names) == 10_000
+    assert all(len(name) == 13 and int(name[:9], 16) >= 0 for name in names)
+
+
+def test_shares_change_the_train_strips_alone(tmp_path: Path) -> None:
+    natural = written(tmp_path / "a", 20, 6)
+    balanced = written(tmp_path / "b", 20, 6, shares=(1, 1, 1, 1))
+    assert images_of(natural / "test_images") == images_of(balanced / "test_images")
+    assert images_of(natural / "train_images") != images_of(balanced / "train_images")
+
+
+def test_the_script_writes_in_two_processes_what_the_function_writes_in_one(tmp_path: Path) -> None:
+    counts = ["--train", 3, "--test", 2, "--seed", 3, "--jobs", 2, "--shares", *"1111"]
+    words = ["--out", tmp_path / "a", *counts, "--size", "32x48", "--layout", "two-column"]
+    assert exit_code(synthetic.main, *words) == 0
+    written(tmp_path / "b", 3, 2, layout="two-column", shares=(1, 1, 1, 1))
+    names = ["sample_submission.csv", "test.csv", "test_images", "train.csv", "train_images"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    assert images_of(tmp_path / "a") == images_of(tmp_path / "b")
+    for name in ("sample_submission.csv", "test.csv", "train.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_size_that_is_none_is_refused_with_an_example() -> None:
+    assert synthetic.parse_size("64x128") == (64, 128)
+    for text in ("big", "64", "64x", "-1x9"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text}.*256x1600"):
+            synthetic.parse_size(text)
+
+
+@pytest.mark.parametrize("count", [8, 40, 400])
+def test_among_few_strips_that_are_drawn_evenly_the_share_of_defective_ones_is_kept(
+    count: int,
+) -> None:
+    rng = np.random.default_rng(2)
+    strips = [synthetic.draw_evenly(rng, synthetic.SHARES, index) for index in range(count)]
+    assert sum(map(bool, strips)) == int(count * synthetic.DEFECTIVE)
+    assert strips[0] == () and len(set(strips)) > 1
+
+
+# --- real outlines and surfaces -------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """A folder like the competition's: four masks, one of each class, and two clean strips."""
+    folder, rows = tmp_path / "real", ["ImageId,ClassId,EncodedPixels"]
+    for label in (1, 2, 3, 4):
+        mask = np.zeros(FULL, np.bool_)
+        mask[20 : 20 + 40 * label, 300 * label : 300 * label + 50] = True
+        rows.append(f"{label}.png,{label},{encode_rle(mask)}")
+    for seed, name in enumerate(("1.png", "clean-a.png", "clean-b.png")):
+        image = draw_image(seed, FULL)
+        save_image(folder / "train_images" / name, np.clip(image, 60, 200).astype(np.uint8))
+    (folder / "train_images" / "Thumbs.db").write_bytes(b"no image")
+    (folder / "train.csv").write_text("\n".join([*rows, ""]), encoding="utf-8")
+    return folder
+
+
+def all_flips(array: np.ndarray) -> list[np.ndarray]:
+    return [array[::down, ::right] for down in (1, -1) for right in (1, -1)]
+
+
+def test_a_given_mask_is_a_strips_mask_flipped_or_not(real: Path) -> None:
+    parts = synthetic.RealParts(synthetic.read_outlines(real / "train.csv"))
+    assert {label: len(rles) for label, rles in parts.outlines.items()} == dict.fromkeys(
+        (1, 2, 3, 4), 1
+    )
+    flips_seen = 0
+    for label in (1, 2, 3, 4):
+        given = all_flips(decode_by_hand(parts.outlines[label][0], FULL))
+        taken = 0
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            _, masks = synthetic.synthesize_strip(rng, (label,), FULL, parts)
+            assert np.flatnonzero(masks.any((1, 2))).tolist() == [label - 1]
+            same = [index for index, flip in enumerate(given) if (flip == masks[label - 1]).all()]
+            taken += bool(same)
+            flips_seen += any(same)
+        assert taken  # one that would lie beside the steel is drawn instead
+    assert flips_seen
+
+
+def test_a_given_mask_keeps_to_the_steel_at_least_nine_tenths_of_it(real: Path) -> None:
+    parts = synthetic.RealParts(synthetic.read_outlines(real / "train.csv"))
+    steel = np.zeros(FULL, np.bool_)
+    assert synthetic.draw_outline(np.random.default_rng(0), 1, steel, parts) is None
+    steel[:, :800] = True
+    given = all_flips(decode_by_hand(parts.outlines[1][0], FULL))
+    for seed in range(8):
+        mask = synthetic.draw_outline(np.random.default_rng(seed), 1, steel, parts)
+        assert mask is not None and any((mask == flip).all() for flip in given)
+        assert not mask[:, 800:].any()
+
+
+def test_outside_its_masks_a_strip_is_the_given_background(real: Path) -> None:
+    backgrounds = synthetic.find_backgrounds(real / "train_images", real / "train.csv")
+    assert [path.name for path in backgrounds] == ["clean-a.png", "clean-b.png"]
+    outlines = synthetic.read_outlines(real / "train.csv")
+    parts = synthetic.RealParts(outlines, backgrounds)
+    clean = [
+        flip
+        for path in backgrounds
+        for flip in all_flips(np.asarray(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)))
+    ]
+    for seed, label in enumerate((1, 2, 3, 4)):
+        rng = np.random.default_rng(seed)
+        image, masks = synthetic.synthesize_strip(rng, (label,), FULL, parts)
+        near = cv2.dilate(masks[label - 1].astype(np.uint8), np.ones((21, 21))).astype(bool)
+        [under] = [flip for flip in clean if (flip[~near] == image[~near]).all()]
+        assert (image != under)[masks[label - 1]].mean() > 0.2
+
+
+def test_a_share_of_the_strips_lies_on_a_background(real: Path) -> None:
+    backgrounds = synthetic.find_backgrounds(real / "train_images", real / "train.csv")
+    counts = []
+    for share in (0.0, 0.5, 1.0):
+        parts = synthetic.RealParts({}, backgrounds, share)
+        rngs = map(np.random.default_rng, range(40))
+        drawn = [synthetic.draw_background(rng, SMALL, parts) for rng in rngs]
+        counts.append(sum(background is not None for background in drawn))
+    assert counts[0] == 0 and 10 < counts[1] < 30 and counts[2] == 40
+
+
+def test_clean_strips_are_those_of_a_list_and_of_a_truth_those_it_does_not_name(
+    real: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "clean.txt"
+    listed.write_text("clean-b.png\nelsewhere.png\n", encoding="utf-8")
+    found = synthetic.find_backgrounds(real / "train_images", listed)
+    assert [path.name for path in found] == ["clean-b.png"]
+
+
+def test_names_left_out_give_no_mask(real: Path) -> None:
+    assert sorted(synthetic.read_outlines(real / "train.csv", frozenset({"2.png"}))) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backgrounds", "real/train_images"], "--backgrounds needs --clean-list"),
+        (["--masks", "nowhere.csv"], "nowhere.csv"),
+        (["--masks", "outside.csv"], "outside.csv: mask of class 1 of a.jpg: run 409600 2 leaves"),
+        (["--masks", "real/train.csv", "--leave-out", "real/train.csv"], "train.csv: no mask"),
+        (["--backgrounds", "gone", "--clean-list", "real/train.csv"], "gone"),
+        (["--backgrounds", "real/train_images", "--clean-list", "none.txt"], "no clean strip by"),
+    ],
+)
+def test_real_parts_that_are_none_end_in_one_line(
+    options: list[str],
+    message: str,
+    real: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outside = "ImageId,ClassId,EncodedPixels\na.jpg,1,409600 2\n"
+    Path("outside.csv").write_text(outside, encoding="utf-8")
+    Path("none.txt").write_text("elsewhere.png\n", encoding="utf-8")
+    words = ["--out", "out", "--train", 1, "--test", 0, *options]
+    assert exit_code(synthetic.main, *words) == 2
+    assert message in error_of(capsys.readouterr().err)
+    assert not Path("out").exists()

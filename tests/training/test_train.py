@@ -1,0 +1,285 @@
+"""The command line of a fit: what it leaves, what it goes on from, and what it refuses."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, draw_image, error_of, exit_code, save_image
+from safetensors.torch import load_file
+
+from kernel.members import load_member
+from training import fit, train
+from training.config import Config
+from training.heads import SampledPairs, StripPairs
+from training.module import MemberModule
+from training.strips import Strips
+
+SPEC = Config("mine", "tu-test_resnet", "Unet").spec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_statistics() -> Any:
+    """Batch-norm statistics from two strips."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "STATISTICS_STRIPS", 2)
+        yield
+
+
+def run_train(data: Path, folder: Path, *options: object) -> int:
+    """Fit in this process, one step a part; options that come later win."""
+    words = [
+        "--data", data, "--name", "mine", "--encoder", "tu-test_resnet", "--arch", "Unet",
+        "--fold", 1, "--folds", 3, "--crop-steps", 1, "--whole-steps", 1, "--crops", 2,
+        "--workers", 0, "--device", "cpu", "--validation-strips", 2, "--presence-strips", 4,
+        "--out", folder, "--runs", folder / "runs", "--comment", "smoke",
+    ]  # fmt: skip
+    return exit_code(train.main, *words, *options)
+
+
+@pytest.fixture(scope="module")
+def fitted(steel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a whole fit left, for reading only."""
+    folder = tmp_path_factory.mktemp("fitted")
+    assert run_train(steel, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def again(fitted: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(fitted, tmp_path / "again"))
+
+
+# --- what it leaves -------------------------------------------------------------------------------
+
+
+def test_a_fit_leaves_checkpoint_states_and_row(fitted: Path) -> None:
+    assert load_member(fitted, SPEC, CPU).spec.gated
+    [header, row] = (fitted / "experiments.csv").read_text().splitlines()
+    assert header.startswith("name,fold,encoder,decoder,steps,dice,")
+    assert row.startswith("mine,1,tu-test_resnet,Unet,1+1,") and row.endswith(",smoke")
+    assert {path.name for path in (fitted / "runs/mine").iterdir()} == {
+        "crops", "crops.ckpt", "strips", "strips.ckpt",
+    }  # fmt: skip
+
+
+def test_both_layouts_train_the_same_member(
+    fitted: Path,
+    steel_in_two_columns: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert run_train(steel_in_two_columns, tmp_path) == 0
+    assert "mine: 16 strips to train on, 8 held out, on cpu in 32" in caplog.text
+    assert '"dice_non_empty"' in capsys.readouterr().out
+    name = "mine.safetensors"
+    assert (tmp_path / name).read_bytes() == (fitted / name).read_bytes()
+
+
+def test_a_finished_fit_is_not_trained_again(
+    again: Path, steel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (again / "mine.safetensors").read_bytes()
+    monkeypatch.setattr(MemberModule, "training_step", None)
+    assert run_train(steel, again) == 0
+    assert (again / "mine.safetensors").read_bytes() == before
+    assert len((again / "experiments.csv").read_text().splitlines()) == 3
+
+
+def test_three_channels_without_a_fold_with_a_further_folder_and_unlabelled_strips(
+    steel: Path,
+    steel_in_two_columns: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """200 × 200, which is no multiple of the encoder's stride, among the unlabelled."""
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "unlabelled"
+    for seed in range(2):
+        save_image(folder / f"{seed}.png", draw_image(seed, (200, 200)))
+    options = ["--channels", 3, "--fold", "none", "--extra", f"{steel_in_two_columns}=0.5"]
+    options += ["--unlabelled", folder, "--moved-share", 1, "--moved-method", "paste"]
+    assert run_train(steel, tmp_path, *options) == 0
+    assert "mine: 24 + 24 strips to train on, 0 held out" in caplog.text
+    spec = replace(Config("mine", "tu-test_resnet", "Unet"), channels=3).spec
+    assert load_member(tmp_path, spec, CPU).spec.model["in_channels"] == 3
+    assert "mine,none,tu-test_resnet,Unet,1+1,,,," in (tmp_path / "experiments.csv").read_text()
+
+
+def test_a_fit_starts_from_a_checkpoint(
+    fitted: Path, steel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    start = fitted / "mine.safetensors"
+    options = ["--start-from", start, "--crop-steps", 0, "--whole-steps", 0, "--heads-on", "none"]
+    assert run_train(steel, tmp_path, *options) == 0
+    count = len(load_file(start))
+    assert f"mine starts from {count} of {count} tensors" in caplog.text
+    found, expected = load_file(tmp_path / "mine.safetensors"), load_file(start)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- which strips the heads' last fit sees --------------------------------------------------------
+
+
+def choose(
+    strips: Strips, config: Config, *options: object
+) -> tuple[StripPairs | SampledPairs, Strips]:
+    words = ["--data", "d", "--name", "n", "--encoder", "e", *map(str, options)]
+    pairs, scored = train.choose_head_pairs(train.parse_args(words), config, [strips], strips)
+    assert isinstance(pairs, StripPairs | SampledPairs)
+    return pairs, scored
+
+
+@pytest.mark.parametrize(("to_score", "expected"), [(4, 20), (12, 12), (100, 12)])
+def test_held_out_strips_are_fitted_on_or_scored_never_both(
+    to_score: int, expected: int, strips: Strips, config: Config
+) -> None:
+    pairs, scored = choose(strips, config, "--validation-strips", to_score)
+    assert isinstance(pairs, StripPairs)
+    assert len(pairs) == expected
+    assert not set(pairs.strips.names) & set(scored.names)
+    assert len(scored.names) == min(to_score, 24 - expected)
+    few, _ = choose(strips, config, "--presence-strips", 3)
+    assert len(few) == 3
+
+
+def test_the_heads_last_fit_takes_the_strips_it_is_given(
+    strips: Strips, steel: Path, config: Config
+) -> None:
+    drawn, scored = choose(strips, config, "--heads-on", "train", "--presence-strips", 5)
+    assert isinstance(drawn, SampledPairs) and len(drawn) == 5 and len(scored.names) == 24
+    assert isinstance(choose(strips, replace(config, fold=-1))[0], SampledPairs)
+    own, _ = choose(strips, config, "--heads-on", steel, "--presence-strips", 7)
+    assert isinstance(own, StripPairs) and own.strips.names == strips.names[:7]
+    assert len(choose(strips, config, "--heads-on", "none")[0]) == 0
+
+
+# --- what it goes on from -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--fold", 2], "fold 1, now 2"),
+        (["--arch", "FPN"], "arch Unet, now FPN"),
+        (["--crop-steps", 5], "crop_steps 1, now 5"),
+        (["--evenness", 0.25], "evenness 0.5, now 0.25"),
+    ],
+)
+def test_another_experiments_state_is_refused(
+    options: Sequence[object],
+    shown: str,
+    again: Path,
+    steel: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (again / "mine.safetensors").read_bytes()
+    assert run_train(steel, again, *options) == 2
+    message = error_of(capsys.readouterr().err)
+    assert "crops.ckpt: state of another experiment" in message and shown in message
+    assert (again / "mine.safetensors").read_bytes() == before
+
+
+def test_a_state_of_other_strips_is_refused(
+    again: Path, steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(steel, tmp_path / "data"))
+    with (data / "train.csv").open("a") as file:
+        file.write(f"{min((data / 'train_images').iterdir()).name},4,1 1\n")
+    assert run_train(data, again) == 2
+    assert "state of another experiment (data " in error_of(capsys.readouterr().err)
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fold", 7], "--fold 7, expected 0 to 2 or none"),
+        (["--encoder", "resnet35"], "resnet35"),
+        (["--arch", "Unetz"], "Unetz"),
+        (["--data", "gone"], "gone/train.csv: no such file; --data is a folder with"),
+        (["--start-from", "old.pth"], "--start-from old.pth: no safetensors file"),
+        (["--start-from", "gone.safetensors"], "--start-from gone.safetensors"),
+        (["--unlabelled", "gone"], "gone: no such folder"),
+        (["--extra", "gone=0.5"], "gone/train.csv: no such file"),
+        (["--heads-on", "gone"], "gone/train.csv: no such file"),
+        (["--classes", 5], "no strip to train on has class 5; see --classes"),
+        (["--classes", 3], "class 4, expected 1 to 3"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--device", "tpu9"], "--device tpu9: expected cpu, cuda or cuda:1"),
+        (["--crops", "auto"], "--crops auto needs a GPU"),
+        (["--precision", "16-mixed"], "--precision 16-mixed needs a GPU"),
+        (["--save-every", 0], "--save-every is 1 or more"),
+        (["--present-weight", 0], "--present-weight above 0"),
+        (["--presence-strips", -1], "--presence-strips and --validation-strips are 0 or more"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    options: Sequence[object],
+    message: str,
+    steel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, "old.pth")
+    assert run_train(steel, tmp_path, *options) == 2
+    assert message in error_of(capsys.readouterr().err)
+    assert not list(tmp_path.glob("*.safetensors")) and not Path("experiments.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--fold", "-1"), ("--fold", "one"), ("--crops", "0"), ("--extra", "a"), ("--extra", "a=b"),
+     ("--extra", "=0.5"), ("--precision", "64")],
+)  # fmt: skip
+def test_an_option_that_says_nothing_is_refused_by_the_parser(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", "d", "--name", "n", "--encoder", "e", f"{option}={value}"]
+    assert exit_code(train.main, *words) == 2
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_truth_that_is_none_is_refused_with_file_and_line(
+    steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(steel, tmp_path / "data"))
+    name = min((data / "train_images").iterdir()).name
+    text = (data / "train.csv").read_text()
+    line = len(text.splitlines()) + 1
+    for row, message in (
+        (f"{name},0,1 10", "class 0, expected 1 to 4"),
+        (f"{name},5,1 10", "class 5, expected 1 to 4"),
+        (f"{name},3,1 100 50 100", "run 50 100 overlaps or comes before"),
+        (f"{name},3,nan", "nan"),
+        ("gone.jpg,3,1 1", "train.csv names gone.jpg, which train_images lacks"),
+    ):
+        (data / "train.csv").write_text(f"{text}{row}\n")
+        assert run_train(data, tmp_path) == 2
+        found = error_of(capsys.readouterr().err)
+        assert message in found and "train.csv" in found
+        assert f"line {line}" in found or row.startswith("gone")
+
+
+def test_a_mask_larger_than_its_image_names_the_strip(
+    steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(steel, tmp_path / "data"))
+    rows = [f"{path.name},{label},6144 2\n" for label in (1, 2, 3, 4)
+            for path in (data / "train_images").iterdir()]  # fmt: skip
+    (data / "train.csv").write_text("ImageId,ClassId,EncodedPixels\n" + "".join(rows))
+    assert run_train(data, tmp_path) == 2
+    message = error_of(capsys.readouterr().err)
+    assert ".jpg: run 6144 2 leaves an image of 6144 pixels" in message

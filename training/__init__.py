@@ -1,0 +1,1 @@
+"""From strips with masks to a trained member."""

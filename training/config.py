@@ -1,0 +1,119 @@
+"""One experiment: everything that decides what its weights will be."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel.competition import N_CLASSES
+from kernel.manifest import Manifest, MemberSpec
+from kernel.threshold import threshold_logit
+
+PRECISIONS = ("32", "16-mixed", "bf16-mixed")
+NO_FOLD = -1  # nothing is held out
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of steps with a cycle of the learning rate of its own."""
+
+    name: str
+    first: int  # its first step
+    steps: int
+    peak: float  # share of the learning rate
+
+    @property
+    def end(self) -> int:
+        """The step after its last one."""
+        return self.first + self.steps
+
+    def rate(self, step: int) -> float:
+        """Return the share of the learning rate at step `step` of this part, from 0."""
+        done = (step + 1) / (self.steps + 1)
+        return self.peak * min(done / 0.15, (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str
+    encoder: str
+    arch: str = "FPN"
+    encoder_weights: str = ""  # what SMP downloads, "imagenet"; empty: drawn at random
+    channels: int = 1  # of the network's input, 1 or 3; images are grey
+    fold: int = 0  # NO_FOLD: every strip is trained on
+    folds: int = 5
+    crop_steps: int = 600
+    whole_steps: int = 150
+    crops: int = 4  # a step; 0: as many as fit into the GPU's memory
+    crop_size: tuple[int, int] = (128, 256)
+    defect_share: float = 0.6  # of the crops lie on a defect's pixel
+    moved_share: float = 0.0  # of the defects are moved to another strip
+    moved_method: str = "seamless"  # or "paste"
+    extra_shares: tuple[float, ...] = ()  # of the draws that come from each further folder
+    evenness: float = 0.5  # exponent of the classes' counts: 1 as they come, 0 all alike
+    learning_rate: float = 3e-4  # at 1e-3 with four crops a step the loss rises again
+    mean: float = 0.34  # of grey in [0, 1], measured on the competition's strips
+    std: float = 0.13
+    classes: int = N_CLASSES
+    seed: int = 0
+    precision: str = "32"  # one of PRECISIONS
+
+    @property
+    def steps(self) -> int:
+        """Steps of both parts together."""
+        return self.crop_steps + self.whole_steps
+
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        """Crops, then whole strips: on the tail of one cycle the second would learn nothing."""
+        return (
+            Part("crops", 0, self.crop_steps, 1.0),
+            Part("strips", self.crop_steps, self.whole_steps, 0.3),
+        )
+
+    @property
+    def level(self) -> float:
+        """The logit at which the kernel's threshold cuts a mask whose gate is open."""
+        return threshold_logit(Manifest([self.spec], self.classes).threshold)
+
+    @property
+    def spec(self) -> MemberSpec:
+        """The member's entry in the manifest."""
+        model = {
+            "arch": self.arch,
+            "encoder_name": self.encoder,
+            "in_channels": self.channels,
+            "classes": self.classes,
+            "aux_params": {"classes": self.classes, "pooling": "max"},
+        }
+        mean, std = [self.mean] * self.channels, [self.std] * self.channels
+        return MemberSpec(self.name, f"{self.name}.safetensors", model, mean, std)
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for the first value that no experiment can have."""
+    if Path(config.name).name != config.name or config.name in ("", ".", ".."):
+        raise ValueError(f"--name {config.name!r} cannot name a file")
+    if config.folds < 2:
+        raise ValueError(f"--folds {config.folds}, expected 2 or more")
+    if config.fold != NO_FOLD and not 0 <= config.fold < config.folds:
+        last = config.folds - 1
+        raise ValueError(f"--fold {config.fold}, expected 0 to {last} or none")
+    if config.channels not in (1, 3):
+        raise ValueError(f"--channels {config.channels}, expected 1 or 3")
+    if config.classes < 1:
+        raise ValueError(f"--classes {config.classes}, expected 1 or more")
+    if not math.isfinite(config.evenness):
+        raise ValueError(f"--evenness {config.evenness}, expected a number like 0.5")
+    if min(config.crop_steps, config.whole_steps, config.seed) < 0:
+        raise ValueError("--crop-steps, --whole-steps and --seed are 0 or more")
+    if config.crops < 0:
+        raise ValueError(f"--crops {config.crops}, expected 1 or more")
+    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
+        raise ValueError(f"--learning-rate {config.learning_rate}, expected a number above 0")
+    if not config.std > 0 or not 0 <= config.mean <= 1:
+        raise ValueError(f"--mean {config.mean}, --std {config.std}: of grey in [0, 1]")
+    shares = (config.moved_share, config.defect_share, *config.extra_shares)
+    if not all(0 <= share <= 1 for share in shares) or sum(config.extra_shares) >= 1:
+        raise ValueError(f"shares {shares}: each from 0 to 1, --extra's below 1 together")

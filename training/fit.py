@@ -1,0 +1,359 @@
+"""Fitting: both parts' steps through Lightning's Trainer, each resumable at every saved state."""
+
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from kernel.images import image_to_tensor, read_image
+from kernel.logs import log, progress
+from training.batch_norm import retake_statistics
+from training.batches import Batches
+from training.config import Config, Part
+from training.module import MemberModule, load_into_network, new_network
+from training.states import EXPERIMENT, AtomicCheckpointIO, read_state
+from training.strips import Strips
+
+T = TypeVar("T")
+
+EMA_DECAY = 0.98
+CLIP_NORM = 5.0
+STATISTICS_STRIPS = 24
+LOADER_TIMEOUT_S = 600  # a worker that died without a word ends the run instead of hanging it
+MAX_CROPS = 64
+SHM = Path("/dev/shm")
+
+
+class Diverged(ValueError):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run takes place; nothing here changes what its weights will be."""
+
+    device: torch.device
+    workers: int
+    save_every: int  # steps between two states
+    runs: Path  # folder of states and logs
+
+
+# --- data loading ---------------------------------------------------------------------------------
+
+
+class StepSampler(Sampler[int]):
+    """The steps of one epoch of a part; an epoch is what lies between two saved states."""
+
+    def __init__(self, part: Part, save_every: int, epoch: int) -> None:
+        self.part, self.save_every, self.epoch = part, save_every, epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the steps of epoch `epoch`, from 0; Lightning calls it."""
+        self.epoch = epoch
+
+    @property
+    def steps(self) -> range:
+        """The epoch's steps."""
+        first = self.part.first + self.epoch * self.save_every
+        return range(first, min(first + self.save_every, self.part.end))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+
+def count_workers(asked: int, batch: tuple[Tensor, Tensor]) -> int:
+    """Return the number of loader processes: none where shared memory is too small for them.
+
+    A worker that finds no room in /dev/shm dies, and the run would wait for it for ever.
+    """
+    if not asked or not SHM.is_dir():
+        return asked
+    needed = 4 * asked * sum(tensor.nbytes for tensor in batch)  # two are fetched ahead
+    free = shutil.disk_usage(SHM).free
+    if free >= needed:
+        return asked
+    log.warning(
+        "%s has %d MB free, %d loader processes may need %d MB: batches are made in the "
+        "training process", SHM, free >> 20, asked, needed >> 20,
+    )  # fmt: skip
+    return 0
+
+
+def new_loader(batches: Batches, part: Part, machine: Machine, done: int) -> DataLoader[Any]:
+    """Return the loader of a part's batches after the `done` first ones.
+
+    The epoch is set at once: Lightning opens a resumed run's loader before it sets it.
+    """
+    workers = count_workers(machine.workers, batches[part.first])
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=StepSampler(part, machine.save_every, done // machine.save_every),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=machine.device.type == "cuda",
+        timeout=LOADER_TIMEOUT_S if workers else 0,
+    )
+
+
+# --- what happens beside the steps ----------------------------------------------------------------
+
+
+class Watch(Callback):
+    """Progress lines, the seconds that steps took, and the end of a run that diverges."""
+
+    def __init__(
+        self, config: Config, part: Part, experiment: dict[str, Any], save_every: int
+    ) -> None:
+        self.config, self.part = config, part
+        self.entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": save_every}
+        self.seconds, self.start, self.smooth = 0.0, 0.0, float("nan")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Open the bar."""
+        what, done = f"{self.config.name}, {self.part.name}", trainer.global_step
+        self.bar: tqdm[int] = progress([], what, "step", self.part.steps, done)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock: what waits for data is not counted."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Check and show the loss.
+
+        Raises:
+            Diverged: it is no number; the last state is from before.
+        """
+        loss, step = float(outputs["loss"]), trainer.global_step
+        if not np.isfinite(loss):
+            raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
+                           f"{self.part.name}: lower --learning-rate")  # fmt: skip
+        self.seconds += time.perf_counter() - self.start
+        self.smooth = loss if np.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
+        self.bar.set_postfix(loss=f"{self.smooth:.3f}", refresh=False)
+        self.bar.update()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write into the state what it is a state of, and what a resumed run must keep."""
+        checkpoint |= self.entries | {"seconds": self.seconds}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on counting seconds."""
+        self.seconds = checkpoint["seconds"]
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Leave out Lightning's advice: on loaders, loggers and devices, all of it decided here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def new_trainer(config: Config, part: Part, machine: Machine, watch: Watch) -> L.Trainer:
+    """Return the Trainer of one part."""
+    folder, cuda = machine.runs / config.name, machine.device.type == "cuda"
+    device = machine.device
+    average = EMAWeightAveraging(device=device, decay=EMA_DECAY)
+    states = ModelCheckpoint(folder, part.name, save_on_train_epoch_end=True,
+                             enable_version_counter=False)  # fmt: skip
+    return L.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=[device.index or 0] if cuda else 1,
+        precision=config.precision,  # type: ignore[arg-type]
+        max_epochs=math.ceil(part.steps / machine.save_every),
+        gradient_clip_val=CLIP_NORM,
+        callbacks=[watch, average, states],
+        logger=CSVLogger(machine.runs, f"{config.name}/{part.name}", flush_logs_every_n_steps=10),
+        plugins=[AtomicCheckpointIO()],
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        benchmark=cuda,
+    )
+
+
+# --- one part -------------------------------------------------------------------------------------
+
+
+def fit_part(
+    network: Any,
+    sources: Sequence[Strips],
+    config: Config,
+    part: Part,
+    machine: Machine,
+    experiment: dict[str, Any],
+) -> float:
+    """Take a part's steps from its saved state on; return the seconds that all of them took.
+
+    `network` ends with the moving average of its weights.
+
+    Raises:
+        ValueError: the state is of another experiment, an image is broken, or the loss is no
+            number.
+        torch.OutOfMemoryError: the GPU's memory does not suffice.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    path = machine.runs / config.name / f"{part.name}.ckpt"
+    state = read_state(path, experiment)
+    if state is not None:
+        config = replace(config, crops=min(config.crops, state["crops"]))
+        machine = replace(machine, save_every=state["save_every"])
+        if state["global_step"] >= part.steps:
+            MemberModule(network, config, part).load_state_dict(state["state_dict"])
+            return float(state["seconds"])
+    if not part.steps:
+        return 0.0
+    watch = Watch(config, part, experiment, machine.save_every)
+    done = state["global_step"] if state else 0
+    loader = new_loader(Batches(sources, config), part, machine, done)
+    with quiet_lightning(), one_line_errors(path):
+        trainer = new_trainer(config, part, machine, watch)
+        module = MemberModule(network, config, part)
+        trainer.fit(module, loader, ckpt_path=path if state else None, weights_only=True)
+    network.to(machine.device)  # Lightning leaves it on the CPU
+    return watch.seconds
+
+
+@contextmanager
+def one_line_errors(path: Path) -> Iterator[None]:
+    """Turn Lightning's answer to Ctrl-C, and a loader process's traceback, into one line."""
+    try:
+        yield
+    except SystemExit as stopped:
+        saved = f"{path} is kept" if path.is_file() else "nothing was saved yet"
+        raise KeyboardInterrupt(f"{saved}; the same command goes on from it") from stopped
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise ValueError(f"the loader processes failed, try --workers 0: {error}") from error
+
+
+# --- all parts ------------------------------------------------------------------------------------
+
+
+def retake_from_strips(
+    network: Any, config: Config, paths: Sequence[Path], machine: Machine
+) -> None:
+    """Take batch-norm statistics anew from some whole strips, two at a time.
+
+    Pooling branches (DeepLab's, PAN's) normalise over a batch alone, and one is too few for them:
+    a strip whose neighbour has another size stands beside its mirror image.
+    """
+    order = np.random.default_rng(config.seed).permutation(len(paths))[:STATISTICS_STRIPS]
+    chosen = [paths[index] for index in order]
+    module = MemberModule(network, config, config.parts[1]).to(machine.device)
+
+    def batches() -> Iterator[Tensor]:
+        pairs = list(zip(chosen[::2], chosen[1::2] or chosen, strict=False))
+        for pair in progress(pairs, "batch-norm statistics", "pair"):
+            first, second = (image_to_tensor(read_image(p), machine.device) for p in pair)
+            second = second if second.shape == first.shape else first.flip(-1)
+            yield module.prepare(torch.cat([first, second]))
+
+    retake_statistics(network, batches())
+
+
+def fit_network(
+    sources: Sequence[Strips],
+    config: Config,
+    machine: Machine,
+    experiment: dict[str, Any],
+    start_from: Mapping[str, Tensor] | None = None,
+    statistics: Sequence[Path] = (),
+) -> tuple[Any, float]:
+    """Fit the network of an experiment through both parts; return it and the seconds of its steps.
+
+    `statistics` are images from which the batch-norm statistics are taken.
+
+    Raises:
+        ValueError: as `fit_part`, or SMP builds no such network.
+        torch.OutOfMemoryError, KeyboardInterrupt: as `fit_part`.
+    """
+    network = new_network(config)
+    if start_from:
+        count = load_into_network(network, start_from, presence=not config.steps)
+        log.info("%s starts from %d of %d tensors", config.name, count, len(network.state_dict()))
+    crops, strips = config.parts
+    seconds = fit_part(network, sources, config, crops, machine, experiment)
+    if strips.steps:
+        retake_from_strips(network, config, statistics, machine)
+        seconds += fit_part(network, sources, config, strips, machine, experiment)
+    return network.to(machine.device).eval(), seconds
+
+
+def find_crops(config: Config, device: torch.device, most: int = MAX_CROPS) -> int:
+    """Return the largest power of two of crops a step, up to `most`, that the GPU's memory takes.
+
+    Raises:
+        ValueError: it does not take one.
+    """
+
+    def try_step(tried: Config) -> int:
+        module = MemberModule(new_network(tried).to(device), tried, tried.parts[0]).train()
+        masks = torch.zeros(tried.crops, tried.classes, *tried.crop_size, device=device)
+        with module.autocast():
+            loss = module.batch_loss(masks[:, :1], masks)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return tried.crops
+
+    return fit_within_memory(try_step, replace(config, crops=most))
+
+
+def fit_within_memory(fit: Callable[[Config], T], config: Config) -> T:
+    """Call `fit`; where the GPU's memory does not suffice, again with half the crops a step.
+
+    Raises:
+        ValueError: one crop, or one whole strip, is too much.
+    """
+    while True:
+        try:
+            return fit(config)
+        except torch.OutOfMemoryError as error:
+            if config.crops == 1:
+                raise ValueError("GPU out of memory with one crop or strip a step") from error
+        config = replace(config, crops=config.crops // 2)
+        torch.cuda.empty_cache()
+        log.warning("GPU out of memory: from here on %d crops a step", config.crops)

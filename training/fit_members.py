@@ -1,0 +1,180 @@
+"""Fit several members side by side: a process each, one at a time on every device.
+
+A list holds one member a line, the options of train.py that are its own; what stands after `--` is
+common to all and wins. With one device the members are fitted one after another. Each writes its
+log to RUNS/NAME/train.log; the same command goes on where it was stopped.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from kernel.command import run_command
+from kernel.logs import log
+from training import train
+
+SCRIPT = Path(train.__file__)
+
+EXAMPLE = """\
+  python training/fit_members.py training/members.txt -- --data severstal --crop-steps 6000
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One member's command."""
+
+    name: str
+    options: list[str]
+    log: Path
+
+
+@dataclass
+class Processes:
+    """The members that are being fitted; all of them end when one call says so."""
+
+    environment: dict[str, str]
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stopped: bool = False
+
+    def start(self, command: list[str], log_path: Path) -> subprocess.Popen[bytes] | None:
+        """Start a process whose output goes to `log_path`; None after `stop`."""
+        with self.lock, log_path.open("ab") as file:
+            if self.stopped:
+                return None
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=self.environment
+            )
+            self.running.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End what runs, and start nothing more: each keeps its last state."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+
+
+def read_jobs(path: Path, common: list[str]) -> list[Job]:
+    """Read the list of members.
+
+    Raises:
+        ValueError: there is no member, two have one name, or a line is no command of train.py.
+    """
+    jobs: list[Job] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            options = [*shlex.split(line, comments=True), *common]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}: {line.strip()}") from error
+        if options == common:
+            continue
+        try:
+            args = train.parse_args(options)
+        except SystemExit as error:  # argparse has said why
+            raise ValueError(f"{path}: no options of train.py: {line.strip()}") from error
+        folder = args.runs / args.name
+        jobs.append(Job(args.name, options, folder / "train.log"))
+    names = [job.name for job in jobs]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{path}: members {names}, expected at least one, each with its own name")
+    return jobs
+
+
+def list_devices(asked: list[str] | None) -> list[str]:
+    """Return the devices that are there, or those that were asked for."""
+    return asked or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def share_cores(devices: list[str]) -> dict[str, str]:
+    """Return the environment of a process: where several share the CPU, each with its part of it.
+
+    OMP_NUM_THREADS wins where it is set.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(devices))
+    return {"OMP_NUM_THREADS": str(threads)} | os.environ
+
+
+def fit_all(jobs: list[Job], devices: list[str]) -> Iterator[tuple[Job, int]]:
+    """Fit every member on the first device that is free; yield each with its exit code."""
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+    processes = Processes(share_cores(devices))
+
+    def fit(job: Job) -> tuple[Job, int]:
+        device = free.get()
+        try:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, str(SCRIPT), *job.options, "--device", device]
+            process = processes.start(command, job.log)
+            log.info("%s starts on %s, its log is %s", job.name, device, job.log)
+            return job, process.wait() if process else 1
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            yield from pool.map(fit, jobs)
+        finally:
+            processes.stop()
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a log."""
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def fit_members(args: argparse.Namespace) -> int:
+    """Fit every member of the list; 1 where one failed, which costs no other."""
+    failed = 0
+    for job, code in fit_all(read_jobs(args.members, args.common), list_devices(args.devices)):
+        if code:
+            failed += 1
+            log.error("%s failed with exit code %d: %s", job.name, code, last_line(job.log))
+        else:
+            log.info("%s is fitted", job.name)
+    return 1 if failed else 0
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; what follows `--` is common to all members."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("members", type=Path, help="the list, like training/members.txt")
+    about = "one member at a time on each, like cuda:0 cuda:1 or cpu cpu (default: every GPU)"
+    add("--devices", nargs="+", metavar="DEVICE", help=about)
+    words = sys.argv[1:] if arguments is None else arguments
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end])
+    args.common = words[end + 1 :]
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: fit_members(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

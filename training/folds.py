@@ -1,0 +1,107 @@
+"""Folds: which strips are trained on and which are held out, every class in the same share."""
+
+import argparse
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+
+from kernel.command import run_command
+from kernel.rows import LAYOUTS, csv_line
+from training.config import NO_FOLD, Config
+from training.strips import Strips, read_strips
+
+
+def split_folds(strips: Strips, folds: int, fold: int) -> tuple[Strips, Strips]:
+    """Return training and validation strips, every class in the same share in each fold.
+
+    Raises:
+        ValueError: there are fewer strips than folds.
+    """
+    if fold == NO_FOLD:
+        return strips, replace(strips, names=[])
+    if len(strips.names) < folds:
+        raise ValueError(f"{strips.folder}: {len(strips.names)} strips for {folds} folds")
+    labels = [
+        [c in strips.truth.get(name, {}) for c in range(1, strips.classes + 1)]
+        for name in strips.names
+    ]
+    splitter = MultilabelStratifiedKFold(folds, shuffle=True, random_state=0)
+    train, held_out = list(splitter.split(strips.names, np.array(labels, int)))[fold]
+
+    def subset(index: Iterable[int]) -> Strips:
+        return replace(strips, names=[strips.names[i] for i in index])
+
+    return subset(train), subset(held_out)
+
+
+def check_classes(sources: Sequence[Strips]) -> None:
+    """Raise ValueError where no strip to train on has a class, or none is there at all."""
+    if not any(strips.names for strips in sources):
+        raise ValueError(f"{sources[0].folder}: this fold leaves no strip to train on")
+    for label in range(1, sources[0].classes + 1):
+        if not any(strips.with_class(label) for strips in sources):
+            folder = sources[0].folder
+            raise ValueError(f"{folder}: no strip to train on has class {label}; see --classes")
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+EXAMPLE = "  python training/folds.py --data severstal --folds 3 --fold 0 --out data/split"
+
+
+def write_strips(strips: Strips, folder: Path) -> None:
+    """Copy strips and their ground truth into a folder like the competition's."""
+    (folder / "train_images").mkdir(parents=True, exist_ok=True)
+    layout = LAYOUTS["three-column"]
+    rows = [csv_line(layout.columns)]
+    for name in strips.names:
+        shutil.copyfile(strips.folder / name, folder / "train_images" / name)
+        labels = sorted(strips.truth.get(name, {}).items())
+        rows += [layout.line(name, label, rle) for label, rle in labels]
+    (folder / "train.csv").write_text("".join(rows), encoding="utf-8", newline="")
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\nCopy a fold's strips and the others into folders of their own: "
+        "OUT/train and OUT/held_out,\nand the held-out names into OUT/held_out.txt.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
+    add("--folds", type=int, default=Config.folds, help="default %(default)s")
+    add("--fold", type=int, default=Config.fold, help="the fold held out (default %(default)s)")
+    add("--classes", type=int, default=Config.classes, help="default %(default)s")
+    add("--out", type=Path, required=True, help="folder to write; must not be there")
+    return parser.parse_args(arguments)
+
+
+def split(args: argparse.Namespace) -> int:
+    """Write both folders."""
+    if args.folds < 2 or not 0 <= args.fold < args.folds:
+        raise ValueError(f"--fold {args.fold} of --folds {args.folds}: expected 0 to folds - 1")
+    if args.out.exists():
+        raise ValueError(f"{args.out}: is there already")
+    parts = split_folds(read_strips(args.data, args.classes), args.folds, args.fold)
+    for strips, name in zip(parts, ("train", "held_out"), strict=True):
+        write_strips(strips, args.out / name)
+        counts = [len(strips.with_class(label)) for label in range(1, args.classes + 1)]
+        found = f"{len(strips.names)} strips, {len(strips.clean())} clean"
+        print(f"{args.out / name}: {found}, with class 1 to {args.classes}: {counts}")
+    names = "".join(f"{name}\n" for name in parts[1].names)
+    (args.out / "held_out.txt").write_text(names, encoding="utf-8")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: split(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Ground truth: the masks that a train.csv gives for its images."""
+
+import difflib
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from kernel.competition import N_CLASSES
+from kernel.images import Size
+from kernel.logs import log
+from kernel.rle import decode_rle, join_rles, rle_fault
+from kernel.rows import Row, read_rows
+from training.metrics import Masks
+
+Truth = dict[str, dict[int, str]]  # image → class → RLE; an image without a mask is clean
+
+
+def read_truth(path: Path, classes: int = N_CLASSES) -> Truth:
+    """Read a train.csv, in either layout. Several rows of a pair, one a defect, are joined.
+
+    Raises:
+        ValueError: a class is none of 1 to `classes`, or an RLE is not made of sorted, separate
+            runs; names the line.
+    """
+
+    def check(row: Row) -> str | None:
+        name, label, rle = row
+        if rle and not 1 <= label <= classes:
+            return f"{name}: class {label}, expected 1 to {classes}"
+        fault = rle_fault(rle, n_pixels=2**62)  # the image's size is not known here
+        return f"{name}, class {label}: {fault}" if fault else None
+
+    masks: defaultdict[str, dict[int, list[str]]] = defaultdict(dict)
+    for name, label, rle in read_rows(path, check)[1]:
+        if rle:
+            masks[name].setdefault(label, []).append(rle)
+        else:
+            masks[name]  # named, and clean if nothing else follows
+    several = sum(len(rles) > 1 for labels in masks.values() for rles in labels.values())
+    if several:
+        log.info("%s: %d masks come in several rows, which are joined", path, several)
+    return {
+        name: {c: rles[0] if len(rles) == 1 else join_rles(rles) for c, rles in labels.items()}
+        for name, labels in masks.items()
+    }
+
+
+def check_names(truth: Truth, names: Collection[str], path: Path, folder: Path) -> None:
+    """Raise ValueError where a ground truth names no image of a folder: all would look clean."""
+    if not truth or not truth.keys().isdisjoint(names):
+        return
+    name = min(truth)
+    close = difflib.get_close_matches(name, names, n=1) or sorted(names)[:1]
+    raise ValueError(
+        f"{path}: none of its {len(truth)} images is in {folder}: it names {name!r}, the folder "
+        f"has {close[0]!r}; correct the names, or choose the folder that they are of"
+        if close
+        else f"{folder}: no images"
+    )
+
+
+def decode_masks(truth: Truth, name: str, classes: int, size: Size) -> Masks:
+    """Return the masks (classes, H, W) of one image; one that `truth` does not name is clean.
+
+    Raises:
+        ValueError: a run leaves the image; names it.
+    """
+    rles = truth.get(name, {})
+    try:
+        masks = [decode_rle(rles.get(label, ""), size) for label in range(1, classes + 1)]
+    except ValueError as error:
+        raise ValueError(f"the masks of {name}: {error}") from None
+    return np.stack(masks)

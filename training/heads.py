@@ -1,0 +1,161 @@
+"""The last fit: both heads once more, the network in front of them as it is."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernel.images import image_to_tensor
+from kernel.logs import log, progress
+from training.augmentation import Pair
+from training.batches import Batches
+from training.losses import presence_layer
+from training.metrics import dice_of
+from training.module import MemberModule
+from training.strips import Strips
+
+PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last
+L2_SP_WEIGHT = 0.01  # keeps the presence head near the trained one: few strips have a rare class
+LOGIT_GRID = torch.arange(-8, 8.1, 0.25)  # of mask logits, among which the best cut is looked for
+GRID_STRIPS = 60  # of each class, on which it is looked for
+
+# --- strips to fit them on ------------------------------------------------------------------------
+
+
+class Pairs(Protocol):
+    """Strips with their masks, loaded one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+
+class StripPairs:
+    """The strips of a folder as they are."""
+
+    def __init__(self, strips: Strips) -> None:
+        self.strips = strips
+
+    def __len__(self) -> int:
+        return len(self.strips.names)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.strips.load(self.strips.names[index])
+
+
+class SampledPairs:
+    """Whole strips drawn as for training, defects moved and flipped, where no others are left."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Pair:
+        rng = np.random.default_rng([self.batches.config.seed, 1, index])  # no step's numbers
+        image, masks = self.batches.sample_whole(rng)
+        axes = tuple(axis for axis in (-1, -2) if rng.random() < 0.5)
+        return np.flip(image, axes).copy(), np.flip(masks, axes).copy()
+
+
+def load_each(pairs: Pairs, what: str) -> Iterator[Pair]:
+    """Yield every pair, with progress lines."""
+    for index in progress(range(len(pairs)), what, "strip"):
+        yield pairs[index]
+
+
+# --- presence head --------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def pooled_features(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Return what the presence head sees (N, channels), and what is there (N, classes)."""
+    pooled, present = [], []
+    for image, masks in load_each(pairs, "presence head"):
+        images = module.prepare(image_to_tensor(image, module.mean.device))
+        with module.autocast():
+            pooled.append(module.network.encoder(images)[-1].float().amax(dim=(2, 3)))
+        present.append(torch.from_numpy(masks.any(axis=(1, 2))).to(pooled[-1]))
+    return torch.cat(pooled), torch.stack(present)
+
+
+def refit_presence(
+    layer: nn.Linear, pooled: Tensor, present: Tensor, present_weight: float = PRESENT_WEIGHT
+) -> None:
+    """Fit the presence head anew: logistic regression, tethered to the weights that it has.
+
+    In the steps before, one whole strip at a time, a class of one strip in sixty hardly comes up,
+    and its gate stays shut. On kept features all strips are asked at once, to the optimum.
+    A class that is there weighs `present_weight`: its gate then opens where its probability is
+    above 1 / (1 + present_weight). Over all pairs a mask pays above 1 / (1 + its Dice).
+    """
+    pooled, present = pooled.clone(), present.clone()  # inference tensors have no gradients
+    trained, spread = layer.weight.detach().clone(), pooled.std(dim=0, correction=0)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    weight = pooled.new_tensor(present_weight)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        asked = F.binary_cross_entropy_with_logits(layer(pooled), present, pos_weight=weight)
+        total = asked + L2_SP_WEIGHT * ((layer.weight - trained) * spread).square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+
+
+# --- mask head ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Return the level (classes,) at which a class's masks score most, and that mean Dice.
+
+    Asked of the strips that have the class, for on the others the gate decides. A class that none
+    of them has keeps the level at which it is cut as it stands, its Dice is 0.
+    """
+    config, device = module.config, module.mean.device
+    grid = LOGIT_GRID.to(device)[:, None, None]
+    curves, counts = torch.zeros(config.classes, len(grid)), torch.zeros(config.classes)
+    for image, masks in load_each(pairs, "mask head"):
+        labels = [c for c in np.flatnonzero(masks.any(axis=(1, 2))) if counts[c] < GRID_STRIPS]
+        if not labels:
+            continue
+        with module.autocast():
+            logits = module(image_to_tensor(image, device)).masks[0].float()
+        for label in labels:
+            truth = torch.from_numpy(masks[label]).to(device)
+            found = logits[label] > grid
+            both, sizes = (found & truth).sum(dim=(1, 2)), found.sum(dim=(1, 2)) + truth.sum()
+            curves[label] += torch.from_numpy(dice_of(both.cpu().numpy(), sizes.cpu().numpy()))
+            counts[label] += 1
+    best = curves.argmax(dim=1)
+    levels = torch.where(counts > 0, LOGIT_GRID[best], config.level)
+    return levels, curves.amax(dim=1) / counts.clamp_min(1)
+
+
+def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
+    """Move each class's mask logits so that the kernel's threshold cuts them at their best level.
+
+    Averaging members that keep to what they are sure of loses recall: the mean of five passes the
+    threshold where most of them do.
+    """
+    levels, dices = best_logit_thresholds(module, pairs)
+    shown = [f"{level:.2f} (Dice {dice:.2f})" for level, dice in zip(levels, dices, strict=True)]
+    log.info("%s: masks are best cut at logits of %s", module.config.name, ", ".join(shown))
+    head = module.network.segmentation_head.modules()
+    bias = [m for m in head if isinstance(m, nn.Conv2d)][-1].bias
+    assert bias is not None  # SMP's heads have one
+    bias.data += (module.config.level - levels).to(bias)
+
+
+def refit_heads(module: MemberModule, pairs: Pairs, present_weight: float = PRESENT_WEIGHT) -> None:
+    """Fit the presence head once more on all pairs, and set the mask head's biases."""
+    module.eval()
+    layer = presence_layer(module.network)
+    refit_presence(layer, *pooled_features(module, pairs), present_weight)
+    calibrate_mask_bias(module, pairs)

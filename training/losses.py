@@ -1,0 +1,76 @@
+"""What the two heads are asked: logits of every question, and their loss."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import segmentation_models_pytorch as smp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PRESENCE_POS_WEIGHT = 4.0  # a gate wrongly shut loses a mask, one wrongly open leaves it to the
+# mask head
+DICE = smp.losses.DiceLoss("multilabel", smooth=0.5)  # 0.5 on half the sizes: 1 on the sizes
+BCE = smp.losses.SoftBCEWithLogitsLoss(ignore_index=None)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A network's logits for one batch."""
+
+    masks: Tensor  # (B, C, H, W)
+    presence: Tensor  # (B, C)
+    together: Tensor  # (C,), the presence head asked of the whole batch as if it were one strip
+    cells: Tensor  # (B, C, h, w), and of each cell of the deepest features alone
+
+    def float(self) -> "Outputs":
+        """Return the same in single precision, where a loss is computed."""
+        return Outputs(*(getattr(self, field.name).float() for field in fields(self)))
+
+
+def presence_layer(network: Any) -> nn.Linear:
+    """Return what the presence head is, behind its pooling: one linear layer."""
+    return next(m for m in network.classification_head if isinstance(m, nn.Linear))
+
+
+def run_network(network: Any, images: Tensor) -> Outputs:
+    """Return all logits of normalised images (B, channels, H, W), sides multiples of the stride."""
+    features = network.encoder(images)
+    masks = network.segmentation_head(network.decoder(features))
+    linear = presence_layer(network)
+    together = linear(features[-1].amax(dim=(0, 2, 3)))
+    cells = F.conv2d(features[-1], linear.weight[:, :, None, None], linear.bias)
+    return Outputs(masks, network.classification_head(features[-1]), together, cells)
+
+
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Soft Dice loss over a batch's classes that are there; 0 where none is.
+
+    SMP's takes an absent class as 0 into the mean: it has no overlap to learn from.
+    """
+    present = masks.amax(dim=(0, 2, 3)).sum()
+    loss: Tensor = DICE(logits, masks) * masks.shape[1] / present.clamp_min(1)
+    return loss
+
+
+def presence_loss(logits: Tensor, present: Tensor) -> Tensor:
+    """BCE in which a class that is there weighs `PRESENCE_POS_WEIGHT`."""
+    weight = present.new_tensor(PRESENCE_POS_WEIGHT)
+    return F.binary_cross_entropy_with_logits(logits, present, pos_weight=weight)
+
+
+def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
+    """BCE and soft Dice of the masks (B, C, H, W); BCE of the presence by cell, image and batch.
+
+    One label a crop is too few to teach the deepest features small defects, and a strip has twelve
+    times a crop's cells to take the maximum of: hence the cells, and the batch pooled together.
+    `masks` may be padded: the mask logits' own size counts for them, all of it for the presence.
+    """
+    height, width = outputs.masks.shape[-2:]
+    own = masks[..., :height, :width]
+    present = own.amax(dim=(-2, -1))
+    cells = F.adaptive_max_pool2d(masks, outputs.cells.shape[-2:])
+    presence = presence_loss(outputs.presence, present)
+    presence = presence + presence_loss(outputs.together, present.amax(dim=0))
+    mask_loss = 4 * BCE(outputs.masks, own) + dice_loss(outputs.masks, own)
+    loss: Tensor = mask_loss + presence + 2 * BCE(outputs.cells, cells)
+    return loss

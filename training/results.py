@@ -1,0 +1,71 @@
+"""What a fit leaves: a checkpoint, its scores and a row in experiments.csv."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kernel.ensemble import Ensemble
+from kernel.logs import Stages, progress
+from kernel.manifest import Manifest
+from kernel.members import split_network
+from kernel.scheduling import Scheduler, predict_masks
+from training.config import NO_FOLD, Config
+from training.metrics import Scores
+from training.strips import Strips
+
+
+def validate(
+    network: nn.Module, config: Config, strips: Strips, device: torch.device | None = None
+) -> Scores:
+    """Score the member alone, gated, without flips, on whole strips, by the kernel's own code."""
+    device = device or torch.device("cpu")
+    manifest = Manifest([config.spec], config.classes, flips=("none",))
+    member = split_network(network, config.spec, device)
+    scheduler = Scheduler(Ensemble(manifest, [member], device, Stages()))
+    scores = Scores()
+    for name in progress(strips.names, "validation", "strip"):
+        image, masks = strips.load(name)
+        scores.add(predict_masks(scheduler, [image])[0], masks)
+    return scores
+
+
+def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
+    """Write the weights in half precision; their header carries the member's own manifest entry."""
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    weights = {key: value.cpu().contiguous().clone() for key, value in weights.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(weights, part, {"member": json.dumps(asdict(config.spec), sort_keys=True)})
+    part.replace(path)
+
+
+def add_experiment(
+    path: Path, config: Config, scores: Scores, seconds: float, comment: str
+) -> None:
+    """Append one row to an experiments.csv, as the 4th place kept their table.
+
+    The three figures are empty where nothing was held out.
+    """
+    summary = scores.summary()
+    figures = ("dice", "dice_non_empty", "clean_left_empty")
+    row = {
+        "name": config.name,
+        "fold": "none" if config.fold == NO_FOLD else config.fold,
+        "encoder": config.encoder,
+        "decoder": config.arch,
+        "steps": f"{config.crop_steps}+{config.whole_steps}",
+        **{key: summary[key] if scores.all_pairs else "" for key in figures},
+        "minutes": round(seconds / 60, 1),
+        "comment": comment,
+    }
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

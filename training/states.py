@@ -1,0 +1,60 @@
+"""Saved states: what a killed run goes on from, and what must not be mixed up."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from training.config import Config
+
+EXPERIMENT = "experiment"  # the state's entry that names what it is a state of
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a state beside the old one and then replaces it: a kill leaves one of the two.
+
+    Lightning's own goes through the folder for temporary files, from which a move onto another
+    disk is a copy.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write the state at once."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        torch.save(checkpoint, part)
+        part.replace(path)
+
+
+def describe_experiment(config: Config, data: str, start_from: str) -> dict[str, Any]:
+    """Return what two runs must share for one to go on from the other's state.
+
+    `data` and `start_from` are hashes. The number of crops may shrink on the way.
+    """
+    described = asdict(config) | {"data": data, "start_from": start_from}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
+
+
+def read_state(path: Path, experiment: dict[str, Any]) -> dict[str, Any] | None:
+    """Read a state of this experiment, on the CPU; None where there is none.
+
+    Raises:
+        ValueError: the file is broken, or of another experiment.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state[EXPERIMENT]
+    except Exception as error:  # a zip's, a pickle's or a KeyError: no state in any case
+        raise ValueError(f"{path}: no saved state, remove it: {error!r:.200}") from error
+    differing = [key for key in saved | experiment if saved.get(key) != experiment.get(key)]
+    if differing:
+        shown = (f"{key} {saved.get(key)}, now {experiment.get(key)}" for key in differing)
+        advice = "give this experiment another --name, or remove the state"
+        raise ValueError(f"{path}: state of another experiment ({'; '.join(shown)}): {advice}")
+    return state

@@ -1,0 +1,78 @@
+"""Strips: the images of a folder with their ground truth."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kernel.images import read_image, size_of
+from kernel.mounts import list_images
+from training.augmentation import Pair
+from training.ground_truth import check_names, decode_masks, read_truth
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Images of a folder with their ground truth."""
+
+    folder: Path
+    names: list[str]
+    truth: dict[str, dict[int, str]]  # image → class → RLE
+    classes: int
+
+    def load(self, name: str) -> Pair:
+        """Return one image (H, W) and its masks (classes, H, W)."""
+        image = read_image(self.folder / name)
+        return image, decode_masks(self.truth, name, self.classes, size_of(image))
+
+    def with_class(self, label: int) -> list[str]:
+        """Return the images that have a mask of class `label`."""
+        return [name for name in self.names if label in self.truth.get(name, {})]
+
+    def some(self, first: int, last: int) -> "Strips":
+        """Return the images from number `first`, from 0, to before `last`."""
+        return replace(self, names=self.names[first:last])
+
+    def clean(self) -> list[str]:
+        """Return the images without any mask."""
+        return [name for name in self.names if not self.truth.get(name)]
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names, the files' sizes and the ground truth."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            size = (self.folder / name).stat().st_size
+            digest.update(f"{name} {size} {sorted(self.truth.get(name, {}).items())}\n".encode())
+        return digest.hexdigest()
+
+
+def image_names(folder: Path) -> list[str]:
+    """Return the names of a folder's images, sorted, hidden ones left out.
+
+    Raises:
+        ValueError: there is no such folder, or no image is in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    names = list_images(folder)
+    if not names:
+        raise ValueError(f"{folder}: no images")
+    return names
+
+
+def read_strips(data: Path, classes: int) -> Strips:
+    """Read what train.csv says of every image of `data`/train_images.
+
+    Raises:
+        ValueError: train.csv is missing, cannot be read, or names an image that is not there.
+    """
+    path, folder = data / "train.csv", data / "train_images"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --data is a folder with train.csv, train_images/")
+    truth = read_truth(path, classes)
+    names = image_names(folder)
+    check_names(truth, names, path, folder)
+    missing = sorted(set(truth) - set(names))
+    if missing:
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(f"{data}: train.csv names {missing[0]}{others}, which train_images lacks")
+    return Strips(folder, names, truth, classes)

@@ -1,0 +1,303 @@
+"""Fit one member: an SMP network with a mask head and a presence head.
+
+It reads the competition's own train.csv (either layout) and train_images, or what synthetic.py
+writes in their likeness. A fit has three parts:
+
+1. Crops. Windows of the strips, most of them around a defect of a class that is drawn, teach the
+   mask head, and cell by cell the features that the presence head pools.
+2. Whole strips. The batch-norm statistics are taken anew from whole strips and frozen; then whole
+   strips, half of them clean, teach the presence head what it will be asked on Kaggle. Pooled over
+   crops alone it learns another question: a gate of that kind took a prototype's Dice from 0.83
+   to 0.03.
+3. The heads alone, on strips that the network has not seen: the presence head is fitted once more,
+   on hundreds of them, and the mask head's biases are set so that the kernel's threshold cuts each
+   class where its Dice is best.
+
+RUNS/NAME keeps the states and the losses of parts 1 and 2. The same command goes on from the last
+state, and ends with the same weights as if it had not been stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kernel.command import run_command
+from kernel.engines import pick_device
+from kernel.logs import log
+from training.batches import Batches
+from training.config import NO_FOLD, PRECISIONS, Config, check_config
+from training.fit import Machine, find_crops, fit_network, fit_within_memory
+from training.folds import check_classes, split_folds
+from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
+from training.module import MemberModule
+from training.moved_defects import METHODS
+from training.results import add_experiment, validate, write_checkpoint
+from training.states import describe_experiment
+from training.strips import Strips, image_names, read_strips
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+EXAMPLE = """\
+  python training/train.py --data data/steel --name resnet34 --encoder resnet34 --arch Unet --fold 1
+"""
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_fold(text: str) -> int:
+    """Return a fold's number, `NO_FOLD` for "none"."""
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"fold is {text!r}, expected a number or none")
+    return NO_FOLD if text == "none" else int(text)
+
+
+def parse_crops(text: str) -> int:
+    """Return the crops a step, 0 for "auto"."""
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"crops are {text!r}, expected a number or auto")
+    return 0 if text == "auto" else int(text)
+
+
+def parse_extra(text: str) -> tuple[Path, float]:
+    """Return a folder and the share of the draws that come from it."""
+    folder, _, share = text.rpartition("=")
+    try:
+        return Path(folder or "?"), float(share if folder else "?")
+    except ValueError:
+        message = f"extra is {text!r}, expected FOLDER=SHARE like data/steel=0.5"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is trained on."""
+    add = parser.add_argument_group("strips").add_argument
+    add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
+    about = "a further folder like it and the share of the draws that come from it; never held out"
+    add("--extra", type=parse_extra, nargs="+", default=[], metavar="FOLDER=SHARE", help=about)
+    about = "folder of strips without truth, for the batch-norm statistics"
+    add("--unlabelled", type=Path, help=about)
+    about = "the fold held out for validation, or none (default 0)"
+    add("--fold", type=parse_fold, default=Config.fold, help=about)
+    add("--folds", type=int, default=Config.folds, help="default %(default)s")
+    add("--classes", type=int, default=Config.classes, help="default %(default)s")
+    about = "share of the defects that are moved to another strip (default %(default)s)"
+    add("--moved-share", type=float, default=Config.moved_share, help=about)
+    about = "how they are moved (default %(default)s)"
+    add("--moved-method", choices=METHODS, default=Config.moved_method, help=about)
+    about = "1: classes as they come, 0: alike (default %(default)s)"
+    add("--evenness", type=float, default=Config.evenness, help=about)
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is trained, and how."""
+    add = parser.add_argument_group("network and steps").add_argument
+    add("--name", required=True, help="the member's name, and its file's")
+    add("--encoder", required=True, help="any encoder that SMP or tu- names")
+    add("--arch", default=Config.arch, help="any SMP architecture (default %(default)s)")
+    about = "weights that SMP downloads for the encoder, like imagenet (default: none)"
+    add("--encoder-weights", default=Config.encoder_weights, metavar="NAME", help=about)
+    about = "a checkpoint whose weights to begin with, all that fit"
+    add("--start-from", type=Path, help=about)
+    about = "of the network's input (default %(default)s)"
+    add("--channels", type=int, choices=(1, 3), default=Config.channels, help=about)
+    add("--mean", type=float, default=Config.mean, help="of grey in [0, 1] (default %(default)s)")
+    add("--std", type=float, default=Config.std, help="default %(default)s")
+    about = "steps on crops (default %(default)s)"
+    add("--crop-steps", type=int, default=Config.crop_steps, help=about)
+    about = "steps on whole strips (default %(default)s)"
+    add("--whole-steps", type=int, default=Config.whole_steps, help=about)
+    about = "crops a step; auto: as many as fit into the GPU's memory, up to 64 (default 4)"
+    add("--crops", type=parse_crops, default=Config.crops, help=about)
+    add("--learning-rate", type=float, default=Config.learning_rate, help="its peak (default 3e-4)")
+    add("--seed", type=int, default=Config.seed)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add where it is trained."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    about = "default: 16-mixed on a GPU, else 32; bf16-mixed pays on a CPU with avx512_bf16"
+    add("--precision", choices=PRECISIONS, help=about)
+    about = "processes that load strips (default: up to 8 on a GPU, else 1)"
+    add("--workers", type=int, help=about)
+    add("--save-every", type=int, default=50, help="steps between two states (default %(default)s)")
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Add the last part, and what is left behind."""
+    add = parser.add_argument_group("heads' last fit and results").add_argument
+    about = (
+        "strips of the last fit: held-out, of the fold; train, drawn as for training; "
+        "a folder like --data; none, without it (default: held-out, train without a fold)"
+    )
+    add("--heads-on", metavar="STRIPS", help=about)
+    about = "strips of the last fit, at most (default %(default)s)"
+    add("--presence-strips", type=int, default=800, help=about)
+    about = (
+        "weight of a class that is there in the presence head's last fit (default %(default)s): "
+        "1 keeps more clean strips empty"
+    )
+    add("--present-weight", type=float, default=PRESENT_WEIGHT, help=about)
+    about = "held-out strips that are scored, at most (default %(default)s)"
+    add("--validation-strips", type=int, default=100, help=about)
+    add("--out", type=Path, default=WEIGHTS, help="folder of checkpoint and experiments.csv")
+    about = "folder of the states to resume from (default %(default)s)"
+    add("--runs", type=Path, default=Path("runs"), help=about)
+    add("--comment", default="", help="for experiments.csv")
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=EXAMPLE + "\n" + (__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_data_options(parser)
+    add_network_options(parser)
+    add_machine_options(parser)
+    add_result_options(parser)
+    return parser.parse_args(arguments)
+
+
+# --- what was asked -------------------------------------------------------------------------------
+
+
+def choose_device(asked: str | None) -> torch.device:
+    """Return the device to train on; raise ValueError for one that is not there."""
+    if asked is None:
+        return pick_device()
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"--device {asked}: expected cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {asked}: {torch.cuda.device_count()} GPUs are here")
+    return device
+
+
+def read_config(args: argparse.Namespace, device: torch.device) -> Config:
+    """Return the experiment that the command line describes.
+
+    Raises:
+        ValueError: a value that no experiment can have.
+    """
+    cuda = device.type == "cuda"
+    precision = args.precision or ("16-mixed" if cuda else "32")
+    if precision == "16-mixed" and not cuda:
+        raise ValueError("--precision 16-mixed needs a GPU; on a CPU 32 or bf16-mixed")
+    config = Config(
+        name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
+        crop_steps=args.crop_steps, whole_steps=args.whole_steps, classes=args.classes,
+        seed=args.seed, learning_rate=args.learning_rate, precision=precision,
+        evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
+        mean=args.mean, std=args.std, crops=args.crops, moved_share=args.moved_share,
+        moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
+    )  # fmt: skip
+    check_config(config)
+    if not config.crops and not cuda:
+        raise ValueError("--crops auto needs a GPU, whose memory it fills")
+    if args.save_every < 1 or not args.present_weight > 0:
+        raise ValueError("--save-every is 1 or more, --present-weight above 0")
+    if min(args.presence_strips, args.validation_strips) < 0:
+        raise ValueError("--presence-strips and --validation-strips are 0 or more")
+    return config
+
+
+def read_machine(args: argparse.Namespace, device: torch.device) -> Machine:
+    """Return where the run takes place."""
+    workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
+    workers = workers if args.workers is None else max(args.workers, 0)
+    return Machine(device, workers, args.save_every, args.runs)
+
+
+def read_start(path: Path | None) -> tuple[dict[str, Tensor], str]:
+    """Return the weights to start from and their file's hash; nothing of no file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    if path is None:
+        return {}, ""
+    try:
+        return load_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"--start-from {path}: no safetensors file: {error}") from error
+
+
+def choose_head_pairs(
+    args: argparse.Namespace, config: Config, sources: Sequence[Strips], held_out: Strips
+) -> tuple[Pairs, Strips]:
+    """Return the strips of the heads' last fit, and of those held out the ones left to score."""
+    asked = args.heads_on or ("train" if config.fold == NO_FOLD else "held-out")
+    most, to_score = args.presence_strips, args.validation_strips
+    if asked == "held-out":
+        half, spare = len(held_out.names) // 2, len(held_out.names) - to_score
+        count = min(most, max(half, spare))
+        return StripPairs(held_out.some(0, count)), held_out.some(count, count + to_score)
+    scored = held_out.some(0, to_score)
+    if asked == "train":
+        batches = Batches(sources, config)
+        return SampledPairs(batches, most), scored
+    strips = Strips(Path(asked), [], {}, config.classes)
+    if asked != "none":
+        strips = read_strips(Path(asked), config.classes)
+    return StripPairs(strips.some(0, most)), scored
+
+
+# --- the fit --------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Fit, write the checkpoint, validate, and add a row to experiments.csv."""
+    device = choose_device(args.device)
+    config, machine = read_config(args, device), read_machine(args, device)
+    own = read_strips(args.data, config.classes)
+    train_strips, held_out = split_folds(own, config.folds, config.fold)
+    sources = [train_strips, *(read_strips(path, config.classes) for path, _ in args.extra)]
+    check_classes(sources)
+    counts = " + ".join(str(len(strips.names)) for strips in sources)
+    log.info("%s: %s strips to train on, %d held out, on %s in %s", config.name, counts,
+             len(held_out.names), device, config.precision)  # fmt: skip
+    pairs, scored = choose_head_pairs(args, config, sources, held_out)
+    weights, start_from = read_start(args.start_from)
+    statistics = [train_strips.folder / name for name in train_strips.names]
+    if args.unlabelled:
+        statistics += [args.unlabelled / name for name in image_names(args.unlabelled)]
+    data = hash_of([own, *sources[1:]])
+    experiment = describe_experiment(config, data, start_from)
+    crops = config.crops or find_crops(config, device)
+    network, seconds = fit_within_memory(
+        lambda fitted: fit_network(sources, fitted, machine, experiment, weights, statistics),
+        replace(config, crops=crops),
+    )
+    if len(pairs):
+        refit_heads(MemberModule(network, config, config.parts[1]), pairs, args.present_weight)
+    write_checkpoint(network, config, args.out / f"{config.name}.safetensors")
+    scores = validate(network, config, scored, device)
+    add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
+    print(json.dumps(scores.summary(), indent=2))
+    return 0
+
+
+def hash_of(sources: Sequence[Strips]) -> str:
+    """Return one hash of all strips of an experiment, held out or not."""
+    return hashlib.sha256("".join(s.fingerprint() for s in sources).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: train(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()
