@@ -1,8 +1,8 @@
 """A race on one machine: the packed ensemble against the ways in which others run the same members.
 
-    python bench/bench.py --bundle dist --strips 8 --rounds 5
+    python bench/race.py --bundle dist --strips 8 --rounds 5
 
-Every contestant gets the same strips, half of them clean, and takes its turn in every round;
+Every candidate gets the same strips, half of them clean, and takes its turn in every round;
 medians count, and their ratios. Writes results.json, chart.png and table.md beside this file.
 """
 
@@ -28,32 +28,35 @@ import ttach
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from build_kernel import build
+from kernel.command import run_command
+from kernel.competition import N_SCORED_IMAGES
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import encode_rle, read_image
-from kernel.logs import Stages, progress, start_log
+from kernel.images import Size, read_image, size_of
+from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
 from kernel.predict import decode_ahead
-from kernel.projection import SCORED_STRIPS
-from weights import steel
-from weights.score import Masks, dice
+from kernel.rle import encode_rle
+from kernel.scheduling import Scheduler
+from packing.bundle import build
+from training import synthetic
+from training.metrics import Masks, dice
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips are clean
 
 
-# --- contestants: each takes paths and gives every image's masks (classes, H, W) ------------------
+# --- candidates: each takes paths and gives every image's masks (classes, H, W) ------------------
 
 
 @dataclass
-class Contestant:
+class Candidate:
     """One way to run the members."""
 
     name: str
     run: Callable[[list[Path]], dict[str, Masks]]
-    ensemble: Ensemble | None = None  # whose stages tell where its time went
+    scheduler: Scheduler | None = None
 
 
 class Whole(nn.Module):
@@ -61,15 +64,15 @@ class Whole(nn.Module):
 
     def __init__(self, member: Member) -> None:
         super().__init__()
-        self.encode, self.decode = member.encode, member.decode
+        self.encoder, self.decoder = member.encoder, member.decoder
 
     def forward(self, images: Tensor) -> Tensor:
         """Both halves."""
-        probabilities: Tensor = self.decode(*self.encode(images))
+        probabilities: Tensor = self.decoder(*self.encoder(images))
         return probabilities
 
 
-def as_public_kernels(bundle: Path, manifest: Manifest) -> Contestant:
+def as_public_kernels(bundle: Path, manifest: Manifest) -> Candidate:
     """(a) Eager PyTorch: member by member, each strip decoded anew, two a batch, flips by ttach."""
     members = [load_member(bundle, spec, CPU) for spec in manifest.members]
     views = list(ttach.Compose([ttach.VerticalFlip(), ttach.HorizontalFlip()]))[:3]  # not both
@@ -93,35 +96,34 @@ def as_public_kernels(bundle: Path, manifest: Manifest) -> Contestant:
                 encode_rle(mask)
         return masks
 
-    return Contestant("(a) eager, as public kernels", run)
+    return Candidate("(a) eager, as public kernels", run)
 
 
-def through(name: str, ensemble: Ensemble) -> Contestant:
-    """An ensemble behind this project's own loading."""
+def from_scheduler(name: str, scheduler: Scheduler) -> Candidate:
+    """An ensemble behind this project's own loading and scheduling."""
 
     def run(paths: list[Path]) -> dict[str, Masks]:
         strips = decode_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
         masks = {}
-        for flight in ensemble.fly(strips):
-            if flight.fault:
-                raise RuntimeError(f"{name}: {flight.strip.name}: {flight.fault}")
-            masks[flight.strip.name] = flight.tally.masks(flight.size)
-            with ensemble.stages("rle"):
-                for mask in masks[flight.strip.name]:
-                    encode_rle(mask)
+        for state in scheduler.predict_strips(strips):
+            if state.fault:
+                raise RuntimeError(f"{name}: {state.strip.name}: {state.fault}")
+            masks[state.strip.name] = state.masks
+            for mask in masks[state.strip.name]:
+                encode_rle(mask)
         return masks
 
-    return Contestant(name, run, ensemble)
+    return Candidate(name, run, scheduler)
 
 
-def in_one_piece(member: Member, run: Callable[[Tensor], Tensor]) -> Member:
+def as_monolith(member: Member, run: Callable[[Tensor], Tensor]) -> Member:
     """A member that has done everything when its encoder is done."""
 
     def encode(images: Tensor) -> tuple[Tensor, ...]:
         probabilities = run(images)
         return torch.ones(probabilities.shape[:2]), probabilities
 
-    return replace(member, encode=encode, decode=lambda _, probabilities: probabilities)
+    return replace(member, encoder=encode, decoder=lambda _, probabilities: probabilities)
 
 
 def traced(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -154,29 +156,36 @@ def onnx_runtime(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def exported(
-    name: str, bundle: Path, manifest: Manifest, export: Callable[..., Callable[[Tensor], Tensor]]
-) -> Contestant:
+    name: str,
+    bundle: Path,
+    manifest: Manifest,
+    export: Callable[..., Callable[[Tensor], Tensor]],
+    size: Size,
+) -> Candidate:
     """Every member through an export, all passes, this project's own loading."""
-    images, members = torch.rand(1, 1, *manifest.image_size), []
+    images, members = torch.rand(1, 1, *size), []
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # they trace in ways that PyTorch calls deprecated
         for spec in progress(manifest.members, name, "member"):
             member = load_member(bundle, spec, CPU)
-            members.append(in_one_piece(member, export(Whole(member), images)))
-    return through(name, Ensemble(manifest, members, CPU, Stages(), early_exit=False))
+            members.append(as_monolith(member, export(Whole(member), images)))
+    ensemble = Ensemble(manifest, members, CPU, Stages())
+    return from_scheduler(name, Scheduler(ensemble, early_exit=False))
 
 
-def contestants(bundle: Path, manifest: Manifest) -> list[Contestant]:
-    """All of them, ready to run."""
+def candidates(bundle: Path, manifest: Manifest, size: Size) -> list[Candidate]:
+    """All of them, ready to run on strips of `size`."""
     ours = [
-        through(name, load_ensemble(bundle, manifest, CPU, Stages(), 1, early))
+        from_scheduler(
+            name, Scheduler(load_ensemble(bundle, manifest, CPU, Stages()), early_exit=early)
+        )
         for name, early in (("(e) ours, every pass", False), ("(e) ours, early exit", True))
     ]
     return [
         as_public_kernels(bundle, manifest),
-        exported("(b) traced", bundle, manifest, traced),
-        exported("(c) OpenVINO", bundle, manifest, openvino),
-        exported("(d) ONNX Runtime", bundle, manifest, onnx_runtime),
+        exported("(b) traced", bundle, manifest, traced, size),
+        exported("(c) OpenVINO", bundle, manifest, openvino, size),
+        exported("(d) ONNX Runtime", bundle, manifest, onnx_runtime, size),
         *ours,
     ]
 
@@ -200,7 +209,7 @@ def draw_strips(folder: Path, count: int) -> list[Path]:
     paths = []
     for index in range(count):
         rng = np.random.default_rng([2020, index])
-        image, _ = steel.draw_strip(rng, CLASSES_DRAWN[index % len(CLASSES_DRAWN)])
+        image, _ = synthetic.synthesize_strip(rng, CLASSES_DRAWN[index % len(CLASSES_DRAWN)])
         paths.append(folder / f"{index:04}.png")
         cv2.imwrite(str(paths[-1]), image)
     return paths
@@ -217,15 +226,15 @@ class Process:
     @property
     def outside_networks(self) -> float:
         """Share of the strips' time in which no network ran."""
-        stages = self.report["stages"].items()
-        networks = sum(s for stage, s in stages if stage.startswith("networks"))
+        networks = sum(s for halves in self.report["networks"].values() for s in halves.values())
         return float(1 - networks / sum(self.report["strip_s"].values()))
 
     @property
     def before_first_strip_s(self) -> float:
         """From the start of the process until the first strip enters its first pass."""
-        waits = ("decode", "prepare", "networks", "tally", "rle", "write")
-        working = (s for stage, s in self.report["stages"].items() if stage.startswith(waits))
+        stages, networks = self.report["stages"], self.report["networks"].values()
+        working = [stages[stage] for stage in ("decode", "prepare", "tally", "rle", "write")]
+        working += [seconds for halves in networks for seconds in halves.values()]
         return self.seconds - float(sum(working))
 
 
@@ -284,28 +293,31 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
     return float(np.mean([dice(found[name], masks) for name, masks in reference.items()]))
 
 
-def mean_share(ensemble: Ensemble, paths: Iterable[Path]) -> dict[str, float]:
+def mean_share(scheduler: Scheduler, paths: Iterable[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over clean strips (even numbers) and over all."""
     strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
-    shares = {f.strip.name: ensemble.work(f)["share"] for f in ensemble.fly(strips)}
+    shares = {
+        state.strip.name: scheduler.work(state)["share"]
+        for state in scheduler.predict_strips(strips)
+    }
     clean = [share for name, share in shares.items() if int(Path(name).stem) % 2 == 0]
     return {"clean": float(np.mean(clean)), "all": float(np.mean(list(shares.values())))}
 
 
-def race(field: list[Contestant], paths: list[Path], rounds: int) -> dict[str, Any]:
-    """Seconds a strip of every contestant in every round, and what they found."""
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in field}
+def race(field: list[Candidate], paths: list[Path], rounds: int) -> dict[str, Any]:
+    """Seconds a strip of every candidate in every round, and what they found."""
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in field}
     found: dict[str, dict[str, Masks]] = {}
     rates = []
-    for contestant in field:
-        contestant.run(paths[:1])  # compiled and warm
+    for candidate in field:
+        candidate.run(paths[:1])  # compiled and warm
     bar = progress(range(rounds * len(field)), "race", "turn")
     for _ in range(rounds):
         rates.append(matrix_rate())
-        for contestant in field:
+        for candidate in field:
             start = time.perf_counter()
-            found[contestant.name] = contestant.run(paths)
-            seconds[contestant.name].append((time.perf_counter() - start) / len(paths))
+            found[candidate.name] = candidate.run(paths)
+            seconds[candidate.name].append((time.perf_counter() - start) / len(paths))
             bar.update()
     bar.close()
     return {"seconds": seconds, "found": found, "rates": rates}
@@ -323,9 +335,9 @@ def rle_ms(masks: Iterable[Masks]) -> float:
 
 
 def measure_race(dataset: Path, paths: list[Path], rounds: int) -> dict[str, Any]:
-    """What all contestants must run for, in turns."""
+    """What all candidates must run for, in turns."""
     manifest = load_manifest(dataset)
-    field = contestants(dataset, manifest)
+    field = candidates(dataset, manifest, size_of(read_image(paths[0])))
     result = race(field, paths, rounds)
     seconds = {name: median(turns) for name, turns in result["seconds"].items()}
     eager, peers, (every, early) = field[0], field[1:4], field[4:]
@@ -333,7 +345,7 @@ def measure_race(dataset: Path, paths: list[Path], rounds: int) -> dict[str, Any
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     rate = median(result["rates"])
     without = result["found"][every.name]
-    assert early.ensemble is not None
+    assert early.scheduler is not None
     return {
         "members": [spec.name for spec in manifest.members],
         "strips": len(paths),
@@ -344,7 +356,7 @@ def measure_race(dataset: Path, paths: list[Path], rounds: int) -> dict[str, Any
         "matrix_gflops_a_second": rate / 1e9,
         "physical_limit_s": flops / rate,
         "gigaflops_a_strip": flops / 1e9,
-        "share_of_flops": mean_share(early.ensemble, paths),
+        "share_of_flops": mean_share(early.scheduler, paths),
         "same_masks_with_and_without": all(np.array_equal(ours[k], without[k]) for k in without),
         "dice_against_eager": {
             name: agreement(masks, result["found"][eager.name])
@@ -363,7 +375,7 @@ def measure_processes(dataset: Path, paths: list[Path], folder: Path) -> dict[st
     starts = [run_script(dataset, one) for _ in range(3)]  # the first one warms the disk
     first = sorted(starts, key=lambda process: process.before_first_strip_s)[1]
     hundred = run_script(dataset, repeat(paths, folder / "hundred", 100))
-    stub = run_script(stub_bundle(folder / "stub"), repeat(paths, folder / "all", SCORED_STRIPS))
+    stub = run_script(stub_bundle(folder / "stub"), repeat(paths, folder / "all", N_SCORED_IMAGES))
     return {
         "outside_networks": hundred.outside_networks,
         "start_to_first_strip_s": first.before_first_strip_s,
@@ -433,9 +445,8 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
     (folder / "results.json").write_text(text, encoding="utf-8")
 
 
-def main() -> None:
-    """Runs the race and writes its three files."""
-    start_log()
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -445,22 +456,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the three files")
     about = "measure the processes alone, and keep the race that results.json holds"
     parser.add_argument("--keep-race", action="store_true", help=about)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run the race and write its three files."""
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
+    dataset, kept = args.bundle / "dataset", args.out / "results.json"
+    load_manifest(dataset)  # refused before an hour's work
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "strips").mkdir()
         paths = draw_strips(Path(scratch) / "strips", args.strips)
         if args.keep_race:
-            results = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
+            results = json.loads(kept.read_text(encoding="utf-8"))
         else:
-            results = measure_race(args.bundle / "dataset", paths, args.rounds)
+            results = measure_race(dataset, paths, args.rounds)
             write_results(results, args.out)  # a quarter of an hour, which --keep-race goes on from
-        results |= measure_processes(args.bundle / "dataset", paths, Path(scratch))
+        results |= measure_processes(dataset, paths, Path(scratch))
     write_results(results, args.out)
     (args.out / "table.md").write_text(table(results), encoding="utf-8")
     draw_chart(results, args.out / "chart.png")
     print(table(results))
+    return 0
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(lambda: measure(parse_args()))
 
 
 if __name__ == "__main__":

@@ -9,34 +9,52 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from test_projection import a_run, told
+from run_records import a_run, run_json
 
-from kernel.contact_sheet import draw_strip
-from kernel.drawing import Drawn
-from kernel.report import Ended, as_json, as_lines, as_page, check_run, tell
+from evaluation.drawing import AnnotatedStrip
+from evaluation.projection import project, usable_s
+from evaluation.report import (
+    Check,
+    ProcessResult,
+    as_json,
+    as_lines,
+    as_page,
+    build_report,
+    check_process,
+    check_record,
+    list_stages,
+    time_here,
+)
 
-ENDED = Ended(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
+RESULT = ProcessResult(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
+VALID = Check(True, "submission.csv is valid: 12 rows")
 DICE = {"dice": 0.91, "dice_non_empty": 0.42, "clean_left_empty": 1.0, "per_class": {"3": 0.37}}
+FAST = {"2×T4": {"rate": 1e3, "fixed_s": 8.0, "strips": 9}}  # 102.5 flops a strip: 572 s
+SLOW = {"2×T4": {"rate": 1e2, "fixed_s": 8.0, "strips": 9}}  # 5,652 s
 
 
 def a_report(
-    ended: Ended = ENDED,
+    result: ProcessResult = RESULT,
     dice: Any = DICE,
     budget_s: float = 3600,
-    choice: Any = None,
+    ablation: Any = None,
+    calibration: Any = FAST,
+    answer: Check = VALID,
     **changes: Any,
 ) -> dict[str, Any]:
-    more = {"share": 0.6, "gpu_bytes": 0, "non_empty": 2}
+    """The report of `run_json`, whose one fault is gone unless `changes` says otherwise."""
+    record = run_json(**{"faults": {}} | changes)
     defective = np.array([False, True, True])
-    run = told(**changes) | more
-    checks = check_run(ended, run)
-    report = tell(a_run(**changes), run, ended, checks, defective, {}, budget_s)
-    return report | {"dice": dice, "choice": choice}
+    checks = [*check_process(result), *check_record(record), answer]
+    report = build_report(
+        record, a_run(**changes), result, checks, defective, calibration, budget_s
+    )
+    return report | {"dice": dice, "ablation": ablation}
 
 
-def a_picture() -> Drawn:
+def a_picture() -> AnnotatedStrip:
     canvas = np.random.default_rng(1).integers(0, 255, (64, 96, 3), np.uint8)
-    return Drawn("2.jpg", canvas, [3], 0.5)
+    return AnnotatedStrip("2.jpg", canvas, [3], 0.5)
 
 
 class Page(HTMLParser):
@@ -70,6 +88,9 @@ class Page(HTMLParser):
         return [float(re.search(r"width: ([\d.]+)%", style)[1]) for style in styles]  # type: ignore[index]
 
 
+# --- the page -------------------------------------------------------------------------------------
+
+
 def test_the_page_needs_nothing_but_itself() -> None:
     text = as_page(a_report(), [a_picture()])
     page = Page(text)
@@ -83,63 +104,130 @@ def test_the_page_needs_nothing_but_itself() -> None:
     assert not re.search(r"//|url\(|@import", re.sub(r'src="data:[^"]*"', "", text))
 
 
-def test_the_page_begins_with_the_verdict_and_its_checks() -> None:
+# --- the answer -----------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_the_verdict_and_its_parts() -> None:
     report = a_report()
     page = Page(as_page(report, []))
     assert page.said("title") == page.said("h1") == [report["verdict"]]
-    assert page.said("li") == [check["words"] for check in report["checks"]]
+    checks = [check["words"] for check in report["clean"]["checks"]]
+    assert page.said("li") == [*checks, report["kaggle"]["words"], report["here"]["words"]]
+    assert page.said("h2")[:3] == ["The run was clean", "On Kaggle's 2×T4", "On this machine"]
     order = [tag for tag, _ in page.tags]
     assert order.index("h1") < order.index("h2")
 
 
-TOO_LONG = "A clean run, but too long here: passes would be left out"
+READY_FOR = "Ready for Kaggle: the run was clean, and 2×T4 would take {} ({})"
+READY = READY_FOR.format("572 s of 3,600 s", "calibrated")
+TOO_LONG = "Not ready for Kaggle: the run was clean, but 2×T4 would take {} ({}) and drop passes"
+NOT_CLEAN = "Not ready for Kaggle: the run was not clean"
 
 
 @pytest.mark.parametrize(
-    ("changes", "verdict", "ready", "mark"),
+    ("changes", "verdict", "ready", "marks"),
     [
-        pytest.param({"faults": {}}, TOO_LONG, False, "✗", id="too long"),
+        pytest.param({}, READY, True, "✓✓✓✓✓–", id="too long here only"),
+        pytest.param({"budget_s": 1e9}, READY, True, "✓✓✓✓✓–", id="too long here for the hour"),
+        pytest.param({"seconds": 10.0}, READY, True, "✓✓✓✓✓✓", id="in time here as well"),
         pytest.param(
-            {"faults": {}, "budget_s": 1e9}, TOO_LONG, False, "✗",
-            id="the hour counts, whatever the budget",
+            {"calibration": {}}, READY_FOR.format("352 s of 3,600 s", "estimated"),
+            True, "✓✓✓✓✓–", id="no run on Kaggle is known",
         ),
         pytest.param(
-            {"faults": {}, "seconds": 10.0}, "Ready, and in time here", True, "✓", id="in time"
+            {"seconds": 10.0, "budget_s": 500.0}, TOO_LONG.format("572 s of 500 s", "calibrated"),
+            False, "✓✓✓✓✗–", id="beyond the budget there",
         ),
         pytest.param(
-            {"faults": {}, "seconds": 10.0, "budget_s": 2000.0}, TOO_LONG,
-            False, "✗", id="in time, beyond the budget",
+            {"seconds": 10.0, "calibration": SLOW},
+            TOO_LONG.format("5,652 s of 3,600 s", "calibrated"),
+            False, "✓✓✓✓✗✓", id="too long there only",
         ),
         pytest.param(
-            {"seconds": 10.0}, "Not ready: the run was not clean", False, "✗", id="a strip failed"
+            {"seconds": 10.0, "calibration": SLOW, "budget_s": 1e9},
+            TOO_LONG.format("5,652 s of 3,600 s", "calibrated"),
+            False, "✓✓✓✓✗✓", id="the hour counts, whatever the budget",
         ),
         pytest.param(
-            {"faults": {}, "seconds": 10.0, "left_out": {"b/vertical": 2}},
-            "Not ready: the run was not clean", False, "✗", id="passes were left out",
+            {"seconds": 10.0, "budget_s": 2900.0},
+            READY_FOR.format("572 s of 2,900 s", "calibrated"),
+            True, "✓✓✓✓✓–", id="beyond the budget here only",
+        ),
+        pytest.param({"faults": {"4.jpg": "no image"}}, NOT_CLEAN, False, "✓✓✗✓✓–", id="a fault"),
+        pytest.param(
+            {"answer": Check(False, "submission.csv is invalid")}, NOT_CLEAN, False, "✓✓✓✗✓–",
+            id="Kaggle would refuse the submission",
         ),
         pytest.param(
-            {"faults": {}, "seconds": 10.0, "ended": Ended(3, 10.0, True, 1)},
-            "Not ready: the run was not clean", False, "✗", id="exit code",
+            {"dropped": {"b/vertical": 2}}, READY, True, "✓✓✓–✓✓–", id="passes were dropped here"
         ),
         pytest.param(
-            {"faults": {}, "seconds": 10.0, "ended": Ended(0, 10.0, False, 1)},
-            "Ready, and in time here", True, "?", id="the network could not be denied",
+            {"result": ProcessResult(3, 10.0, True, 1)}, NOT_CLEAN, False, "✗✓✓✓✓–", id="exit code"
+        ),
+        pytest.param(
+            {"result": ProcessResult(0, 10.0, False, 1)}, READY, True, "✓–✓✓✓–",
+            id="the network could not be denied",
         ),
     ],
 )  # fmt: skip
-def test_the_verdict(changes: dict[str, Any], verdict: str, ready: bool, mark: str) -> None:
+def test_the_verdict(changes: dict[str, Any], verdict: str, ready: bool, marks: str) -> None:
     report = a_report(**changes)
     assert (report["verdict"], report["ready"]) == (verdict, ready)
-    assert as_lines(report).startswith(f"== {verdict}\n")
+    assert report["clean"]["ok"] == (verdict != NOT_CLEAN)
     page = Page(as_page(report, []))
-    assert mark in page.said("b")
+    assert "".join(page.said("b")) == marks
     assert ("good" if ready else "bad") in [a.get("class") for t, a in page.tags if t == "header"]
+    head = as_lines(report).split("stage")[0]
+    assert head.startswith(f"== {verdict}\n")
+    said = re.findall(r"^   (ok|NO|–) ", head, re.MULTILINE)
+    assert said == [{"✓": "ok", "✗": "NO", "–": "–"}[mark] for mark in marks]
 
 
-def test_what_was_left_out_is_named() -> None:
-    left_out = {"b/vertical": 2, "b/none": 1}
-    words = "up to 2 strips went without b/none, b/vertical"
-    assert words in as_lines(a_report(faults={}, left_out=left_out))
+def test_run_kaggle_and_this_machine_are_kept_apart_with_the_hour_beside() -> None:
+    report = a_report()
+    page, head = Page(as_page(report, [])), as_lines(report).split("stage")[0].splitlines()
+    assert report["kaggle"]["words"] == (
+        "5,506 strips would take 572 s; the kernel plans with 3,410 s of the hour's 3,600 s"
+    )
+    assert report["here"]["words"].startswith("5,506 strips would take 16,526 s (")
+    assert report["here"]["words"].endswith(
+        " s), so here the kernel would drop passes to end in time; Kaggle's machine decides"
+    )
+    assert [line.strip() for line in head if line.startswith(("   The", "   On"))] == [
+        "The run was clean", "On Kaggle's 2×T4, calibrated", "On this machine, projected",
+    ]  # fmt: skip
+    assert page.said("span")[:2] == ["calibrated", "projected"]
+    assert not [a for t, a in page.tags if t == "li" and a.get("class") == "bad"]
+
+
+def test_a_budget_is_named_as_one() -> None:
+    assert "1,890 s of the budget's 2,000 s" in as_lines(a_report(budget_s=2000.0))
+
+
+def test_time_here_is_enough_up_to_what_the_kernel_plans_with() -> None:
+    projection = project(a_run())
+    budget_s = (projection.total_s + 10) / 0.95
+    assert usable_s(budget_s) == pytest.approx(projection.total_s)
+    assert time_here(projection, budget_s + 1)["fits"]
+    assert not time_here(projection, budget_s - 1)["fits"]
+
+
+def test_what_was_dropped_is_named() -> None:
+    dropped = {"b/vertical": 2, "b/none": 1}
+    words = "b/none, b/vertical were dropped for up to 2 strips"
+    assert words in as_lines(a_report(dropped=dropped))
+
+
+# --- the numbers ----------------------------------------------------------------------------------
+
+
+def test_the_rows_of_the_stages_sum_up_to_the_run() -> None:
+    rows = {row["stage"]: row["seconds"] for row in list_stages(a_run())}
+    assert list(rows)[:4] == ["start", "import", "load", "engines' check"]
+    assert rows["encoders"] == pytest.approx(4.5)
+    assert rows["decoders"] == pytest.approx(3.2)
+    assert rows["start"] == 1
+    assert sum(rows.values()) == pytest.approx(20)
 
 
 def test_a_mean_of_nothing_is_null_in_the_json_and_a_dash_on_the_page() -> None:
@@ -202,29 +290,14 @@ def test_the_picture_in_the_page_is_the_one_drawn() -> None:
     assert np.abs(smooth).mean() < 10
 
 
-def test_masks_are_coloured_by_class_and_the_truth_is_outlined() -> None:
-    image = np.full((64, 96), 100, np.uint8)
-    masks = np.zeros((4, 64, 96), np.bool_)
-    for label in range(4):
-        masks[label, 8:24, 4 + 24 * label : 16 + 24 * label] = True
-    canvas = draw_strip(image, masks).astype(int)
-    inside = [tuple(canvas[16, 10 + 24 * label]) for label in range(4)]
-    assert len(set(inside)) == 4
-    assert all(np.ptp(colour) > 20 for colour in inside)
-    assert (canvas[40:] == 100).all()
-    outlined = draw_strip(image, np.zeros_like(masks), masks).astype(int)
-    assert np.ptp(outlined[8, 10]) > 20  # the edge
-    assert (outlined[16, 10] == 100).all()  # not the inside
-
-
 def test_the_lines_show_what_the_page_shows() -> None:
-    report = a_report(budget_s=1000)
+    report = a_report(seconds=12.0, budget_s=1000.0, calibration={})
     lines, page = as_lines(report), " ".join(text for _, text in Page(as_page(report, [])).texts)
     for machine in report["machines"]:
         assert f"{machine['seconds']:,.0f}" in lines
         assert f"{machine['seconds']:,.0f} s" in page
         assert machine["basis"] in page
-    assert lines.count("ESTIMATE") == len(report["machines"])
+    assert lines.count("  estimated  ") == page.count(" estimated ") - 1 == len(report["machines"])
     for drop in report["drops"]:
         assert f"{drop['saves_s']:,.0f}" in lines
         assert f"{drop['saves_s']:,.0f}" in page
@@ -241,7 +314,7 @@ def test_without_a_ground_truth_there_is_no_dice() -> None:
 
 
 BEST = {"threshold": 0.4, "min_area": 64, "dice": 0.875, "dice_non_empty": 0.5}
-CHOICE = {
+ABLATION = {
     "strips": 12,
     "variants": [
         {"name": "all", "strip_s": 4.25, "best": BEST} | DICE,
@@ -255,8 +328,8 @@ CHOICE = {
 }
 
 
-def test_the_choice_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
-    report = a_report(choice=CHOICE)
+def test_the_ablation_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
+    report = a_report(ablation=ABLATION)
     page = Page(as_page(report, []))
     said = [text for _, text in page.texts]
     assert said[said.index("proposed") - 1] == "without b"
@@ -274,3 +347,11 @@ def test_the_choice_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
         "without", "b", "0.9100", "0.4200", "1.0000", "1.750", "0.8750", "0.5000", "0.4", "64",
         "←", "proposed",
     ]  # fmt: skip
+
+
+def test_a_pass_that_gave_nan_is_no_clean_run() -> None:
+    record = run_json()
+    assert all(check.ok for check in check_record(record | {"faults": {}}))
+    record["work"]["2.jpg"]["nan"] = [2]
+    said = [check.words for check in check_record(record) if check.ok is False]
+    assert "b/none gave NaN, for up to 1 strips" in said

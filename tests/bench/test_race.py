@@ -1,5 +1,6 @@
-"""The race: every contestant finds the same masks, and what is written says what was measured."""
+"""The race: every candidate finds the same masks, and what is written says what was measured."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -8,22 +9,25 @@ import cv2
 import numpy as np
 import pytest
 
+from bench import race
+from kernel.ensemble import load_ensemble
+from kernel.logs import Stages
 from kernel.manifest import load_manifest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import bench
+from kernel.scheduling import Scheduler
+from training import synthetic
 
 
 def test_a_small_race_ends_with_its_three_files(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime", reason="make bench installs the peers")
-    monkeypatch.setattr(bench, "SCORED_STRIPS", 6)
-    monkeypatch.setattr(bench.steel.draw_strip, "__defaults__", ((), (64, 96)))
-    monkeypatch.setattr(bench, "matrix_rate", lambda: 1e11)
-    command = ["bench.py", "--bundle", str(tiny_bundle), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(race, "N_SCORED_IMAGES", 6)
+    small = functools.partial(synthetic.synthesize_strip, size=(64, 96))
+    monkeypatch.setattr(synthetic, "synthesize_strip", small)
+    monkeypatch.setattr(race, "matrix_rate", lambda: 1e11)
+    command = ["race.py", "--bundle", str(tiny_bundle), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*command, "--strips", "3", "--rounds", "2"])
-    bench.main()
+    race.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["same_masks_with_and_without"] is True
     assert len(results["seconds_a_strip"]) == 6
@@ -36,7 +40,8 @@ def test_a_small_race_ends_with_its_three_files(
     table = (tmp_path / "out" / "table.md").read_text()
     for name, seconds in results["seconds_a_strip"].items():
         assert f"| {name} | {seconds:.2f} |" in table
-    assert cv2.imread(str(tmp_path / "out" / "chart.png")).std() > 10
+    chart = cv2.imread(str(tmp_path / "out" / "chart.png"))
+    assert chart is not None and np.asarray(chart).std() > 10
 
 
 def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
@@ -51,9 +56,9 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
         coarse = cv2.resize(rng.uniform(0, 255, (4, 5)).astype(np.float32), (96, 64))
         paths.append(tmp_path / f"{seed}.png")
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
-    ours = bench.load_ensemble(dataset, manifest, bench.CPU, bench.Stages())
-    found = bench.as_public_kernels(dataset, manifest).run(paths)
-    expected = bench.through("ours", ours).run(paths)
+    ours = Scheduler(load_ensemble(dataset, manifest, race.CPU, Stages()))
+    found = race.as_public_kernels(dataset, manifest).run(paths)
+    expected = race.from_scheduler("ours", ours).run(paths)
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()
-    assert bench.agreement(found, expected) > 0.999
+    assert race.agreement(found, expected) > 0.999

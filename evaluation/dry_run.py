@@ -1,0 +1,252 @@
+"""The dry run: the built bundle in a Kaggle-like tree, run as Kaggle runs it, and judged.
+
+Lays out `input/` as Kaggle mounts it and runs dist/kernel/inference.py there as its own process,
+with no argument but the input's root, and without a network where the system allows that. Its
+report answers "will this run on Kaggle?", shows where the seconds went and the masks found. The
+exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
+"""
+
+import argparse
+import logging
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.ablation import ablate
+from evaluation.drawing import Predictions, write_sheet
+from evaluation.projection import calibrate, parse_run_record, read_calibration
+from evaluation.report import (
+    Check,
+    ProcessResult,
+    as_json,
+    as_lines,
+    as_page,
+    build_report,
+    check_process,
+    check_record,
+    is_clean,
+)
+from kernel.command import run_command
+from kernel.competition import IMAGE_SIZE, TIME_LIMIT_S
+from kernel.manifest import MANIFEST, load_manifest, read_json
+from kernel.mounts import SAMPLE, list_images, read_sample
+from kernel.rows import LAYOUTS, write_submission
+from kernel.validator import check_submission
+from training import synthetic
+from training.ground_truth import check_names, read_truth
+
+IMAGES = "test_images"  # the competition's folder of them
+RESULTS = ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html")
+
+log = logging.getLogger("kernel")
+
+# --- the Kaggle-like tree -------------------------------------------------------------------------
+
+
+def make_kaggle_tree(root: Path, bundle: Path, images: Path) -> Path:
+    """Mount competition and dataset below `root`/input as Kaggle does; return the sample."""
+    manifest = load_manifest(bundle / "dataset")
+    slug = read_json(bundle / "dataset" / "dataset-metadata.json")["id"]
+    mounted = root / "input" / "datasets" / slug
+    shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink)
+    competition = root / "input" / "competitions" / manifest.competition
+    shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
+    names = list_images(images)
+    whole = f"1 {math.prod(IMAGE_SIZE)}"  # as the real sample has it
+    rows, sample = [(name, 0) for name in names], competition / SAMPLE
+    write_submission(sample, LAYOUTS["three-column"], rows, dict.fromkeys(rows, whole))
+    (root / "working").mkdir()
+    return sample
+
+
+def network_denial() -> list[str]:
+    """Return the command prefix that denies the network; empty where unsupported."""
+    prefix = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare"):
+        return []
+    allowed = subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0
+    return prefix if allowed else []
+
+
+def _peak_bytes() -> int:
+    """The most memory that a child process has held; macOS counts bytes, Linux KiB."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _find_script(bundle: Path) -> Path:
+    """The packed kernel; where that is a notebook the dataset's script, of the same code."""
+    script = bundle / "kernel" / "inference.py"
+    return script if script.is_file() else bundle / "dataset" / "inference.py"
+
+
+def run_kernel(root: Path, script: Path) -> ProcessResult:
+    """Run the kernel in `root`/working, as Kaggle does."""
+    deny = network_denial()
+    log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
+    command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
+    start = time.perf_counter()
+    code = subprocess.run([*deny, *command], cwd=root / "working", check=False).returncode
+    return ProcessResult(code, time.perf_counter() - start, bool(deny), _peak_bytes())
+
+
+def check_answer(submission: Path, sample: Path, classes: int) -> Check:
+    """Return the validator's verdict; its table and warnings stand in the kernel's log."""
+    layout, pairs = read_sample(sample, None, classes)
+    errors = check_submission(submission, layout.columns, pairs, sample.parent / IMAGES).errors
+    if errors:
+        return Check(False, f"{submission.name} is invalid: {'; '.join(errors)}")
+    return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was run: a bundle on a folder of strips."""
+
+    bundle: Path
+    images: Path
+    truth: dict[str, dict[int, str]] | None  # image → class → RLE, where it is known
+    budget_s: float
+    ablation: bool  # compare members, flips and settings by the ground truth
+
+    @property
+    def dataset(self) -> Path:
+        """The packed dataset."""
+        return self.bundle / "dataset"
+
+    @property
+    def out(self) -> Path:
+        """The folder of the results."""
+        return self.bundle / "report"
+
+
+def _write_report(
+    run: DryRun, run_record: dict[str, Any], result: ProcessResult, checks: Sequence[Check]
+) -> dict[str, Any]:
+    """Write picture, report.json and page beside the submission; return the report."""
+    out, rles = run.out, read_truth(run.out / "submission.csv")
+    names = sorted(run_record["work"].keys() | run_record["faults"].keys())
+    classes = load_manifest(run.dataset).classes
+    pictures, scores = Predictions(run.images, names, rles, run.truth, classes).draw()
+    write_sheet(pictures, out / "contact_sheet.png")
+    parsed = parse_run_record(run_record, out / "run.json")
+    defective = np.array([bool(rles.get(name)) for name in run_record["work"]], np.bool_)
+    calibration = read_calibration(run.bundle)
+    report = build_report(run_record, parsed, result, checks, defective, calibration, run.budget_s)
+    if run.truth is not None:
+        report["dice"] = scores.summary()
+    if run.truth is not None and run.ablation and run_record["work"]:
+        log.info("every pass for every strip, to compare members, flips and settings")
+        report["ablation"] = ablate(run.dataset, run.images, names, run.truth, out / MANIFEST)
+    (out / "report.json").write_text(as_json(report), encoding="utf-8")
+    (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+    return report
+
+
+def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -> int:
+    """Judge a run by what it left in `working`; return the exit code."""
+    checks = check_process(result)
+    if result.exit_code == 0:
+        classes = load_manifest(run.dataset).classes
+        checks.append(check_answer(working / "submission.csv", sample, classes))
+    if not is_clean(checks):  # there is nothing to draw or to time
+        failed = "; ".join(check.words for check in checks if check.ok is False)
+        print(f"\n== Not ready for Kaggle: {failed}; see its lines above")
+        return 1
+    for name in ("submission.csv", "run.json"):
+        shutil.copy(working / name, run.out / name)
+    run_record = read_json(working / "run.json")
+    run_record["stages"]["start"] = result.seconds - run_record["seconds"]
+    run_record["seconds"] = result.seconds  # with the interpreter's start
+    report = _write_report(run, run_record, result, [*checks, *check_record(run_record)])
+    print(f"\n{as_lines(report)}\n")
+    for name in RESULTS:
+        print(f"   {run.out / name}")
+    if run.ablation:
+        print(f"   {run.out / MANIFEST} is the proposal; yours is as it was")
+    return 0 if report["ready"] else 1
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+EXAMPLE = "  python evaluation/dry_run.py --bundle dist --images severstal/test_images"
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("dist"), help="what build_kernel.py wrote")
+    add("--images", type=Path, help="folder of strips (default: synthetic ones, drawn on the spot)")
+    about = "a train.csv of these strips: their Dice, and an ablation with a proposal"
+    add("--ground-truth", type=Path, help=about)
+    add("--strips", type=int, default=8, help="how many to draw where --images is not given")
+    add("--seed", type=int, default=7, help="of the synthetic strips")
+    about = "seconds that the scored run may take, at most the hour's 3,600; default the hour"
+    add("--budget-s", type=float, default=TIME_LIMIT_S, help=about)
+    about = "a run.json from Kaggle: its rate replaces the assumed one, from now on"
+    add("--calibrate", type=Path, metavar="RUN.JSON", help=about)
+    return parser.parse_args(arguments)
+
+
+def _run_bundle(args: argparse.Namespace, root: Path) -> int:
+    """One dry run in the scratch folder `root`."""
+    images, truth_csv = args.images, args.ground_truth
+    if images is None:
+        log.info("drawing %d synthetic strips", args.strips)
+        synthetic.write_competition(root / "steel", 0, args.strips, args.seed, evenly=True)
+        images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
+    truth = read_truth(truth_csv) if truth_csv else None
+    if truth and truth_csv:
+        check_names(truth, list_images(images), truth_csv, images)
+    run = DryRun(args.bundle, images, truth, args.budget_s, bool(args.ground_truth))
+    run.out.mkdir(exist_ok=True)
+    for name in (*RESULTS, MANIFEST):  # an earlier run's
+        (run.out / name).unlink(missing_ok=True)
+    log.info("running the kernel in a Kaggle-like tree")
+    sample = make_kaggle_tree(root, run.bundle, images)
+    return _conclude(run, root / "working", run_kernel(root, _find_script(run.bundle)), sample)
+
+
+def dry_run(args: argparse.Namespace) -> int:
+    """Run the bundle and report on it; return 0 where it is ready for Kaggle, else 1.
+
+    Raises:
+        ValueError: a file or folder is missing or not what it should be.
+    """
+    if args.ground_truth and not args.images:
+        raise ValueError("--ground-truth needs the --images that it is of")
+    if not (args.bundle / "dataset" / MANIFEST).exists():
+        raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
+    if args.images and not args.images.is_dir():
+        raise ValueError(f"{args.images}: no such folder of images")
+    if args.calibrate:
+        machine = calibrate(args.bundle, args.calibrate)
+        log.info("%s has the rate of %s from now on", machine, args.calibrate)
+    with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
+        return _run_bundle(args, Path(root))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: dry_run(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

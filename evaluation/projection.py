@@ -1,0 +1,342 @@
+"""Projection of a run to the scored run: on this machine, on Kaggle's, and with passes dropped.
+
+This machine's seconds are measured. Kaggle's are estimated from counted flops and the assumptions
+in `MACHINES`, until `calibrate` has read the run.json of a real run there.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernel.competition import N_SCORED_IMAGES
+from kernel.deadline import Deadline
+from kernel.manifest import read_json
+from kernel.tta import Half, Pass
+from packing.bundle import CALIBRATION
+
+FIXED_STAGES = {"start", "import", "load", "check"}  # paid once, however many the strips
+DEVICE_STAGES = {"prepare", "tally"}  # on the networks' device; on a GPU next to nothing
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# --- a run, read back from its run.json -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StripWork:
+    """Pass ids of one strip: those it was planned with, and those whose halves ran, in order."""
+
+    planned: tuple[int, ...]
+    encoders: tuple[int, ...]
+    decoders: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run did and how long it took."""
+
+    seconds: float  # of the whole process
+    strips: int
+    stages: dict[str, float]  # seconds; the mean over the workers
+    networks: Mapping[tuple[str, Half], float]  # seconds of each half of each member, likewise
+    passes: list[Pass]  # of the members that were loaded; a pass id is a position in this list
+    work: list[StripWork]  # of the strips that did not fail
+    strip_s: Floats  # (strips,), seconds since the one before
+    device: str
+    workers: int
+
+    @property
+    def fixed_s(self) -> float:
+        """Seconds that do not grow with the strips."""
+        return sum(self.stages.get(stage, 0.0) for stage in FIXED_STAGES)
+
+    @property
+    def per_strip_s(self) -> float:
+        """Seconds that each strip adds."""
+        return (self.seconds - self.fixed_s) / self.strips
+
+    def beside_s(self, on_gpu: bool) -> float:
+        """Return a worker's seconds for each strip in the stages beside the networks.
+
+        `on_gpu`: as on a machine with a GPU.
+        """
+        moved = DEVICE_STAGES if on_gpu and self.device == "cpu" else set()
+        growing = self.stages.keys() - FIXED_STAGES - moved
+        return sum(self.stages[stage] for stage in growing) * self.workers / self.strips
+
+    @property
+    def flops(self) -> Floats:
+        """Flops of each half of each pass, (passes, 2)."""
+        return np.array([each.flops for each in self.passes], np.float64).reshape(-1, 2)
+
+    @property
+    def counts(self) -> Ints:
+        """How many strips each half of each pass ran for, (passes, 2)."""
+        counts = np.zeros((len(self.passes), 2), np.int64)
+        for work in self.work:
+            counts[list(work.encoders), 0] += 1
+            counts[list(work.decoders), 1] += 1
+        return counts
+
+    @property
+    def ran(self) -> Ints:
+        """How many encoders and decoders ran for each strip, (strips that did not fail, 2)."""
+        ran = [(len(work.encoders), len(work.decoders)) for work in self.work]
+        return np.array(ran, np.int64).reshape(-1, 2)
+
+    @property
+    def half_s(self) -> Floats:
+        """A worker's seconds for each half of each pass for one strip, (passes, 2); 0 if none ran.
+
+        A member's flips are assumed to cost the same.
+        """
+        counts, half_s = self.counts, np.zeros((len(self.passes), 2))
+        for member in {each.member for each in self.passes}:
+            rows = [index for index, each in enumerate(self.passes) if each.member == member]
+            for column, half in enumerate(Half):
+                seconds = self.networks.get((member, half), 0.0) * self.workers
+                half_s[rows, column] = seconds / max(counts[rows, column].sum(), 1)
+        return half_s
+
+    @property
+    def strip_flops(self) -> float:
+        """Mean flops of a strip."""
+        return float((self.counts * self.flops).sum() / self.strips)
+
+
+def parse_run_record(record: dict[str, Any], path: Path) -> RunRecord:
+    """Parse the run.json that was read from `path`.
+
+    Raises:
+        ValueError: it is no run.json of this kernel.
+    """
+    try:
+        networks = record["networks"].items()
+        return RunRecord(
+            seconds=record["seconds"],
+            strips=record["strips"],
+            stages=record["stages"],
+            networks={(m, Half(half)): s for m, halves in networks for half, s in halves.items()},
+            passes=[
+                Pass(each["member"], each["flip"], (each["flops"][0], each["flops"][1]))
+                for each in record["passes"]
+            ],
+            work=[
+                StripWork(*(tuple(work[key]) for key in ("passes", "encoders", "decoders")))
+                for work in record["work"].values()
+            ],
+            strip_s=np.array(list(record["strip_s"].values())),
+            device=record["device"],
+            workers=record["workers"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a run.json of this kernel: {error!r}") from error
+
+
+# --- this machine ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The projected seconds of the scored run on this machine."""
+
+    fixed_s: float  # once
+    strip_s: float  # for each strip
+    low_s: float  # with `high_s`: 95 % interval of `total_s` over other strips of the same kind
+    high_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds for all strips of the scored run."""
+        return self.fixed_s + N_SCORED_IMAGES * self.strip_s
+
+
+def usable_s(budget_s: float) -> float:
+    """Return the seconds of a budget that the kernel plans with; the rest is its reserve."""
+    return (1 - Deadline.RESERVE) * budget_s - Deadline.RESERVE_S
+
+
+def project(run: RunRecord, resamples: int = 2000) -> Projection:
+    """Project to the scored run on this machine, with a bootstrap interval over the strips."""
+    strip_s, rng = run.strip_s / run.workers, np.random.default_rng(0)
+    drawn = [rng.choice(strip_s, strip_s.size).mean() for _ in range(resamples)]
+    low, high = np.quantile(drawn, (0.025, 0.975)) - strip_s.mean()
+    total_s = run.fixed_s + N_SCORED_IMAGES * run.per_strip_s
+    low_s, high_s = (float(total_s + N_SCORED_IMAGES * offset) for offset in (low, high))
+    return Projection(run.fixed_s, run.per_strip_s, low_s, high_s)
+
+
+# --- what could be dropped ------------------------------------------------------------------------
+
+
+def _kept_that_run(planned: Sequence[int], ran: Sequence[int], kept: Collection[int]) -> list[int]:
+    """Return which of the passes `kept` would run one half for a strip that ran it for `ran`.
+
+    They are the same share of the strip's passes, those that ran first; all of `ran` if all are
+    kept, whatever gave NaN or was skipped.
+    """
+    left = [pass_id for pass_id in planned if pass_id in kept]
+    left.sort(key=lambda pass_id: pass_id not in ran)
+    return left[: math.ceil(len(ran) * len(left) / len(planned))]
+
+
+def estimate_s(run: RunRecord, kept: Collection[int]) -> float:
+    """Estimate the scored run's seconds in the networks, with only the passes `kept`.
+
+    Every strip is assumed to be decided after the same share of its passes as in the run.
+    """
+    half_s, seconds = run.half_s, 0.0
+    for work, strips in Counter(run.work).items():
+        for column, ran in enumerate((work.encoders, work.decoders)):
+            pass_ids = _kept_that_run(work.planned, ran, kept)
+            seconds += strips * float(half_s[pass_ids, column].sum())
+    return seconds / run.workers / run.strips * N_SCORED_IMAGES
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A flip or a member that could be dropped."""
+
+    name: str
+    saves_s: float  # of the scored run, on this machine
+    kept: list[int]  # ids of the passes that are left
+
+
+def list_drops(run: RunRecord, among: Sequence[int]) -> list[Drop]:
+    """List what dropping each flip and each member of the passes `among` saves, the most first.
+
+    Flips come before members: a flip less costs less of the score. The first flip stays, and so
+    does a member that is alone.
+    """
+    found, full_s = list[Drop](), estimate_s(run, among)
+    for part in ("flip", "member"):
+        names = list(dict.fromkeys(getattr(run.passes[pass_id], part) for pass_id in among))
+        drops = []
+        for name in names[1:] if part == "flip" or len(names) == 1 else names:
+            kept = [pass_id for pass_id in among if getattr(run.passes[pass_id], part) != name]
+            drops.append(Drop(name, full_s - estimate_s(run, kept), kept))
+        found += sorted(drops, key=lambda drop: -drop.saves_s)
+    return found
+
+
+def drop_to_fit(run: RunRecord, total_s: float, budget_s: float) -> list[Drop]:
+    """List what to drop, one after another, so that a run of `total_s` fits `budget_s`.
+
+    Empty where it fits as it is, or where one member under one flip is still too much.
+    """
+    kept, dropped = list(range(len(run.passes))), list[Drop]()
+    while total_s > budget_s:
+        possible = list_drops(run, kept)
+        if not possible:
+            return []
+        dropped.append(possible[0])
+        total_s, kept = total_s - possible[0].saves_s, possible[0].kept
+    return dropped
+
+
+# --- Kaggle's machines ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of a machine until a run on it has calibrated its rate."""
+
+    name: str
+    gpu: bool
+    units: int  # GPUs, or processors, that share the strips
+    peak: float  # FLOP/s of each
+    attained: float  # share of the peak
+    source: str
+
+
+T4 = (
+    "65 TFLOP/s fp16 in NVIDIA's data sheet; attained: ResNet-50 in PyTorch's mixed precision, "
+    "1,190 images/s of 8.2 GFLOP (NVIDIA DeepLearningExamples, resnet50v1.5, inference on T4)"
+)
+MACHINES = (
+    Machine("2×T4", True, 2, 65e12, 0.15, T4),
+    Machine("one T4", True, 1, 65e12, 0.15, T4),
+    Machine(
+        "P100", True, 1, 18.7e12, 0.2,
+        "18.7 TFLOP/s fp16 in NVIDIA's data sheet (PCIe), the attained share is a guess; history: "
+        "today's PyTorch has no code for it",
+    ),
+    Machine(
+        "Kaggle's CPU", False, 1, 141e9, 0.5,
+        "2 cores of 2.2 GHz, each two AVX2 multiply-adds a cycle; the attained share is a guess",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The scored run on one of Kaggle's machines."""
+
+    machine: str
+    seconds: float
+    calibrated: bool  # by the rate of a run there; else estimated from assumptions
+    basis: str  # where the rate comes from
+
+
+def _estimate_assumed(machine: Machine, run: RunRecord) -> Estimate:
+    """Estimate from a machine's assumptions; the stages beside the networks take what they do here.
+
+    What no stage counts is left out: most of it is memory that the CPU's engine gives back.
+    """
+    strip_s = run.strip_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
+    seconds = run.fixed_s + N_SCORED_IMAGES * strip_s / machine.units
+    basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
+    return Estimate(machine.name, seconds, calibrated=False, basis=basis + machine.source)
+
+
+def _machine_of(run: RunRecord) -> str:
+    """Return the name in `MACHINES` of the machine that a run on Kaggle had."""
+    if not run.device.startswith("cuda"):
+        return "Kaggle's CPU"
+    return "2×T4" if run.workers > 1 else "one T4"
+
+
+def calibrate(bundle: Path, path: Path) -> str:
+    """Keep the rate of a run on Kaggle, its run.json at `path`, in the bundle's folder.
+
+    Return the machine's name.
+
+    Raises:
+        ValueError: the file is no run.json, or no strip was predicted in that run.
+    """
+    run = parse_run_record(read_json(path), path)
+    if not run.counts.any():
+        raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
+    rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
+    machine, known = _machine_of(run), read_calibration(bundle)
+    known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": run.strips}
+    text = json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (bundle / CALIBRATION).write_text(text, encoding="utf-8")
+    return machine
+
+
+def read_calibration(bundle: Path) -> dict[str, Any]:
+    """Read what `calibrate` kept, by machine; empty before."""
+    path = bundle / CALIBRATION
+    return read_json(path) if path.is_file() else {}
+
+
+def list_estimates(run: RunRecord, calibration: dict[str, Any]) -> list[Estimate]:
+    """Estimate the scored run on each of `MACHINES`, by its calibrated rate where there is one."""
+    found = []
+    for machine in MACHINES:
+        estimate, known = _estimate_assumed(machine, run), calibration.get(machine.name)
+        if known:
+            seconds = known["fixed_s"] + N_SCORED_IMAGES * run.strip_flops / known["rate"]
+            basis = f"{known['rate'] / 1e9:,.0f} GFLOP/s in a run of {known['strips']} strips"
+            estimate = Estimate(machine.name, seconds, calibrated=True, basis=basis)
+        found.append(estimate)
+    return found

@@ -1,0 +1,73 @@
+"""Recorded passes: what an ensemble gave for one strip, as a source of passes for the scheduler."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernel.ensemble import Ensemble
+from kernel.images import Image, Size, Strip, size_of
+from kernel.logs import Stages
+from kernel.manifest import Manifest
+from kernel.scheduling import Scheduler, StripState
+from kernel.tta import Pass
+
+
+@dataclass
+class RecordedPasses:
+    """The passes of one strip that ran before; others run on `ensemble` when they are asked for."""
+
+    ensemble: Ensemble
+    image: Image
+    encoded: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # pass id → gates, …
+    probabilities: dict[int, Tensor] = field(default_factory=dict)  # (1, classes, H, W)
+
+    def __post_init__(self) -> None:
+        self.manifest: Manifest = self.ensemble.manifest
+        self.passes: list[Pass] = self.ensemble.passes
+        self.device: torch.device = self.ensemble.device
+        self.stages: Stages = self.ensemble.stages
+        self.images = self.ensemble.prepare(self.image)
+
+    @property
+    def size(self) -> Size:
+        """(H, W) of the strip."""
+        return size_of(self.image)
+
+    @torch.inference_mode()
+    def record(self, pass_id: int) -> None:
+        """Run both halves of a pass; keep its gates and probabilities, not its features."""
+        encoded = self.ensemble.run_encoder(pass_id, self.images)
+        self.probabilities[pass_id] = self.ensemble.run_decoder(pass_id, encoded, self.size)
+        self.encoded[pass_id] = encoded[:1]
+
+    def mean(self, pass_ids: Sequence[int]) -> Tensor:
+        """Mean probabilities (classes, H, W) of recorded passes."""
+        total = functools.reduce(torch.add, (self.probabilities[i] for i in pass_ids))
+        return total[0] / len(pass_ids)
+
+    def prepare(self, image: Image) -> Tensor:
+        """Return the strip as a pass takes it."""
+        return self.images
+
+    def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what was recorded, else run the encoder."""
+        if pass_id in self.encoded:
+            return self.encoded[pass_id]
+        return self.ensemble.run_encoder(pass_id, images)
+
+    def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
+        """Return what was recorded, else run the decoder."""
+        if pass_id in self.probabilities:
+            return self.probabilities[pass_id]
+        return self.ensemble.run_decoder(pass_id, encoded, size)
+
+    def replay(self, pass_ids: Sequence[int], early_exit: bool = True) -> StripState:
+        """Return the strip as the kernel leaves it with the passes `pass_ids`, in this order."""
+        scheduler = Scheduler(self, early_exit=early_exit, pass_ids=pass_ids)
+        (state,) = scheduler.predict_strips([Strip("", self.image)])
+        if state.fault:
+            raise RuntimeError(state.fault)
+        return state

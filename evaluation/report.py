@@ -1,0 +1,389 @@
+"""The dry run's report: one dict, which is written as report.json, as a page and on the terminal.
+
+It answers "will this run on Kaggle?" first, and its parts apart:
+
+- `verdict`, `ready`: the answer in one line and as a bool: the run was clean, and Kaggle's machine
+  runs every pass in time.
+- `clean`: whether nothing was wrong in this run, as `ok`, and its `checks`, each `ok` true, false,
+  or null where it decides nothing.
+- `kaggle`: what the scored run would take on Kaggle's machine: `seconds`, `calibrated` by a run
+  there or else estimated, `fits`: the kernel would run every pass in time.
+- `here`: the same of this machine, measured and projected. It decides nothing about Kaggle.
+- `budget_s`: what both may take; `usable_s` of it the kernel plans with.
+
+Then the numbers: `run`, `stages`, `passes`, `histogram`, `machines`, `drops`, `drop_to_fit`,
+`faults`, and, where a ground truth is known, `dice` and `ablation`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from evaluation.drawing import AnnotatedStrip
+from evaluation.projection import (
+    Estimate,
+    Projection,
+    RunRecord,
+    drop_to_fit,
+    list_drops,
+    list_estimates,
+    project,
+    usable_s,
+)
+from kernel.competition import N_SCORED_IMAGES, TIME_LIMIT_S
+from kernel.contact_sheet import COLOURS
+from kernel.tta import Half
+
+# --- was the run clean? ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked in the run."""
+
+    ok: bool | None  # None: it decides nothing
+    words: str
+
+
+@dataclass(frozen=True)
+class ProcessResult:
+    """How the kernel's process went, seen from outside."""
+
+    exit_code: int
+    seconds: float
+    network_denied: bool
+    peak_bytes: int  # the most memory that one of its processes held
+
+
+def check_process(result: ProcessResult) -> list[Check]:
+    """Check the kernel's exit code, and whether the network was denied."""
+    network = "the network was denied"
+    if not result.network_denied:
+        network = "the network was NOT denied: this system does not allow it"
+    return [
+        Check(result.exit_code == 0, f"the kernel ended with exit code {result.exit_code}"),
+        Check(result.network_denied or None, network),
+    ]
+
+
+def check_record(run_record: dict[str, Any]) -> list[Check]:
+    """Check what run.json says of strips that failed and of passes that were dropped."""
+    faults, dropped = run_record["faults"], run_record["dropped"]
+    checks = [
+        Check(not faults, f"strips that failed: {len(faults)}" if faults else "no strip failed")
+    ]
+    nan = Counter(pass_id for work in run_record["work"].values() for pass_id in work["nan"])
+    if nan:
+        named = [run_record["passes"][pass_id] for pass_id in sorted(nan)]
+        passes = ", ".join(f"{each['member']}/{each['flip']}" for each in named)
+        checks.append(Check(False, f"{passes} gave NaN, for up to {max(nan.values()):,} strips"))
+    if dropped:
+        passes, strips = ", ".join(sorted(dropped)), max(dropped.values())
+        words = f"to end in time here, {passes} were dropped for up to {strips:,} strips"
+        checks.append(Check(None, f"{words}: all numbers are of a run with less to do"))
+    return checks
+
+
+def is_clean(checks: Iterable[Check]) -> bool:
+    """Whether no check failed."""
+    return all(check.ok is not False for check in checks)
+
+
+# --- is there time for it? ------------------------------------------------------------------------
+
+
+def time_on_kaggle(estimate: Estimate, budget_s: float) -> dict[str, Any]:
+    """Say whether the scored run has time for every pass on a machine of Kaggle's."""
+    budget = "the hour" if budget_s == TIME_LIMIT_S else "the budget"
+    fits = estimate.seconds <= usable_s(budget_s)
+    words = (
+        f"{N_SCORED_IMAGES:,} strips would take {estimate.seconds:,.0f} s; "
+        f"the kernel plans with {usable_s(budget_s):,.0f} s of {budget}'s {budget_s:,.0f} s"
+    )
+    if not fits:
+        words += ", so it would drop passes there to end in time"
+    return asdict(estimate) | {"fits": fits, "words": words}
+
+
+def time_here(projection: Projection, budget_s: float) -> dict[str, Any]:
+    """Say whether the scored run would have time for every pass on this machine."""
+    total_s, interval = projection.total_s, f"{projection.low_s:,.0f}–{projection.high_s:,.0f} s"
+    fits = total_s <= usable_s(budget_s)
+    outcome = "which is time for every pass"
+    if not fits:
+        outcome = "so here the kernel would drop passes to end in time; Kaggle's machine decides"
+    words = f"{N_SCORED_IMAGES:,} strips would take {total_s:,.0f} s ({interval}), {outcome}"
+    return asdict(projection) | {"total_s": total_s, "fits": fits, "words": words}
+
+
+def _verdict(clean: bool, kaggle: dict[str, Any], budget_s: float) -> str:
+    if not clean:
+        return "Not ready for Kaggle: the run was not clean"
+    how, seconds = (
+        "calibrated" if kaggle["calibrated"] else "estimated",
+        f"{kaggle['seconds']:,.0f} s",
+    )
+    time = f"{kaggle['machine']} would take {seconds} of {budget_s:,.0f} s ({how})"
+    if kaggle["fits"]:
+        return f"Ready for Kaggle: the run was clean, and {time}"
+    return f"Not ready for Kaggle: the run was clean, but {time} and drop passes"
+
+
+# --- the numbers ----------------------------------------------------------------------------------
+
+STAGE_NAMES = {  # in the order in which they begin
+    "start": "start", "import": "import", "load": "load", "check": "engines' check",
+    "decode": "decode (waited for)", "prepare": "prepare",
+    **{half.value: f"{half}s" for half in Half},
+    "tally": "sums", "rle": "RLE", "write": "write", "validate": "validate",
+}  # fmt: skip
+
+
+def list_stages(run: RunRecord) -> list[dict[str, Any]]:
+    """List seconds and share of every stage, in the order in which they begin."""
+    seconds = run.stages | {half.value: 0.0 for half in Half}
+    for (_, half), half_s in run.networks.items():
+        seconds[half.value] += half_s
+    names = [name for name in STAGE_NAMES | seconds if name in seconds]
+    rows = [(STAGE_NAMES.get(name, name), seconds[name]) for name in names]
+    rows.append(("other", run.seconds - sum(seconds.values())))
+    return [{"stage": name, "seconds": s, "share": s / run.seconds} for name, s in rows]
+
+
+def _list_passes(run: RunRecord) -> list[dict[str, Any]]:
+    """How often each half of each pass ran, and the seconds of it."""
+    seconds = run.counts * run.half_s / run.workers
+    return [
+        {"member": each.member, "flip": each.flip}
+        | {f"{half}s": int(run.counts[row, i]) for i, half in enumerate(Half)}
+        | {f"{half}_s": float(seconds[row, i]) for i, half in enumerate(Half)}
+        for row, each in enumerate(run.passes)
+    ]
+
+
+def _histogram(run: RunRecord, defective: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """How many strips ran 0, 1, 2 … encoders and decoders; `defective` (strips,) ones apart."""
+    groups = {"clean": ~defective, "defective": defective}
+    return {
+        f"{half}s": {
+            name: np.bincount(run.ran[chosen, i], minlength=len(run.passes) + 1).tolist()
+            for name, chosen in groups.items()
+        }
+        for i, half in enumerate(Half)
+    }
+
+
+def _list_drops(run: RunRecord, total_s: float) -> list[dict[str, Any]]:
+    return [
+        {"without": drop.name, "saves_s": drop.saves_s, "total_s": total_s - drop.saves_s}
+        for drop in list_drops(run, range(len(run.passes)))
+    ]
+
+
+def build_report(
+    run_record: dict[str, Any],
+    run: RunRecord,
+    result: ProcessResult,
+    checks: Sequence[Check],
+    defective: npt.NDArray[np.bool_],
+    calibration: dict[str, Any],
+    budget_s: float,
+) -> dict[str, Any]:
+    """Build the report of a run, whose run.json is `run_record`.
+
+    `defective` (strips that did not fail,) says which have a mask. More than the hour is never
+    allowed, whatever `budget_s` is.
+    """
+    budget_s, projection = min(budget_s, TIME_LIMIT_S), project(run)
+    machines = [time_on_kaggle(each, budget_s) for each in list_estimates(run, calibration)]
+    clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, budget_s)
+    dropped = drop_to_fit(run, projection.total_s, usable_s(budget_s))
+    return {
+        "verdict": _verdict(clean, kaggle, budget_s),
+        "ready": clean and kaggle["fits"],
+        "clean": {"ok": clean, "checks": [asdict(check) for check in checks]},
+        "kaggle": kaggle,
+        "here": here,
+        "budget_s": budget_s,
+        "usable_s": usable_s(budget_s),
+        "run": {
+            **asdict(result),
+            "strips": run.strips,
+            "strips_per_s": 1 / run.per_strip_s,
+            "device": run.device,
+            "workers": run.workers,
+            "share_of_full_work": run_record["share"],
+            "gpu_bytes": run_record["gpu_bytes"],
+            "non_empty_masks": run_record["non_empty"],
+        },
+        "stages": list_stages(run),
+        "passes": _list_passes(run),
+        "histogram": _histogram(run, defective),
+        "machines": machines,
+        "drops": _list_drops(run, projection.total_s),
+        "drop_to_fit": [drop.name for drop in dropped],
+        "faults": run_record["faults"],
+        "dice": None,
+        "ablation": None,
+    }
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """Return the report as JSON, which has no NaN: a mean of nothing is null."""
+    plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+MARKS = {True: "ok", False: "NO", None: "–"}
+
+
+def _table(heads: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """Columns two spaces apart, the first to the left and the others to the right."""
+    table = [tuple(heads.split("|")), *rows]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    lines = []
+    for first, *others in table:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("   " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _answer_lines(report: dict[str, Any]) -> list[str]:
+    """The verdict, then what it is made of."""
+    clean, kaggle, here = report["clean"], report["kaggle"], report["here"]
+    checks = [f"   {MARKS[check['ok']]:<4}{check['words']}" for check in clean["checks"]]
+    how = "calibrated" if kaggle["calibrated"] else "estimated"
+    here_mark = MARKS[here["fits"] or None]
+    return [
+        f"== {report['verdict']}",
+        "\n".join([f"   The run was {'clean' if clean['ok'] else 'NOT clean'}", *checks]),
+        f"   On Kaggle's {kaggle['machine']}, {how}\n"
+        f"   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
+        f"   On this machine, projected\n   {here_mark:<4}{here['words']}",
+    ]
+
+
+def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
+    """Sum the rows of passes by "member" or by "flip", with the `total_s` of both halves."""
+    sums: dict[str, dict[str, float]] = {}
+    for row in passes:
+        group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
+        for name in group:
+            group[name] += row[name]
+    for group in sums.values():
+        group["total_s"] = group["encoder_s"] + group["decoder_s"]
+    return sums
+
+
+def _pass_table(passes: Iterable[dict[str, Any]], key: str) -> str:
+    rows = (
+        (name, f"{row['encoders']:.0f}", f"{row['encoder_s']:.2f}",
+         f"{row['decoders']:.0f}", f"{row['decoder_s']:.2f}")
+        for name, row in sum_by(passes, key).items()
+    )  # fmt: skip
+    return _table(f"{key}|encoders|seconds|decoders|seconds", rows)
+
+
+def _run_lines(report: dict[str, Any]) -> list[str]:
+    """Where the seconds of the run went."""
+    run, passes = report["run"], report["passes"]
+    stages = ((r["stage"], f"{r['seconds']:.2f}", f"{r['share']:.1%}") for r in report["stages"])
+    return [
+        _table("stage|seconds|share", stages),
+        _pass_table(passes, "member"),
+        _pass_table(passes, "flip"),
+        f"   {run['strips_per_s']:.2f} strips/s on {run['device']}, {run['workers']} process(es);"
+        f" {run['share_of_full_work']:.0%} of the full work ran;"
+        f" {run['peak_bytes'] / 1e9:.2f} GB of memory, {run['gpu_bytes'] / 1e9:.2f} GB of a GPU's",
+    ]
+
+
+def _scored_run_lines(report: dict[str, Any]) -> list[str]:
+    """The scored run on Kaggle's machines, and on this one with less to do."""
+    machines = (
+        (each["machine"], f"{each['seconds']:,.0f}",
+         "calibrated" if each["calibrated"] else "estimated",
+         "every pass" if each["fits"] else "drops passes")
+        for each in report["machines"]
+    )  # fmt: skip
+    drops = (
+        (each["without"], f"{each['saves_s']:,.0f}", f"{each['total_s']:,.0f}")
+        for each in report["drops"]
+    )
+    lines = [
+        _table("the scored run on Kaggle|seconds||", machines),
+        _table("here, without|saves s|leaves s", drops),
+    ]
+    if report["drop_to_fit"]:
+        names = ", then ".join(report["drop_to_fit"])
+        lines.append(f"   To run the other passes in time here, drop {names}.")
+    return lines
+
+
+def _dice_line(dice: dict[str, Any]) -> str:
+    """The Dice over all pairs, over those with a defect and of each class."""
+    classes = "".join(f", class {label} {value:.3f}" for label, value in dice["per_class"].items())
+    return (
+        f"   Dice {dice['dice']:.3f} over all pairs, {dice['dice_non_empty']:.3f} over those "
+        f"with a defect{classes}; {dice['clean_left_empty']:.1%} of the clean strips left empty"
+    )
+
+
+def _ablation_table(ablation: dict[str, Any]) -> str:
+    rows = [
+        (
+            found["name"],
+            *(f"{found[key]:.4f}" for key in ("dice", "dice_non_empty", "clean_left_empty")),
+            f"{found['strip_s']:.3f}",
+            *(f"{found['best'][key]:.4f}" for key in ("dice", "dice_non_empty")),
+            f"{found['best']['threshold']:g}",
+            str(found["best"]["min_area"]),
+            "← proposed" if found["name"] == ablation["proposed"] else "",
+        )
+        for found in ablation["variants"]
+    ]
+    heads = f"of {ablation['strips']} strips|Dice|non-empty|clean|s/strip"
+    return _table(f"{heads}|at best|non-empty|threshold|min_area|", rows)
+
+
+def as_lines(report: dict[str, Any]) -> str:
+    """Return the report for the terminal, the verdict first."""
+    parts = [*_answer_lines(report), *_run_lines(report), *_scored_run_lines(report)]
+    if report["dice"]:
+        parts.append(_dice_line(report["dice"]))
+    if report["ablation"]:
+        parts.append(_ablation_table(report["ablation"]))
+    return "\n\n".join(parts)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def as_page(report: dict[str, Any], pictures: list[AnnotatedStrip]) -> str:
+    """Return the report as one HTML page that needs nothing but itself."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["zip"] = zip
+    per_class = report["dice"]["per_class"] if report["dice"] else {}
+    return environment.get_template("report.html").render(
+        report=report,
+        run=report["run"],
+        sums={key: sum_by(report["passes"], key) for key in ("member", "flip")},
+        named_classes=[(f"class {label}", value) for label, value in per_class.items()],
+        pictures=pictures,
+        colours=[f"rgb({red}, {green}, {blue})" for blue, green, red in COLOURS],
+    )

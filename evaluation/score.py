@@ -1,0 +1,75 @@
+"""Scores a bundle against ground truth: each member alone, and all members under all flips."""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.recorded import RecordedPasses
+from kernel.command import run_command
+from kernel.engines import pick_device
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import Image, read_image, size_of
+from kernel.logs import Stages, progress
+from kernel.manifest import load_manifest
+from kernel.mounts import list_images
+from training.ground_truth import check_names, decode_masks, read_truth
+from training.metrics import Masks, Scores
+
+
+def score_strip(ensemble: Ensemble, image: Image, truth: Masks, scores: dict[str, Scores]) -> None:
+    """Add one strip to every member's score, alone and without flips, and to the ensemble's.
+
+    In the ensemble the members' own passes come first, for they have run; of the others only those
+    run that can still change a mask.
+    """
+    recorded, passes = RecordedPasses(ensemble, image), list(enumerate(ensemble.passes))
+    for pass_id, each in passes:
+        if each.flip == "none":
+            recorded.record(pass_id)
+            scores[each.member].add(recorded.replay([pass_id]).masks, truth)
+    order = sorted((i for i, _ in passes), key=lambda i: i not in recorded.probabilities)
+    scores["ensemble"].add(recorded.replay(order).masks, truth)
+
+
+EXAMPLE = "  python evaluation/score.py --images data/steel/test_images --truth data/steel/test.csv"
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
+    add("--images", type=Path, required=True, help="folder of strips")
+    add("--truth", type=Path, required=True, help="a train.csv of these strips, either layout")
+    add("--out", type=Path, default=Path("scores.json"), help="updated after every strip")
+    return parser.parse_args(arguments)
+
+
+def score(args: argparse.Namespace) -> int:
+    """Score every strip of `--images`; those that `--truth` does not name are clean."""
+    truth, names = read_truth(args.truth), list_images(args.images)
+    check_names(truth, names, args.truth, args.images)
+    manifest = load_manifest(args.bundle)
+    ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+    scores: dict[str, Scores] = defaultdict(Scores)
+    for name in progress(names, "strips", "strip"):
+        image = read_image(args.images / name)
+        masks = decode_masks(truth, name, manifest.classes, size_of(image))
+        score_strip(ensemble, image, masks, scores)
+        summary = {member: each.summary() for member, each in scores.items()}
+        args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(args.out.read_text(encoding="utf-8"))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: score(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

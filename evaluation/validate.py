@@ -1,0 +1,40 @@
+"""Checks a submission against the sample that it answers; exit code 1 where Kaggle refuses it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from kernel.command import run_command
+from kernel.competition import N_CLASSES
+from kernel.mounts import read_sample
+from kernel.validator import check_submission
+
+EXAMPLE = "  python evaluation/validate.py submission.csv --sample sample_submission.csv"
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("submission", type=Path)
+    parser.add_argument("--sample", type=Path, required=True, help="the competition's own, mounted")
+    parser.add_argument("--images", type=Path, help="their folder, for other sizes than 256×1600")
+    return parser.parse_args(arguments)
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Print the findings; return 1 where Kaggle would refuse the submission."""
+    layout, pairs = read_sample(args.sample, None, N_CLASSES)
+    findings = check_submission(args.submission, layout.columns, pairs, args.images)
+    print("\n".join(findings.lines()))
+    return 1 if findings.errors else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: validate(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

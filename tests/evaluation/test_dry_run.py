@@ -1,0 +1,289 @@
+"""The dry run: the tree it makes, what it reports, and the whole path without SMP or a network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from helpers import (
+    ROOT,
+    all_bytes,
+    decode_by_hand,
+    error_of,
+    exit_code,
+    read_table,
+    run_script,
+    site_without_smp,
+)
+from run_records import PASSES, run_json
+
+from evaluation import dry_run
+from kernel.contact_sheet import BAR, GAP
+from kernel.manifest import load_manifest
+from training import synthetic
+
+
+@pytest.fixture(scope="module")
+def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tiny strips in the competition's layout, with test.csv."""
+    folder = tmp_path_factory.mktemp("strips") / "steel"
+    synthetic.write_competition(folder, train=0, test=3, seed=4, size=(64, 96))
+    return folder
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A dry run that has ended, and its bundle."""
+
+    bundle: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json holds."""
+        report: dict[str, Any] = json.loads((self.bundle / "report" / "report.json").read_text())
+        return report
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+    """The real command line, as its own process, with every option that needs a path."""
+    bundle = tmp_path_factory.mktemp("rehearsed") / "dist"
+    shutil.copytree(tiny_bundle, bundle)
+    passes = [entry | {"flops": [10**12, 10**12]} for entry in PASSES]  # a fast machine
+    from_kaggle = run_json(device="cuda", workers=2, passes=passes)
+    (bundle / "from_kaggle.json").write_text(json.dumps(from_kaggle))
+    done = run_script(
+        ROOT / "evaluation" / "dry_run.py",
+        *("--bundle", bundle.name, "--images", strips / "test_images"),
+        *("--ground-truth", strips / "test.csv", "--calibrate", bundle / "from_kaggle.json"),
+        cwd=bundle.parent,
+    )
+    return DryRun(bundle, done)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle, of this test's own."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "dist"))
+
+
+# --- what it leaves -------------------------------------------------------------------------------
+
+
+def test_a_dry_run_leaves_submission_picture_and_report(rehearsed: DryRun, strips: Path) -> None:
+    bundle, done = rehearsed.bundle, rehearsed.done
+    assert done.returncode == 0, done.stderr
+    rows = read_table(bundle / "report" / "submission.csv")
+    names = sorted(path.name for path in (strips / "test_images").iterdir())
+    assert list(rows["ImageId"]) == [name for name in names for _ in range(4)]
+    assert list(rows["ClassId"]) == ["1", "2", "3", "4"] * 3
+    stages = ("start", "import", "load", "decode", "encoders", "decoders", "sums", "RLE", "write")
+    for row in stages:
+        assert f"   {row} " in done.stdout
+    for row in ("unet-a", "fpn-b", "unet-c", "none", "horizontal", "vertical"):
+        assert f"   {row} " in done.stdout
+    assert "5,506 strips would take" in done.stdout
+    report = rehearsed.report
+    assert report["run"]["exit_code"] == 0
+    assert report["run"]["network_denied"] == bool(dry_run.network_denial())
+    assert 50e6 < report["run"]["peak_bytes"] < 50e9  # PyTorch alone is more than the one
+    run = json.loads((bundle / "report" / "run.json").read_text())
+    assert report["run"]["seconds"] > run["seconds"]
+    assert sum(row["share"] for row in report["stages"]) == pytest.approx(1)
+    assert sum(row["encoders"] for row in report["passes"]) == sum(
+        len(work["encoders"]) for work in run["work"].values()
+    )
+    assert 0 < report["dice"]["dice"] < 1
+
+
+def test_the_terminal_begins_with_the_verdict_and_ends_with_the_page(rehearsed: DryRun) -> None:
+    report, stdout = rehearsed.report, rehearsed.done.stdout
+    page = (rehearsed.bundle / "report" / "index.html").read_text()
+    assert report["verdict"].startswith("Ready for Kaggle: the run was clean, and 2×T4 would take")
+    assert report["budget_s"] == 3600
+    assert f"\n== {report['verdict']}\n" in stdout
+    assert f"<h1>{report['verdict']}</h1>" in page
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "dist/report/index.html" in stdout
+
+
+def test_a_calibration_counts_at_once_and_stays(
+    rehearsed: DryRun,
+) -> None:
+    bundle = rehearsed.bundle
+    report = rehearsed.report
+    calibrated = {machine["machine"]: machine["calibrated"] for machine in report["machines"]}
+    assert calibrated == {"2×T4": True, "one T4": False, "P100": False, "Kaggle's CPU": False}
+    assert list(json.loads((bundle / "calibration.json").read_text())) == ["2×T4"]
+
+
+def test_the_ground_truth_leads_to_a_proposal_and_changes_nothing_of_the_user_s(
+    rehearsed: DryRun, tiny_bundle: Path
+) -> None:
+    bundle, done = rehearsed.bundle, rehearsed.done
+    proposal = load_manifest(bundle / "report")
+    report = rehearsed.report
+    rows = {row["name"]: row for row in report["ablation"]["variants"]}
+    assert proposal.threshold == rows[report["ablation"]["proposed"]]["best"]["threshold"]
+    assert rows["all"]["dice"] == report["dice"]["dice"]  # every pass gives what the kernel gave
+    assert "← proposed" in done.stdout
+    for folder in ("dataset", "kernel"):
+        assert all_bytes(bundle / folder) == all_bytes(tiny_bundle / folder)
+
+
+def test_the_picture_colours_just_the_masks_of_the_submission(
+    rehearsed: DryRun, strips: Path
+) -> None:
+    bundle = rehearsed.bundle
+    sheet = cv2.imread(str(bundle / "report" / "contact_sheet.png"))
+    assert sheet is not None
+    rows = read_table(bundle / "report" / "submission.csv")
+    assert len(rows[rows.EncodedPixels != ""]) > 0
+    for index, (_, group) in enumerate(rows.groupby("ImageId", sort=True)):
+        found = np.any([decode_by_hand(rle, (64, 96)) for rle in group.EncodedPixels], axis=0)
+        top = index * (BAR + 64 + GAP) + BAR
+        drawn = sheet[top : top + 64, :96].astype(int)
+        coloured = np.ptp(drawn, axis=2) > 0
+        outlined = (drawn == 255).all(axis=2) | coloured  # outlines of the truth lie over masks
+        assert (found & ~outlined).sum() == 0
+        if not has_truth(strips, str(group.ImageId.iloc[0])):
+            np.testing.assert_array_equal(coloured, found)
+
+
+def has_truth(strips: Path, name: str) -> bool:
+    """Whether a strip has any ground truth, and so outlines in the picture."""
+    return name in (strips / "test.csv").read_text()
+
+
+# --- the tree -------------------------------------------------------------------------------------
+
+
+def test_the_tree_has_the_mounts_that_kaggle_makes(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    made = dry_run.make_kaggle_tree(tmp_path, tiny_bundle, strips / "test_images")
+    competition = tmp_path / "input" / "competitions" / "severstal-steel-defect-detection"
+    assert made == competition / "sample_submission.csv"
+    slug = json.loads((tiny_bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
+    assert (tmp_path / "input" / "datasets" / slug / "ensemble.json").is_file()
+    sample = made.read_text().splitlines()
+    assert sample[0] == "ImageId,EncodedPixels,ClassId"
+    assert len(sample) == 4
+    assert all(line.endswith(",1 409600,0") for line in sample[1:])
+    assert len(list((competition / "test_images").iterdir())) == 3
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--bundle", "nowhere"], "nowhere: no bundle there; build it with build_kernel.py first"),
+        (["--ground-truth", "test.csv"], "--ground-truth needs the --images that it is of"),
+        (["--images", "nowhere"], "nowhere: no such folder of images"),
+        (["--calibrate", "ensemble.json"], "ensemble.json: not a run.json of this kernel"),
+    ],
+    ids=["no bundle", "truth without images", "no images", "no run.json"],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    arguments: list[str], error: str, bundle: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(bundle / "dataset")
+    monkeypatch.setattr(dry_run, "run_kernel", lambda *_: pytest.fail("it ran"))
+    assert exit_code(dry_run.main, "--bundle", bundle, *arguments) == 2
+    assert error_of(capsys.readouterr().err).startswith(error)
+
+
+# --- runs that are not clean ----------------------------------------------------------------------
+
+
+def test_a_kernel_that_fails_is_not_ready(
+    bundle: Path, strips: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    member = next((bundle / "dataset").glob("*.safetensors"))
+    member.write_bytes(member.read_bytes()[:-1] + b"\0\0")
+    (bundle / "report").mkdir()
+    (bundle / "report" / "report.json").write_text("of an earlier run")
+    images = strips / "test_images"
+    assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == 1
+    captured = capfd.readouterr()
+    assert f"{member.name}: sha256" in captured.err
+    assert "== Not ready for Kaggle: the kernel ended with exit code 2" in captured.out
+    assert "Traceback" not in captured.err + captured.out
+    assert not list((bundle / "report").iterdir())
+
+
+def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "broken"
+    images.mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (images / name).write_bytes(b"")
+    truth = tmp_path / "train.csv"
+    truth.write_text("ImageId,ClassId,EncodedPixels\n1.jpg,1,1 2\n")
+    options = ("--images", images, "--ground-truth", truth, "--budget-s", 1200)
+    assert exit_code(dry_run.main, "--bundle", bundle, *options) == 1
+    out = capfd.readouterr().out
+    assert "none of 2 strips could be predicted" in out
+    assert "== Not ready for Kaggle: the run was not clean" in out
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    assert list(report["faults"]) == ["1.jpg", "2.jpg"]
+    assert report["budget_s"] == 1200
+    assert report["clean"]["ok"] is report["ready"] is False
+
+
+def test_a_submission_that_kaggle_would_refuse_is_not_ready(
+    bundle: Path, strips: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kernel = bundle / "kernel" / "inference.py"
+    code = kernel.read_text()
+    in_order = "for pair in pairs}"
+    assert code.count(in_order) == 1
+    kernel.write_text(code.replace(in_order, "for pair in list(pairs)[::-1]}"))
+    images = strips / "test_images"
+    assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == 1
+    out = capfd.readouterr().out
+    assert "== Not ready for Kaggle: submission.csv is invalid: row (" in out
+    assert "order" in out.partition("== Not ready")[2]
+
+
+# --- the whole path -------------------------------------------------------------------------------
+
+
+def test_the_whole_path_runs_without_smp_and_without_a_network(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    deny = dry_run.network_denial()
+    if not deny:
+        pytest.skip("this system does not allow a process to give up its network")
+    dry_run.make_kaggle_tree(tmp_path, tiny_bundle, strips / "test_images")
+    python = [getattr(sys, "_base_executable", sys.executable), "-S"]
+    bare = {"PYTHONPATH": str(site_without_smp(tmp_path / "site")), "PATH": os.environ["PATH"]}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*deny, *python, *arguments],
+            env=bare, cwd=tmp_path / "working", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert "No module named" in run("-c", "import segmentation_models_pytorch").stderr
+    assert "No module named" in run("-c", "import timm").stderr
+    reach = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
+    assert "unreachable" in run("-c", reach).stderr
+    kernel = str(tiny_bundle / "kernel" / "inference.py")
+    done = run(kernel, "--input", str(tmp_path / "input"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_table(tmp_path / "working" / "submission.csv")
+    assert len(rows) == 12
+    assert (rows.EncodedPixels != "").any()
