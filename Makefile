@@ -1,59 +1,74 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench fuzz soak mutants versions clean
+.PHONY: demo test lint coverage bench fuzz soak mutants versions clean help
 
-demo: .venv/installed  ## build the bundle and rehearse it on synthetic strips drawn on the spot
+# Without a GPU the members run on OpenVINO.
+OPENVINO := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo openvino)
+
+# $(call install,EXTRAS): this project and its EXTRAS into .venv; what pip prints goes to a log file.
+define install
+@$(PYTHON) -m venv .venv
+@$(BIN)/python -m pip install --constraint constraints.txt --editable '.$(if $(1),[$(1)])' \
+	>.venv/pip.log 2>&1 || { tail -n 20 .venv/pip.log; echo "pip failed: see .venv/pip.log"; exit 1; }
+@touch $@
+endef
+
+demo: .venv/installed-demo  ## build the bundle and run it as Kaggle does, on synthetic strips
 	@echo "== packing the members of weights/ into dist/"
-	$(BIN)/python build_kernel.py
+	@$(BIN)/python build_kernel.py $(addprefix --,$(OPENVINO))
 	@echo "== dry run: the packed kernel, as its own process, in a Kaggle-like tree"
-	$(BIN)/python kernel/dry_run.py
+	@$(BIN)/python evaluation/dry_run.py
+
+.venv/installed-demo: pyproject.toml constraints.txt
+	@echo "== installing what the demo needs into .venv: the first time takes minutes, for PyTorch"
+	$(call install,$(OPENVINO))
 
 test: lint  ## lint, types and every test
 	@echo "== tests"
-	$(BIN)/python -m pytest --ignore tests/test_engines.py
-	@echo "== tests of the engines, apart: OpenVINO and then training in one process ends in a segfault"
-	$(BIN)/python -m pytest tests/test_engines.py
+	$(BIN)/python -m pytest -n 2
 
-lint: .venv/installed
-	@echo "== ruff and mypy"
+lint: .venv/installed  ## ruff, mypy, and the one way that imports run between the rooms
+	@echo "== ruff, mypy and import-linter"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+coverage: .venv/installed  ## which lines no test reaches
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1|/' | column -t -s '|'
+
 .venv/installed: pyproject.toml constraints.txt
-	@echo "== installing into .venv: PyTorch alone is some gigabytes, so the first time takes minutes"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@echo "== installing what tests and lint need into .venv: the first time takes minutes"
+	$(call install,dev)
+	@touch .venv/installed-demo
 
 bench: .venv/installed  ## race the packed members against the ways in which others run them
 	@echo "== installing the peers: OpenVINO, ONNX Runtime"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@echo "== packing with OpenVINO's halves, then the race: minutes to an hour"
 	$(BIN)/python build_kernel.py --openvino --out dist
-	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/race.py
 
-fuzz: .venv/installed  ## what comes from files, at random: 100,000 cases, some minutes
-	@echo "== 20,000 cases of each of the five properties in tests/test_fuzz.py"
-	FUZZ=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+fuzz: .venv/installed  ## what comes from files, at random: 20,000 cases of each property
+	@echo "== 20,000 cases of each property of what comes from files, and of packed checkpoints"
+	FUZZ=20000 $(BIN)/python -m pytest tests/kernel/test_fuzz.py tests/packing/test_wrappings.py
 
 soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
-	SOAK=5506 $(BIN)/python -m pytest -s tests/test_soak.py
+	SOAK=5506 $(BIN)/python -m pytest -s tests/kernel/test_soak.py
 
 mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"
 	$(BIN)/python -m pip install --quiet mutmut
 	$(BIN)/python tests/mutants.py
 
-# All but packing, training, the report and what is the same on any version.
-KERNEL_TESTS := $(addprefix tests/test_, rle.py early_exit.py deadline.py mounts.py progress.py \
-	inference.py faults.py fuzz.py workers.py soak.py validate.py dry_run.py kaggle.py notebook.py)
-
 versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions; as on Kaggle: PYTHON=python3.12
-	@echo "== the kernel's tests, and then its engines'"
-	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest $(KERNEL_TESTS)
-	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest tests/test_engines.py
+	@echo "== the kernel's tests, and those of the packed kernel"
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest tests/kernel tests/evaluation/test_dry_run.py \
+		tests/packing/test_kaggle.py tests/packing/test_notebook.py
 
 .venv-oldest/installed: requirements-oldest.txt
 	@echo "== installing the oldest versions into .venv-oldest: minutes"
