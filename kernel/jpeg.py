@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 
 MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # ends entropy-coded data
@@ -37,7 +38,7 @@ def check_jpeg(data: bytes) -> None:
         raise ValueError(DAMAGED)
 
 
-def _decode(data: bytes) -> np.typing.NDArray[np.uint8]:
+def _decode(data: bytes) -> npt.NDArray[np.uint8]:
     picture = PIL.Image.open(io.BytesIO(data))
     picture.draft("L", picture.size)  # half the time: the colours are not needed
     return np.asarray(picture)
