@@ -214,6 +214,19 @@ def test_a_whole_network_is_named_as_one(
         read_checkpoint(tmp_path / "member.pt")
 
 
+def test_pytorchs_advice_to_run_code_is_never_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("Re-running `torch.load` with `weights_only` set to `False` will ...")
+
+    (tmp_path / "member.pt").write_bytes(raw_checkpoint())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match="no checkpoint that can be read; copy") as error:
+        read_checkpoint(tmp_path / "member.pt")
+    assert "weights_only" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["member.pth", "member.bin", "member"])
 def test_safetensors_are_read_under_any_name(name: str, network: nn.Module, tmp_path: Path) -> None:
     save_file(network.state_dict(), tmp_path / name)
