@@ -22,8 +22,6 @@ from kernel.members import Encoder, Member, load_member
 from packing import bundle
 from packing.members import pack_openvino
 
-pytestmark = pytest.mark.xdist_group("openvino")  # in one process: they are packed once
-
 
 @pytest.fixture(scope="module")
 def packed(session_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
