@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
-from kernel.logs import start_log
 from kernel.manifest import MANIFEST
 from packing.bundle import build
 from packing.metadata import find_owner
@@ -42,9 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    start_log()
-    args = parse_args(arguments)
-    run_command(lambda: run(args))
+    run_command(lambda: run(parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ class MemberSpec:
     std: list[float]
     sha256: str = ""  # of the file; empty before the bundle is built
     flops: list[int] = field(default_factory=lambda: [1, 1])  # of encoder and decoder, counted
-    image_size: tuple[int, int] | None = (
-        None  # (H, W) that strips are resized to; None: as they are
-    )
+    image_size: tuple[int, int] | None = None  # (H, W) of its own; None: the manifest's
     channels: list[int] | None = None  # the network's output of each class; None: in order
 
     @property
@@ -45,9 +43,7 @@ class Manifest:
     threshold: float = 0.55  # on the mean probability
     min_area: int = 0  # pixels; a class with fewer is left empty
     flips: tuple[str, ...] = ("none", "horizontal", "vertical")
-    image_size: tuple[int, int] | None = (
-        None  # (H, W) that strips are resized to; None: as they are
-    )
+    image_size: tuple[int, int] | None = None  # (H, W), strips are resized to it; None: are not
     empty_rows: bool = True  # three-column layout: write the rows of empty masks too
     competition: str = SLUG
     format: int = 1
@@ -101,10 +97,8 @@ def _is_text(value: object) -> bool:
 
 def _check_size(value: object) -> None:
     sides = value if isinstance(value, tuple) else ()
-    fits = value is None or (
-        len(sides) == 2 and all(_is_whole(side) and side > 0 for side in sides)
-    )
-    _expect(fits, "image_size", value, "[height, width], whole numbers above 0")
+    fits = len(sides) == 2 and all(_is_whole(side) and side > 0 for side in sides)
+    _expect(fits or value is None, "image_size", value, "[height, width], whole numbers above 0")
 
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
