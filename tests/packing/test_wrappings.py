@@ -207,7 +207,7 @@ AVERAGES: dict[str, tuple[Callable[[Weights, Weights], Any], str]] = {
     "two teachers": (lambda a, b: {"first": a, "second": b}, ""),  # refused
     "another network": (
         lambda a, b: {"model": a, "stage": {"encoder.w": torch.ones(2), "fc.w": torch.ones(2)}},
-        "stage.fc.w",
+        "stage",
     ),
 }
 
