@@ -60,7 +60,10 @@ def score(args: argparse.Namespace) -> int:
         image = read_image(args.images / name)
         masks = decode_masks(truth, name, manifest.classes, size_of(image))
         score_strip(ensemble, image, masks, scores)
-        summary = {member: each.summary() for member, each in scores.items()}
+        summary = {
+            member: each.summary() | {"intervals": each.intervals()}
+            for member, each in scores.items()
+        }
         args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(args.out.read_text(encoding="utf-8"))
     return 0

@@ -59,7 +59,7 @@ def add_experiment(
         "encoder": config.encoder,
         "decoder": config.arch,
         "steps": f"{config.crop_steps}+{config.whole_steps}",
-        **{key: summary[key] if scores.all_pairs else "" for key in figures},
+        **{key: summary[key] if scores.dices else "" for key in figures},
         "minutes": round(seconds / 60, 1),
         "comment": comment,
     }

@@ -41,7 +41,7 @@ def scores_of_a_submission(dataset: Path, strips: Path, folder: Path) -> dict[st
         found: Masks = np.stack([decode_by_hand(rows[name, label], SMALL) for label in LABELS])
         assert found.any()
         scores.add(found, decode_masks(truth, name, 4, SMALL))
-    return dict(scores.summary())
+    return scores.summary() | {"intervals": scores.intervals()}
 
 
 def test_the_ensemble_and_each_member_score_what_their_submissions_do(

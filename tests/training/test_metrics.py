@@ -1,5 +1,6 @@
 """Dice and its means against cases counted by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -65,7 +66,6 @@ def test_the_mean_over_all_pairs(three_strips: Scores) -> None:
 
 
 def test_the_mean_over_the_pairs_that_have_a_mask(three_strips: Scores) -> None:
-    assert three_strips.non_empty == pytest.approx((0.5 + 0) / 2)
     assert three_strips.summary()["dice_non_empty"] == 0.25
 
 
@@ -81,7 +81,7 @@ def test_the_mean_over_non_empty_pairs_weighs_pairs_and_not_classes() -> None:
     scores = Scores()
     scores.add(masks(4, 0), masks(4, 4))  # 1 and 0
     scores.add(masks(4, 0), masks(4, 0))  # 1
-    assert scores.non_empty == pytest.approx(2 / 3)
+    assert scores.summary()["dice_non_empty"] == pytest.approx(2 / 3, abs=1e-4)
 
 
 def test_predicting_nothing_scores_the_empty_pairs_only() -> None:
@@ -97,3 +97,23 @@ def test_a_mean_of_nothing_is_no_number() -> None:
     summary = Scores().summary()
     means = [summary[key] for key in ("dice", "dice_non_empty", "clean_left_empty")]
     assert all(isinstance(mean, float) and math.isnan(mean) for mean in means)
+
+
+def test_the_intervals_are_those_of_strips_drawn_again_and_again(three_strips: Scores) -> None:
+    """Of three strips all 27 draws can be listed: percentiles of the figure over them."""
+    dices, clean = [1.5 / 3, 3 / 3, 2 / 3], {1: 1.0, 2: 0.0}
+    draws = list(itertools.product(range(3), repeat=3))
+    means = [np.mean([dices[i] for i in draw]) for draw in draws]
+    kept = [[clean[i] for i in draw if i in clean] for draw in draws]
+    shares = [np.mean(values) for values in kept if values]
+    found = three_strips.intervals()
+    for key, values in (("dice", means), ("clean_left_empty", shares)):
+        ends = np.percentile(values, [2.5, 97.5], method="inverted_cdf")  # a value, none between
+        assert found[key] == pytest.approx(ends.tolist(), abs=1e-4)
+    assert found["dice_non_empty"] == [0.25, 0.25]  # one strip has the two pairs: no spread
+
+
+def test_an_interval_of_what_no_strip_tells_is_left_out() -> None:
+    scores = Scores()
+    scores.add(masks(0, 2), masks(0, 2))
+    assert set(scores.intervals()) == {"dice", "dice_non_empty"}

@@ -66,7 +66,7 @@ def test_validation_scores_the_gated_member_on_whole_strips(
         gated = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
         expected.add((gated[0] > 0.55).numpy(), masks)
     assert scores.summary() == expected.summary()
-    assert len(scores.all_pairs) == 12
+    assert sum(map(len, scores.dices)) == 12
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
