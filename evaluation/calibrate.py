@@ -1,0 +1,179 @@
+"""Calibrate an ensemble's two heads: by how much to shift their logits, all members alike.
+
+A member's Dice alone says little of what it adds to a mean that has to pass a threshold: members
+that keep to what they are sure of lose recall together. So both heads are shifted by the kernel's
+own arithmetic: the mean of every pass of sigmoid(mask + A) × sigmoid(presence + B), cut at the
+manifest's threshold. The shifts are searched for on strips that no member has seen, and scored by
+leaving one strip out: what is chosen on some strips looks better on them than it is.
+
+`--write FOLDER` copies the checkpoints of `--weights` there with the shifts in their biases.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from evaluation.recorded import RecordedPasses
+from kernel.command import run_command
+from kernel.engines import pick_device
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import read_image, size_of
+from kernel.logs import Stages, log, progress
+from kernel.manifest import load_manifest
+from kernel.mounts import list_images
+from training.ground_truth import check_names, decode_masks, read_truth
+from training.heads import shift_checkpoint
+from training.metrics import Floats, Masks, dice_of
+
+MASK_SHIFTS = tuple(step / 2 for step in range(-4, 11))  # added to every mask logit
+GATE_SHIFTS = tuple(step / 2 for step in range(-8, 11))  # and to every presence logit
+SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
+
+EXAMPLE = """\
+  python evaluation/calibrate.py --images data/split/held_out/train_images \\
+      --truth data/split/held_out/train.csv --weights weights --write data/calibrated
+"""
+
+
+@dataclass
+class ShiftCounts:
+    """Pixels that each pair of shifts finds, and how many of them are true, of all strips."""
+
+    areas: list[npt.NDArray[np.int64]] = field(default_factory=list)  # (A, B, classes) a strip
+    both: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    truth: list[npt.NDArray[np.int64]] = field(default_factory=list)  # (classes,)
+
+    def add(self, gates: Tensor, probabilities: Tensor, truth: Masks, threshold: float) -> None:
+        """Add a strip: every pass's gates (passes, classes) and probabilities (…, H, W)."""
+        mask_logits = torch.logit(probabilities / gates.clamp_min(1e-30)[..., None, None], SURE)
+        gate_logits, wanted = torch.logit(gates, SURE), torch.from_numpy(truth)
+        areas, both = [], []
+        for mask_shift in MASK_SHIFTS:
+            masks = torch.sigmoid(mask_logits + mask_shift)
+            for gate_shift in GATE_SHIFTS:
+                weights = torch.sigmoid(gate_logits + gate_shift) / len(gates)
+                found = torch.einsum("pchw,pc->chw", masks, weights) > threshold
+                areas.append(found.sum(dim=(1, 2)))
+                both.append((found & wanted).sum(dim=(1, 2)))
+        shape = len(MASK_SHIFTS), len(GATE_SHIFTS), -1
+        self.areas.append(torch.stack(areas).view(shape).numpy())
+        self.both.append(torch.stack(both).view(shape).numpy())
+        self.truth.append(truth.sum(axis=(1, 2)))
+
+    def dice(self) -> Floats:
+        """Return Dice (A, B, strips, classes)."""
+        areas, both = np.stack(self.areas, axis=2), np.stack(self.both, axis=2)
+        return dice_of(both, areas + np.stack(self.truth))
+
+
+def best_shifts(dice: Floats) -> tuple[int, int]:
+    """Return the position of the highest mean of Dice (A, B, strips, classes), smoothed.
+
+    A few strips give a jagged surface, so a position counts with its eight neighbours.
+    """
+    padded = np.pad(dice.mean(axis=(2, 3)), 1, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
+    smooth = windows.mean(axis=(2, 3))
+    row, column = np.unravel_index(smooth.argmax(), smooth.shape)
+    return int(row), int(column)
+
+
+def describe(dice: Floats, truth: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Return the figures of Dice (strips, classes), given the true areas."""
+    return {
+        "dice": round(float(dice.mean()), 4),
+        "dice_non_empty": round(float(dice[truth > 0].mean()), 4),
+        "clean_left_empty": round(
+            float((dice[(truth == 0).all(axis=1)] == 1).all(axis=1).mean()), 4
+        ),
+    }
+
+
+def summarise(counts: ShiftCounts) -> dict[str, object]:
+    """Return the shifts to take, and the figures without them, with them, and left one out."""
+    dice, truth = counts.dice(), np.stack(counts.truth)
+    row, column = best_shifts(dice)
+    left_out = [
+        dice[*best_shifts(np.delete(dice, strip, axis=2)), strip] for strip in range(len(truth))
+    ]
+    now = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
+    return {
+        "strips": len(truth),
+        "mask_shift": MASK_SHIFTS[row],
+        "gate_shift": GATE_SHIFTS[column],
+        "as it is": describe(dice[now], truth),
+        "shifted": describe(dice[row, column], truth),
+        "shifted, chosen without the strip": describe(np.stack(left_out), truth),
+    }
+
+
+@torch.inference_mode()
+def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
+    """Run every pass of every strip, and count under every pair of shifts."""
+    manifest, counts = ensemble.manifest, ShiftCounts()
+    named, names = read_truth(truth), list_images(images)
+    check_names(named, names, truth, images)
+    for name in progress(names, "strips", "strip"):
+        image = read_image(images / name)
+        recorded = RecordedPasses(ensemble, image)
+        for pass_id in range(len(ensemble.passes)):
+            recorded.record(pass_id)
+        gates = torch.cat([recorded.encoded[i][0].float().cpu() for i in recorded.encoded])
+        found = torch.cat([recorded.probabilities[i].cpu() for i in recorded.encoded])
+        masks = decode_masks(named, name, manifest.classes, size_of(image))
+        counts.add(gates, found, masks, manifest.threshold)
+    return counts
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
+    add("--images", type=Path, help="folder of strips that no member has seen")
+    add("--truth", type=Path, help="a train.csv of these strips, either layout")
+    about = "take these instead of searching, as found on other strips by the same recipe"
+    add("--shifts", type=float, nargs=2, metavar=("A", "B"), help=about)
+    add("--weights", type=Path, default=Path("weights"), help="the checkpoints (default weights)")
+    add("--write", type=Path, metavar="FOLDER", help="where the shifted checkpoints go")
+    args = parser.parse_args(arguments)
+    if args.shifts is None and not (args.images and args.truth):
+        parser.error("either --images and --truth, or --shifts")
+    return args
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Find the shifts, print them and what they score; write the checkpoints if asked."""
+    shifts = args.shifts
+    if shifts is None:
+        manifest = load_manifest(args.bundle)
+        ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+        found = summarise(count_strips(ensemble, args.images, args.truth))
+        print(json.dumps(found, indent=2))
+        shifts = found["mask_shift"], found["gate_shift"]
+    if args.write:
+        for path in sorted(args.weights.glob("*.safetensors")):
+            shift_checkpoint(path, args.write / path.name, *shifts)
+            log.info("%s: mask logits %+g, presence logits %+g", args.write / path.name, *shifts)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: calibrate(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Calibration: what a shift finds is what the kernel finds with shifted checkpoints."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    LABELS,
+    SMALL,
+    change_manifest,
+    decode_by_hand,
+    error_of,
+    exit_code,
+    predict,
+    read_manifest,
+    read_submission,
+)
+from safetensors.torch import load_file
+
+from evaluation import calibrate
+from evaluation.calibrate import GATE_SHIFTS, MASK_SHIFTS, ShiftCounts, best_shifts, count_strips
+from kernel.engines import pick_device
+from kernel.ensemble import load_ensemble
+from kernel.logs import Stages
+from kernel.manifest import load_manifest
+from training import synthetic
+from training.heads import shift_checkpoint
+
+
+@pytest.fixture(scope="module")
+def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tiny strips in the competition's layout, with test.csv."""
+    folder = tmp_path_factory.mktemp("strips")
+    synthetic.write_competition(folder, train=0, test=3, seed=4, size=SMALL)
+    return folder
+
+
+def masks_of(dataset: Path, strips: Path) -> ShiftCounts:
+    ensemble = load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
+    return count_strips(ensemble, strips / "test_images", strips / "test.csv")
+
+
+def shift_bundle(dataset: Path, mask_shift: float, gate_shift: float) -> None:
+    entries = read_manifest(dataset)
+    for member in entries["members"]:
+        path = dataset / member["file"]
+        shift_checkpoint(path, path, mask_shift, gate_shift)
+        member["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    change_manifest(dataset, members=entries["members"])
+
+
+def test_a_pair_of_shifts_finds_what_the_shifted_checkpoints_find(
+    dataset: Path, strips: Path
+) -> None:
+    row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2.5)
+    found = masks_of(dataset, strips)
+    before = masks_of(dataset, strips).dice()[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
+    shift_bundle(dataset, 1, 2.5)
+    zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
+    shifted = masks_of(dataset, strips)
+    for counted, expected in zip(found.areas, shifted.areas, strict=True):
+        assert counted[row, column].sum() > 0
+        np.testing.assert_allclose(counted[row, column], expected[zero], rtol=0.01, atol=3)
+    assert not np.allclose(found.dice()[row, column], before)  # the shifts do something
+
+
+def test_without_shifts_the_counts_are_the_kernels(dataset: Path, strips: Path) -> None:
+    """Of the submission that the kernel itself writes."""
+    predict(dataset, strips / "test_images", dataset / "submission.csv")
+    rows = read_submission(dataset / "submission.csv")
+    names = sorted({name for name, _ in rows})
+    expected = [[decode_by_hand(rows[n, c], SMALL).sum() for c in LABELS] for n in names]
+    found = [
+        each[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)] for each in masks_of(dataset, strips).areas
+    ]
+    np.testing.assert_allclose(found, expected, atol=2)
+    assert np.sum(expected) > 0
+
+
+def test_the_best_shifts_are_those_of_a_plateau_and_not_of_a_spike() -> None:
+    dice = np.zeros((len(MASK_SHIFTS), len(GATE_SHIFTS), 2, 4))
+    dice[1, 1] = 1  # alone
+    dice[6:9, 4:7] = 0.8
+    assert best_shifts(dice) == (7, 5)
+
+
+def test_shifted_checkpoints_keep_all_but_two_biases(session_weights: Path, tmp_path: Path) -> None:
+    source = session_weights / "unet-a.safetensors"
+    shift_checkpoint(source, tmp_path / "new" / "a.safetensors", 0.5, -1.5)
+    before, after = load_file(source), load_file(tmp_path / "new" / "a.safetensors")
+    changed = {key: (after[key] - before[key]).float() for key in before}
+    moved = {key: float(value.mean()) for key, value in changed.items() if value.any()}
+    assert moved == pytest.approx(
+        {"segmentation_head.0.bias": 0.5, "classification_head.3.bias": -1.5}, abs=1e-2
+    )
+
+
+def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
+    dataset: Path,
+    session_weights: Path,
+    strips: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [
+        "--bundle",
+        dataset,
+        "--images",
+        strips / "test_images",
+        "--truth",
+        strips / "test.csv",
+    ]
+    written = ["--weights", session_weights, "--write", tmp_path / "out"]
+    assert exit_code(calibrate.main, *options, *written) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("{") :])
+    assert found["shifted"]["dice"] >= found["as it is"]["dice"] - 0.05
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in session_weights.glob("*.safetensors")
+    }
+    key = "segmentation_head.0.bias"
+    before = load_file(session_weights / "unet-a.safetensors")[key]
+    after = load_file(tmp_path / "out" / "unet-a.safetensors")[key]
+    assert (after - before).float().mean() == pytest.approx(found["mask_shift"], abs=0.02)
+
+
+def test_a_checkpoint_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.safetensors").write_text("no weights")
+    options = ["--shifts", 1, 1, "--weights", tmp_path, "--write", tmp_path / "out"]
+    assert exit_code(calibrate.main, *options) == 2
+    assert "a.safetensors" in error_of(capsys.readouterr().err)
