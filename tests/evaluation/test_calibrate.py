@@ -25,21 +25,12 @@ from kernel.engines import pick_device
 from kernel.ensemble import load_ensemble
 from kernel.logs import Stages
 from kernel.manifest import load_manifest
-from training import synthetic
 from training.heads import shift_checkpoint
 
 
-@pytest.fixture(scope="module")
-def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny strips in the competition's layout, with test.csv."""
-    folder = tmp_path_factory.mktemp("strips")
-    synthetic.write_competition(folder, train=0, test=3, seed=4, size=SMALL)
-    return folder
-
-
-def masks_of(dataset: Path, strips: Path) -> ShiftCounts:
+def masks_of(dataset: Path, labelled_strips: Path) -> ShiftCounts:
     ensemble = load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
-    return count_strips(ensemble, strips / "test_images", strips / "test.csv")
+    return count_strips(ensemble, labelled_strips / "test_images", labelled_strips / "test.csv")
 
 
 def shift_bundle(dataset: Path, mask_shift: float, gate_shift: float) -> None:
@@ -52,28 +43,29 @@ def shift_bundle(dataset: Path, mask_shift: float, gate_shift: float) -> None:
 
 
 def test_a_pair_of_shifts_finds_what_the_shifted_checkpoints_find(
-    dataset: Path, strips: Path
+    dataset: Path, labelled_strips: Path
 ) -> None:
     row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2.5)
-    found = masks_of(dataset, strips)
-    before = masks_of(dataset, strips).dice()[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
+    found = masks_of(dataset, labelled_strips)
+    before = masks_of(dataset, labelled_strips).dice()[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
     shift_bundle(dataset, 1, 2.5)
     zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
-    shifted = masks_of(dataset, strips)
+    shifted = masks_of(dataset, labelled_strips)
     for counted, expected in zip(found.areas, shifted.areas, strict=True):
         assert counted[row, column].sum() > 0
         np.testing.assert_allclose(counted[row, column], expected[zero], rtol=0.01, atol=3)
     assert not np.allclose(found.dice()[row, column], before)  # the shifts do something
 
 
-def test_without_shifts_the_counts_are_the_kernels(dataset: Path, strips: Path) -> None:
+def test_without_shifts_the_counts_are_the_kernels(dataset: Path, labelled_strips: Path) -> None:
     """Of the submission that the kernel itself writes."""
-    predict(dataset, strips / "test_images", dataset / "submission.csv")
+    predict(dataset, labelled_strips / "test_images", dataset / "submission.csv")
     rows = read_submission(dataset / "submission.csv")
     names = sorted({name for name, _ in rows})
     expected = [[decode_by_hand(rows[n, c], SMALL).sum() for c in LABELS] for n in names]
     found = [
-        each[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)] for each in masks_of(dataset, strips).areas
+        each[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
+        for each in masks_of(dataset, labelled_strips).areas
     ]
     np.testing.assert_allclose(found, expected, atol=2)
     assert np.sum(expected) > 0
@@ -100,7 +92,7 @@ def test_shifted_checkpoints_keep_all_but_two_biases(session_weights: Path, tmp_
 def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
     dataset: Path,
     session_weights: Path,
-    strips: Path,
+    labelled_strips: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -108,9 +100,9 @@ def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
         "--bundle",
         dataset,
         "--images",
-        strips / "test_images",
+        labelled_strips / "test_images",
         "--truth",
-        strips / "test.csv",
+        labelled_strips / "test.csv",
     ]
     written = ["--weights", session_weights, "--write", tmp_path / "out"]
     assert exit_code(calibrate.main, *options, *written) == 0

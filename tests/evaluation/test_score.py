@@ -18,24 +18,18 @@ from helpers import (
 )
 
 from evaluation import score
-from training import synthetic
 from training.ground_truth import decode_masks, read_truth
 from training.metrics import Masks, Scores
 
 
-@pytest.fixture(scope="module")
-def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny strips in the competition's layout, with test.csv."""
-    folder = tmp_path_factory.mktemp("strips")
-    synthetic.write_competition(folder, train=0, test=2, seed=4, size=SMALL)
-    return folder
-
-
-def scores_of_a_submission(dataset: Path, strips: Path, folder: Path) -> dict[str, object]:
+def scores_of_a_submission(dataset: Path, labelled_strips: Path, folder: Path) -> dict[str, object]:
     """What the kernel's own submission of these strips scores."""
     folder.mkdir()
-    predict(dataset, strips / "test_images", folder / "submission.csv")
-    rows, truth = read_submission(folder / "submission.csv"), read_truth(strips / "test.csv")
+    predict(dataset, labelled_strips / "test_images", folder / "submission.csv")
+    rows, truth = (
+        read_submission(folder / "submission.csv"),
+        read_truth(labelled_strips / "test.csv"),
+    )
     scores = Scores()
     for name in sorted({name for name, _ in rows}):
         found: Masks = np.stack([decode_by_hand(rows[name, label], SMALL) for label in LABELS])
@@ -45,25 +39,34 @@ def scores_of_a_submission(dataset: Path, strips: Path, folder: Path) -> dict[st
 
 
 def test_the_ensemble_and_each_member_score_what_their_submissions_do(
-    dataset: Path, strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A member alone is a bundle of that member without flips."""
     out = tmp_path / "scores.json"
-    options = ("--images", strips / "test_images", "--truth", strips / "test.csv", "--out", out)
+    options = (
+        "--images",
+        labelled_strips / "test_images",
+        "--truth",
+        labelled_strips / "test.csv",
+        "--out",
+        out,
+    )
     assert exit_code(score.main, "--bundle", dataset, *options) == 0
     scores = json.loads(out.read_text())
     assert capsys.readouterr().out.strip().endswith(out.read_text().strip())
     assert set(scores) == {"ensemble", "fpn-b", "unet-a", "unet-c"}
-    assert scores["ensemble"] == scores_of_a_submission(dataset, strips, tmp_path / "ensemble")
+    assert scores["ensemble"] == scores_of_a_submission(
+        dataset, labelled_strips, tmp_path / "ensemble"
+    )
     for entry in read_manifest(dataset)["members"]:
         change_manifest(dataset, members=[entry], flips=["none"])
-        expected = scores_of_a_submission(dataset, strips, tmp_path / entry["name"])
+        expected = scores_of_a_submission(dataset, labelled_strips, tmp_path / entry["name"])
         assert scores[entry["name"]] == expected
 
 
 def test_a_ground_truth_that_is_missing_is_one_line_and_code_2(
-    dataset: Path, strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--images", strips / "test_images", "--truth", tmp_path / "no.csv")
+    options = ("--images", labelled_strips / "test_images", "--truth", tmp_path / "no.csv")
     assert exit_code(score.main, "--bundle", dataset, *options) == 2
     assert "no.csv" in error_of(capsys.readouterr().err)
