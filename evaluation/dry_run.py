@@ -110,6 +110,13 @@ def check_answer(submission: Path, sample: Path, classes: int) -> Check:
     return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
 
 
+def check_ended(working: Path) -> Check:
+    """Return whether the run ended by itself: its watchdog leaves no run.json."""
+    if (working / "run.json").is_file():
+        return Check(None, "the kernel ended by itself")
+    return Check(False, "a pass hung until the budget was spent, and the watchdog ended the run")
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
@@ -163,6 +170,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     if result.exit_code == 0:
         classes = load_manifest(run.dataset).classes
         checks.append(check_answer(working / "submission.csv", sample, classes))
+        checks.append(check_ended(working))
     if not is_clean(checks):  # there is nothing to draw or to time
         failed = "; ".join(check.words for check in checks if check.ok is False)
         print(f"\n== Not ready for Kaggle: {failed}; see its lines above")
