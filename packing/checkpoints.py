@@ -155,6 +155,15 @@ def normalisation_of(name: str) -> str:
     return next((kind for kind in ("mean", "std") if words & {kind, f"{kind}s"}), "")
 
 
+def is_outside_layer(name: str) -> bool:
+    """Return whether a tensor's name is that of a layer's weight in no network, nor in a loss."""
+    return (
+        name.rpartition(".")[2] == "weight"
+        and not list(_prefixes(name))
+        and not words_of(name) & LOSSES
+    )
+
+
 # --- choosing -------------------------------------------------------------------------------------
 
 
@@ -172,12 +181,13 @@ def _own_ancestors(prefix: str, networks: Mapping[str, object]) -> list[str]:
 
 def _is_average(prefix: str, networks: Mapping[str, object], tree: _Tree) -> bool:
     """Whether a network is an average over the training steps: by its name, or by a counter."""
+    # Lightning's WeightAveraging and mmengine's EMAHook put the average in the plain weights' place
+    swapped = any(other.startswith("current_model_state.") for other in networks)
+    if swapped or "ema_state_dict.steps" in tree.numbers:
+        return prefix.startswith("state_dict.")
     own = _own_ancestors(prefix, networks)
     named = any(words_of(each.split(".")[-2]) & AVERAGES for each in own if each)
-    counted = any(f"{each}n_averaged" in tree.numbers for each in own)
-    # Lightning's WeightAveraging puts the average in the plain weights' place
-    swapped = any(other.startswith("current_model_state.") for other in networks)
-    return named or counted or (swapped and prefix.startswith("state_dict."))
+    return named or any(f"{each}n_averaged" in tree.numbers for each in own)
 
 
 def _is_unready(prefix: str, networks: Mapping[str, object], tree: _Tree) -> bool:

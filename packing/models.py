@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernel.manifest import MemberSpec
 from kernel.members import build_network
-from packing.checkpoints import Checkpoint, is_plain, normalisation_of
+from packing.checkpoints import Checkpoint, is_outside_layer, is_plain, normalisation_of
 from packing.old_names import rename_old, widen_head
 from packing.reading import weights_file
 
@@ -273,6 +273,31 @@ def check_normalisation(checkpoint: Checkpoint, spec: MemberSpec) -> None:
             raise ValueError(
                 f"{where} is {[round(each, 4) for each in found]}, the manifest's {kind} is "
                 f"{declared[kind]}; write what it was trained with, or save it without that"
+            )
+
+
+# --- layers around the network --------------------------------------------------------------------
+
+
+def check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
+    """Refuse a trained layer outside the network that fits before its input or behind its masks.
+
+    A stem, or a layer that refines the masks, changes the answer, and the kernel has none. Others
+    are named in the build's table.
+
+    Raises:
+        ValueError: the first such layer, by its name.
+    """
+    channels, classes = model.get("in_channels", 3), model.get("classes", 1)  # SMP's defaults
+    for name, weight in checkpoint.left_out.items():
+        before = weight.shape[:1] == (channels,)
+        behind = weight.ndim == 4 and weight.shape[1] == classes
+        if is_outside_layer(name) and (before or behind):
+            raise ValueError(
+                f"{checkpoint.path}: {name}, as {tuple(weight.shape)}, is a layer outside the "
+                f"network that fits {'before its input' if before else 'behind its masks'}: what "
+                "it does would be lost; train without it, or save the network alone where its "
+                "output does not need it: torch.save(network.state_dict(), 'member.pt')"
             )
 
 

@@ -15,6 +15,7 @@ from kernel.members import build_network
 from packing.checkpoints import Checkpoint, read_checkpoint
 from packing.models import (
     check_config,
+    check_layers,
     check_normalisation,
     check_options,
     likely_model,
@@ -488,3 +489,43 @@ def test_a_mean_that_was_saved_as_a_number_is_held_against_the_manifest(
     words = rf"member\.ckpt's {form}: mean is \[0\.5\], the manifest's mean is \[0\.34\]"
     with pytest.raises(ValueError, match=words):
         check_normalisation(read_checkpoint(path), GREY)
+
+
+# --- layers around the network --------------------------------------------------------------------
+
+
+def with_layer(name: str, *shape: int) -> Checkpoint:
+    return Checkpoint(Path("member.pt"), {}, [], {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "place"),
+    [
+        ("state_dict.stem.weight", (3, 1, 1, 1), "before its input"),
+        ("adapter.2.weight", (3, 16, 3, 3), "before its input"),
+        ("input_norm.weight", (3,), "before its input"),
+        ("net.refine.weight", (8, 4, 3, 3), "behind its masks"),
+    ],
+)
+def test_a_layer_around_the_network_is_refused(
+    name: str, shape: tuple[int, ...], place: str
+) -> None:
+    words = rf"member\.pt: {name}, as .*outside the network that fits {place}: .*train without it"
+    with pytest.raises(ValueError, match=words):
+        check_layers(with_layer(name, *shape), {"in_channels": 3, "classes": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("classifier.weight", (4, 512)),  # it reads features
+        ("second.conv1.weight", (64, 3, 7, 7)),  # a second model
+        ("criterion.weight", (3,)),
+        ("optimizer.state.0.exp_avg", (3, 1, 1, 1)),
+        ("ema.module.encoder.conv1.weight", (3, 1, 1, 1)),  # another copy's
+    ],
+)
+def test_what_does_not_stand_around_the_network_is_named_only(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    check_layers(with_layer(name, *shape), {"in_channels": 3, "classes": 4})
