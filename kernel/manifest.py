@@ -140,7 +140,8 @@ def _check_model(model: dict[str, Any]) -> None:
         if options.get("activation") is not None:
             raise ValueError(
                 f"{where}'s activation {options['activation']!r}: the kernel applies the sigmoid, "
-                "so a packed network gives logits"
+                "so a packed network gives logits; remove it where the network was trained through "
+                "a sigmoid, else train it so"
             )
 
 

@@ -321,22 +321,27 @@ def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict
     faults = _differences(weights, wanted) or ["does not load"]
     head = [key for key in weights if key.startswith("classification_head.")]
     unexpected = [key for key in weights if key not in wanted]
-    if len(unexpected) == len(faults) and unexpected == head:
+    if len(unexpected) < len(faults):
+        return (
+            f"{faults[0]}; {len(faults)} keys differ from the declared model; "
+            f"{likely_model(weights, model)}"
+        )
+    if unexpected == head:
         classes = weights[head[-1]].shape[0] if weights[head[-1]].ndim else "?"
         return (
             f"{faults[0]}: a presence head was trained, and model declares none; write "
             f'"aux_params": {{"classes": {classes}, "pooling": "avg" or "max"}} as it was trained, '
             "or save the network without it"
         )
-    if len(unexpected) == len(faults):
+    if all(".attention.cSE." in key or ".attention.sSE." in key for key in unexpected):
         return (
-            f"{faults[0]}; SMP's {model['arch']} has all its weights there and no layer of that "
-            f"name ({len(faults)} in all): what it does would be lost; train without it, or save "
-            "the network without it where its output does not need it"
+            f"{faults[0]}: an attention was trained, and model declares none; write "
+            '"decoder_attention_type": "scse"'
         )
     return (
-        f"{faults[0]}; {len(faults)} keys differ from the declared model; "
-        f"{likely_model(weights, model)}"
+        f"{faults[0]}; SMP's {model['arch']} has all its weights there and no layer of that "
+        f"name ({len(faults)} in all): what it does would be lost; train without it, or save "
+        "the network without it where its output does not need it"
     )
 
 
@@ -353,10 +358,10 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     path, weights = checkpoint.path, checkpoint.weights
     try:
         network = _build_declared(model)
+        renamed = rename_old(weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     wanted = network.state_dict()
-    renamed = rename_old(weights)
     old = "names of SMP 0.0.x (2019), taken as today's" if renamed.keys() != weights.keys() else ""
     if old:
         widen_head(renamed, wanted)

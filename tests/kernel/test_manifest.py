@@ -95,7 +95,10 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no flops": ({"flops": [0, 1]}, "flops .*encoder's and its decoder's"),
     "no architecture": ({"model": {"encoder_name": "resnet34"}}, "lacks arch or encoder_name"),
     "an architecture of null": ({"model": model(arch=None)}, "model's arch None, expected text"),
-    "an activation": ({"model": model(activation="sigmoid")}, "model's activation 'sigmoid'"),
+    "an activation": (
+        {"model": model(activation="softmax2d")},
+        "model's activation 'softmax2d': .*; remove it where .* through a sigmoid, else train it",
+    ),
     "an activation of gates": (
         {"model": with_aux(activation="sigmoid")},
         "aux_params's activation 'sigmoid'",

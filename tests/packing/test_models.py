@@ -183,6 +183,16 @@ def test_a_layer_in_the_network_that_smp_has_not_is_refused(network: nn.Module) 
         load_into_model(Checkpoint(Path("member.pt"), weights, []), MODEL)
 
 
+def test_an_undeclared_attention_names_the_option() -> None:
+    declared = tiny_model() | {"decoder_channels": [16] * 5}
+    trained = random_network(declared | {"decoder_attention_type": "scse"}, seed=3).state_dict()
+    words = (
+        r"unexpected .*attention.*: an attention was trained.*\"decoder_attention_type\": \"scse\""
+    )
+    with pytest.raises(ValueError, match=words):
+        load_into_model(Checkpoint(Path("member.pt"), trained, []), declared)
+
+
 # --- old names ------------------------------------------------------------------------------------
 
 
@@ -294,6 +304,18 @@ def test_a_checkpoint_of_2019_under_another_architecture_is_told_its_own() -> No
     words = r"names of SMP 0\.0\.x.*it looks like Unet with encoder resnet18"
     with pytest.raises(ValueError, match=words):
         load_into_model(Checkpoint(Path("member.pt"), dict(old), []), model | {"arch": "FPN"})
+
+
+def test_the_attention_of_2019_is_named_for_what_it_is() -> None:
+    """Its spatial gate had as many channels as the features, today's has one."""
+    model = {"arch": "Unet", "encoder_name": "resnet18", "in_channels": 3, "classes": 4}
+    encoder: Any = build_network(model).encoder
+    old = nn.ModuleDict({"encoder": encoder, "decoder": OldDecoder(4)}).state_dict()
+    weights = dict(old) | {"decoder.layer1.attention2.sSE.0.weight": torch.ones(256, 256, 1, 1)}
+    words = r"member\.pt: decoder\.layer1.*\(256, 256, 1, 1\): the scse attention of SMP 0\.0\.x.*"
+    for declared in (model, model | {"decoder_attention_type": "scse"}):
+        with pytest.raises(ValueError, match=words + "train it again"):
+            load_into_model(Checkpoint(Path("member.pt"), weights, []), declared)
 
 
 # --- options --------------------------------------------------------------------------------------
