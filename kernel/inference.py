@@ -8,6 +8,7 @@ section each, this one last.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -62,7 +63,9 @@ def open_submission(options: Options, task: Task) -> Submission:
         raise ValueError(
             f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
         )
-    output = options.output.resolve()  # a link stays, and what it points to is replaced
+    output = Path(
+        os.path.realpath(options.output)
+    )  # a link stays, and what it points to is replaced
     submission = Submission(output, task.layout, task.pairs)
     submission.save()
     return submission

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ UPDATES = (
     "num_updates",
     "optimization_step",
     "initted",
+    "updates",
 )  # 0: the network it began as
 LOSSES = {"loss", "losses", "criterion", "metric", "metrics"}
 MAX_LISTED = 3  # tensors of one group by name
@@ -62,6 +64,8 @@ def _walk(node: object, prefix: str = "", home: str = "") -> Iterator[tuple[str,
     """Every dictionary and leaf of nested dictionaries and lists: dotted name, value, home."""
     if isinstance(node, argparse.Namespace):  # timm's arguments
         node = vars(node)
+    if isinstance(node, np.ndarray) and node.dtype.kind in "fiu":
+        node = torch.as_tensor(node)
     if isinstance(node, Mapping):
         yield prefix.removesuffix("."), node, home
         for key, value in node.items():
@@ -195,7 +199,7 @@ def _is_unready(prefix: str, networks: Mapping[str, object], tree: _Tree) -> boo
 
     Lightning's StochasticWeightAveraging gives its average the statistics when training ends.
     """
-    homes = [*_own_ancestors(prefix, networks), "averaging_state."]
+    homes = [*_own_ancestors(prefix, networks), "averaging_state.", ""]
     counts = [tree.numbers.get(f"{home}{counter}") for home in homes for counter in UPDATES]
     return 0 in counts or "average_model_state." in prefix
 

@@ -369,6 +369,9 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     for key, value in wanted.items():
         if key.endswith("num_batches_tracked"):
             renamed.setdefault(key, torch.zeros_like(value))
+        found = renamed.get(key, value)
+        if value.is_floating_point() and not found.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {found.dtype}, whole numbers; save floats")
     try:
         network.load_state_dict(renamed, strict=True)  # renames in place what SMP renamed
     except RuntimeError as error:

@@ -190,6 +190,7 @@ UNREADY: dict[str, Form] = {
             }
         },
     },
+    "yolo_before_its_first_update": lambda w: {"model": w, "ema": doubled(w), "updates": 0},
     "torch_ema_before_its_first_update": lambda w: {
         "model": w,
         "ema": {"num_updates": 0, "weights": doubled(w)},

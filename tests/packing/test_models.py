@@ -193,6 +193,15 @@ def test_an_undeclared_attention_names_the_option() -> None:
         load_into_model(Checkpoint(Path("member.pt"), trained, []), declared)
 
 
+def test_weights_that_are_whole_numbers_are_refused(network: nn.Module) -> None:
+    """A program that quantizes leaves such, and their scale elsewhere."""
+    weights = dict(network.state_dict())
+    name = "segmentation_head.0.weight"
+    weights[name] = (weights[name] * 10).to(torch.int8)
+    with pytest.raises(ValueError, match=rf"member\.pt: {name} holds torch\.int8, whole numbers"):
+        load_into_model(Checkpoint(Path("member.pt"), weights, []), MODEL)
+
+
 # --- old names ------------------------------------------------------------------------------------
 
 
