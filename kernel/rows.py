@@ -116,6 +116,8 @@ def _header_fault(header: list[str]) -> str:
     for start, fault in NO_CSV.items():
         if text.startswith(start):
             return f"no csv: {fault}"
+    if not text.replace("\t", "").isprintable():
+        return f"no csv: bytes that are no text, expected {expected}"
     separator = next((each for each in ";\t|" if each in text), "")
     remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
     return f"header {_short(header)}, expected {expected}{remedy}"

@@ -115,6 +115,7 @@ def test_a_csv_is_refused_with_its_line_for(case: str, tmp_path: Path) -> None:
     [
         (HEAD.encode("utf-16"), "line 1: no csv: text in UTF-16, save it as csv in UTF-8"),
         (b"PK\x03\x04\x14\0\0\0", "line 1: no csv: a zip or a workbook, unpack it"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "line 1: no csv: bytes that are no text, expected Im"),
         (gzip.compress(HEAD.encode()), r"line \d: no csv: compressed by gzip, name it \.csv\.gz"),
     ],
 )
