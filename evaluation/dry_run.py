@@ -244,6 +244,8 @@ def dry_run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
     if args.images and not args.images.is_dir():
         raise ValueError(f"{args.images}: no such folder of images")
+    if args.images and not list_images(args.images):
+        raise ValueError(f"{args.images}: no images in it; name the folder that has them")
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
         log.info("%s has the rate of %s from now on", machine, args.calibrate)

@@ -22,6 +22,7 @@ Image = npt.NDArray[np.uint8]  # grey, (H, W), 0-255
 Mask = npt.NDArray[np.bool_]  # (H, W)
 Size = tuple[int, int]  # (H, W)
 
+ORIENTATION = 0x112  # EXIF's and TIFF's tag
 MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
 
 
@@ -52,13 +53,17 @@ def _check_header(data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a large image, which is judged here
-            width, height = PIL.Image.open(io.BytesIO(data)).size
+            header = PIL.Image.open(io.BytesIO(data))
+            width, height = header.size
+            turned = header.format == "TIFF" and header.getexif().get(ORIENTATION, 1) != 1
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     except (OSError, SyntaxError) as error:  # what Pillow raises for a header that is none
         raise ValueError(f"{len(data)} bytes that are no image") from error
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are decoded")
+    if turned:  # OpenCV turns these whatever it is told
+        raise ValueError("a TIFF that is to be shown turned; save it as its masks lie")
 
 
 def _check_whole(data: bytes) -> None:

@@ -8,6 +8,7 @@ section each, this one last.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -33,7 +34,7 @@ MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy be
 
 def check_options(options: Options) -> None:
     """Raise ValueError for what could only fail, or mislead, after the first strip."""
-    if options.batch_size < 0 or options.workers < 0:
+    if not 0 <= options.batch_size < 2**31 or options.workers < 0:
         raise ValueError(
             f"--batch-size {options.batch_size}, --workers {options.workers}: expected 0 or more"
         )
@@ -48,6 +49,9 @@ def check_options(options: Options) -> None:
             raise ValueError(f"{option} {path}: no such folder {path.parent}; make it first")
         if path and path.exists() and not path.is_file():
             raise ValueError(f"{option} {path}: is no regular file; name another")
+    report, output = options.report, options.output
+    if report and os.path.realpath(report) == os.path.realpath(output):
+        raise ValueError(f"--report {report}: is --output too, and would replace it; name another")
 
 
 def open_submission(options: Options, task: Task) -> Submission:
@@ -62,7 +66,9 @@ def open_submission(options: Options, task: Task) -> Submission:
         raise ValueError(
             f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
         )
-    output = options.output.resolve()  # a link stays, and what it points to is replaced
+    output = Path(
+        os.path.realpath(options.output)
+    )  # a link stays, and what it points to is replaced
     submission = Submission(output, task.layout, task.pairs)
     submission.save()
     return submission

@@ -3,12 +3,13 @@
 import difflib
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from kernel.competition import N_CLASSES, SLUG
+from kernel.competition import IMAGE_SIZE, N_CLASSES, SLUG
 from kernel.tta import FLIPS
 
 MANIFEST = "ensemble.json"
@@ -69,7 +70,9 @@ def check_manifest(manifest: Manifest) -> None:
     threshold, min_area, flips = manifest.threshold, manifest.min_area, manifest.flips
     fits = _is_number(threshold) and 0 < threshold < 1
     _expect(fits, "threshold", threshold, "a number between 0 and 1")
-    _expect(_is_whole(min_area) and min_area >= 0, "min_area", min_area, "a whole number from 0")
+    pixels = math.prod(IMAGE_SIZE)  # as many would leave every mask empty
+    fits = _is_whole(min_area) and 0 <= min_area < pixels
+    _expect(fits, "min_area", min_area, f"a whole number from 0 to {pixels - 1}")
     _expect(bool(flips) and all(map(_is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
         raise ValueError(f"flips {list(flips)}, expected some of {list(FLIPS)}, each once")
@@ -103,7 +106,7 @@ def _check_size(value: object) -> None:
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name} {value!r}, expected {expected}")
+        raise ValueError(f"{name} {value!r:.200}, expected {expected}")
 
 
 def _check_unique(what: str, values: list[str]) -> None:
@@ -116,7 +119,8 @@ def _check_unique(what: str, values: list[str]) -> None:
 def _check_member(member: MemberSpec, classes: int) -> None:
     if Path(member.file).name != member.file or member.file in ("", ".."):
         raise ValueError(f"file {member.file!r} is not beside the manifest")
-    _expect(isinstance(member.sha256, str), "sha256", member.sha256, "text")
+    fits = re.fullmatch("([0-9a-fA-F]{64})?", str(member.sha256)) is not None
+    _expect(fits, "sha256", member.sha256, "64 hexadecimal digits, or none")
     _check_size(member.image_size)
     fits = len(member.flops) == 2 and all(_is_whole(each) and each > 0 for each in member.flops)
     _expect(fits, "flops", member.flops, "its encoder's and its decoder's")
@@ -140,7 +144,8 @@ def _check_model(model: dict[str, Any]) -> None:
         if options.get("activation") is not None:
             raise ValueError(
                 f"{where}'s activation {options['activation']!r}: the kernel applies the sigmoid, "
-                "so a packed network gives logits"
+                "so a packed network gives logits; remove it where the network was trained through "
+                "a sigmoid, else train it so"
             )
 
 
@@ -229,10 +234,18 @@ def _check_fields(entries: dict[str, Any], kind: type, where: str) -> None:
             raise ValueError(f"{where}: lacks {name}")
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    if times > 1:
+        raise ValueError(f"{name!r} is there {times} times")
+    return dict(pairs)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise ValueError where the file is missing or holds none."""
+    """Read a JSON object; raise ValueError where the file is missing, or a name in it is twice."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        entries = json.loads(text, object_pairs_hook=_object_of)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested too deep

@@ -38,6 +38,13 @@ LAYOUTS = {  # of 2019 and of today
 }
 
 
+SPREADSHEET_CELL = 32_767  # characters; Excel cuts off the rest
+NO_CSV = {  # first bytes, as they are kept, → what to do
+    "\udcff\udcfe": "text in UTF-16, save it as csv in UTF-8",
+    "PK\x03\x04": "a zip or a workbook, unpack it or save it as csv",
+    "\x1f\udc8b": "compressed by gzip, name it .csv.gz",
+}
+
 Row = tuple[str, int, str]  # image, class, RLE
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
@@ -57,7 +64,7 @@ def read_rows(path: Path, check: RowCheck = lambda _: None) -> tuple[Layout, lis
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = csv.reader(file, strict=True)
-            layout, parse = _parse_header(next(lines, []))
+            layout, parse = _parse_header(next(filter(None, lines), []))
             rows = []
             for cells in lines:
                 if cells:
@@ -67,7 +74,7 @@ def read_rows(path: Path, check: RowCheck = lambda _: None) -> tuple[Layout, lis
                         raise ValueError(fault)
                     rows.append(row)
     except (csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: line {lines.line_num}: {error}") from error
+        raise ValueError(f"{path}: line {max(lines.line_num, 1)}: {error}") from error
     return layout, rows
 
 
@@ -78,8 +85,7 @@ def _parse_header(header: list[str]) -> tuple[Layout, Callable[[list[str]], Row]
     layout = Layout(tuple(columns[index:]))
     known = [each for each in LAYOUTS.values() if set(each.columns) == set(layout.columns)]
     if not known or len(layout.columns) != len(known[0].columns):
-        expected = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
-        raise ValueError(f"header {','.join(header)}, expected {expected}")
+        raise ValueError(_header_fault(header))
 
     def parse(cells: list[str]) -> Row:
         if len(cells) != len(header):
@@ -91,9 +97,30 @@ def _parse_header(header: list[str]) -> tuple[Layout, Callable[[list[str]], Row]
             raise ValueError(f"names no class: {_short(cells)}")
         if not image:
             raise ValueError(f"names no image: {_short(cells)}")
-        return image, int(label), named["EncodedPixels"]
+        rle = named["EncodedPixels"]
+        if len(rle) == SPREADSHEET_CELL:
+            raise ValueError(
+                f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
+                f"file that no spreadsheet has saved: {_short(cells)}"
+            )
+        return image, int(label), rle
 
     return layout, parse
+
+
+def _header_fault(header: list[str]) -> str:
+    text = ",".join(header)
+    expected = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
+    if not header:
+        return f"the file is empty, expected {expected}"
+    for start, fault in NO_CSV.items():
+        if text.startswith(start):
+            return f"no csv: {fault}"
+    if not text.replace("\t", "").isprintable():
+        return f"no csv: bytes that are no text, expected {expected}"
+    separator = next((each for each in ";\t|" if each in text), "")
+    remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
+    return f"header {_short(header)}, expected {expected}{remedy}"
 
 
 def _short(cells: list[str]) -> str:

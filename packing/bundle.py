@@ -1,6 +1,7 @@
 """The bundle: a dataset and a kernel, built aside and swapped in when both are complete."""
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import asdict, replace
@@ -57,6 +58,8 @@ def _stage_kernel(folder: Path, script: Path, notebook: bool) -> None:
 
 def check_out(out: Path) -> None:
     """Raise ValueError where `out` holds what is no bundle: the swap would take it away."""
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out}: a link to itself; choose another --out")
     if not out.exists():
         return
     found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
@@ -88,7 +91,7 @@ def build(
     Raises:
         ValueError: an input is bad; what stood at `out` stays as it was.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     check_out(out)
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")

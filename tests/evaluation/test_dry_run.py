@@ -191,9 +191,10 @@ def test_the_tree_has_the_mounts_that_kaggle_makes(
         (["--bundle", "nowhere"], "nowhere: no bundle there; build it with build_kernel.py first"),
         (["--ground-truth", "test.csv"], "--ground-truth needs the --images that it is of"),
         (["--images", "nowhere"], "nowhere: no such folder of images"),
+        (["--images", "."], ".: no images in it; name the folder that has them"),
         (["--calibrate", "ensemble.json"], "ensemble.json: not a run.json of this kernel"),
     ],
-    ids=["no bundle", "truth without images", "no images", "no run.json"],
+    ids=["no bundle", "truth without images", "no images", "an empty folder", "no run.json"],
 )
 def test_bad_input_is_refused_before_anything_runs(
     arguments: list[str], error: str, bundle: Path, monkeypatch: pytest.MonkeyPatch,

@@ -158,6 +158,12 @@ def test_folders_that_only_bear_a_bundles_names_are_not_swapped_away(tmp_path: P
         check_out(tmp_path)
 
 
+def test_a_link_to_itself_is_no_place_for_a_bundle(tiny_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "dist").symlink_to("dist")
+    with pytest.raises(ValueError, match="dist: a link to itself; choose another --out"):
+        build(tiny_weights, tmp_path / "dist", "somebody")
+
+
 def test_the_project_folder_is_not_swapped_away() -> None:
     with pytest.raises(ValueError, match="holds other things than a bundle"):
         check_out(ROOT)
