@@ -1,4 +1,7 @@
-"""Packs trained checkpoints into a Kaggle dataset and an offline submission kernel."""
+"""Packs trained checkpoints into a Kaggle dataset and an offline submission kernel.
+
+With --fit it writes a kernel that fits such checkpoints on Kaggle.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -7,9 +10,10 @@ from pathlib import Path
 from kernel.command import run_command
 from kernel.manifest import MANIFEST
 from packing.bundle import build
+from packing.fit_kernel import build_fit
 from packing.metadata import find_owner
-from packing.paths import NOTEBOOK, WEIGHTS
-from packing.summary import print_next, print_table
+from packing.paths import MEMBERS, NOTEBOOK, WEIGHTS
+from packing.summary import print_fit_next, print_next, print_table
 
 USAGE = (
     "python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] [--notebook]"
@@ -27,12 +31,24 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "also pack OpenVINO and the members as it reads them: for kernels without a GPU"
     add("--openvino", action="store_true", help=about)
     add("--notebook", action="store_true", help=f"the kernel as {NOTEBOOK} instead of a script")
+    fit = parser.add_argument_group("the fit on Kaggle").add_argument
+    about = "write OUT/fit instead: a kernel that fits the members on Kaggle's two GPUs"
+    fit("--fit", action="store_true", help=about)
+    about = "of fitting, all sessions together (default %(default)s, one session's)"
+    fit("--hours", type=float, default=11.5, help=about)
+    fit("--resume", action="store_true", help="go on from the output of its last run on Kaggle")
+    about = "the list of members (default: training/members.txt)"
+    fit("--members", type=Path, default=MEMBERS, help=about)
     return parser.parse_args(arguments)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the bundle; print its members and what comes next."""
+    """Build the bundle or the fit kernel; print what it holds and what comes next."""
     owner = args.owner or find_owner()
+    if args.fit:
+        kernel = build_fit(args.out, owner, args.members, args.hours, args.resume)
+        print_fit_next(args.out, kernel)
+        return 0
     metadata, packed = build(args.weights, args.out, owner, args.openvino, args.notebook)
     print_table(packed)
     print_next(args.out, metadata)

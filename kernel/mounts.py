@@ -33,16 +33,22 @@ class Options:
     report: Path | None = None  # None is run.json beside the output
 
 
-def find_one(root: Path, name: str, what: str, option: str) -> Path:
-    """Find the folder under `root`, at any depth, that holds the file `name`; copies count as one.
+def find_folders(root: Path, name: str) -> list[Path]:
+    """Find the folders under `root`, at any depth, that hold the file `name`; copies count as one.
 
     Linked folders are searched too.
+    """
+    folders = sorted((folder for folder, files in _walk(root) if name in files), reverse=True)
+    return sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
+
+
+def find_one(root: Path, name: str, what: str, option: str) -> Path:
+    """Find the one folder that `find_folders` finds.
 
     Raises:
         ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    folders = sorted((folder for folder, files in _walk(root) if name in files), reverse=True)
-    found = sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
+    found = find_folders(root, name)
     if not found:
         there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
         raise ValueError(

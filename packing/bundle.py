@@ -20,7 +20,8 @@ from packing.sources import read_sources
 from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
-BUNDLE_ENTRIES = {"dataset", "kernel", "report", CALIBRATION}  # the dry run adds the last two
+FIT = "fit"  # the kernel that fits; a build leaves it
+BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
 
 # --- staging --------------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ def check_out(out: Path) -> None:
         return
     found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
-    if found and not complete:
+    if found - {FIT} and not complete:
         listed = ", ".join(sorted(found)[:3])
         raise ValueError(
             f"{out}: holds other things than a bundle ({listed}); choose another --out"
@@ -110,5 +111,7 @@ def build(
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel)
         if (out / CALIBRATION).is_file():
             shutil.copy(out / CALIBRATION, bundle)
+        if (out / FIT).is_dir():
+            shutil.copytree(out / FIT, bundle / FIT)
         _swap_in(bundle, out, Path(scratch, "previous"))
     return metadata, packed

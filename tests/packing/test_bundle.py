@@ -132,12 +132,18 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_previous_one(
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
 
 
-def test_a_second_build_replaces_all_but_the_calibration(built: Path, tiny_weights: Path) -> None:
+def test_a_second_build_replaces_all_but_the_calibration_and_the_fit_kernel(
+    built: Path, tiny_weights: Path
+) -> None:
     (built / "report").mkdir()
+    (built / "fit").mkdir()
+    (built / "fit" / "fit.py").write_text("FILES")
     (built / "calibration.json").write_text("{}")
     edit_manifest(tiny_weights, lambda entries: entries["members"].pop())
     build(tiny_weights, built, None)
-    assert {path.name for path in built.iterdir()} == {"calibration.json", "dataset", "kernel"}
+    left = {"calibration.json", "dataset", "fit", "kernel"}
+    assert {path.name for path in built.iterdir()} == left
+    assert (built / "fit" / "fit.py").read_text() == "FILES"
     assert (built / "dataset/fpn-b.safetensors").exists()
     assert not (built / "dataset/unet-c.safetensors").exists()
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
