@@ -15,14 +15,20 @@ from kernel.members import Member, load_member, use_wheels
 from kernel.tta import Half, apply_flip, list_passes
 
 
+def _proof_cost(member: Member) -> tuple[bool, int, int]:
+    """Sorts members by what their gates cost: a clean strip needs those of the first alone."""
+    encoder, decoder = member.spec.flops
+    return not member.spec.gated, encoder, decoder  # without a presence head gates prove nothing
+
+
 class Ensemble:
-    """Every member under every flip, cheapest member first."""
+    """Every member under every flip, the one with the cheapest gates first."""
 
     def __init__(
         self, manifest: Manifest, members: Sequence[Member], device: torch.device, stages: Stages
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
-        members = sorted(members, key=lambda member: sum(member.spec.flops))
+        members = sorted(members, key=_proof_cost)
         specs = [(member.spec.name, member.spec.flops) for member in members]
         self.passes = list_passes(specs, manifest.flips)
         self.members = {member.spec.name: member for member in members}

@@ -20,7 +20,8 @@ from kernel.engines import DeviceLost
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.logs import Stages
-from kernel.manifest import Manifest, load_manifest
+from kernel.manifest import Manifest, MemberSpec, load_manifest
+from kernel.members import Member
 from kernel.scheduling import Scheduler, StripState, pad_batch, predict_masks
 from kernel.tta import Half, list_passes
 
@@ -425,7 +426,7 @@ def doubting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doubting")
     models = [tiny_model(arch) for arch in ("Unet", "FPN", "Unet", "FPN")]
     models.append(tiny_model("Unet", channels=3, presence=False))
-    flops = [(60, 40), (60, 9), (61, 42), (60, 10), (66, 40)]
+    flops = [(60, 40), (60, 9), (61, 42), (70, 10), (50, 40)]
     entries = [tiny_entry(f"m{seed}", model) for seed, model in enumerate(models)]
     for seed, (model, entry) in enumerate(zip(models, entries, strict=True)):
         network = random_network(model, seed)
@@ -446,12 +447,33 @@ def strips_of(images: Sequence[Image]) -> list[Strip]:
     return [Strip(str(index), image) for index, image in enumerate(images)]
 
 
-def test_passes_run_cheapest_member_first(ensemble: Ensemble) -> None:
+def test_members_run_in_the_order_of_their_encoders_and_last_without_a_presence_head(
+    ensemble: Ensemble,
+) -> None:
+    """A whole pass of m0 is dearer than one of m3; m4 has the cheapest encoder and no gates."""
     members = list(dict.fromkeys(each.member for each in ensemble.passes))
-    assert members == ["m1", "m3", "m0", "m2", "m4"]
-    flops = [sum(each.flops) for each in ensemble.passes]
-    assert flops == sorted(flops)
-    assert flops[0] < flops[-1]
+    assert members == ["m1", "m0", "m2", "m3", "m4"]
+    flops = {each.member: each.flops for each in ensemble.passes}
+    assert sum(flops["m0"]) > sum(flops["m3"])
+    assert min(flops, key=lambda member: flops[member]) == "m4"
+
+
+def test_a_strip_that_all_gates_call_clean_takes_the_seven_cheapest_encoders_of_15() -> None:
+    """No fewer gates prove 15 passes at 0.55 empty, and none cost less."""
+    counted = {"dense": (69, 31), "res": (58, 38), "se": (62, 31), "wide": (65, 31), "b0": (6, 25)}
+    gated = {"aux_params": {"classes": CLASSES}}
+    members = [
+        Member(MemberSpec(name, name, gated, [0.0], [1.0], flops=list(flops)), None, None, 1)
+        for name, flops in counted.items()
+    ]
+    ensemble = Ensemble(Manifest([], CLASSES, threshold=0.55), members, CPU, Stages())
+    tally = Tally(len(ensemble.passes), ensemble.manifest, early_exit=True)
+    while tally.open:
+        tally.add_gates(np.full(CLASSES, 0.01))
+    taken = sum(each.flops[0] for each in ensemble.passes[: len(tally.gates)])
+    encoders = sorted(flops[0] for flops in counted.values() for _ in range(3))
+    assert len(tally.gates) == 7
+    assert taken == sum(encoders[:7])
 
 
 def test_a_member_releases_its_memory_when_another_runs(doubting: Path, ensemble: Ensemble) -> None:
@@ -487,7 +509,7 @@ def test_the_masks_of_networks_are_the_same_and_take_less_work(
         work = {"passes": every, "encoders": every, "decoders": every, "nan": [], "share": 1.0}
         assert scheduler.work(full[name]) == work
         shares.append(scheduler.work(state)["share"])
-    assert min(shares) < 0.5 < 0.9 < max(shares)
+    assert min(shares) < 0.6 < 0.9 < max(shares)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
