@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,19 @@ def fold_batch_norm(module: nn.Module) -> None:
 
 
 class OpenVino:
-    """One half on OpenVINO's CPU device, compiled once for every input shape.
+    """A network on OpenVINO's CPU device, compiled once for every input shape.
 
     A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, core: Any, model: Any) -> None:
         import openvino
 
-        self.core, self.tensor = openvino.Core(), openvino.Tensor
-        self.model = self.core.read_model(path)
+        self.core, self.tensor, self.model = core, openvino.Tensor, model
         self.requests: dict[tuple[torch.Size, ...], Any] = {}  # input shapes → compiled request
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """Return what the packed half returns: one tensor, or a tuple of them."""
+        """Return what the network returns: one tensor, or a tuple of them."""
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self.requests:
             if len(self.requests) == MAX_CACHED_SHAPES:
@@ -83,19 +82,38 @@ def _share(openvino_tensor: Any, tensor: Tensor) -> Any:
     return openvino_tensor(tensor.numpy(), shared_memory=True)
 
 
+def _join_halves(encoder: Any, decoder: Any) -> Any:
+    """Both halves as one network, images → gates, probabilities, over the same weights."""
+    import openvino
+
+    gates, *_ = features = encoder.get_results()
+    for parameter, result in zip(decoder.get_parameters(), features, strict=True):
+        for reader in parameter.output(0).get_target_inputs():
+            reader.replace_source_output(result.input_value(0))
+    return openvino.Model([gates, *decoder.get_results()], encoder.get_parameters(), "whole")
+
+
+def with_openvino(plain: Member, halves: Sequence[Path]) -> Member:
+    """Return a member whose two halves, and both in one piece, run on OpenVINO."""
+    import openvino
+
+    core = openvino.Core()
+    read = [[core.read_model(path) for path in halves] for _ in range(2)]
+    encoder, decoder = (OpenVino(core, model) for model in read[0])
+    whole = OpenVino(core, _join_halves(*read[1]))
+
+    def release_memory() -> None:
+        for engine in (encoder, decoder, whole):
+            engine.release_memory()
+
+    return replace(
+        plain, encoder=encoder, decoder=decoder, whole=whole, release_memory=release_memory
+    )
+
+
 def openvino_files(file: str) -> list[str]:
     """Names of a member's halves beside its checkpoint `file`, where they were packed."""
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
-
-
-def in_half_precision(half: nn.Module) -> Callable[..., Any]:
-    """Run a half in fp16 on a GPU."""
-
-    def run(*tensors: Tensor) -> Any:
-        with torch.autocast("cuda", torch.float16):
-            return half(*tensors)
-
-    return run
 
 
 def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
@@ -107,26 +125,15 @@ def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
     halves = [folder / name for name in openvino_files(plain.spec.file)]
     if device.type == "cpu" and halves[0].is_file():
         try:
-            encoder, decoder = map(OpenVino, halves)
-
-            def release_memory() -> None:
-                encoder.release_memory()
-                decoder.release_memory()
-
-            return replace(plain, encoder=encoder, decoder=decoder, release_memory=release_memory)
+            return with_openvino(plain, halves)
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
     network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)
-    engine = split_network(network, plain.spec, device)
-    if device.type == "cpu":
-        return engine
-    network.to(memory_format=torch.channels_last)
-    return replace(
-        engine,
-        encoder=in_half_precision(engine.encoder),
-        decoder=in_half_precision(engine.decoder),
-    )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches are filled up: few shapes, tried once each
+        network.half().to(memory_format=torch.channels_last)
+    return split_network(network, plain.spec, device)
 
 
 def highest_contrast_crop(image: Image, width: int = 400) -> Image:
@@ -161,29 +168,7 @@ def check_engine(
         fault = repr(error)
     if fault:
         log.warning("%s runs on plain PyTorch, the engine fails: %s", plain.spec.name, fault)
-    for half in (engine.encoder, engine.decoder):
-        if isinstance(half, OpenVino):
-            half.requests.clear()  # a crop's shape does not come again
+    for compiled in (engine.encoder, engine.decoder, engine.whole):
+        if isinstance(compiled, OpenVino):
+            compiled.requests.clear()  # a crop's shape does not come again
     return plain if fault else engine
-
-
-class DeviceLost(RuntimeError):
-    """The GPU runs nothing any more."""
-
-
-def device_usable(device: torch.device) -> bool:
-    """Whether one real operation runs; Kaggle's P100 is available and fails its first."""
-    try:
-        half = torch.float16 if device.type == "cuda" else torch.float32
-        ones = torch.ones(1, 1, 8, 8, device=device, dtype=half)
-        torch.nn.functional.conv2d(ones, ones[:, :, :3, :3]).sum().item()
-    except Exception as error:  # a failed device must not cost the submission
-        log.warning("%s fails one small convolution: %s", device, error)
-        return False
-    return True
-
-
-def pick_device() -> torch.device:
-    """CUDA where it works, else the CPU."""
-    cuda = torch.device("cuda")
-    return cuda if torch.cuda.is_available() and device_usable(cuda) else torch.device("cpu")

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -70,6 +70,15 @@ class Stages:
         """Add the time inside to one half of a member."""
         with _timed(self.networks, (member, half)):
             yield
+
+    @contextmanager
+    def whole_pass(self, member: str, flops: Sequence[int]) -> Iterator[None]:
+        """Add the time inside to both halves of a member, by their share of `flops`."""
+        taken: defaultdict[str, float] = defaultdict(float)
+        with _timed(taken, member):
+            yield
+        for half, count in zip(Half, flops, strict=True):
+            self.networks[member, half] += taken[member] * count / sum(flops)
 
     def network_table(self) -> dict[str, dict[str, float]]:
         """Member → half → seconds, as it stands in run.json."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kernel.deadline import Deadline
-from kernel.engines import DeviceLost, pick_device
+from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Strip, decode_strip, size_of
 from kernel.logs import Stages, log, progress
