@@ -98,9 +98,9 @@ def with_openvino(plain: Member, halves: Sequence[Path]) -> Member:
     import openvino
 
     core = openvino.Core()
-    read = [[core.read_model(path) for path in halves] for _ in range(2)]
-    encoder, decoder = (OpenVino(core, model) for model in read[0])
-    whole = OpenVino(core, _join_halves(*read[1]))
+    models = [core.read_model(path) for path in halves]
+    encoder, decoder = (OpenVino(core, model) for model in models)
+    whole = OpenVino(core, _join_halves(*(model.clone() for model in models)))  # the same weights
 
     def release_memory() -> None:
         for engine in (encoder, decoder, whole):

@@ -80,6 +80,7 @@ class Ensemble:
         member, flip = self._activate(pass_id)
         encoded = self.run_encoder(pass_id, images)
         halves = encoded[0], self.run_decoder(pass_id, encoded, size)
+        member.release_memory()
         with self.stages("check"):
             try:
                 whole = self._run_whole(member, flip, images, size)
