@@ -33,6 +33,7 @@ import ttach
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from evaluation.strips import sample_strips
 from kernel.command import run_command
 from kernel.competition import N_SCORED_IMAGES
 from kernel.ensemble import load_ensemble
@@ -40,7 +41,6 @@ from kernel.images import Size, image_to_tensor, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
-from kernel.mounts import list_images
 from kernel.predict import decode_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
@@ -286,13 +286,6 @@ def draw_strips(folder: Path, count: int) -> list[Path]:
         paths.append(folder / f"{index:04}.png")
         cv2.imwrite(str(paths[-1]), image)
     return paths
-
-
-def sample_strips(folder: Path, count: int, seed: int) -> list[Path]:
-    """Real strips of a folder, drawn with a seed, as many as `count` where there are so many."""
-    names = sorted(list_images(folder))
-    drawn = np.random.default_rng(seed).permutation(len(names))[:count]
-    return [folder / names[index] for index in sorted(drawn)]
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,11 @@ def openvino_files(file: str) -> list[str]:
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
+def to_half_precision(network: nn.Module) -> nn.Module:
+    """The same network with fp16 weights, channels last: what a GPU runs."""
+    return network.half().to(memory_format=torch.channels_last)
+
+
 def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
     """Return a member of the bundle `folder` on the fastest engine of this machine.
 
@@ -132,7 +137,7 @@ def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
     fold_batch_norm(network)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # batches are filled up: few shapes, tried once each
-        network.half().to(memory_format=torch.channels_last)
+        network = to_half_precision(network)
     return split_network(network, plain.spec, device)
 
 
@@ -143,6 +148,16 @@ def highest_contrast_crop(image: Image, width: int = 400) -> Image:
 
 
 @torch.inference_mode()
+def differences(member: Member, other: Member, images: Tensor) -> list[float]:
+    """Mean differences of two members' gates, and of their masks with all gates open."""
+    answers = []
+    for each in (member, other):
+        gates, *features = each.encoder(images)
+        answers.append((gates, each.decoder(torch.ones_like(gates), *features)))
+        each.release_memory()
+    return [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
+
+
 def check_engine(
     engine: Member, plain: Member, image: Image | None, device: torch.device
 ) -> Member:
@@ -153,15 +168,9 @@ def check_engine(
     """
     if image is None:
         return engine
-    images, answers = image_to_tensor(highest_contrast_crop(image), device), []
-    images = pad_to_multiple(images, plain.stride)
+    images = image_to_tensor(highest_contrast_crop(image), device)
     try:
-        for member in (plain, engine):
-            gates, *features = member.encoder(images)
-            masks = member.decoder(torch.ones_like(gates), *features)
-            answers.append((gates.float(), masks.float()))
-            member.release_memory()
-        apart = [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
+        apart = differences(plain, engine, pad_to_multiple(images, plain.stride))
         agree = all(difference <= TOLERANCE for difference in apart)  # which NaN is not
         fault = "" if agree else f"gates and masks are {apart} apart"
     except Exception as error:  # a failed engine must not cost the submission

@@ -56,14 +56,6 @@ def test_a_small_race_ends_with_its_three_files(
     assert chart is not None and np.asarray(chart).std() > 10
 
 
-def test_real_strips_are_drawn_with_a_seed(tmp_path: Path) -> None:
-    save_strips(tmp_path, [f"{index}.jpg" for index in range(9)])
-    drawn = [race.sample_strips(tmp_path, 4, seed) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert all(len(set(paths)) == 4 for paths in drawn)
-    assert len(race.sample_strips(tmp_path, 20, 1)) == 9
-
-
 def test_the_quickest_of_an_engines_ways_is_taken() -> None:
     def takes(seconds: float) -> race.Infer:
         def infer(images: Sequence[Tensor]) -> list[Tensor]:
