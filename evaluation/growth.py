@@ -197,7 +197,8 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
             ("gigaflops_of_every_pass", "every pass", "#b0b7bf"),
             ("gigaflops", "early exit", "#2b7bba"),
         ):
-            axis.plot(names, [row[key] / 1e3 for row in rows], "o-", color=colour, label=label)
+            axis.plot([row[key] / 1e3 for row in rows], "o-", color=colour, label=label)
+        axis.set_xticks(range(len(names)), names)
         axis.set_xlabel(TITLES[kind])
         axis.set_ylim(bottom=0)
         axis.tick_params(axis="x", labelrotation=45 if kind == "image_size" else 0)

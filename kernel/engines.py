@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,23 +40,21 @@ def fold_batch_norm(module: nn.Module) -> None:
 class OpenVino:
     """A network on OpenVINO's CPU device, compiled once for every input shape.
 
-    A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped.
+    A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped. All
+    cores work on one batch; with more `streams` as many threads may call at once, and share them.
     """
 
-    def __init__(self, core: Any, model: Any) -> None:
+    def __init__(self, core: Any, model: Any, streams: int = 1) -> None:
         import openvino
 
         self.core, self.tensor, self.model = core, openvino.Tensor, model
-        self.requests: dict[tuple[torch.Size, ...], Any] = {}  # input shapes → compiled request
+        self.streams, self.lock = streams, threading.Lock()
+        self.requests: dict[tuple[torch.Size, ...], dict[int, Any]] = {}  # shapes → thread → one
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Return what the network returns: one tensor, or a tuple of them."""
         shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self.requests:
-            if len(self.requests) == MAX_CACHED_SHAPES:
-                del self.requests[next(iter(self.requests))]
-            self.requests[shapes] = self._compile(shapes)
-        request = self.requests[shapes]
+        request = self._request(shapes)
         inputs = [tensor.contiguous() for tensor in tensors]  # OpenVINO keeps only addresses
         # into tensors of ours: a request's own outputs would be copied, and kept as well
         outputs = tuple(torch.empty(list(found.shape)) for found in request.model_outputs)
@@ -66,15 +65,33 @@ class OpenVino:
         request.infer(share_outputs=True)
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
+        """This thread's request for these shapes, compiled when they are new."""
+        with self.lock:
+            if shapes not in self.requests and len(self.requests) == MAX_CACHED_SHAPES:
+                del self.requests[next(iter(self.requests))]
+            requests, thread = self.requests.setdefault(shapes, {}), threading.get_ident()
+            if thread not in requests:
+                compiled = _compiled_of(requests) or self._compile(shapes)
+                requests[thread] = compiled.create_infer_request()
+            return requests[thread]
+
     def _compile(self, shapes: tuple[torch.Size, ...]) -> Any:
         self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
-        precise = {"INFERENCE_PRECISION_HINT": "f32"}
-        return self.core.compile_model(self.model, "CPU", precise).create_infer_request()
+        hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if self.streams > 1:
+            hints["NUM_STREAMS"] = self.streams
+        return self.core.compile_model(self.model, "CPU", hints)
 
     def release_memory(self) -> None:
         """Release the working memory; the next run allocates it again."""
-        for request in self.requests.values():
-            request.get_compiled_model().release_memory()
+        for requests in self.requests.values():
+            _compiled_of(requests).release_memory()
+
+
+def _compiled_of(requests: dict[int, Any]) -> Any:
+    """The compiled network that requests are of; None without one."""
+    return next((request.get_compiled_model() for request in requests.values()), None)
 
 
 def _share(openvino_tensor: Any, tensor: Tensor) -> Any:
@@ -93,14 +110,15 @@ def _join_halves(encoder: Any, decoder: Any) -> Any:
     return openvino.Model([gates, *decoder.get_results()], encoder.get_parameters(), "whole")
 
 
-def with_openvino(plain: Member, halves: Sequence[Path]) -> Member:
+def with_openvino(plain: Member, halves: Sequence[Path], streams: int) -> Member:
     """Return a member whose two halves, and both in one piece, run on OpenVINO."""
     import openvino
 
     core = openvino.Core()
     models = [core.read_model(path) for path in halves]
-    encoder, decoder = (OpenVino(core, model) for model in models)
-    whole = OpenVino(core, _join_halves(*(model.clone() for model in models)))  # the same weights
+    encoder, decoder = (OpenVino(core, model, streams) for model in models)
+    joined = _join_halves(*(model.clone() for model in models))  # of the same weights
+    whole = OpenVino(core, joined, streams)
 
     def release_memory() -> None:
         for engine in (encoder, decoder, whole):
@@ -121,7 +139,7 @@ def to_half_precision(network: nn.Module) -> nn.Module:
     return network.half().to(memory_format=torch.channels_last)
 
 
-def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
+def compile_member(plain: Member, folder: Path, device: torch.device, streams: int = 1) -> Member:
     """Return a member of the bundle `folder` on the fastest engine of this machine.
 
     OpenVINO on the CPU, where it imports and `build_kernel.py --openvino` packed the halves. Else
@@ -130,7 +148,7 @@ def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
     halves = [folder / name for name in openvino_files(plain.spec.file)]
     if device.type == "cpu" and halves[0].is_file():
         try:
-            return with_openvino(plain, halves)
+            return with_openvino(plain, halves, streams)
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
     network = copy.deepcopy(plain.encoder.network)

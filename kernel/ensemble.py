@@ -1,5 +1,6 @@
 """The ensemble: members × flips, each pass from an image to its gates and probabilities."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -34,7 +35,8 @@ class Ensemble:
         self.passes = list_passes(specs, manifest.flips)
         self.members = {member.spec.name: member for member in members}
         self.sizes = {m.spec.name: m.spec.image_size or manifest.image_size for m in members}
-        self.active_member = members[0].spec.name
+        self.active: dict[int, str] = {}  # thread → the member that it runs
+        self.lock = threading.Lock()
         self.in_one_piece = set[str]()  # members that gave the bits of their halves that way
 
     def prepare(self, image: Image) -> Tensor:
@@ -80,7 +82,8 @@ class Ensemble:
         member, flip = self._activate(pass_id)
         encoded = self.run_encoder(pass_id, images)
         halves = encoded[0], self.run_decoder(pass_id, encoded, size)
-        member.release_memory()
+        if len(self.active) == 1:  # else another thread may be running it
+            member.release_memory()
         with self.stages("check"):
             try:
                 whole = self._run_whole(member, flip, images, size)
@@ -113,11 +116,13 @@ class Ensemble:
         return probabilities
 
     def _activate(self, pass_id: int) -> tuple[Member, str]:
-        """A pass's member and flip; only one member at a time keeps its working memory."""
-        name = self.passes[pass_id].member
-        if name != self.active_member:
-            self.members[self.active_member].release_memory()
-            self.active_member = name
+        """A pass's member and flip; a member that no thread runs keeps no working memory."""
+        name, thread = self.passes[pass_id].member, threading.get_ident()
+        with self.lock:
+            before = self.active.get(thread, name)
+            self.active[thread] = name
+            if before not in self.active.values():
+                self.members[before].release_memory()
         return self.members[name], self.passes[pass_id].flip
 
 
@@ -135,6 +140,7 @@ def load_members(
     stages: Stages,
     allow_missing: bool,
     image: Image | None,
+    streams: int,
 ) -> list[Member]:
     """Load every member of a bundle on its engine, checked on `image` if there is one.
 
@@ -147,7 +153,7 @@ def load_members(
             try:
                 with stages("load"):
                     plain = load_member(bundle, spec, device)
-                    engine = compile_member(plain, bundle, device)
+                    engine = compile_member(plain, bundle, device, streams)
             except ValueError as error:
                 if not allow_missing:
                     raise
@@ -168,10 +174,15 @@ def load_ensemble(
     stages: Stages,
     allow_missing: bool = False,
     image: Image | None = None,
+    streams: int = 1,
 ) -> Ensemble:
-    """Load the members of a bundle, ready to run; raise ValueError as `load_members` does."""
+    """Load the members of a bundle, ready to run in as many threads as there are `streams`.
+
+    Raises:
+        ValueError: as `load_members`.
+    """
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
-    members = load_members(bundle, manifest.members, device, stages, allow_missing, image)
+    members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
     return Ensemble(manifest, members, device, stages)

@@ -2,9 +2,12 @@
 
 import itertools
 import math
+import queue
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -138,6 +141,20 @@ def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
 # --- many strips ----------------------------------------------------------------------------------
 
 
+class SharedIterator:
+    """One iterator for several threads: each item goes to one of them."""
+
+    def __init__(self, items: Iterable[Strip]) -> None:
+        self.items, self.lock = iter(items), threading.Lock()
+
+    def __iter__(self) -> "SharedIterator":
+        return self
+
+    def __next__(self) -> Strip:
+        with self.lock:
+            return next(self.items)
+
+
 class Scheduler:
     """Runs the passes of strips that come one after another.
 
@@ -158,17 +175,52 @@ class Scheduler:
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
 
     @torch.inference_mode()
-    def predict_strips(self, strips: Iterable[Strip], count: int = 1) -> Iterator[StripState]:
+    def predict_strips(
+        self, strips: Iterable[Strip], count: int = 1
+    ) -> Generator[StripState, None, None]:
         """Yield every strip when it is done, in completion order.
 
         The deadline expects `count` strips.
         """
+        self.deadline.start_strips(count)
+        yield from self._predict_started(strips)
+
+    def predict_in_threads(
+        self, strips: Iterable[Strip], count: int, threads: int
+    ) -> Generator[StripState, None, None]:
+        """The same with so many strips at once, each in a thread of its own from first to last."""
+        self.deadline.start_strips(count)
+        shared, done = SharedIterator(strips), queue.SimpleQueue[StripState | Exception | None]()
+
+        def run() -> None:
+            try:
+                for state in self._predict_started(shared):
+                    done.put(state)
+            except Exception as error:  # raised again below
+                done.put(error)
+            done.put(None)
+
+        with ThreadPoolExecutor(threads) as pool:
+            running = len([pool.submit(run) for _ in range(threads)])
+            try:
+                while running:
+                    given = done.get()
+                    if isinstance(given, Exception):
+                        raise given
+                    if given is None:
+                        running -= 1
+                    else:
+                        yield given
+            finally:  # interrupted: each thread ends after the step that it is in
+                self.deadline.end = -math.inf if running else self.deadline.end
+
+    @torch.inference_mode()
+    def _predict_started(self, strips: Iterable[Strip]) -> Iterator[StripState]:
         coming, states = iter(strips), list[StripState]()
-        self.deadline.start_strips()
         while True:
             most = 1 if self.batch_size == 1 else 4 * self.batch_size  # so that batches stay full
             room = max(most - len(states), 0)
-            states += [self._admit(strip, count) for strip in itertools.islice(coming, room)]
+            states += [self._admit(strip) for strip in itertools.islice(coming, room)]
             if not states:
                 return
             if self.deadline.over:
@@ -176,7 +228,7 @@ class Scheduler:
                     state.finalize()
             self._run_next_step([state for state in states if not state.done])
             for state in (state for state in states if state.done):
-                count -= 1
+                self.deadline.strips_left -= 1
                 if state.pass_ids:
                     self.deadline.strip_done([self.source.passes[i] for i in state.pass_ids])
                 yield state
@@ -198,13 +250,14 @@ class Scheduler:
             "share": float(share),
         }
 
-    def _admit(self, strip: Strip, count: int) -> StripState:
+    def _admit(self, strip: Strip) -> StripState:
         """A strip before its first pass; one that could not be read is done."""
         source = self.source
         if strip.image is None:
             tally = Tally(len(self.pass_ids), source.manifest, self.early_exit)
             return StripState(strip, torch.empty(0), tally, fault=strip.fault)
-        selected = self.deadline.select_passes([source.passes[i] for i in self.pass_ids], count)
+        passes = [source.passes[i] for i in self.pass_ids]
+        selected = self.deadline.select_passes(passes, self.deadline.strips_left)
         pass_ids = [self.pass_ids[index] for index in selected]
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
         with source.stages("prepare"):

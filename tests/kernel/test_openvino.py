@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,30 @@ def test_a_member_that_is_packed_again_is_the_same_bytes(packed: Path, tmp_path:
     again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(name.split(".")[-1] for name in again) == ["bin", "bin", "xml", "xml"]
     assert again == {name: (packed / name).read_bytes() for name in again}
+
+
+def test_two_strips_at_once_get_the_bytes_of_one_after_another(
+    openvino_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    save_strips(images, [f"{index}.png" for index in range(6)])
+    threads, request = set[int](), OpenVino._request
+
+    def noted(engine: OpenVino, shapes: Any) -> Any:
+        assert engine.streams == 2
+        threads.add(threading.get_ident())
+        return request(engine, shapes)
+
+    predict(openvino_dataset, images, tmp_path / "one.csv")
+    monkeypatch.setattr(OpenVino, "_request", noted)
+    for early_exit in (True, False):
+        threads.clear()
+        output = tmp_path / "two.csv"
+        record = predict(openvino_dataset, images, output, streams=2, early_exit=early_exit)
+        assert output.read_bytes() == (tmp_path / "one.csv").read_bytes()
+        assert len(threads - {threading.get_ident()}) >= 2
+        networks = sum(s for halves in record["networks"].values() for s in halves.values())
+        assert networks < sum(record["strip_s"].values())  # a second of two threads counts once
 
 
 # --- where it fails -------------------------------------------------------------------------------

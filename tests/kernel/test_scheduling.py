@@ -1,5 +1,7 @@
 """Scheduling: batches and regrouping change no mask, and a strip that fails costs only itself."""
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -61,7 +63,7 @@ class DrawnPasses:
         self.gates = torch.from_numpy(gates).float()  # (passes, strips, classes)
         drawn = torch.from_numpy(rng.random((N_PASSES, N_STRIPS, CLASSES, *SIZE))).float()
         self.probabilities = drawn * self.gates[..., None, None]
-        self.refused = set[int]()
+        self.refused, self.takes_s = set[int](), 0.0
         self.encoded = list[tuple[int, list[int]]]()  # (pass, numbers) of every batch
         self.decoded = list[tuple[int, list[int]]]()
 
@@ -70,6 +72,7 @@ class DrawnPasses:
 
     def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
         numbers = images[:, 0, 0, 0].long()
+        time.sleep(self.takes_s)
         self.encoded.append((pass_id, numbers.tolist()))
         if self.refused.intersection(numbers.tolist()):
             raise RuntimeError("no such strip, said the network")
@@ -201,6 +204,39 @@ def test_predict_masks_keeps_the_order_of_its_images(source: DrawnPasses) -> Non
     images = [np.full(SIZE, number, np.uint8) for number in (5, 0, 7, 2)]
     found = predict_masks(Scheduler(source, 2), images)
     np.testing.assert_array_equal(found, np.stack([source.masks(n) for n in (5, 0, 7, 2)]))
+
+
+# --- several strips at once -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_strips_in_threads_get_the_masks_that_they_get_alone(
+    early_exit: bool, source: DrawnPasses
+) -> None:
+    scheduler = Scheduler(source, early_exit=early_exit)
+    states = list(scheduler.predict_in_threads(numbered(), N_STRIPS, threads=3))
+    assert sorted(int(state.strip.name) for state in states) == list(range(N_STRIPS))
+    for state in states:
+        np.testing.assert_array_equal(state.masks, source.masks(int(state.strip.name)))
+    assert scheduler.deadline.strips_left == 0
+
+
+def test_threads_that_are_no_longer_wanted_end_after_their_step(source: DrawnPasses) -> None:
+    source.takes_s = 0.002
+    states = Scheduler(source, early_exit=False).predict_in_threads(numbered(), N_STRIPS, 2)
+    next(states)
+    states.close()
+    assert len(source.encoded) < N_PASSES * N_STRIPS
+    assert threading.active_count() == 1
+
+
+def test_an_error_in_a_thread_is_raised_where_strips_are_taken(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.refused = {1}
+    monkeypatch.setattr("kernel.scheduling.device_usable", lambda device: device != CPU)
+    with pytest.raises(DeviceLost):
+        list(Scheduler(source).predict_in_threads(numbered(), N_STRIPS, 2))
 
 
 # --- what fails -----------------------------------------------------------------------------------
