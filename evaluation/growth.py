@@ -200,7 +200,7 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
             axis.plot([row[key] / 1e3 for row in rows], "o-", color=colour, label=label)
         axis.set_xticks(range(len(names)), names)
         axis.set_xlabel(TITLES[kind])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(row["gigaflops_of_every_pass"] / 1e3 for row in rows))
         axis.tick_params(axis="x", labelrotation=45 if kind == "image_size" else 0)
         axis.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(axes)[0].set_ylabel("Tflop a strip")
