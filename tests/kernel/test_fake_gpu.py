@@ -65,11 +65,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # PyTorch's own
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Counter[str]()
+        self.sigmoids = set[tuple[torch.dtype, torch.Size]]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.seen[str(func)] += 1
+        if func is torch.ops.aten.sigmoid.default:
+            self.sigmoids.add((args[0].dtype, args[0].shape))
         given = func(*args, **(kwargs or {}))
         devices = {each.device.type for each in args if isinstance(each, Tensor)}
         if "cuda" in devices and isinstance(given, Tensor) and given.device.type == "cpu":
@@ -117,7 +120,7 @@ def test_both_halves_run_in_fp16_on_the_gpu_and_give_fp32(name: str, gpu: FakeTe
     weights = {(weight.device, weight.dtype) for weight in member.encoder.network.parameters()}
     assert weights == {(CUDA, torch.float16)}
     assert torch.backends.cudnn.benchmark
-    with gpu, Watch():
+    with gpu, Watch() as watch:
         gates, *features = member.encoder(torch.rand(BATCH, 1, 64, 96, device=CUDA))
         probabilities = member.decoder(gates, *features)
     for tensor, dtype, shape in (
@@ -127,6 +130,7 @@ def test_both_halves_run_in_fp16_on_the_gpu_and_give_fp32(name: str, gpu: FakeTe
         assert isinstance(tensor, FakeTensor)
         assert (tensor.device, tensor.dtype, tensor.shape) == (CUDA, dtype, shape)
         assert tensor.is_contiguous()
+    assert (torch.float32, probabilities.shape) in watch.sigmoids
     assert {feature.device for feature in features} == {CUDA}
     assert {feature.dtype for feature in features} == {torch.float16}
     if not member.encoder.monolithic:
