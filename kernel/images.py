@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from kernel.device import to_device
 from kernel.jpeg import check_jpeg
 from kernel.logs import log
 
@@ -125,10 +126,7 @@ def decode_strip(folder: Path, name: str) -> Strip:
 
 def image_to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
     """An image (H, W), uint8 → (1, 1, H, W), float32 in [0, 1], on `device`."""
-    pixels = torch.from_numpy(image)[None, None]
-    if torch.device(device).type == "cuda":  # from pinned memory the copy does not wait
-        pixels = pixels.pin_memory().to(device, non_blocking=True)
-    return pixels / 255
+    return to_device(torch.from_numpy(image)[None, None], torch.device(device)) / 255
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

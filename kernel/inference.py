@@ -38,6 +38,8 @@ def check_options(options: Options) -> None:
         raise ValueError(
             f"--batch-size {options.batch_size}, --workers {options.workers}: expected 0 or more"
         )
+    if options.streams < 1:
+        raise ValueError(f"--streams {options.streams}: expected 1 or more")
     if not 0 < options.budget_s < math.inf:
         raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
     if options.shard:
@@ -190,6 +192,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
     about = "run every pass, for the same submission"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
+    about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
+    add("--streams", type=int, default=Options.streams, help=about)
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
     about = f"seconds until everything is written; default {TIME_LIMIT_S:.0f}, Kaggle's hour"

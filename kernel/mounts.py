@@ -25,6 +25,7 @@ class Options:
     layout: str | None = None
     batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
     early_exit: bool = True
+    streams: int = 1  # strips at once on a CPU, in threads that share its cores
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
     budget_s: float = TIME_LIMIT_S  # from the start of `run`

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernel.command import run_command
-from kernel.engines import pick_device
+from kernel.device import pick_device
 from kernel.logs import log
 from training.batches import Batches
 from training.config import NO_FOLD, PRECISIONS, Config, check_config

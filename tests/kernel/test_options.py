@@ -93,7 +93,7 @@ def test_a_strip_that_was_not_predicted_is_a_fault(
     session_light: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(*_: Any) -> Iterator[StripState]:
-        return iter(())
+        yield from ()
 
     monkeypatch.setattr(Scheduler, "predict_strips", forgetful)
     record = predict(session_light, images, tmp_path / "submission.csv")
