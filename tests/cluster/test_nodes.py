@@ -186,7 +186,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     store = s3fs.S3FileSystem(skip_instance_cache=True)
-    store.mkdir("mill")
+    store.makedirs("mill", exist_ok=True)  # moto keeps it from test to test
     yield store
     server.stop()
 
