@@ -34,9 +34,17 @@ def read_image(path: Path) -> Image:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: its bytes are no image, a damaged or too large one, or of another depth.
+        ValueError: as `decode_image`.
     """
-    data = path.read_bytes()
+    return decode_image(path.read_bytes(), str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image:
+    """Decode a file's bytes as `read_image` does; `name` is for the error.
+
+    Raises:
+        ValueError: the bytes are no image, a damaged or too large one, or of another depth.
+    """
     try:
         _check_header(data)
         flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
@@ -46,7 +54,7 @@ def read_image(path: Path) -> Image:
         _check_whole(data)
         return _to_8_bits(pixels)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _check_header(data: bytes) -> None:
