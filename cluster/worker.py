@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from cluster.images import ImageSet, open_local
-from kernel.engines import DeviceLost, pick_device
+from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import load_ensemble
 from kernel.images import Image, Strip
 from kernel.logs import Stages, log

@@ -21,7 +21,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]
 
 from cluster.images import ImageSet
 from cluster.worker import Worker, manifest_hash, read_strips
-from kernel.engines import DeviceLost
+from kernel.device import DeviceLost
 from kernel.images import read_image
 
 NAMES = [f"{index}.jpg" for index in range(7)]
