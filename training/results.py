@@ -49,7 +49,7 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
 def write_scores(path: Path, config: Config, scores: Scores) -> None:
     """Write the scores of the held-out strips; null where there was none. A fit's last file."""
     fold = None if config.fold == NO_FOLD else config.fold
-    figures: dict[str, object] = {"fold": fold, "strips": len(scores.dices) // config.classes}
+    figures: dict[str, object] = {"fold": fold, "strips": len(scores.dices)}
     figures |= {key: None if value != value else value for key, value in scores.summary().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
