@@ -179,7 +179,7 @@ def test_a_sheet_that_cannot_be_drawn_is_refused_in_one_line(
     corner = np.zeros((64, 96), np.bool_)
     corner[20:40, 20:40] = True
     cases = {
-        "no strip has a defect": (write_data(tmp_path / "clean", 120, ""), "a.png"),
+        "no strip has a defect": (write_data(tmp_path / "clean", 120, "a.png,1,\n"), "a.png"),
         "no defect fits on another strip's clean steel": (
             write_data(tmp_path / "dark", 0, f"a.png,1,{encode_rle(corner)}\n"),
             "a.png",
