@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernel.command import run_command
-from kernel.competition import N_SCORED_IMAGES
+from kernel.competition import SEVERSTAL
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Size, read_image, size_of
 from kernel.logs import Stages, progress
@@ -44,6 +44,7 @@ from training.metrics import Masks, dice
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
+N_SCORED_IMAGES = SEVERSTAL.n_images
 CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips are clean
 
 

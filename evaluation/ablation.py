@@ -14,11 +14,12 @@ import numpy as np
 
 from evaluation.projection import Floats, Ints
 from evaluation.recorded import RecordedPasses
+from kernel.checks import read_json
 from kernel.engines import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image
 from kernel.logs import Stages, progress
-from kernel.manifest import MANIFEST, Manifest, load_manifest, read_json
+from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
 from training.ground_truth import decode_masks
@@ -156,7 +157,7 @@ def collect_stats(
             continue  # the kernel's log has named it
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
-        masks = decode_masks(truth, name, ensemble.manifest.classes, recorded.size)
+        masks = decode_masks(truth, name, recorded.size, ensemble.manifest.competition)
         areas.append(masks.sum(axis=(-2, -1)))
         for each in stats.values():
             each.add(recorded, masks, thresholds)

@@ -118,7 +118,7 @@ def summarise(counts: ShiftCounts) -> dict[str, object]:
 def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
     """Run every pass of every strip, and count under every pair of shifts."""
     manifest, counts = ensemble.manifest, ShiftCounts()
-    named, names = read_truth(truth), list_images(images)
+    named, names = read_truth(truth, manifest.competition), list_images(images)
     check_names(named, names, truth, images)
     for name in progress(names, "strips", "strip"):
         image = read_image(images / name)
@@ -127,7 +127,7 @@ def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
             recorded.record(pass_id)
         gates = torch.cat([recorded.encoded[i][0].float().cpu() for i in recorded.encoded])
         found = torch.cat([recorded.probabilities[i].cpu() for i in recorded.encoded])
-        masks = decode_masks(named, name, manifest.classes, size_of(image))
+        masks = decode_masks(named, name, size_of(image), manifest.competition)
         counts.add(gates, found, masks, manifest.threshold)
     return counts
 

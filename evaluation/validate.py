@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
-from kernel.competition import N_CLASSES
 from kernel.mounts import read_sample
 from kernel.validator import check_submission
 
@@ -25,7 +24,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def validate(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where Kaggle would refuse the submission."""
-    layout, pairs = read_sample(args.sample, None, N_CLASSES)
+    layout, pairs = read_sample(args.sample)
     findings = check_submission(args.submission, layout.columns, pairs, args.images)
     print("\n".join(findings.lines()))
     return 1 if findings.errors else 0

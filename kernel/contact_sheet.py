@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Image, Mask, read_image, size_of
 from kernel.rle import decode_rle
 from kernel.rows import read_rows
@@ -39,9 +40,10 @@ def add_caption(strip: Picture, caption: str) -> Picture:
     return np.vstack([bar, strip])
 
 
-def caption_of(name: str, labels: Sequence[int]) -> str:
+def caption_of(name: str, labels: Sequence[int], competition: Competition = SEVERSTAL) -> str:
     """Name an image and the classes found on it."""
-    return f"{name}   found: {', '.join(f'class {label}' for label in labels) or 'no defect'}"
+    found = ", ".join(f"class {competition.name_of(label)}" for label in labels)
+    return f"{name}   found: {found or 'no defect'}"
 
 
 def stack(strips: Sequence[Picture]) -> Picture:
@@ -51,14 +53,19 @@ def stack(strips: Sequence[Picture]) -> Picture:
     return np.vstack(padded).astype(np.uint8)
 
 
-def draw_submission(submission: Path, images: Path, most: int = MAX_STRIPS) -> Picture:
+def draw_submission(
+    submission: Path,
+    images: Path,
+    competition: Competition = SEVERSTAL,
+    most: int = MAX_STRIPS,
+) -> Picture:
     """Draw the first strips of a submission that have a mask.
 
     Raises:
         ValueError: none has.
     """
     masks: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, label, rle in read_rows(submission)[1]:
+    for name, label, rle in read_rows(submission, competition=competition)[1]:
         if rle:
             masks[name][label] = rle
     if not masks:
@@ -67,6 +74,8 @@ def draw_submission(submission: Path, images: Path, most: int = MAX_STRIPS) -> P
     for name, rles in itertools.islice(masks.items(), most):
         image = read_image(images / name)
         size = size_of(image)
-        found = [decode_rle(rles.get(c, ""), size) for c in range(1, max(rles) + 1)]
-        strips.append(add_caption(overlay_masks(image, found), caption_of(name, sorted(rles))))
+        found = [decode_rle(rles.get(c, ""), size, competition) for c in range(1, max(rles) + 1)]
+        strips.append(
+            add_caption(overlay_masks(image, found), caption_of(name, sorted(rles), competition))
+        )
     return stack(strips)

@@ -115,7 +115,9 @@ def predict_task(
                 outcome.work[name] = scheduler.work(state)
                 with stages("rle"):
                     masks = enumerate(state.masks, 1)
-                    submission.set_masks(name, {label: encode_rle(mask) for label, mask in masks})
+                    rules = task.layout.competition
+                    rles = {label: encode_rle(mask, rules) for label, mask in masks}
+                    submission.set_masks(name, rles)
             with stages("write"):
                 submission.save_throttled()
             before, since = time.monotonic(), before

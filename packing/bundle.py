@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kernel.competition import COMPETITION
 from kernel.logs import progress
-from kernel.manifest import MANIFEST, Manifest
+from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
@@ -38,7 +39,8 @@ def _stage_dataset(
     bar = progress(pairs, "packing", "member")
     packed = [pack_member(source, spec, manifest, folder, openvino) for source, spec in bar]
     specs = [each.spec for each in packed]
-    write_json(folder / MANIFEST, asdict(replace(manifest, members=specs)))
+    write_json(folder / MANIFEST, manifest_entries(replace(manifest, members=specs)))
+    write_json(folder / COMPETITION, asdict(manifest.competition))
     for wheel in wheels:
         shutil.copyfile(wheel, folder / wheel.name)
     (folder / SCRIPT.name).write_text(join_modules(SCRIPT), encoding="utf-8")

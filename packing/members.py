@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel.competition import IMAGE_SIZE
 from kernel.engines import openvino_files
 from kernel.images import pad_to_multiple
 from kernel.manifest import Manifest, MemberSpec
@@ -70,8 +69,8 @@ def _explained(path: Path, fault: str, remedy: str) -> Iterator[None]:
 
 
 def size_of_trial(spec: MemberSpec, manifest: Manifest) -> tuple[int, int]:
-    """Return the (H, W) that a member sees: its own, or the strips'."""
-    return spec.image_size or manifest.image_size or IMAGE_SIZE
+    """Return the (H, W) that a member sees: its own, or the competition's images', if known."""
+    return spec.image_size or manifest.image_size or manifest.competition.image_size or (256, 256)
 
 
 def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel.manifest import MANIFEST, Manifest, read_json
+from kernel.checks import read_json
+from kernel.manifest import MANIFEST, Manifest
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS
 
@@ -155,7 +156,7 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
         kernel |= {"code_file": NOTEBOOK, "kernel_type": "notebook"}
     with _naming(KERNEL_METADATA):
         code_file = NOTEBOOK if notebook else SCRIPT.name
-        check_kernel(kernel, dataset["id"], manifest.competition, code_file)
+        check_kernel(kernel, dataset["id"], manifest.competition.slug, code_file)
     return metadata
 
 

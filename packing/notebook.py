@@ -22,9 +22,11 @@ try:
     import IPython.display
 
     options = parse_options(ARGUMENTS)
-    labels = [label for _, label, _ in read_rows(options.output)[1]]
-    task = find_task(options, classes=max(labels))
-    sheet = draw_submission(options.output, task.images)
+    what = "the bundle's dataset"
+    bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
+    competition = load_competition(bundle)
+    task = find_task(options, competition)
+    sheet = draw_submission(options.output, task.images, competition)
     display(IPython.display.Image(data=cv2.imencode(".jpg", sheet)[1].tobytes()))
 except Exception as error:  # a picture must not cost the submission
     log.warning("no contact sheet: %s", error)"""

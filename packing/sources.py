@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kernel.manifest import MANIFEST, Manifest, parse_manifest, read_json
+from kernel.checks import read_json
+from kernel.competition import load_competition
+from kernel.manifest import MANIFEST, Manifest, parse_manifest
 from kernel.members import check_sha256
 from packing.models import read_model, with_todays_options, without_activation
 from packing.reading import no_such_checkpoint, weights_file
@@ -48,7 +50,7 @@ def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
     members = entries.get("members")
     if isinstance(members, list):
         entries = entries | {"members": [_packed_entry(weights, entry) for entry in members]}
-    manifest = parse_manifest(entries, path)
+    manifest = parse_manifest(entries, path, load_competition(weights))
     sources = [_source_of(weights, entry) for entry in members or []]
     for source, spec in zip(sources, manifest.members, strict=True):
         check_sha256(weights_file(source), spec.sha256)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competition import N_CLASSES
+from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, MemberSpec
 from kernel.threshold import threshold_logit
 
@@ -55,7 +55,7 @@ class Config:
     learning_rate: float = 3e-4  # at 1e-3 with four crops a step the loss rises again
     mean: float = 0.34  # of grey in [0, 1], measured on the competition's strips
     std: float = 0.13
-    classes: int = N_CLASSES
+    classes: int = len(SEVERSTAL.classes)
     seed: int = 0
     precision: str = "32"  # one of PRECISIONS
 
@@ -75,7 +75,7 @@ class Config:
     @property
     def level(self) -> float:
         """The logit at which the kernel's threshold cuts a mask whose gate is open."""
-        return threshold_logit(Manifest([self.spec], self.classes).threshold)
+        return threshold_logit(Manifest([self.spec]).threshold)
 
     @property
     def spec(self) -> MemberSpec:

@@ -19,13 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kernel.command import run_command
-from kernel.competition import (
-    IMAGE_SIZE,
-    N_CLASSES,
-    N_CLEAN_TRAINING_IMAGES,
-    N_TRAINING_IMAGES,
-    TRAINING_IMAGES_WITH_CLASS,
-)
+from kernel.competition import N_CLEAN_TRAINING_IMAGES, SEVERSTAL
 from kernel.images import read_image
 from kernel.logs import progress
 from kernel.mounts import list_images
@@ -41,9 +35,12 @@ Span = tuple[int, int]  # first and last column of the steel, the rest is dark m
 Size = tuple[int, int]  # (H, W)
 Point = tuple[float, float] | NDArray[np.float64]  # (x, y)
 
+IMAGE_SIZE = (256, 1600)  # (H, W)
+N_CLASSES = len(SEVERSTAL.classes)
+N_TRAINING_IMAGES = SEVERSTAL.n_training_images or 0
 N_DEFECTIVE = N_TRAINING_IMAGES - N_CLEAN_TRAINING_IMAGES
 DEFECTIVE = N_DEFECTIVE / N_TRAINING_IMAGES  # share of the strips
-SHARES = tuple(map(float, TRAINING_IMAGES_WITH_CLASS.values()))  # of class 1, 2, 3, 4
+SHARES = tuple(map(float, SEVERSTAL.images_with_class or ()))  # of class 1, 2, 3, 4
 SECOND_CLASS = 429 / N_DEFECTIVE  # 7,095 (image, class) pairs on 6,666 defective images
 DARK = 15  # grey levels; what is darker on a real strip lies beside the steel
 TRAIN, TEST = 0, 1  # splits, the second word of every strip's seed

@@ -36,7 +36,12 @@ from kernel.logs import log
 from training.batches import Batches
 from training.config import NO_FOLD, PRECISIONS, Config, check_config
 from training.fit import Machine, find_crops, fit_network, fit_within_memory
-from training.folds import check_classes, split_folds
+from training.folds import (
+    add_competition_options,
+    check_classes,
+    read_competition,
+    split_folds,
+)
 from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
 from training.module import MemberModule
 from training.moved_defects import METHODS
@@ -80,7 +85,9 @@ def parse_extra(text: str) -> tuple[Path, float]:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add what is trained on."""
-    add = parser.add_argument_group("strips").add_argument
+    group = parser.add_argument_group("strips")
+    add_competition_options(group)
+    add = group.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     about = "a further folder like it and the share of the draws that come from it; never held out"
     add("--extra", type=parse_extra, nargs="+", default=[], metavar="FOLDER=SHARE", help=about)
@@ -89,7 +96,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     about = "the fold held out for validation, or none (default 0)"
     add("--fold", type=parse_fold, default=Config.fold, help=about)
     add("--folds", type=int, default=Config.folds, help="default %(default)s")
-    add("--classes", type=int, default=Config.classes, help="default %(default)s")
     about = "share of the defects that are moved to another strip (default %(default)s)"
     add("--moved-share", type=float, default=Config.moved_share, help=about)
     about = "how they are moved (default %(default)s)"
@@ -197,7 +203,8 @@ def read_config(args: argparse.Namespace, device: torch.device) -> Config:
         raise ValueError("--precision 16-mixed needs a GPU; on a CPU 32 or bf16-mixed")
     config = Config(
         name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
-        crop_steps=args.crop_steps, whole_steps=args.whole_steps, classes=args.classes,
+        crop_steps=args.crop_steps, whole_steps=args.whole_steps, 
+        classes=len(read_competition(args).classes),
         seed=args.seed, learning_rate=args.learning_rate, precision=precision,
         evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
         mean=args.mean, std=args.std, crops=args.crops, moved_share=args.moved_share,
@@ -248,9 +255,9 @@ def choose_head_pairs(
     if asked == "train":
         batches = Batches(sources, config)
         return SampledPairs(batches, most), scored
-    strips = Strips(Path(asked), [], {}, config.classes)
+    strips = Strips(Path(asked), [], {}, held_out.competition)
     if asked != "none":
-        strips = read_strips(Path(asked), config.classes)
+        strips = read_strips(Path(asked), held_out.competition)
     return StripPairs(strips.some(0, most)), scored
 
 
@@ -261,9 +268,10 @@ def train(args: argparse.Namespace) -> int:
     """Fit, write the checkpoint, validate, and add a row to experiments.csv."""
     device = choose_device(args.device)
     config, machine = read_config(args, device), read_machine(args, device)
-    own = read_strips(args.data, config.classes)
+    competition = read_competition(args)
+    own = read_strips(args.data, competition)
     train_strips, held_out = split_folds(own, config.folds, config.fold)
-    sources = [train_strips, *(read_strips(path, config.classes) for path, _ in args.extra)]
+    sources = [train_strips, *(read_strips(path, competition) for path, _ in args.extra)]
     check_classes(sources)
     counts = " + ".join(str(len(strips.names)) for strips in sources)
     log.info("%s: %s strips to train on, %d held out, on %s in %s", config.name, counts,
