@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
+from kernel.competition import add_competition_option, find_competition
 from kernel.manifest import MANIFEST
 from packing.bundle import build
 from packing.metadata import find_owner
@@ -27,13 +28,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "also pack OpenVINO and the members as it reads them: for kernels without a GPU"
     add("--openvino", action="store_true", help=about)
     add("--notebook", action="store_true", help=f"the kernel as {NOTEBOOK} instead of a script")
+    add_competition_option(parser)
     return parser.parse_args(arguments)
 
 
 def run(args: argparse.Namespace) -> int:
     """Build the bundle; print its members and what comes next."""
     owner = args.owner or find_owner()
-    metadata, packed = build(args.weights, args.out, owner, args.openvino, args.notebook)
+    competition = find_competition(args.competition) if args.competition else None
+    metadata, packed = build(
+        args.weights, args.out, owner, args.openvino, args.notebook, competition
+    )
     print_table(packed)
     print_next(args.out, metadata)
     return 0

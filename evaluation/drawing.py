@@ -18,7 +18,7 @@ from kernel.contact_sheet import (
 )
 from kernel.images import read_image, size_of
 from kernel.logs import progress
-from training.ground_truth import decode_masks
+from training.ground_truth import decode_masks, decode_scored_masks
 from training.metrics import Scores, dice
 
 
@@ -62,13 +62,14 @@ class Predictions:
             if self.truth is None and len(pictures) == most:
                 break
             try:
-                image = read_image(self.images / name)
+                image = read_image(self.images / name, self.competition)
             except (ValueError, OSError):
                 continue  # the kernel's log has named it
             size, rles, truth, value = size_of(image), self.rles.get(name, {}), None, None
-            masks = decode_masks(self.rles, name, size, self.competition)
+            mask_size = self.competition.size_of_mask(size)
+            masks = decode_masks(self.rles, name, mask_size, self.competition)
             if self.truth is not None:
-                truth = decode_masks(self.truth, name, size, self.competition)
+                truth = decode_scored_masks(self.truth, name, size, self.competition)
                 value = float(np.mean(dice(masks, truth)))
                 scores.add(masks, truth)
             if len(pictures) < most:

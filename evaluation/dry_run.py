@@ -39,7 +39,7 @@ from evaluation.report import (
 )
 from kernel.checks import read_json
 from kernel.command import run_command
-from kernel.competition import Competition
+from kernel.competition import Competition, add_competition_option, find_competition
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, expand_rows, list_images, read_sample
 from kernel.rows import Layout, layouts_of, write_submission
@@ -226,6 +226,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budget-s", type=float, help=about)
     about = "a run.json from Kaggle: its rate replaces the assumed one, from now on"
     add("--calibrate", type=Path, metavar="RUN.JSON", help=about)
+    add_competition_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -261,6 +262,12 @@ def dry_run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
     if args.images and not args.images.is_dir():
         raise ValueError(f"{args.images}: no such folder of images")
+    built = load_manifest(args.bundle / "dataset").competition
+    if args.competition and find_competition(args.competition) != built:
+        raise ValueError(
+            f"--competition {args.competition}: {args.bundle} was built for {built.slug}; "
+            "build it again with the same --competition"
+        )
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
         log.info("%s has the rate of %s from now on", machine, args.calibrate)

@@ -14,7 +14,7 @@ from kernel.images import Image, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import list_images
-from training.ground_truth import check_names, decode_masks, read_truth
+from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.metrics import Masks, Scores
 
 
@@ -58,8 +58,8 @@ def score(args: argparse.Namespace) -> int:
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):
-        image = read_image(args.images / name)
-        masks = decode_masks(truth, name, size_of(image), competition)
+        image = read_image(args.images / name, competition)
+        masks = decode_scored_masks(truth, name, size_of(image), competition)
         score_strip(ensemble, image, masks, scores)
         summary = {
             member: each.summary() | {"intervals": each.intervals()}

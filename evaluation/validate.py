@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
+from kernel.competition import add_competition_option, find_competition
 from kernel.mounts import read_sample
 from kernel.validator import check_submission
 
@@ -18,14 +19,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("submission", type=Path)
     parser.add_argument("--sample", type=Path, required=True, help="the competition's own, mounted")
-    parser.add_argument("--images", type=Path, help="their folder, for other sizes than 256×1600")
+    parser.add_argument("--images", type=Path, help="their folder, where sizes differ")
+    add_competition_option(parser)
     return parser.parse_args(arguments)
 
 
 def validate(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where Kaggle would refuse the submission."""
-    layout, pairs = read_sample(args.sample)
-    findings = check_submission(args.submission, layout.columns, pairs, args.images)
+    competition = find_competition(args.competition)
+    layout, pairs = read_sample(args.sample, None, competition)
+    columns = layout.columns
+    findings = check_submission(args.submission, columns, pairs, args.images, competition)
     print("\n".join(findings.lines()))
     return 1 if findings.errors else 0
 

@@ -200,7 +200,7 @@ def shipped_names() -> list[str]:
 def add_competition_option(parser: argparse._ActionsContainer) -> None:
     """Add --competition, which `find_competition` reads."""
     names = ", ".join(shipped_names())
-    about = f"a description that ships ({names}) or the path of another (default: severstal)"
+    about = f"a description that ships ({names}) or the path of another"
     parser.add_argument("--competition", metavar="NAME", help=about)
 
 

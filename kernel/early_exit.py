@@ -45,6 +45,7 @@ class Tally:
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
         self.decoded = 0
         self.classes = manifest.classes
+        self.mask_size = manifest.competition.mask_size
         self.open = list(range(manifest.classes))  # not proven
 
     @property
@@ -120,9 +121,9 @@ class Tally:
         return True
 
     def masks(self, size: Size) -> npt.NDArray[np.bool_]:
-        """Masks (classes, H, W); call it when no class is open."""
+        """Masks (classes, H, W) of an image of `size`; call it when no class is open."""
         if self.total is None:
-            return np.zeros((self.classes, *size), np.bool_)
+            return np.zeros((self.classes, *(self.mask_size or size)), np.bool_)
         if self.decoded == self.n_passes:
             masks = apply_threshold(self.total / self.n_passes, self.threshold, self.min_area)
         else:

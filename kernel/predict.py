@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.engines import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
@@ -23,12 +24,14 @@ from kernel.scheduling import Scheduler
 from kernel.tta import Pass
 
 
-def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Strip]:
+def decode_ahead(
+    folder: Path, names: Sequence[str], ahead: int, competition: Competition = SEVERSTAL
+) -> Iterator[Strip]:
     """Yield strips in order, up to `ahead` of them decoded beside the networks."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting: list[Future[Strip]] = []
         for name in names:
-            waiting.append(pool.submit(decode_strip, folder, name))
+            waiting.append(pool.submit(decode_strip, folder, name, competition))
             if len(waiting) > ahead:
                 yield waiting.pop(0).result()
         for strip in waiting:
@@ -37,7 +40,7 @@ def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Str
 
 def first_image(task: Task) -> Image | None:
     """Return the first image that can be read."""
-    strips = (decode_strip(task.images, name) for name in task.names)
+    strips = (decode_strip(task.images, name, task.layout.competition) for name in task.names)
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 
@@ -103,7 +106,8 @@ def predict_task(
 ) -> None:
     """Every image of a task through the scheduler and into the submission."""
     stages = scheduler.source.stages
-    strips = decode_ahead(task.images, task.names, ahead=4 * scheduler.batch_size)
+    rules = task.layout.competition
+    strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
     before = time.monotonic()
     with progress(task.names, "strips", "strip") as bar:
         for state in scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names)):
@@ -115,7 +119,6 @@ def predict_task(
                 outcome.work[name] = scheduler.work(state)
                 with stages("rle"):
                     masks = enumerate(state.masks, 1)
-                    rules = task.layout.competition
                     rles = {label: encode_rle(mask, rules) for label, mask in masks}
                     submission.set_masks(name, rles)
             with stages("write"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.images import Mask, Size, read_image, size_of
+from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
 from kernel.rows import Layout, read_rows
 
@@ -108,12 +108,12 @@ def check_image(
     size, black = competition.mask_size or competition.image_size, None
     if images:
         try:
-            image = read_image(images / name)
+            image = read_image(images / name, competition)
         except (OSError, ValueError) as error:
             return [f"{name} has a mask, but cannot be read: {error}"], []
         size = competition.size_of_mask(size_of(image))
         if competition.dark_outside and size == size_of(image):
-            black = image < 12  # JPEG's noise on black
+            black = planes_of(image).max(axis=0) < 12  # JPEG's noise on black
     n_pixels = size[0] * size[1] if size else 2**62
     faults = {label: rle_fault(rle, n_pixels, competition) for label, rle in rles.items()}
     row = {label: describe_row((name, label), competition) for label in rles}

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
@@ -13,6 +14,8 @@ from kernel.logs import log
 from kernel.rle import decode_rle, join_rles, rle_fault
 from kernel.rows import Row, read_rows
 from training.metrics import Masks
+
+NEAREST = cv2.INTER_NEAREST
 
 Truth = dict[str, dict[int, str]]  # image → class → RLE; an image without a mask is clean
 
@@ -80,3 +83,14 @@ def decode_masks(
     except ValueError as error:
         raise ValueError(f"the masks of {name}: {error}") from None
     return np.stack(masks)
+
+
+def decode_scored_masks(
+    truth: Truth, name: str, size: Size, competition: Competition = SEVERSTAL
+) -> Masks:
+    """Return `decode_masks` of an image of `size`, in the size of the competition's masks."""
+    masks, wanted = decode_masks(truth, name, size, competition), competition.size_of_mask(size)
+    if wanted == size:
+        return masks
+    small = [cv2.resize(m.astype(np.uint8), wanted[::-1], interpolation=NEAREST) for m in masks]
+    return np.stack(small).astype(np.bool_)

@@ -27,7 +27,7 @@ class Strips:
 
     def load(self, name: str) -> Pair:
         """Return one image (H, W) and its masks (classes, H, W)."""
-        image = read_image(self.folder / name)
+        image = read_image(self.folder / name, self.competition)
         return image, decode_masks(self.truth, name, size_of(image), self.competition)
 
     def with_class(self, label: int) -> list[str]:
