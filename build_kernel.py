@@ -9,6 +9,7 @@ from kernel.competition import add_competition_option, find_competition
 from kernel.manifest import MANIFEST
 from packing.bundle import build
 from packing.metadata import find_owner
+from packing.new_competition import write_description
 from packing.paths import NOTEBOOK, WEIGHTS
 from packing.summary import print_next, print_table
 
@@ -29,11 +30,27 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--openvino", action="store_true", help=about)
     add("--notebook", action="store_true", help=f"the kernel as {NOTEBOOK} instead of a script")
     add_competition_option(parser)
+    new = parser.add_argument_group("a new competition").add_argument
+    about = "propose its description from a sample submission; write it to --out, a .json file"
+    new("--new-competition", type=Path, metavar="SAMPLE.CSV", help=about)
+    new("--images", type=Path, metavar="DIR", help="some of the sample's images")
     return parser.parse_args(arguments)
+
+
+def describe(args: argparse.Namespace) -> int:
+    """Write the description that a sample suggests; print what it could not see."""
+    if not args.images or args.out.suffix != ".json":
+        raise ValueError("--new-competition needs --images DIR and --out mine.json")
+    proposal = write_description(args.new_competition, args.images, args.out)
+    print(f"{args.out}: correct what the sample and its images do not show:")
+    print("\n".join(f"  {line}" for line in proposal.unsure))
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Build the bundle; print its members and what comes next."""
+    if args.new_competition:
+        return describe(args)
     owner = args.owner or find_owner()
     competition = find_competition(args.competition) if args.competition else None
     metadata, packed = build(
