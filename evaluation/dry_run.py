@@ -8,7 +8,6 @@ exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
 
 import argparse
 import logging
-import math
 import os
 import resource
 import shutil
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,7 @@ from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.competition import Competition, add_competition_option, find_competition
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, expand_rows, list_images, read_sample
-from kernel.rows import Layout, layouts_of, write_submission
+from kernel.mounts import SAMPLE, list_images, read_sample
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import check_names, read_truth
@@ -64,25 +62,10 @@ def make_kaggle_tree(root: Path, bundle: Path, images: Path) -> Path:
     competition = root / "input" / "competitions" / manifest.competition.slug
     shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
     sample = competition / SAMPLE
-    write_sample(sample, list_images(images), manifest.competition)
+    size = manifest.competition.image_size or (1, 1)
+    synthetic.write_sample(sample, list_images(images), manifest.competition, size)
     (root / "working").mkdir()
     return sample
-
-
-def write_sample(path: Path, names: Sequence[str], competition: Competition) -> None:
-    """Write a sample of images: a row for all of an image's classes, or one for each.
-
-    With `any_class` it is written as Severstal's real one is, every pixel on.
-    """
-    layout = list(layouts_of(competition).values())[-1]  # today's
-    if competition.any_class is not None and layout.may_omit_empty:
-        rows, size = [(name, 0) for name in names], competition.image_size or (1, 1)
-        whole = f"{competition.first_index} {math.prod(size)}"
-        write_submission(path, layout, rows, dict.fromkeys(rows, whole))
-        return
-    rows = expand_rows([(name, 0) for name in names], len(competition.classes))
-    named = replace(competition, empty=competition.empty or "")  # a sample names every row
-    write_submission(path, Layout(layout.cells, named), rows, {})
 
 
 def network_denial() -> list[str]:
@@ -233,11 +216,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _run_bundle(args: argparse.Namespace, root: Path) -> int:
     """One dry run in the scratch folder `root`."""
     images, truth_csv = args.images, args.ground_truth
+    competition = load_manifest(args.bundle / "dataset").competition
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
-        synthetic.write_competition(root / "steel", 0, args.strips, args.seed, evenly=True)
+        synthetic.write_competition(
+            root / "steel", 0, args.strips, args.seed, evenly=True, competition=competition,
+            size=competition.image_size or synthetic.IMAGE_SIZE,
+        )  # fmt: skip
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    competition = load_manifest(args.bundle / "dataset").competition
     truth = read_truth(truth_csv, competition) if truth_csv else None
     if truth and truth_csv:
         check_names(truth, list_images(images), truth_csv, images)

@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
 import torch
 from helpers import (
@@ -20,15 +21,18 @@ from helpers import (
     tiny_model,
 )
 from oracle import TTACH, load_networks
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from evaluation import validate
+import build_kernel
+from evaluation import dry_run, validate
 from evaluation.dry_run import make_kaggle_tree
 from kernel.competition import SEVERSTAL, Competition, find_competition, shipped_names
 from kernel.images import Mask, Size
 from kernel.inference import run
 from kernel.mounts import Options
 from packing.bundle import build
+from training import synthetic, train
 
 Pixels = npt.NDArray[Any]
 FLIPS = ["none", "vertical"]
@@ -198,3 +202,40 @@ def test_a_description_alone_carries_a_competition_to_a_valid_submission(
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join([lines[0], *lines[2:], lines[1]]))  # a row in the wrong place
     assert exit_code(validate.main, output, *arguments) == 1
+
+
+def test_a_colour_competition_is_drawn_fitted_packed_and_rehearsed_by_its_description(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine, data, weights = tmp_path / "mine.json", tmp_path / "data", tmp_path / "weights"
+    mine.write_text(json.dumps(asdict(replace(small("clouds"), classes=("Fish", "Sugar")))))
+    described = ("--competition", mine)
+    drawn = ("--out", data, "--train", 24, "--test", 2, "--shares", 1, 1, 1, 1, *described)
+    assert exit_code(synthetic.main, *drawn) == 0
+    assert (data / "train.csv").read_text().startswith("Image_Label,EncodedPixels\n")
+    member = ("--name", "one", "--encoder", "tu-test_resnet", "--channels", 3, *described)
+    steps = ("--crop-steps", 2, "--whole-steps", 1, "--crops", 1, "--workers", 0, "--fold", "none")
+    places = ("--data", data, "--out", weights, "--runs", tmp_path / "runs", "--device", "cpu")
+    assert exit_code(train.main, *member, *steps, *places, "--presence-strips", 2) == 0
+
+    with safe_open(weights / "one.safetensors", "pt") as file:
+        entry = json.loads(file.metadata()["member"])
+    pictures = [np.asarray(PIL.Image.open(path)) for path in (data / "train_images").iterdir()]
+    np.testing.assert_allclose(entry["mean"], np.mean(pictures, axis=(0, 1, 2)) / 255, atol=1e-3)
+    (weights / "ensemble.json").write_text(json.dumps({"members": [entry]}))
+    out = tmp_path / "dist"
+    packed = ("--weights", weights, "--out", out, "--owner", "somebody", *described)
+    assert exit_code(build_kernel.main, *packed) == 0
+    truth = ("--images", data / "test_images", "--ground-truth", data / "test.csv")
+    capfd.readouterr()
+    code = exit_code(dry_run.main, "--bundle", out, *truth, *described)
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert code == (0 if report["ready"] else 1)
+    assert report["clean"]["ok"]
+    assert report["budget_s"] == 32_400
+    assert "3,698 strips would take" in report["kaggle"]["words"]
+    assert set(report["dice"]["per_class"]) <= {"Fish", "Sugar"}
+    assert "== Ready for Kaggle" in capfd.readouterr().out
+    other = ("--bundle", out, *truth, "--competition", "salt")
+    assert exit_code(dry_run.main, *other) == 2
+    assert "was built for understanding_cloud_organization" in capfd.readouterr().err
