@@ -1,11 +1,13 @@
 """Competitions: a description is read or refused by its field, and is all that a layout takes."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,3 +237,14 @@ def test_a_field_that_is_left_out_is_severstals() -> None:
     found = parse_competition({"slug": "mine"}, Path("competition.json"))
     assert found.layouts == SEVERSTAL.layouts
     assert found.images_with_class is None  # what was counted there is not known here
+
+
+def test_the_schema_has_every_field_with_its_default_and_the_shipped_ones_keep_to_it() -> None:
+    jsonschema: Any = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "docs" / "competition.schema.json").read_text(encoding="utf-8"))
+    defaults = {name: field["default"] for name, field in schema["properties"].items()}
+    assert defaults == json.loads(json.dumps(asdict(Competition())))
+    for path in sorted((ROOT / "competitions").glob("*.json")):
+        jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"clases": []}, schema)
