@@ -701,7 +701,8 @@ def write_strip(plan: Plan, index: int) -> tuple[str, list[str]]:
         name = Path(name).stem + (rules.suffix or ".png")
     quality = 95 if rng.random() < 0.8 else 90  # the quantisation tables of the real files
     path = plan.folder / name
-    written = cv2.imwrite(str(path), coloured(image, rules), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    options = [] if path.suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, quality]
+    written = cv2.imwrite(str(path), coloured(image, rules), options)
     if not written:
         raise ValueError(f"cannot write {path}: is the folder there and writable?")
     return name, [encode_rle(mask, rules) for mask in grouped(masks, rules)]

@@ -31,6 +31,7 @@ from kernel.competition import SEVERSTAL, Competition, find_competition, shipped
 from kernel.images import Mask, Size
 from kernel.inference import run
 from kernel.mounts import Options
+from packing import bundle
 from packing.bundle import build
 from training import synthetic, train
 
@@ -239,3 +240,24 @@ def test_a_colour_competition_is_drawn_fitted_packed_and_rehearsed_by_its_descri
     other = ("--bundle", out, *truth, "--competition", "salt")
     assert exit_code(dry_run.main, *other) == 2
     assert "was built for understanding_cloud_organization" in capfd.readouterr().err
+
+
+def test_openvino_takes_colour_and_gives_the_same_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(bundle, "OPENVINO_WHEEL", {})  # 59 MB
+    competition, found = small("clouds"), {}
+    names = list(draw_images(tmp_path / "images", competition))
+    weights = write_weights(tmp_path / "weights", competition)
+    for openvino in (False, True):
+        build(weights, tmp_path / "dist", "somebody", openvino, competition=competition)
+        options = Options(bundle=tmp_path / "dist" / "dataset", images=tmp_path / "images")
+        output = tmp_path / f"{openvino}.csv"
+        run(replace(options, output=output, early_exit=False))
+        rles = read_by_hand("clouds", output.read_text(), names)
+        size = competition.mask_size or SMALL
+        found[openvino] = np.stack([decode(rle, size, competition) for rle in rles.values()])
+    assert not any("PyTorch" in message for message in caplog.messages)  # OpenVINO ran
+    assert (found[True] != found[False]).mean() < 0.001
+    assert 0.01 < found[True].mean() < 0.99
