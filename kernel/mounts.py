@@ -10,7 +10,7 @@ from kernel.logs import log
 from kernel.rows import Layout, layouts_of, read_rows
 
 SAMPLE = "sample_submission.csv"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def find_images(sample: Path, names: set[str], root: Path) -> Path:
         if shares.get(best):
             return best
     raise ValueError(
-        f"no folder below {sample.parent} or {root} holds the images of {sample.name}; "
-        "name theirs with --images"
+        f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
+        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`"
     )
 
 

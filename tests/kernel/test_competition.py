@@ -1,13 +1,13 @@
 """Competitions: a description is read or refused by its field, and is all that a layout takes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, draw_image, save_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from kernel.competition import (
     shipped_names,
 )
 from kernel.images import Mask, Size
-from kernel.mounts import read_sample
+from kernel.mounts import Options, find_task, read_sample
 from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import layouts_of, read_rows, write_submission
 from kernel.validator import check_submission
@@ -248,3 +248,14 @@ def test_the_schema_has_every_field_with_its_default_and_the_shipped_ones_keep_t
         jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"clases": []}, schema)
+
+
+def test_a_suffix_that_no_image_has_is_what_the_message_speaks_of(tmp_path: Path) -> None:
+    save_image(tmp_path / "input" / "images" / "a.tif", draw_image(0))
+    sample = tmp_path / "input" / "sample_submission.csv"
+    sample.write_text("id,rle_mask\na,\n")
+    salt = find_competition("salt")
+    with pytest.raises(ValueError, match=r"such as 'a\.png'; .* or correct `suffix`"):
+        find_task(Options(input=tmp_path), salt)
+    task = find_task(Options(input=tmp_path), replace(salt, suffix=".tif"))
+    assert (task.images, task.names) == (sample.parent / "images", ["a.tif"])
