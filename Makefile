@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint coverage bench fuzz soak mutants versions clean help
+.PHONY: demo test lint coverage bench gpu fuzz soak test-cluster bench-cluster mutants versions clean help
 
 # Without a GPU the members run on OpenVINO.
 OPENVINO := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo openvino)
@@ -46,12 +46,15 @@ help:  ## this list
 	$(call install,dev)
 	@touch .venv/installed-demo
 
-bench: .venv/installed  ## race the packed members against the ways in which others run them
+bench: .venv/installed  ## race the packed members against the ways in which others run them; on real strips too: REAL=folder
 	@echo "== installing the peers: OpenVINO, ONNX Runtime"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@echo "== packing with OpenVINO's halves, then the race: minutes to an hour"
 	$(BIN)/python build_kernel.py --openvino --out dist
-	$(BIN)/python bench/race.py
+	$(BIN)/python bench/race.py $(if $(REAL),--real $(REAL))
+
+gpu: .venv/installed  ## on a CUDA machine, unattended in 9 minutes: its tests, a race, images/s; bench/gpu.json
+	$(BIN)/python bench/gpu.py
 
 fuzz: .venv/installed  ## what comes from files, at random: 20,000 cases of each property
 	@echo "== 20,000 cases of each property of what comes from files, and of packed checkpoints"
@@ -59,6 +62,14 @@ fuzz: .venv/installed  ## what comes from files, at random: 20,000 cases of each
 
 soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
 	SOAK=5506 $(BIN)/python -m pytest -s tests/kernel/test_soak.py
+
+test-cluster: .venv/installed  ## several Ray nodes here, and what dies half-way; S3 on loopback: minutes
+	@echo "== installing a stand-in of S3"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt s3fs 'moto[s3]' flask flask-cors
+	$(BIN)/python -m pytest tests/cluster -m 'nodes or not nodes'
+
+bench-cluster: .venv/installed  ## one worker against the plain kernel, two against one, the engine's overhead
+	$(BIN)/python bench/cluster_overhead.py
 
 mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"

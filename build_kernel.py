@@ -1,4 +1,7 @@
-"""Packs trained checkpoints into a Kaggle dataset and an offline submission kernel."""
+"""Packs trained checkpoints into a Kaggle dataset and an offline submission kernel.
+
+With --fit it writes a kernel that fits such checkpoints on Kaggle.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -8,10 +11,11 @@ from kernel.command import run_command
 from kernel.competition import add_competition_option, find_competition
 from kernel.manifest import MANIFEST
 from packing.bundle import build
+from packing.fit_kernel import build_fit
 from packing.metadata import find_owner
 from packing.new_competition import write_description
-from packing.paths import NOTEBOOK, WEIGHTS
-from packing.summary import print_next, print_table
+from packing.paths import MEMBERS, NOTEBOOK, WEIGHTS
+from packing.summary import print_fit_next, print_next, print_table
 
 USAGE = (
     "python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] [--notebook]"
@@ -34,6 +38,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "propose its description from a sample submission; write it to --out, a .json file"
     new("--new-competition", type=Path, metavar="SAMPLE.CSV", help=about)
     new("--images", type=Path, metavar="DIR", help="some of the sample's images")
+    fit = parser.add_argument_group("the fit on Kaggle").add_argument
+    about = "write OUT/fit instead: a kernel that fits the members on Kaggle's two GPUs"
+    fit("--fit", action="store_true", help=about)
+    about = "of fitting, all sessions together (default %(default)s, one session's)"
+    fit("--hours", type=float, default=11.5, help=about)
+    fit("--resume", action="store_true", help="go on from the output of its last run on Kaggle")
+    about = "the list of members (default: training/members.txt)"
+    fit("--members", type=Path, default=MEMBERS, help=about)
     return parser.parse_args(arguments)
 
 
@@ -48,10 +60,14 @@ def describe(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the bundle; print its members and what comes next."""
+    """Build the bundle or the fit kernel; print what it holds and what comes next."""
     if args.new_competition:
         return describe(args)
     owner = args.owner or find_owner()
+    if args.fit:
+        kernel = build_fit(args.out, owner, args.members, args.hours, args.resume)
+        print_fit_next(args.out, kernel)
+        return 0
     competition = find_competition(args.competition) if args.competition else None
     metadata, packed = build(
         args.weights, args.out, owner, args.openvino, args.notebook, competition

@@ -1,21 +1,26 @@
 """A race on one machine: the packed ensemble against the ways in which others run the same members.
 
-    python bench/race.py --bundle dist --strips 8 --rounds 5
+    python bench/race.py --bundle dist --strips 8 --rounds 5 --real severstal/test_images
 
 Every candidate gets the same strips, half of them clean, and takes its turn in every round;
-medians count, and their ratios. Writes results.json, chart.png and table.md beside this file.
+medians count, and their ratios. The others run in their best mode: of the ways that an engine has
+(streams, threads, layouts) the quickest on this machine. With `--real` they race a second time, on
+real strips drawn with `--seed`. Writes results.json, chart.png and table.md beside this file.
 """
 
 import argparse
+import copy
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,16 +33,18 @@ import ttach
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from evaluation.strips import sample_strips
 from kernel.command import run_command
 from kernel.competition import SEVERSTAL
-from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Size, read_image, size_of
+from kernel.ensemble import load_ensemble
+from kernel.images import Size, image_to_tensor, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
 from kernel.predict import decode_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
+from kernel.tta import apply_flip
 from packing.bundle import build
 from training import synthetic
 from training.metrics import Masks, dice
@@ -46,6 +53,7 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 N_SCORED_IMAGES = SEVERSTAL.n_images
 CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips are clean
+STARTS, LONG_RUN = 3, 100  # runs of one strip, and strips of the run whose memory is measured
 
 
 # --- candidates: each takes paths and gives every image's masks (classes, H, W) ------------------
@@ -117,61 +125,127 @@ def from_scheduler(name: str, scheduler: Scheduler) -> Candidate:
     return Candidate(name, run, scheduler)
 
 
-def as_monolith(member: Member, run: Callable[[Tensor], Tensor]) -> Member:
-    """A member that has done everything when its encoder is done."""
+# --- the others, in their best mode ---------------------------------------------------------------
 
-    def encode(images: Tensor) -> tuple[Tensor, ...]:
-        probabilities = run(images)
-        return torch.ones(probabilities.shape[:2]), probabilities
-
-    return replace(member, encoder=encode, decoder=lambda _, probabilities: probabilities)
+Infer = Callable[[Sequence[Tensor]], list[Tensor]]  # images (1, 1, H, W) → their probabilities
 
 
-def traced(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """TorchScript, frozen."""
-    module: Callable[[Tensor], Tensor] = torch.jit.freeze(
-        torch.jit.trace(whole.eval(), images)  # type: ignore[no-untyped-call]
-    )
-    return module
+def quickest(ways: Sequence[Infer], images: Sequence[Tensor]) -> Infer:
+    """The way that takes the least time for these images; the better of two runs counts."""
+    seconds = dict.fromkeys(range(len(ways)), float("inf"))
+    for index, way in enumerate(ways):
+        way(images)  # compiled and warm
+        for _ in range(2):
+            start = time.perf_counter()
+            way(images)
+            seconds[index] = min(seconds[index], time.perf_counter() - start)
+    return ways[min(seconds, key=lambda index: seconds[index])]
 
 
-def openvino(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """OpenVINO for this one shape, fp32."""
+def one_by_one(run: Callable[[Tensor], Tensor]) -> Infer:
+    """Images one after another."""
+    return lambda images: [run(image) for image in images]
+
+
+def traced(whole: Whole, images: Sequence[Tensor]) -> Infer:
+    """TorchScript, frozen: channels last or first."""
+    ways = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = copy.deepcopy(whole).to(memory_format=layout)
+        given = images[0].to(memory_format=layout)
+        trace = torch.jit.trace(network, given, check_trace=False)  # type: ignore[no-untyped-call]
+        ways.append(one_by_one(torch.jit.freeze(trace)))
+    return quickest(ways, images)
+
+
+def openvino(whole: Whole, images: Sequence[Tensor]) -> Infer:
+    """OpenVINO for this one shape, fp32: all cores for one image, or two images at once."""
     import openvino as ov
 
-    model = ov.convert_model(whole, example_input=images, input=list(images.shape))
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda images: torch.from_numpy(compiled([images.numpy()], share_inputs=True)[0])
+    model = ov.convert_model(whole, example_input=images[0], input=list(images[0].shape))
+    ways = []
+    for mode in ({"PERFORMANCE_HINT": "LATENCY"}, {"PERFORMANCE_HINT": "THROUGHPUT"}):
+        streams = {"NUM_STREAMS": 2} if "THROUGHPUT" in mode.values() else {}
+        hints = mode | streams | {"INFERENCE_PRECISION_HINT": "f32"}
+        ways.append(queued(ov.AsyncInferQueue(ov.Core().compile_model(model, "CPU", hints))))
+    return quickest(ways, images)
 
 
-def onnx_runtime(whole: Whole, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """ONNX Runtime on the CPU."""
+def queued(queue: Any) -> Infer:
+    """Images through OpenVINO's own queue, as many at once as it has streams."""
+
+    def infer(images: Sequence[Tensor]) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+
+        def take(request: Any, index: int) -> None:
+            found[index] = torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+        queue.set_callback(take)
+        for index, image in enumerate(images):
+            queue.start_async([image.numpy()], index)
+        queue.wait_all()
+        return [found[index] for index in range(len(images))]
+
+    return infer
+
+
+def onnx_runtime(whole: Whole, images: Sequence[Tensor]) -> Infer:
+    """ONNX Runtime on the CPU, with all cores or half of them."""
     import onnxruntime
 
+    ways, cores = [], os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "member.onnx")
-        torch.onnx.export(whole.eval(), (images,), str(path), dynamo=False, opset_version=17)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        torch.onnx.export(whole, (images[0],), str(path), dynamo=False, opset_version=17)
+        for threads in sorted({0, cores, max(cores // 2, 1)}):  # 0: its own choice
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            providers = ["CPUExecutionProvider"]
+            ways.append(in_session(onnxruntime.InferenceSession(path, options, providers)))
+    return quickest(ways, images)
+
+
+def in_session(session: Any) -> Infer:
+    """Images one after another through an ONNX Runtime session."""
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return one_by_one(lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0]))
+
+
+def every_pass(name: str, manifest: Manifest, members: Sequence[Infer]) -> Candidate:
+    """Member by member and flip by flip, all strips of a pass at once."""
+
+    @torch.inference_mode()
+    def run(paths: list[Path]) -> dict[str, Masks]:
+        images = [image_to_tensor(read_image(path)) for path in paths]
+        totals = [torch.zeros(manifest.classes, *image.shape[-2:]) for image in images]
+        for infer, flip in itertools.product(members, manifest.flips):
+            found = infer([apply_flip(image, flip).contiguous() for image in images])
+            for total, probabilities in zip(totals, found, strict=True):
+                total += apply_flip(probabilities, flip)[0]
+        n_passes, masks = len(members) * len(manifest.flips), {}
+        for path, total in zip(paths, totals, strict=True):
+            masks[path.name] = (total / n_passes > manifest.threshold).numpy()
+            for mask in masks[path.name]:
+                encode_rle(mask)
+        return masks
+
+    return Candidate(name, run)
 
 
 def exported(
     name: str,
     bundle: Path,
     manifest: Manifest,
-    export: Callable[..., Callable[[Tensor], Tensor]],
+    export: Callable[[Whole, Sequence[Tensor]], Infer],
     size: Size,
 ) -> Candidate:
-    """Every member through an export, all passes, this project's own loading."""
-    images, members = torch.rand(1, 1, *size), []
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+    """Every member through an export, all passes."""
+    images, members = [torch.rand(1, 1, *size) for _ in range(2)], []
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # they trace in ways that PyTorch calls deprecated
         for spec in progress(manifest.members, name, "member"):
-            member = load_member(bundle, spec, CPU)
-            members.append(as_monolith(member, export(Whole(member), images)))
-    ensemble = Ensemble(manifest, members, CPU, Stages())
-    return from_scheduler(name, Scheduler(ensemble, early_exit=False))
+            members.append(export(Whole(load_member(bundle, spec, CPU)).eval(), images))
+    return every_pass(name, manifest, members)
 
 
 def candidates(bundle: Path, manifest: Manifest, size: Size) -> list[Candidate]:
@@ -294,15 +368,17 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
     return float(np.mean([dice(found[name], masks) for name, masks in reference.items()]))
 
 
-def mean_share(scheduler: Scheduler, paths: Iterable[Path]) -> dict[str, float]:
-    """Share of all flops that early exit runs, over clean strips (even numbers) and over all."""
+def mean_share(
+    scheduler: Scheduler, paths: Sequence[Path], clean: Sequence[Path]
+) -> dict[str, float]:
+    """Share of all flops that early exit runs, over the clean strips and over all."""
     strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
     shares = {
         state.strip.name: scheduler.work(state)["share"]
         for state in scheduler.predict_strips(strips)
     }
-    clean = [share for name, share in shares.items() if int(Path(name).stem) % 2 == 0]
-    return {"clean": float(np.mean(clean)), "all": float(np.mean(list(shares.values())))}
+    of_clean = {"clean": float(np.mean([shares[path.name] for path in clean]))} if clean else {}
+    return of_clean | {"all": float(np.mean(list(shares.values())))}
 
 
 def race(field: list[Candidate], paths: list[Path], rounds: int) -> dict[str, Any]:
@@ -335,47 +411,62 @@ def rle_ms(masks: Iterable[Masks]) -> float:
     return median(taken)
 
 
-def measure_race(dataset: Path, paths: list[Path], rounds: int) -> dict[str, Any]:
-    """What all candidates must run for, in turns."""
+def summarise(
+    field: list[Candidate], result: dict[str, Any], paths: list[Path], clean: list[Path]
+) -> dict[str, Any]:
+    """Seconds and masks of a race, side by side."""
+    seconds = {name: median(turns) for name, turns in result["seconds"].items()}
+    eager, peers, (every, early) = field[0], field[1:4], field[4:]
+    found = result["found"]
+    best = min(seconds[peer.name] for peer in peers)
+    assert early.scheduler is not None
+    return {
+        "strips": len(paths),
+        "seconds_a_strip": seconds,
+        "turns": result["seconds"],
+        "share_of_flops": mean_share(early.scheduler, paths, clean),
+        "same_masks_with_and_without": all(
+            np.array_equal(found[early.name][name], masks)
+            for name, masks in found[every.name].items()
+        ),
+        "dice_against_eager": {
+            name: agreement(masks, found[eager.name]) for name, masks in found.items()
+        },
+        "times_faster_than_eager": seconds[eager.name] / seconds[early.name],
+        "times_faster_than_best_peer": best / seconds[early.name],
+        "every_pass_against_best_peer": best / seconds[every.name],
+        "rle_ms_a_strip": rle_ms(found[early.name].values()),
+    }
+
+
+def measure_race(dataset: Path, paths: list[Path], rounds: int, real: list[Path]) -> dict[str, Any]:
+    """What all candidates must run for, in turns; of the drawn strips every other one is clean."""
     manifest = load_manifest(dataset)
     field = candidates(dataset, manifest, size_of(read_image(paths[0])))
     result = race(field, paths, rounds)
-    seconds = {name: median(turns) for name, turns in result["seconds"].items()}
-    eager, peers, (every, early) = field[0], field[1:4], field[4:]
-    ours = result["found"][early.name]
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     rate = median(result["rates"])
-    without = result["found"][every.name]
-    assert early.scheduler is not None
-    return {
+    results = {
         "members": [spec.name for spec in manifest.members],
-        "strips": len(paths),
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "seconds_a_strip": seconds,
-        "turns": result["seconds"],
         "matrix_gflops_a_second": rate / 1e9,
         "physical_limit_s": flops / rate,
         "gigaflops_a_strip": flops / 1e9,
-        "share_of_flops": mean_share(early.scheduler, paths),
-        "same_masks_with_and_without": all(np.array_equal(ours[k], without[k]) for k in without),
-        "dice_against_eager": {
-            name: agreement(masks, result["found"][eager.name])
-            for name, masks in result["found"].items()
-        },
-        "times_faster_than_eager": seconds[eager.name] / seconds[early.name],
-        "times_faster_than_best_peer": min(seconds[p.name] for p in peers) / seconds[early.name],
-        "rle_ms_a_strip": rle_ms(ours.values()),
+        **summarise(field, result, paths, paths[::2]),
     }
+    if real:
+        results["real"] = summarise(field, race(field, real, rounds), real, [])
+    return results
 
 
 def measure_processes(dataset: Path, paths: list[Path], folder: Path) -> dict[str, Any]:
     """What the packed script takes as a process: one strip, 100, and as many as are scored."""
-    print("one strip, 100 strips and the scored run's 5,506 (a stub member) as processes")
+    print(f"one strip, {LONG_RUN} and {N_SCORED_IMAGES} (with a stub member) as processes")
     one = repeat(paths, folder / "one", 1)
-    starts = [run_script(dataset, one) for _ in range(3)]  # the first one warms the disk
-    first = sorted(starts, key=lambda process: process.before_first_strip_s)[1]
-    hundred = run_script(dataset, repeat(paths, folder / "hundred", 100))
+    starts = [run_script(dataset, one) for _ in range(STARTS)]  # the first one warms the disk
+    first = sorted(starts, key=lambda process: process.before_first_strip_s)[STARTS // 2]
+    hundred = run_script(dataset, repeat(paths, folder / "hundred", LONG_RUN))
     stub = run_script(stub_bundle(folder / "stub"), repeat(paths, folder / "all", N_SCORED_IMAGES))
     return {
         "outside_networks": hundred.outside_networks,
@@ -408,14 +499,31 @@ def table(results: dict[str, Any]) -> str:
         f"{results['matrix_gflops_a_second']:.0f} GFLOP/s in a matrix product.",
         f"Early exit ran {share['clean']:.0%} of the flops on clean strips, {share['all']:.0%} "
         f"over all; same masks with and without: {results['same_masks_with_and_without']}.",
+        f"Early exit is {results['times_faster_than_best_peer']:.2f} times as fast as the best of "
+        f"(b) to (d), every pass {results['every_pass_against_best_peer']:.2f} times.",
+        *real_lines(results),
         f"Outside the networks: {results['outside_networks']:.1%} of the time; "
         f"RLE of a strip {results['rle_ms_a_strip']:.2f} ms.",
         f"From the start to the first strip: {results['start_to_first_strip_s']:.1f} s, "
         f"{results['of_which_check_s']:.1f} s of it the check of the engines.",
-        f"Peak memory: {results['peak_gb_100_strips']:.2f} GB over 100 strips, "
-        f"{results['peak_gb_5506_strips_stub']:.2f} GB over 5,506 with a stub member.",
+        f"Peak memory: {results['peak_gb_100_strips']:.2f} GB over {LONG_RUN} strips, "
+        f"{results['peak_gb_5506_strips_stub']:.2f} GB over {N_SCORED_IMAGES:,} of a stub member.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def real_lines(results: dict[str, Any]) -> list[str]:
+    """What the table says of the race on real strips, if there was one."""
+    if "real" not in results:
+        return []
+    real = results["real"]
+    seconds = ", ".join(f"{name} {value:.2f}" for name, value in real["seconds_a_strip"].items())
+    return [
+        f"On {real['strips']} real strips, seconds a strip: {seconds}. Early exit ran "
+        f"{real['share_of_flops']['all']:.0%} of the flops, {real['times_faster_than_eager']:.2f} "
+        f"times as fast as (a), {real['times_faster_than_best_peer']:.2f} times as fast as the "
+        f"best of the others; same masks with and without: {real['same_masks_with_and_without']}."
+    ]
 
 
 def draw_chart(results: dict[str, Any], path: Path) -> None:
@@ -454,6 +562,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, default=Path("dist"), help="what build_kernel wrote")
     parser.add_argument("--strips", type=int, default=8, help="half of them clean")
     parser.add_argument("--rounds", type=int, default=5)
+    about = "a folder of real strips: as many are drawn, for a second race"
+    parser.add_argument("--real", type=Path, help=about)
+    parser.add_argument("--seed", type=int, default=2020, help="of that draw")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the three files")
     about = "measure the processes alone, and keep the race that results.json holds"
     parser.add_argument("--keep-race", action="store_true", help=about)
@@ -471,7 +582,8 @@ def measure(args: argparse.Namespace) -> int:
         if args.keep_race:
             results = json.loads(kept.read_text(encoding="utf-8"))
         else:
-            results = measure_race(dataset, paths, args.rounds)
+            real = sample_strips(args.real, args.strips, args.seed) if args.real else []
+            results = measure_race(dataset, paths, args.rounds, real)
             write_results(results, args.out)  # a quarter of an hour, which --keep-race goes on from
         results |= measure_processes(dataset, paths, Path(scratch))
     write_results(results, args.out)

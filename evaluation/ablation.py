@@ -15,7 +15,7 @@ import numpy as np
 from evaluation.projection import Floats, Ints
 from evaluation.recorded import RecordedPasses
 from kernel.checks import read_json
-from kernel.engines import pick_device
+from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image
 from kernel.logs import Stages, progress

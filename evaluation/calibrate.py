@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaluation.recorded import RecordedPasses
 from kernel.command import run_command
-from kernel.engines import pick_device
+from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image, size_of
 from kernel.logs import Stages, log, progress

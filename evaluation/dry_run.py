@@ -109,6 +109,13 @@ def check_answer(submission: Path, sample: Path, competition: Competition) -> Ch
     return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
 
 
+def check_ended(working: Path) -> Check:
+    """Return whether the run ended by itself: its watchdog leaves no run.json."""
+    if (working / "run.json").is_file():
+        return Check(None, "the kernel ended by itself")
+    return Check(False, "a pass hung until the budget was spent, and the watchdog ended the run")
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
@@ -170,6 +177,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     checks = check_process(result)
     if result.exit_code == 0:
         checks.append(check_answer(working / "submission.csv", sample, run.competition))
+        checks.append(check_ended(working))
     if not is_clean(checks):  # there is nothing to draw or to time
         failed = "; ".join(check.words for check in checks if check.ok is False)
         print(f"\n== Not ready for Kaggle: {failed}; see its lines above")
@@ -254,6 +262,8 @@ def dry_run(args: argparse.Namespace) -> int:
             f"--competition {args.competition}: {args.bundle} was built for {built.slug}; "
             "build it again with the same --competition"
         )
+    if args.images and not list_images(args.images):
+        raise ValueError(f"{args.images}: no images in it; name the folder that has them")
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
         log.info("%s has the rate of %s from now on", machine, args.calibrate)

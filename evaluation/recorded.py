@@ -64,6 +64,11 @@ class RecordedPasses:
             return self.probabilities[pass_id]
         return self.ensemble.run_decoder(pass_id, encoded, size)
 
+    def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """Return what was recorded of both halves, else run them."""
+        encoded = self.run_encoder(pass_id, images)
+        return encoded[0], self.run_decoder(pass_id, encoded, size)
+
     def replay(self, pass_ids: Sequence[int], early_exit: bool = True) -> StripState:
         """Return the strip as the kernel leaves it with the passes `pass_ids`, in this order."""
         scheduler = Scheduler(self, early_exit=early_exit, pass_ids=pass_ids)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaluation.recorded import RecordedPasses
 from kernel.command import run_command
-from kernel.engines import pick_device
+from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, read_image, size_of
 from kernel.logs import Stages, progress

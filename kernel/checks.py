@@ -3,16 +3,25 @@
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    if times > 1:
+        raise ValueError(f"{name!r} is there {times} times")
+    return dict(pairs)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise ValueError where the file is missing or holds none."""
+    """Read a JSON object; raise ValueError where the file is missing, or a name in it is twice."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        entries = json.loads(text, object_pairs_hook=_object_of)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested too deep
@@ -43,7 +52,7 @@ def nearest_of(word: str, known: Iterable[str]) -> str:
 def expect(holds: bool, name: str, value: object, expected: str) -> None:
     """Raise ValueError unless a field's value is what was expected."""
     if not holds:
-        raise ValueError(f"{name} {value!r}, expected {expected}")
+        raise ValueError(f"{name} {value!r:.200}, expected {expected}")
 
 
 def is_whole(value: object, least: int | None = None) -> bool:

@@ -49,6 +49,7 @@ class Deadline:
         self.last = start  # time at which the last strip was done
         self.seconds: defaultdict[tuple[str, Half], MovingAverage] = defaultdict(MovingAverage)
         self.ratio = MovingAverage()
+        self.strips_left = 0
         self.most_dropped = 0  # passes, of one strip so far
         self.dropped: Counter[str] = Counter()  # "member/flip" → strips without it
 
@@ -57,9 +58,9 @@ class Deadline:
         """Whether there is no time left for anything but the end."""
         return self.clock() >= self.end
 
-    def start_strips(self) -> None:
-        """Begin to time the strips: what came before belongs to none."""
-        self.last = self.clock()
+    def start_strips(self, count: int = 0) -> None:
+        """Begin to time `count` strips: what came before belongs to none."""
+        self.last, self.strips_left = self.clock(), count
 
     def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
         """Count the seconds of one half of a member for a batch of strips."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kernel.images import Size
@@ -34,19 +35,22 @@ class Tally:
     to it: tested bit by bit on the CPU. A GPU's libraries promise no more than they document; after
     running out of memory the size is another, and last bits may be.
 
-    Two things take passes away, and the proof begins anew with the K that is left: `drop_pass` of
-    one that gave NaN, and `finalize` where the hour ends before the last pass.
+    Two things take passes away, and the proof begins anew with the K that is left: `settle` of one
+    that gave NaN, and `finalize` where the hour ends before the last pass.
     """
 
     def __init__(self, n_passes: int, manifest: Manifest, early_exit: bool) -> None:
         self.n_passes, self.early_exit = n_passes, early_exit
         self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
         self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
+        self.bounds: list[Tensor] = []  # the same on the device, of those not decoded
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
         self.decoded = 0
         self.classes = manifest.classes
         self.mask_size = manifest.competition.mask_size
+        self.highest = np.zeros(manifest.classes)  # of the sum
         self.open = list(range(manifest.classes))  # not proven
+        self.launched: tuple[Tensor | None, Tensor | None] = None, None  # gates, sum; not settled
 
     @property
     def required_sum(self) -> float:
@@ -58,50 +62,87 @@ class Tally:
         """More than what rounding can do to a sum."""
         return float((self.n_passes + 1) ** 2 * 2**-23)
 
-    def add_gates(self, gates: npt.NDArray[np.float64]) -> None:
-        """Count one more pass as encoded; `gates` (classes,) bound its probabilities."""
-        self.gates.append(gates)
-        self._close()
+    # A step is added in two parts, so that a whole batch waits for its device once: `launch` queues
+    # what is to be computed there, `settle` takes what came of it on the host.
 
-    def add_probabilities(self, probabilities: Tensor) -> None:
-        """Add the next pass's probabilities (classes, H, W) to the sum."""
-        self.total = probabilities.clone() if self.total is None else self.total.add_(probabilities)
-        self.decoded += 1
-        self._close()
+    def launch(self, gates: Tensor | None, probabilities: Tensor | None) -> Tensor:
+        """Queue the next pass's `gates` (classes,), or the oldest kept one's `probabilities`.
 
-    def drop_pass(self, encoded: bool) -> None:
-        """Drop the next pass: the next to be encoded, or the next to be decoded if `encoded`."""
-        if encoded:
-            del self.gates[self.decoded]
-        self._restart(self.n_passes - 1)
+        Where no pass is kept, both may come, of the next pass. Returns what `settle` needs,
+        (4, classes): the gates, the highest sum, the pixels that may still be on, and those that
+        surely are.
+        """
+        bounds = self.bounds if gates is None else [*self.bounds, gates]
+        total = self.total
+        if probabilities is not None:  # (classes, H, W)
+            bounds = bounds[1:]
+            total = probabilities.clone() if total is None else total + probabilities
+        self.launched = gates, None if probabilities is None else total
+        unknown = self.n_passes - len(self.gates) - (gates is not None)
+        device = bounds[0].device if total is None else total.device
+        zeros = torch.zeros(self.classes, dtype=torch.float64, device=device)
+        highest = zeros if probabilities is None or total is None else total.amax((-2, -1))
+        counts = None if total is None else self._count(total, bounds, unknown)
+        possible, certain = counts or (zeros, zeros)
+        found = (zeros if gates is None else gates, highest, possible, certain)
+        return torch.stack([each.double() for each in found])
+
+    def _count(
+        self, total: Tensor, bounds: list[Tensor], unknown: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Pixels (classes,) that may be on, that surely are; None where none can be off yet."""
+        room = self.required_sum - self.margin - unknown
+        if not self.early_exit or room < 0:
+            return None
+        above = torch.full((self.classes,), room, dtype=torch.float64, device=total.device)
+        for gates in bounds:
+            above = above - gates
+        possible = total > above.to(total.dtype)[:, None, None]
+        certain = total > self.required_sum + self.margin
+        return possible.sum((-2, -1)), certain.sum((-2, -1))
+
+    def settle(self, found: npt.NDArray[np.float64]) -> bool:
+        """Take what `launch` found (4, classes); False: the pass gave NaN, and is dropped."""
+        gates, total = self.launched
+        self.launched = None, None
+        if not np.isfinite(found[:2]).all():
+            if gates is None:
+                del self.gates[self.decoded], self.bounds[0]
+            self._restart(self.n_passes - 1)
+            return False
+        if gates is not None:
+            self.gates.append(found[0])
+            self.bounds.append(gates)
+        if total is not None:
+            self.total, self.highest = total, found[1]
+            self.decoded += 1
+            del self.bounds[0]
+        self._close(found[2], found[3])
+        return True
 
     def finalize(self) -> None:
         """Take the mean of the passes decoded so far: no other comes."""
         self._restart(self.decoded)
 
     def _restart(self, n_passes: int) -> None:
+        """Begin the proof anew; where pixels have to be counted, with the next step."""
         self.n_passes, self.open = n_passes, list(range(self.classes))
-        self._close()
+        if self.total is None or self.decoded == n_passes:
+            self._close(np.zeros(self.classes), np.zeros(self.classes))
 
-    def _close(self) -> None:
+    def _close(self, possible: npt.NDArray[np.float64], certain: npt.NDArray[np.float64]) -> None:
         if self.decoded == self.n_passes:
             self.open = []
         elif self.early_exit:
-            self.open = [label for label in self.open if not self.proven(label)]
+            self.open = [i for i in self.open if not self._proven(i, possible[i], certain[i])]
 
-    def proven(self, label: int) -> bool:
-        """Whether no pass to come can change this class's mask."""
+    def _proven(self, label: int, possible: float, certain: float) -> bool:
+        """Whether no pass to come can change the mask of a class with so many pixels."""
         rest = sum(gates[label] for gates in self.gates[self.decoded :])
         rest += self.n_passes - len(self.gates)
         if rest > self.required_sum - self.margin:  # not even a pixel of sum 0 is off
             return False
-        if self.total is None:
-            return True
-        possible = self.total[label] > self.required_sum - self.margin - rest
-        count = int(possible.sum())
-        return count < self.min_area or count == int(
-            (self.total[label] > self.required_sum + self.margin).sum()
-        )
+        return self.total is None or possible < self.min_area or possible == certain
 
     @property
     def looks_clean(self) -> bool:
@@ -109,24 +150,21 @@ class Tally:
 
         A guess that costs or saves work and changes no mask: no decoder runs while it holds.
         """
-        if not self.early_exit:
-            return False
+        if not self.early_exit or not self.gates:
+            return self.early_exit
         usual = np.mean(self.gates, axis=0)
         for label in self.open:
-            highest = 0.0 if self.total is None else float(self.total[label].max())
             kept = sum(gates[label] for gates in self.gates[self.decoded :])
             rest = (self.n_passes - len(self.gates)) * usual[label]
-            if highest + kept + rest > CLEAN_FRACTION * self.required_sum:
+            if self.highest[label] + kept + rest > CLEAN_FRACTION * self.required_sum:
                 return False
         return True
 
-    def masks(self, size: Size) -> npt.NDArray[np.bool_]:
-        """Masks (classes, H, W) of an image of `size`; call it when no class is open."""
+    def masks(self, size: Size) -> Tensor:
+        """Masks (classes, H, W), on the device, of an image of `size`; no class may be open."""
         if self.total is None:
-            return np.zeros((self.classes, *(self.mask_size or size)), np.bool_)
+            return torch.zeros((self.classes, *(self.mask_size or size)), dtype=torch.bool)
         if self.decoded == self.n_passes:
-            masks = apply_threshold(self.total / self.n_passes, self.threshold, self.min_area)
-        else:
-            certain = self.total > self.required_sum + self.margin
-            masks = drop_small_masks(certain, self.min_area)
-        return masks.cpu().numpy()
+            return apply_threshold(self.total / self.n_passes, self.threshold, self.min_area)
+        certain = self.total > self.required_sum + self.margin
+        return drop_small_masks(certain, self.min_area)

@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,26 +38,23 @@ def fold_batch_norm(module: nn.Module) -> None:
 
 
 class OpenVino:
-    """One half on OpenVINO's CPU device, compiled once for every input shape.
+    """A network on OpenVINO's CPU device, compiled once for every input shape.
 
-    A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped.
+    A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped. All
+    cores work on one batch; with more `streams` as many threads may call at once, and share them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, core: Any, model: Any, streams: int = 1) -> None:
         import openvino
 
-        self.core, self.tensor = openvino.Core(), openvino.Tensor
-        self.model = self.core.read_model(path)
-        self.requests: dict[tuple[torch.Size, ...], Any] = {}  # input shapes → compiled request
+        self.core, self.tensor, self.model = core, openvino.Tensor, model
+        self.streams, self.lock = streams, threading.Lock()
+        self.requests: dict[tuple[torch.Size, ...], dict[int, Any]] = {}  # shapes → thread → one
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """Return what the packed half returns: one tensor, or a tuple of them."""
+        """Return what the network returns: one tensor, or a tuple of them."""
         shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self.requests:
-            if len(self.requests) == MAX_CACHED_SHAPES:
-                del self.requests[next(iter(self.requests))]
-            self.requests[shapes] = self._compile(shapes)
-        request = self.requests[shapes]
+        request = self._request(shapes)
         inputs = [tensor.contiguous() for tensor in tensors]  # OpenVINO keeps only addresses
         # into tensors of ours: a request's own outputs would be copied, and kept as well
         outputs = tuple(torch.empty(list(found.shape)) for found in request.model_outputs)
@@ -67,15 +65,33 @@ class OpenVino:
         request.infer(share_outputs=True)
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
+        """This thread's request for these shapes, compiled when they are new."""
+        with self.lock:
+            if shapes not in self.requests and len(self.requests) == MAX_CACHED_SHAPES:
+                del self.requests[next(iter(self.requests))]
+            requests, thread = self.requests.setdefault(shapes, {}), threading.get_ident()
+            if thread not in requests:
+                compiled = _compiled_of(requests) or self._compile(shapes)
+                requests[thread] = compiled.create_infer_request()
+            return requests[thread]
+
     def _compile(self, shapes: tuple[torch.Size, ...]) -> Any:
         self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
-        precise = {"INFERENCE_PRECISION_HINT": "f32"}
-        return self.core.compile_model(self.model, "CPU", precise).create_infer_request()
+        hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if self.streams > 1:
+            hints["NUM_STREAMS"] = self.streams
+        return self.core.compile_model(self.model, "CPU", hints)
 
     def release_memory(self) -> None:
         """Release the working memory; the next run allocates it again."""
-        for request in self.requests.values():
-            request.get_compiled_model().release_memory()
+        for requests in self.requests.values():
+            _compiled_of(requests).release_memory()
+
+
+def _compiled_of(requests: dict[int, Any]) -> Any:
+    """The compiled network that requests are of; None without one."""
+    return next((request.get_compiled_model() for request in requests.values()), None)
 
 
 def _share(openvino_tensor: Any, tensor: Tensor) -> Any:
@@ -83,22 +99,47 @@ def _share(openvino_tensor: Any, tensor: Tensor) -> Any:
     return openvino_tensor(tensor.numpy(), shared_memory=True)
 
 
+def _join_halves(encoder: Any, decoder: Any) -> Any:
+    """Both halves as one network, images → gates, probabilities, over the same weights."""
+    import openvino
+
+    gates, *_ = features = encoder.get_results()
+    for parameter, result in zip(decoder.get_parameters(), features, strict=True):
+        for reader in parameter.output(0).get_target_inputs():
+            reader.replace_source_output(result.input_value(0))
+    return openvino.Model([gates, *decoder.get_results()], encoder.get_parameters(), "whole")
+
+
+def with_openvino(plain: Member, halves: Sequence[Path], streams: int) -> Member:
+    """Return a member whose two halves, and both in one piece, run on OpenVINO."""
+    import openvino
+
+    core = openvino.Core()
+    models = [core.read_model(path) for path in halves]
+    encoder, decoder = (OpenVino(core, model, streams) for model in models)
+    joined = _join_halves(*(model.clone() for model in models))  # of the same weights
+    whole = OpenVino(core, joined, streams)
+
+    def release_memory() -> None:
+        for engine in (encoder, decoder, whole):
+            engine.release_memory()
+
+    return replace(
+        plain, encoder=encoder, decoder=decoder, whole=whole, release_memory=release_memory
+    )
+
+
 def openvino_files(file: str) -> list[str]:
     """Names of a member's halves beside its checkpoint `file`, where they were packed."""
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
-def in_half_precision(half: nn.Module) -> Callable[..., Any]:
-    """Run a half in fp16 on a GPU."""
-
-    def run(*tensors: Tensor) -> Any:
-        with torch.autocast("cuda", torch.float16):
-            return half(*tensors)
-
-    return run
+def to_half_precision(network: nn.Module) -> nn.Module:
+    """The same network with fp16 weights, channels last: what a GPU runs."""
+    return network.half().to(memory_format=torch.channels_last)
 
 
-def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
+def compile_member(plain: Member, folder: Path, device: torch.device, streams: int = 1) -> Member:
     """Return a member of the bundle `folder` on the fastest engine of this machine.
 
     OpenVINO on the CPU, where it imports and `build_kernel.py --openvino` packed the halves. Else
@@ -107,26 +148,15 @@ def compile_member(plain: Member, folder: Path, device: torch.device) -> Member:
     halves = [folder / name for name in openvino_files(plain.spec.file)]
     if device.type == "cpu" and halves[0].is_file():
         try:
-            encoder, decoder = map(OpenVino, halves)
-
-            def release_memory() -> None:
-                encoder.release_memory()
-                decoder.release_memory()
-
-            return replace(plain, encoder=encoder, decoder=decoder, release_memory=release_memory)
+            return with_openvino(plain, halves, streams)
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
     network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)
-    engine = split_network(network, plain.spec, device)
-    if device.type == "cpu":
-        return engine
-    network.to(memory_format=torch.channels_last)
-    return replace(
-        engine,
-        encoder=in_half_precision(engine.encoder),
-        decoder=in_half_precision(engine.decoder),
-    )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches are filled up: few shapes, tried once each
+        network = to_half_precision(network)
+    return split_network(network, plain.spec, device)
 
 
 def highest_contrast_crop(image: Image, width: int = 400) -> Image:
@@ -136,6 +166,16 @@ def highest_contrast_crop(image: Image, width: int = 400) -> Image:
 
 
 @torch.inference_mode()
+def differences(member: Member, other: Member, images: Tensor) -> list[float]:
+    """Mean differences of two members' gates, and of their masks with all gates open."""
+    answers = []
+    for each in (member, other):
+        gates, *features = each.encoder(images)
+        answers.append((gates, each.decoder(torch.ones_like(gates), *features)))
+        each.release_memory()
+    return [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
+
+
 def check_engine(
     engine: Member, plain: Member, image: Image | None, device: torch.device
 ) -> Member:
@@ -146,44 +186,16 @@ def check_engine(
     """
     if image is None:
         return engine
-    images, answers = image_to_tensor(highest_contrast_crop(image), device), []
-    images = pad_to_multiple(images, plain.stride)
+    images = image_to_tensor(highest_contrast_crop(image), device)
     try:
-        for member in (plain, engine):
-            gates, *features = member.encoder(images)
-            masks = member.decoder(torch.ones_like(gates), *features)
-            answers.append((gates.float(), masks.float()))
-            member.release_memory()
-        apart = [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
+        apart = differences(plain, engine, pad_to_multiple(images, plain.stride))
         agree = all(difference <= TOLERANCE for difference in apart)  # which NaN is not
         fault = "" if agree else f"gates and masks are {apart} apart"
     except Exception as error:  # a failed engine must not cost the submission
         fault = repr(error)
     if fault:
         log.warning("%s runs on plain PyTorch, the engine fails: %s", plain.spec.name, fault)
-    for half in (engine.encoder, engine.decoder):
-        if isinstance(half, OpenVino):
-            half.requests.clear()  # a crop's shape does not come again
+    for compiled in (engine.encoder, engine.decoder, engine.whole):
+        if isinstance(compiled, OpenVino):
+            compiled.requests.clear()  # a crop's shape does not come again
     return plain if fault else engine
-
-
-class DeviceLost(RuntimeError):
-    """The GPU runs nothing any more."""
-
-
-def device_usable(device: torch.device) -> bool:
-    """Whether one real operation runs; Kaggle's P100 is available and fails its first."""
-    try:
-        half = torch.float16 if device.type == "cuda" else torch.float32
-        ones = torch.ones(1, 1, 8, 8, device=device, dtype=half)
-        torch.nn.functional.conv2d(ones, ones[:, :, :3, :3]).sum().item()
-    except Exception as error:  # a failed device must not cost the submission
-        log.warning("%s fails one small convolution: %s", device, error)
-        return False
-    return True
-
-
-def pick_device() -> torch.device:
-    """CUDA where it works, else the CPU."""
-    cuda = torch.device("cuda")
-    return cuda if torch.cuda.is_available() and device_usable(cuda) else torch.device("cpu")

@@ -1,7 +1,9 @@
 """The ensemble: members × flips, each pass from an image to its gates and probabilities."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,19 +17,27 @@ from kernel.members import Member, load_member, use_wheels
 from kernel.tta import Half, apply_flip, list_passes
 
 
+def _proof_cost(member: Member) -> tuple[bool, int, int]:
+    """Sorts members by what their gates cost: a clean strip needs those of the first alone."""
+    encoder, decoder = member.spec.flops
+    return not member.spec.gated, encoder, decoder  # without a presence head gates prove nothing
+
+
 class Ensemble:
-    """Every member under every flip, cheapest member first."""
+    """Every member under every flip, the one with the cheapest gates first."""
 
     def __init__(
         self, manifest: Manifest, members: Sequence[Member], device: torch.device, stages: Stages
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
-        members = sorted(members, key=lambda member: sum(member.spec.flops))
+        members = sorted(members, key=_proof_cost)
         specs = [(member.spec.name, member.spec.flops) for member in members]
         self.passes = list_passes(specs, manifest.flips)
         self.members = {member.spec.name: member for member in members}
         self.sizes = {m.spec.name: m.spec.image_size or manifest.image_size for m in members}
-        self.active_member = members[0]
+        self.active: dict[int, str] = {}  # thread → the member that it runs
+        self.lock = threading.Lock()
+        self.in_one_piece = set[str]()  # members that gave the bits of their halves that way
 
     def prepare(self, image: Image) -> Tensor:
         """Return an image (H, W) as a pass takes it: (1, 1, H, W) in [0, 1]."""
@@ -37,11 +47,7 @@ class Ensemble:
         """Resize, pad and flip images (B, 1, H, W); return gates (B, classes) and features."""
         member, flip = self._activate(pass_id)
         with self.stages.network(member.spec.name, Half.ENCODER):
-            size = self.sizes[member.spec.name]
-            if size and size != tuple(images.shape[-2:]):
-                images = _resize(images, size)
-            images = pad_to_multiple(images, member.stride)
-            encoded: tuple[Tensor, ...] = member.encoder(apply_flip(images, flip))
+            encoded: tuple[Tensor, ...] = member.encoder(self._turn(images, member, flip))
         return encoded
 
     def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
@@ -52,22 +58,74 @@ class Ensemble:
         """
         member, flip = self._activate(pass_id)
         with self.stages.network(member.spec.name, Half.DECODER):
-            probabilities = apply_flip(member.decoder(*encoded).float(), flip)
-            height, width = own_size = self.sizes[member.spec.name] or size
-            probabilities = probabilities[..., :height, :width]
-            mask_size = self.manifest.competition.size_of_mask(size)
-            if own_size != mask_size:
-                gates = encoded[0].float()[..., None, None]
-                probabilities = torch.minimum(_resize(probabilities, mask_size), gates)
+            return self._turn_back(member.decoder(*encoded), encoded[0], member, flip, size)
+
+    def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """Return gates and probabilities of both halves, in one piece where the engine has one."""
+        member, flip = self._activate(pass_id)
+        if member.whole is None:
+            encoded = self.run_encoder(pass_id, images)
+            return encoded[0], self.run_decoder(pass_id, encoded, size)
+        if member.spec.name not in self.in_one_piece:
+            return self._try_one_piece(pass_id, images, size)
+        with self.stages.whole_pass(member.spec.name, self.passes[pass_id].flops):
+            return self._run_whole(member, flip, images, size)
+
+    def _run_whole(
+        self, member: Member, flip: str, images: Tensor, size: Size
+    ) -> tuple[Tensor, Tensor]:
+        assert member.whole is not None
+        gates, probabilities = member.whole(self._turn(images, member, flip))
+        return gates, self._turn_back(probabilities, gates, member, flip, size)
+
+    def _try_one_piece(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """Run a pass both ways; from here on the member runs in one piece if no bit differs."""
+        member, flip = self._activate(pass_id)
+        encoded = self.run_encoder(pass_id, images)
+        halves = encoded[0], self.run_decoder(pass_id, encoded, size)
+        if len(self.active) == 1:  # else another thread may be running it
+            member.release_memory()
+        with self.stages("check"):
+            try:
+                whole = self._run_whole(member, flip, images, size)
+                same = all(torch.equal(a, b) for a, b in zip(halves, whole, strict=True))
+                fault = "" if same else "its bits differ"
+            except Exception as error:  # a failed engine must not cost the submission
+                fault = repr(error)
+        if fault:
+            log.warning("%s runs in two halves, not in one piece: %s", member.spec.name, fault)
+            self.members[member.spec.name] = replace(member, whole=None)
+        self.in_one_piece.add(member.spec.name)
+        return halves
+
+    def _turn(self, images: Tensor, member: Member, flip: str) -> Tensor:
+        """Images as a member takes them under a flip."""
+        size = self.sizes[member.spec.name]
+        if size and size != tuple(images.shape[-2:]):
+            images = _resize(images, size)
+        return apply_flip(pad_to_multiple(images, member.stride), flip)
+
+    def _turn_back(
+        self, probabilities: Tensor, gates: Tensor, member: Member, flip: str, size: Size
+    ) -> Tensor:
+        """A member's probabilities as those of images of `size`."""
+        height, width = own_size = self.sizes[member.spec.name] or size
+        probabilities = apply_flip(probabilities, flip)[..., :height, :width]
+        mask_size = self.manifest.competition.size_of_mask(size)
+        if own_size != mask_size:
+            bound = gates[..., None, None]
+            probabilities = torch.minimum(_resize(probabilities, mask_size), bound)
         return probabilities
 
     def _activate(self, pass_id: int) -> tuple[Member, str]:
-        """A pass's member and flip; only one member at a time keeps its working memory."""
-        member = self.members[self.passes[pass_id].member]
-        if member is not self.active_member:
-            self.active_member.release_memory()
-            self.active_member = member
-        return member, self.passes[pass_id].flip
+        """A pass's member and flip; a member that no thread runs keeps no working memory."""
+        name, thread = self.passes[pass_id].member, threading.get_ident()
+        with self.lock:
+            before = self.active.get(thread, name)
+            self.active[thread] = name
+            if before not in self.active.values():
+                self.members[before].release_memory()
+        return self.members[name], self.passes[pass_id].flip
 
 
 def _resize(images: Tensor, size: Size) -> Tensor:
@@ -84,6 +142,7 @@ def load_members(
     stages: Stages,
     allow_missing: bool,
     image: Image | None,
+    streams: int,
 ) -> list[Member]:
     """Load every member of a bundle on its engine, checked on `image` if there is one.
 
@@ -96,7 +155,7 @@ def load_members(
             try:
                 with stages("load"):
                     plain = load_member(bundle, spec, device)
-                    engine = compile_member(plain, bundle, device)
+                    engine = compile_member(plain, bundle, device, streams)
             except ValueError as error:
                 if not allow_missing:
                     raise
@@ -117,10 +176,15 @@ def load_ensemble(
     stages: Stages,
     allow_missing: bool = False,
     image: Image | None = None,
+    streams: int = 1,
 ) -> Ensemble:
-    """Load the members of a bundle, ready to run; raise ValueError as `load_members` does."""
+    """Load the members of a bundle, ready to run in as many threads as there are `streams`.
+
+    Raises:
+        ValueError: as `load_members`.
+    """
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
-    members = load_members(bundle, manifest.members, device, stages, allow_missing, image)
+    members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
     return Ensemble(manifest, members, device, stages)

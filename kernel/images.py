@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.device import to_device
 from kernel.jpeg import check_jpeg
 from kernel.logs import log
 
@@ -23,6 +24,7 @@ Image = npt.NDArray[np.uint8 | np.uint16]  # grey (H, W) or RGB (H, W, 3), all v
 Mask = npt.NDArray[np.bool_]  # (H, W)
 Size = tuple[int, int]  # (H, W)
 
+ORIENTATION = 0x112  # EXIF's and TIFF's tag
 MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
 
 
@@ -34,9 +36,17 @@ def read_image(path: Path, competition: Competition = SEVERSTAL) -> Image:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: its bytes are no image, a damaged or too large one, or of another depth.
+        ValueError: as `decode_image`.
     """
-    data = path.read_bytes()
+    return decode_image(path.read_bytes(), str(path), competition)
+
+
+def decode_image(data: bytes, name: str, competition: Competition = SEVERSTAL) -> Image:
+    """Decode a file's bytes as `read_image` does; `name` is for the error.
+
+    Raises:
+        ValueError: the bytes are no image, a damaged or too large one, or of another depth.
+    """
     try:
         colour = competition.channels == 3
         mode = _check_header(data)
@@ -47,15 +57,15 @@ def read_image(path: Path, competition: Competition = SEVERSTAL) -> Image:
             raise ValueError(f"{len(data)} bytes that OpenCV does not decode")
         _check_whole(data, colour)
         if colour and mode in GREY_MODES:
-            _log_other(path, "grey", "channels 3", "its grey stands for each")
+            _log_other(name, "grey", "channels 3", "its grey stands for each")
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
         if competition.bits == 8:
             return _to_8_bits(pixels)
         if pixels.dtype == np.uint8:
-            _log_other(path, "of 8 bits", "bits 16", "its white stays white")
+            _log_other(name, "of 8 bits", "bits 16", "its white stays white")
         return _to_16_bits(pixels)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _check_header(data: bytes) -> str:
@@ -65,12 +75,15 @@ def _check_header(data: bytes) -> str:
             warnings.simplefilter("ignore")  # of a large image, which is judged here
             header = PIL.Image.open(io.BytesIO(data))
             width, height = header.size
+            turned = header.format == "TIFF" and header.getexif().get(ORIENTATION, 1) != 1
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     except (OSError, SyntaxError) as error:  # what Pillow raises for a header that is none
         raise ValueError(f"{len(data)} bytes that are no image") from error
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are decoded")
+    if turned:  # OpenCV turns these whatever it is told
+        raise ValueError("a TIFF that is to be shown turned; save it as its masks lie")
     return header.mode
 
 
@@ -111,12 +124,12 @@ GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # of Pillow
 _OTHERS = set[str]()  # kinds of other images that were logged
 
 
-def _log_other(path: Path, what: str, said: str, instead: str) -> None:
+def _log_other(name: str, what: str, said: str, instead: str) -> None:
     """Log, once a kind, an image of another colour or depth than the description says."""
     if what not in _OTHERS:
         _OTHERS.add(what)
         log.warning(
-            "%s is %s, its competition.json says %s: correct it; %s", path, what, said, instead
+            "%s is %s, its competition.json says %s: correct it; %s", name, what, said, instead
         )
 
 
@@ -162,10 +175,7 @@ def image_to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
     planes = planes_of(image)
     if image.dtype == np.uint16:
         planes = planes.astype(np.int32)  # PyTorch's uint16 has few operations
-    pixels = torch.from_numpy(planes)[None]
-    if torch.device(device).type == "cuda":  # from pinned memory the copy does not wait
-        pixels = pixels.pin_memory().to(device, non_blocking=True)
-    return pixels / white
+    return to_device(torch.from_numpy(planes)[None], torch.device(device)) / white
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -8,6 +8,7 @@ section each, this one last.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -32,10 +33,12 @@ MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy be
 
 def check_options(options: Options) -> None:
     """Raise ValueError for what could only fail, or mislead, after the first strip."""
-    if options.batch_size < 0 or options.workers < 0:
+    if not 0 <= options.batch_size < 2**31 or options.workers < 0:
         raise ValueError(
             f"--batch-size {options.batch_size}, --workers {options.workers}: expected 0 or more"
         )
+    if options.streams < 1:
+        raise ValueError(f"--streams {options.streams}: expected 1 or more")
     if options.budget_s is not None and not 0 < options.budget_s < math.inf:
         raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
     if options.shard:
@@ -47,6 +50,9 @@ def check_options(options: Options) -> None:
             raise ValueError(f"{option} {path}: no such folder {path.parent}; make it first")
         if path and path.exists() and not path.is_file():
             raise ValueError(f"{option} {path}: is no regular file; name another")
+    report, output = options.report, options.output
+    if report and os.path.realpath(report) == os.path.realpath(output):
+        raise ValueError(f"--report {report}: is --output too, and would replace it; name another")
 
 
 def open_submission(options: Options, task: Task) -> Submission:
@@ -61,7 +67,9 @@ def open_submission(options: Options, task: Task) -> Submission:
         raise ValueError(
             f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
         )
-    output = options.output.resolve()  # a link stays, and what it points to is replaced
+    output = Path(
+        os.path.realpath(options.output)
+    )  # a link stays, and what it points to is replaced
     submission = Submission(output, task.layout, task.pairs)
     submission.save()
     return submission
@@ -189,6 +197,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
     about = "run every pass, for the same submission"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
+    about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
+    add("--streams", type=int, default=Options.streams, help=about)
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
     about = "seconds until everything is written; default: the competition's limit, an hour"

@@ -15,6 +15,8 @@ MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # ends entropy-coded data
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 END_OF_IMAGE, START_OF_SCAN, RESTART_INTERVAL = 0xD9, 0xDA, 0xDD
 FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+# Lossless, hierarchical, arithmetic: 0xC4, 0xC8 and 0xCC are no frames.
+OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
 ALL_COEFFICIENTS = 2**64 - 1  # a bit each
 DAMAGED = "a JPEG whose data end before its last pixel: damaged or cut"
 
@@ -51,7 +53,8 @@ def find_data_ends(data: bytes) -> list[int]:
     A piece ends at a restart marker or with its scan. What follows the end marker is padding.
 
     Raises:
-        ValueError: the file ends before the end marker, or pieces or scans are missing.
+        ValueError: the file ends before the end marker, pieces or scans are missing, or it is of
+            another kind than baseline and progressive.
     """
     position, frame, ends = 2, Frame(), list[int]()
     while marker := MARKER.search(data, position):
@@ -63,6 +66,11 @@ def find_data_ends(data: bytes) -> list[int]:
         segment = data[position + 2 : position + int.from_bytes(data[position : position + 2])]
         position += len(segment) + 2
         try:
+            if kind in OTHER_FRAMES:
+                raise ValueError(
+                    f"a JPEG of another kind than baseline and progressive (frame {kind:X}); "
+                    "save it as one of these"
+                )
             if kind in FRAMES:
                 frame.read_header(segment)
             if kind == RESTART_INTERVAL:

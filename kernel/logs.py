@@ -3,9 +3,10 @@
 import io
 import logging
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -56,20 +57,30 @@ class Stages:
     """Seconds spent per named stage, and per member and half in the networks."""
 
     def __init__(self) -> None:
+        self.threads = 1  # that work at once: a second of one of them counts by its share
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.networks: defaultdict[tuple[str, Half], float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time inside to stage `name`."""
-        with _timed(self.seconds, name):
+        with _timed(self.seconds, name, self.threads):
             yield
 
     @contextmanager
     def network(self, member: str, half: Half) -> Iterator[None]:
         """Add the time inside to one half of a member."""
-        with _timed(self.networks, (member, half)):
+        with _timed(self.networks, (member, half), self.threads):
             yield
+
+    @contextmanager
+    def whole_pass(self, member: str, flops: Sequence[int]) -> Iterator[None]:
+        """Add the time inside to both halves of a member, by their share of `flops`."""
+        taken: defaultdict[str, float] = defaultdict(float)
+        with _timed(taken, member, self.threads):
+            yield
+        for half, count in zip(Half, flops, strict=True):
+            self.networks[member, half] += taken[member] * count / sum(flops)
 
     def network_table(self) -> dict[str, dict[str, float]]:
         """Member → half → seconds, as it stands in run.json."""
@@ -80,9 +91,10 @@ class Stages:
 
 
 @contextmanager
-def _timed(table: defaultdict[K, float], key: K) -> Iterator[None]:
+def _timed(table: defaultdict[K, float], key: K, threads: int) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
     finally:
-        table[key] += time.perf_counter() - start
+        alone = threading.current_thread() is threading.main_thread()
+        table[key] += (time.perf_counter() - start) / (1 if alone else threads)

@@ -1,5 +1,7 @@
 """The manifest `ensemble.json`: a bundle describes itself, and a wrong description is refused."""
 
+import math
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -78,7 +80,10 @@ def check_manifest(manifest: Manifest) -> None:
     threshold, min_area, flips = manifest.threshold, manifest.min_area, manifest.flips
     fits = is_number(threshold) and 0 < threshold < 1
     expect(fits, "threshold", threshold, "a number between 0 and 1")
-    expect(is_whole(min_area) and min_area >= 0, "min_area", min_area, "a whole number from 0")
+    size = manifest.competition.mask_size or manifest.competition.image_size
+    most = math.prod(size) - 1 if size else math.inf  # one more would leave every mask empty
+    fits = is_whole(min_area, 0) and min_area <= most
+    expect(fits, "min_area", min_area, f"a whole number from 0 to {most}")
     expect(bool(flips) and all(map(is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
         raise ValueError(f"flips {list(flips)}, expected some of {list(FLIPS)}, each once")
@@ -101,7 +106,8 @@ def _check_unique(what: str, values: list[str]) -> None:
 def _check_member(member: MemberSpec, classes: int) -> None:
     if Path(member.file).name != member.file or member.file in ("", ".."):
         raise ValueError(f"file {member.file!r} is not beside the manifest")
-    expect(isinstance(member.sha256, str), "sha256", member.sha256, "text")
+    fits = re.fullmatch("([0-9a-fA-F]{64})?", str(member.sha256)) is not None
+    expect(fits, "sha256", member.sha256, "64 hexadecimal digits, or none")
     check_size(member.image_size)
     fits = len(member.flops) == 2 and all(is_whole(each) and each > 0 for each in member.flops)
     expect(fits, "flops", member.flops, "its encoder's and its decoder's")
@@ -125,7 +131,8 @@ def _check_model(model: dict[str, Any]) -> None:
         if options.get("activation") is not None:
             raise ValueError(
                 f"{where}'s activation {options['activation']!r}: the kernel applies the sigmoid, "
-                "so a packed network gives logits"
+                "so a packed network gives logits; remove it where the network was trained through "
+                "a sigmoid, else train it so"
             )
 
 

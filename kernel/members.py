@@ -33,6 +33,14 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in another precision: channels last in fp16, rows first in fp32."""
+    if tensor.dtype == dtype:
+        return tensor
+    half = dtype == torch.float16
+    return tensor.to(dtype, memory_format=torch.channels_last if half else torch.contiguous_format)
+
+
 class Encoder(nn.Module):
     """The first half: images (B, channels, H, W) in [0, 1] → gates (B, classes), features.
 
@@ -40,7 +48,7 @@ class Encoder(nn.Module):
 
     A gate is the most that any probability of its class can be: sigmoid(presence), or 1 without a
     presence head. A network with its own `forward` (DPT) runs whole here; its logits are the
-    features.
+    features. The network's precision is its own; what is normalised and gated is fp32.
     """
 
     mean: Tensor  # (1, channels, 1, 1)
@@ -53,19 +61,22 @@ class Encoder(nn.Module):
         self.classes = len(spec.channels or range(spec.model.get("classes", 1)))  # SMP's default
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+        self.dtype = next((weight.dtype for weight in network.parameters()), torch.float32)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the gates, then the features from the highest resolution to the lowest."""
         images = to_channels(images, self.mean.shape[1])
         images = (images - self.mean) / self.std  # one channel becomes the member's
+        inputs = _cast(images, self.dtype)
         if self.monolithic:
-            outputs = self.network(images)
+            outputs = self.network(inputs)
             features, presence = [outputs[0]] if self.gated else [outputs], outputs[-1]
         else:
-            features = self.network.encoder(images)
+            features = self.network.encoder(inputs)
             presence = self.network.classification_head(features[-1]) if self.gated else None
         if self.gated:
-            return torch.sigmoid(_select(presence, self.channels)), *features
+            presence = _cast(_select(presence, self.channels), torch.float32)
+            return torch.sigmoid(presence), *features
         return images.new_ones(images.shape[0], self.classes), *features
 
 
@@ -83,7 +94,8 @@ class Decoder(nn.Module):
             logits = features[0]
         else:
             logits = self.network.segmentation_head(self.network.decoder(list(features)))
-        return torch.sigmoid(_select(logits, self.channels)) * gates[:, :, None, None]
+        logits = _cast(_select(logits, self.channels), torch.float32)
+        return torch.sigmoid(logits) * gates[:, :, None, None]
 
 
 def _keep_memory() -> None:
@@ -99,6 +111,7 @@ class Member:
     decoder: Any
     stride: int  # pixels; an image's sides must be multiples of it
     release_memory: Callable[[], None] = _keep_memory  # its working memory, until it runs again
+    whole: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # images → gates, probabilities
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of images (B, channels, H, W) in [0, 1]."""

@@ -25,6 +25,7 @@ class Options:
     layout: str | None = None
     batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
     early_exit: bool = True
+    streams: int = 1  # strips at once on a CPU, in threads that share its cores
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
     budget_s: float | None = None  # from the start of `run`; None: the competition's limit
@@ -33,16 +34,22 @@ class Options:
     report: Path | None = None  # None is run.json beside the output
 
 
-def find_one(root: Path, name: str, what: str, option: str) -> Path:
-    """Find the folder under `root`, at any depth, that holds the file `name`; copies count as one.
+def find_folders(root: Path, name: str) -> list[Path]:
+    """Find the folders under `root`, at any depth, that hold the file `name`; copies count as one.
 
     Linked folders are searched too.
+    """
+    folders = sorted((folder for folder, files in _walk(root) if name in files), reverse=True)
+    return sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
+
+
+def find_one(root: Path, name: str, what: str, option: str) -> Path:
+    """Find the one folder that `find_folders` finds.
 
     Raises:
         ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    folders = sorted((folder for folder, files in _walk(root) if name in files), reverse=True)
-    found = sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
+    found = find_folders(root, name)
     if not found:
         there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
         raise ValueError(

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
-from kernel.engines import DeviceLost, pick_device
+from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Strip, decode_strip, size_of
 from kernel.logs import Stages, log, progress
@@ -102,15 +103,21 @@ class RunContext:
 
 
 def predict_task(
-    scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome
+    scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome, streams: int = 1
 ) -> None:
     """Every image of a task through the scheduler and into the submission."""
     stages = scheduler.source.stages
     rules = task.layout.competition
     strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
+    coming, count, stages.threads = timed(strips, stages, "decode"), len(task.names), streams
+    states = (
+        scheduler.predict_in_threads(coming, count, streams)
+        if streams > 1
+        else scheduler.predict_strips(coming, count)
+    )
     before = time.monotonic()
-    with progress(task.names, "strips", "strip") as bar:
-        for state in scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names)):
+    with progress(task.names, "strips", "strip") as bar, closing(states):
+        for state in states:
             name = state.strip.name
             if state.fault:
                 outcome.faults[name] = state.fault
@@ -144,6 +151,7 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
     """
     options, on_gpu = run.options, device.type == "cuda"
     outcome.device = str(device)
+    streams = 1 if on_gpu else options.streams
     deadline, image = Deadline(run.left_s(), time.monotonic()), first_image(task)
     ensemble = load_ensemble(
         run.bundle,
@@ -152,6 +160,7 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
         run.stages,
         allow_missing=options.allow_missing_members,
         image=image,
+        streams=streams,
     )
     outcome.passes = list(ensemble.passes)
     log_resizing(ensemble, image)
@@ -159,7 +168,7 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
     scheduler = Scheduler(ensemble, batch_size, options.early_exit, deadline)
     log.info("%d images of %s on %s", len(task.names), task.images, device)
     try:
-        predict_task(scheduler, task, run.submission, outcome)
+        predict_task(scheduler, task, run.submission, outcome, streams)
     finally:
         outcome.dropped += deadline.dropped
         outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0

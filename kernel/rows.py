@@ -70,6 +70,13 @@ def layouts_of(competition: Competition) -> dict[str, Layout]:
 LAYOUTS = layouts_of(SEVERSTAL)
 
 
+SPREADSHEET_CELL = 32_767  # characters; Excel cuts off the rest
+NO_CSV = {  # first bytes, as they are kept, → what to do
+    "\udcff\udcfe": "text in UTF-16, save it as csv in UTF-8",
+    "PK\x03\x04": "a zip or a workbook, unpack it or save it as csv",
+    "\x1f\udc8b": "compressed by gzip, name it .csv.gz",
+}
+
 Row = tuple[str, int, str]  # image, class, RLE
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
@@ -91,7 +98,7 @@ def read_rows(
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = csv.reader(file, strict=True)
-            layout, parse = _parse_header(next(lines, []), competition)
+            layout, parse = _parse_header(next(filter(None, lines), []), competition)
             rows = []
             for cells in lines:
                 if cells:
@@ -101,7 +108,7 @@ def read_rows(
                         raise ValueError(fault)
                     rows.append(row)
     except (csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: line {lines.line_num}: {error}") from error
+        raise ValueError(f"{path}: line {max(lines.line_num, 1)}: {error}") from error
     return layout, rows
 
 
@@ -129,6 +136,11 @@ def _parse_header(
         if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")
         rle = "" if values["mask"].strip() == competition.empty else values["mask"]
+        if len(rle) == SPREADSHEET_CELL:
+            raise ValueError(
+                f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
+                f"file that no spreadsheet has saved: {_short(cells)}"
+            )
         return values["image"] + competition.suffix, competition.class_of(values["class"]), rle
 
     return layout, parse
@@ -146,8 +158,18 @@ def _pattern(template: str, competition: Competition) -> re.Pattern[str]:
 
 def _header_fault(header: list[str], competition: Competition) -> str:
     """What a header that fits no layout has instead."""
+    text = ",".join(header)
     expected = " or ".join(",".join(layout) for layout in competition.layouts)
-    return f"header {','.join(header)}, expected {expected}"
+    if not header:
+        return f"the file is empty, expected {expected}"
+    for start, fault in NO_CSV.items():
+        if text.startswith(start):
+            return f"no csv: {fault}"
+    if not text.replace("\t", "").isprintable():
+        return f"no csv: bytes that are no text, expected {expected}"
+    separator = next((each for each in ";\t|" if each in text), "")
+    remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
+    return f"header {_short(header)}, expected {expected}{remedy}"
 
 
 def _cell_fault(cell: str, template: str, cells: list[str], competition: Competition) -> str:

@@ -2,9 +2,12 @@
 
 import itertools
 import math
+import queue
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kernel.deadline import Deadline
+from kernel.device import DeviceLost, device_usable, to_host
 from kernel.early_exit import Tally
-from kernel.engines import DeviceLost, device_usable
 from kernel.images import Image, Size, Strip, size_of
 from kernel.logs import Stages, log
 from kernel.manifest import Manifest
@@ -39,6 +42,13 @@ class PassSource(Protocol):
     def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
         """Return probabilities (B, classes, H, W) of images of `size`."""
 
+    def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """Return gates and probabilities: both halves in one piece, for the same bits."""
+
+
+Step = tuple[Half, ...]  # the halves of a pass that run at once
+ENCODE, DECODE, WHOLE = (Half.ENCODER,), (Half.DECODER,), (Half.ENCODER, Half.DECODER)
+
 
 # --- one strip ------------------------------------------------------------------------------------
 
@@ -54,13 +64,15 @@ class StripState:
     size: Size = (0, 0)  # of the strip
     encoded: list[tuple[Tensor, ...]] = field(default_factory=list)  # and not decoded yet
     ran: dict[Half, list[int]] = field(default_factory=lambda: {half: [] for half in Half})
-    next_step: tuple[Half, int] = (Half.ENCODER, 0)  # which half of which pass
+    next_step: tuple[Step, int] = (ENCODE, 0)  # which halves of which pass
+    arrived: tuple[Tensor, ...] = ()  # what the step under way encoded
+    ended: npt.NDArray[np.bool_] | None = None  # its masks, once they are on the host
     fault: str = ""
 
     def __post_init__(self) -> None:
         self.planned = list(self.pass_ids)
         if self.pass_ids:
-            self.next_step = (Half.ENCODER, self.pass_ids[0])
+            self._set_next_step()
 
     @property
     def done(self) -> bool:
@@ -70,26 +82,26 @@ class StripState:
     @property
     def masks(self) -> npt.NDArray[np.bool_]:
         """Masks (classes, H, W) of a strip that is done and has no fault."""
-        return self.tally.masks(self.size)
+        return to_host(self.tally.masks(self.size)) if self.ended is None else self.ended
 
-    def add_encoded(self, encoded: tuple[Tensor, ...], gates: npt.NDArray[np.float64]) -> None:
-        """Add what the next pass's encoder gave; `gates` (classes,) are its first tensor."""
-        self.ran[Half.ENCODER].append(self.next_step[1])
-        if np.isfinite(gates).all():
-            self.encoded.append(encoded)
-            self.tally.add_gates(gates)
-        else:
-            self._drop_pass(len(self.tally.gates))
-        self._set_next_step()
+    def launch(self, encoded: tuple[Tensor, ...], probabilities: Tensor | None) -> Tensor:
+        """Queue what its next step gave, gates first; return what `settle` is to be told."""
+        self.arrived = encoded
+        return self.tally.launch(encoded[0][0] if encoded else None, probabilities)
 
-    def add_probabilities(self, probabilities: Tensor) -> None:
-        """Add the probabilities (classes, H, W) of the oldest pass in `encoded`."""
-        self.ran[Half.DECODER].append(self.next_step[1])
-        del self.encoded[0]
-        if probabilities.sum().isfinite():
-            self.tally.add_probabilities(probabilities)
-        else:
-            self._drop_pass(self.tally.decoded)
+    def settle(self, found: npt.NDArray[np.float64]) -> None:
+        """End its next step with what `launch` found; a pass that gave NaN is dropped."""
+        step, pass_id = self.next_step
+        for half in step:
+            self.ran[half].append(pass_id)
+        index = len(self.tally.gates) if Half.ENCODER in step else self.tally.decoded
+        if step == DECODE:
+            del self.encoded[0]
+        if not self.tally.settle(found):
+            self._drop_pass(index)
+        elif step == ENCODE:
+            self.encoded.append(self.arrived)
+        self.arrived = ()
         self._set_next_step()
 
     def finalize(self) -> None:
@@ -103,18 +115,21 @@ class StripState:
     def _drop_pass(self, index: int) -> None:
         pass_id = self.pass_ids.pop(index)
         log.warning("%s: pass %d gives NaN, dropped from its mean", self.strip.name, pass_id)
-        self.tally.drop_pass(encoded=index < len(self.tally.gates))
         self.fault = "" if self.pass_ids else "every pass gave NaN"
 
     def _set_next_step(self) -> None:
-        """Encoders alone while they may prove everything; else what is encoded is decoded first."""
+        """Encoders alone while they may prove everything, else whole passes.
+
+        What is encoded is decoded before that.
+        """
         tally = self.tally
         if self.done:
             return
         if self.encoded and (len(tally.gates) == tally.n_passes or not tally.looks_clean):
-            self.next_step = (Half.DECODER, self.pass_ids[tally.decoded])
+            self.next_step = (DECODE, self.pass_ids[tally.decoded])
         else:
-            self.next_step = (Half.ENCODER, self.pass_ids[len(tally.gates)])
+            step = ENCODE if tally.looks_clean else WHOLE
+            self.next_step = (step, self.pass_ids[len(tally.gates)])
 
 
 def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
@@ -124,6 +139,20 @@ def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
 
 
 # --- many strips ----------------------------------------------------------------------------------
+
+
+class SharedIterator:
+    """One iterator for several threads: each item goes to one of them."""
+
+    def __init__(self, items: Iterable[Strip]) -> None:
+        self.items, self.lock = iter(items), threading.Lock()
+
+    def __iter__(self) -> "SharedIterator":
+        return self
+
+    def __next__(self) -> Strip:
+        with self.lock:
+            return next(self.items)
 
 
 class Scheduler:
@@ -146,25 +175,60 @@ class Scheduler:
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
 
     @torch.inference_mode()
-    def predict_strips(self, strips: Iterable[Strip], count: int = 1) -> Iterator[StripState]:
+    def predict_strips(
+        self, strips: Iterable[Strip], count: int = 1
+    ) -> Generator[StripState, None, None]:
         """Yield every strip when it is done, in completion order.
 
         The deadline expects `count` strips.
         """
+        self.deadline.start_strips(count)
+        yield from self._predict_started(strips)
+
+    def predict_in_threads(
+        self, strips: Iterable[Strip], count: int, threads: int
+    ) -> Generator[StripState, None, None]:
+        """The same with so many strips at once, each in a thread of its own from first to last."""
+        self.deadline.start_strips(count)
+        shared, done = SharedIterator(strips), queue.SimpleQueue[StripState | Exception | None]()
+
+        def run() -> None:
+            try:
+                for state in self._predict_started(shared):
+                    done.put(state)
+            except Exception as error:  # raised again below
+                done.put(error)
+            done.put(None)
+
+        with ThreadPoolExecutor(threads) as pool:
+            running = len([pool.submit(run) for _ in range(threads)])
+            try:
+                while running:
+                    given = done.get()
+                    if isinstance(given, Exception):
+                        raise given
+                    if given is None:
+                        running -= 1
+                    else:
+                        yield given
+            finally:  # interrupted: each thread ends after the step that it is in
+                self.deadline.end = -math.inf if running else self.deadline.end
+
+    @torch.inference_mode()
+    def _predict_started(self, strips: Iterable[Strip]) -> Iterator[StripState]:
         coming, states = iter(strips), list[StripState]()
-        self.deadline.start_strips()
         while True:
             most = 1 if self.batch_size == 1 else 4 * self.batch_size  # so that batches stay full
             room = max(most - len(states), 0)
-            states += [self._admit(strip, count) for strip in itertools.islice(coming, room)]
+            states += [self._admit(strip) for strip in itertools.islice(coming, room)]
             if not states:
                 return
             if self.deadline.over:
                 for state in states:
                     state.finalize()
-            self._run_next_half([state for state in states if not state.done])
+            self._run_next_step([state for state in states if not state.done])
             for state in (state for state in states if state.done):
-                count -= 1
+                self.deadline.strips_left -= 1
                 if state.pass_ids:
                     self.deadline.strip_done([self.source.passes[i] for i in state.pass_ids])
                 yield state
@@ -186,20 +250,21 @@ class Scheduler:
             "share": float(share),
         }
 
-    def _admit(self, strip: Strip, count: int) -> StripState:
+    def _admit(self, strip: Strip) -> StripState:
         """A strip before its first pass; one that could not be read is done."""
         source = self.source
         if strip.image is None:
             tally = Tally(len(self.pass_ids), source.manifest, self.early_exit)
             return StripState(strip, torch.empty(0), tally, fault=strip.fault)
-        selected = self.deadline.select_passes([source.passes[i] for i in self.pass_ids], count)
+        passes = [source.passes[i] for i in self.pass_ids]
+        selected = self.deadline.select_passes(passes, self.deadline.strips_left)
         pass_ids = [self.pass_ids[index] for index in selected]
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
         with source.stages("prepare"):
             images = source.prepare(strip.image)
         return StripState(strip, images, tally, pass_ids, size_of(strip.image))
 
-    def _run_next_half(self, states: list[StripState]) -> None:
+    def _run_next_step(self, states: list[StripState]) -> None:
         """Run the step that most strips need next, and of equals the one furthest behind."""
         groups = defaultdict(list)
         for state in states:
@@ -207,17 +272,17 @@ class Scheduler:
         if groups:
             sizes = {key: min(len(group), self.batch_size) for key, group in groups.items()}
             key = max(groups, key=lambda key: (sizes[key], -key[1]))
-            self._run_half(key[0], key[1], groups[key][: self.batch_size])
+            self._run_step(key[0], key[1], groups[key][: self.batch_size])
 
-    def _run_half(self, half: Half, pass_id: int, states: list[StripState]) -> None:
-        """One half of a pass for strips of one size; where it fails, in smaller batches.
+    def _run_step(self, step: Step, pass_id: int, states: list[StripState]) -> None:
+        """One step of a pass for strips of one size; where it fails, in smaller batches.
 
         Raises:
             DeviceLost: the GPU runs nothing any more.
         """
-        run, start = self._encode if half is Half.ENCODER else self._decode, time.monotonic()
+        start = time.monotonic()
         try:
-            run(pass_id, states)
+            found = to_host(self._launch(step, pass_id, states))  # (B, 4, classes)
         except Exception as error:  # out of memory, or one strip that a network cannot take
             if isinstance(error, torch.cuda.OutOfMemoryError) and self.batch_size > 1:
                 self.batch_size //= 2  # these states are where they were, and come again
@@ -228,27 +293,60 @@ class Scheduler:
                 states[0].fault = f"the networks failed: {error!r}"
             else:
                 middle = len(states) // 2
-                self._run_half(half, pass_id, states[:middle])
-                self._run_half(half, pass_id, states[middle:])
+                self._run_step(step, pass_id, states[:middle])
+                self._run_step(step, pass_id, states[middle:])
         else:
-            member, seconds = self.source.passes[pass_id].member, time.monotonic() - start
-            self.deadline.half_done(member, half, seconds, len(states))
+            self._count_seconds(step, pass_id, time.monotonic() - start, len(states))
+            with self.source.stages("tally"):
+                self._settle(states, found)
 
-    def _encode(self, pass_id: int, states: list[StripState]) -> None:
+    def _count_seconds(self, step: Step, pass_id: int, seconds: float, strips: int) -> None:
+        """Tell the deadline what each half took; of a whole pass, by its share of the flops."""
+        member, flops = self.source.passes[pass_id].member, self.source.passes[pass_id].flops
+        counted = {half: flops[list(Half).index(half)] for half in step}
+        for half, count in counted.items():
+            share = count / sum(counted.values())
+            self.deadline.half_done(member, half, share * seconds, strips)
+
+    def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
+        """Queue a step; the tensor (B, 4, classes) that its strips are to be told."""
+        encoded, probabilities = self._run_networks(step, pass_id, states)
+        with self.source.stages("tally"):
+            launched = [
+                state.launch(
+                    tuple(tensor[row : row + 1] for tensor in encoded),
+                    None if probabilities is None else probabilities[row],
+                )
+                for row, state in enumerate(states)
+            ]
+            return torch.stack(launched)
+
+    def _run_networks(
+        self, step: Step, pass_id: int, states: list[StripState]
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What a step's networks give: gates with features, and probabilities."""
+        source, size = self.source, states[0].size
+        if step == DECODE:
+            oldest = zip(*(state.encoded[0] for state in states), strict=True)
+            encoded = [pad_batch(tensors, self.batch_size) for tensors in oldest]
+            return (), source.run_decoder(pass_id, encoded, size)
         images = pad_batch([state.images for state in states], self.batch_size)
-        encoded = self.source.run_encoder(pass_id, images)
-        gates = encoded[0].cpu().double().numpy()  # (B, classes)
-        for row, state in enumerate(states):
-            with self.source.stages("tally"):
-                state.add_encoded(tuple(tensor[row : row + 1] for tensor in encoded), gates[row])
+        if step == ENCODE:
+            return source.run_encoder(pass_id, images), None
+        gates, probabilities = source.run_pass(pass_id, images, size)
+        return (gates,), probabilities
 
-    def _decode(self, pass_id: int, states: list[StripState]) -> None:
-        oldest = zip(*(state.encoded[0] for state in states), strict=True)
-        encoded = [pad_batch(tensors, self.batch_size) for tensors in oldest]
-        probabilities = self.source.run_decoder(pass_id, encoded, states[0].size)
-        for row, state in enumerate(states):
-            with self.source.stages("tally"):
-                state.add_probabilities(probabilities[row])
+    def _settle(self, states: list[StripState], found: npt.NDArray[np.float64]) -> None:
+        """End a step; masks of strips that end with it come from the device together."""
+        for state, row in zip(states, found, strict=True):
+            state.settle(row)
+        ended = [
+            state for state in states if state.done and not state.fault and state.tally.decoded
+        ]
+        if ended:
+            masks = to_host(torch.stack([state.tally.masks(state.size) for state in ended]))
+            for state, mask in zip(ended, masks, strict=True):
+                state.ended = mask
 
 
 def predict_masks(scheduler: Scheduler, images: Sequence[Image]) -> npt.NDArray[np.bool_]:

@@ -36,6 +36,7 @@ def start_worker(
         "output": folder / f"{number}.csv",
         "report": folder / f"{number}.json",
         "batch-size": options.batch_size,
+        "streams": options.streams,
         "budget-s": max(run.left_s(), 1.0),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]

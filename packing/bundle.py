@@ -1,6 +1,7 @@
 """The bundle: a dataset and a kernel, built aside and swapped in when both are complete."""
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import asdict, replace
@@ -20,7 +21,8 @@ from packing.sources import read_sources
 from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
-BUNDLE_ENTRIES = {"dataset", "kernel", "report", CALIBRATION}  # the dry run adds the last two
+FIT = "fit"  # the kernel that fits; a build leaves it
+BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
 
 # --- staging --------------------------------------------------------------------------------------
 
@@ -59,11 +61,13 @@ def _stage_kernel(folder: Path, script: Path, notebook: bool, title: str) -> Non
 
 def check_out(out: Path) -> None:
     """Raise ValueError where `out` holds what is no bundle: the swap would take it away."""
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out}: a link to itself; choose another --out")
     if not out.exists():
         return
     found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
-    if found and not complete:
+    if found - {FIT} and not complete:
         listed = ", ".join(sorted(found)[:3])
         raise ValueError(
             f"{out}: holds other things than a bundle ({listed}); choose another --out"
@@ -95,7 +99,7 @@ def build(
     Raises:
         ValueError: an input is bad; what stood at `out` stays as it was.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     check_out(out)
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
@@ -114,5 +118,7 @@ def build(
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel)
         if (out / CALIBRATION).is_file():
             shutil.copy(out / CALIBRATION, bundle)
+        if (out / FIT).is_dir():
+            shutil.copytree(out / FIT, bundle / FIT)
         _swap_in(bundle, out, Path(scratch, "previous"))
     return metadata, packed

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ UPDATES = (
     "num_updates",
     "optimization_step",
     "initted",
+    "updates",
 )  # 0: the network it began as
 LOSSES = {"loss", "losses", "criterion", "metric", "metrics"}
 MAX_LISTED = 3  # tensors of one group by name
@@ -62,6 +64,8 @@ def _walk(node: object, prefix: str = "", home: str = "") -> Iterator[tuple[str,
     """Every dictionary and leaf of nested dictionaries and lists: dotted name, value, home."""
     if isinstance(node, argparse.Namespace):  # timm's arguments
         node = vars(node)
+    if isinstance(node, np.ndarray) and node.dtype.kind in "fiu":
+        node = torch.as_tensor(node)
     if isinstance(node, Mapping):
         yield prefix.removesuffix("."), node, home
         for key, value in node.items():
@@ -155,6 +159,15 @@ def normalisation_of(name: str) -> str:
     return next((kind for kind in ("mean", "std") if words & {kind, f"{kind}s"}), "")
 
 
+def is_outside_layer(name: str) -> bool:
+    """Return whether a tensor's name is that of a layer's weight in no network, nor in a loss."""
+    return (
+        name.rpartition(".")[2] == "weight"
+        and not list(_prefixes(name))
+        and not words_of(name) & LOSSES
+    )
+
+
 # --- choosing -------------------------------------------------------------------------------------
 
 
@@ -172,12 +185,13 @@ def _own_ancestors(prefix: str, networks: Mapping[str, object]) -> list[str]:
 
 def _is_average(prefix: str, networks: Mapping[str, object], tree: _Tree) -> bool:
     """Whether a network is an average over the training steps: by its name, or by a counter."""
+    # Lightning's WeightAveraging and mmengine's EMAHook put the average in the plain weights' place
+    swapped = any(other.startswith("current_model_state.") for other in networks)
+    if swapped or "ema_state_dict.steps" in tree.numbers:
+        return prefix.startswith("state_dict.")
     own = _own_ancestors(prefix, networks)
     named = any(words_of(each.split(".")[-2]) & AVERAGES for each in own if each)
-    counted = any(f"{each}n_averaged" in tree.numbers for each in own)
-    # Lightning's WeightAveraging puts the average in the plain weights' place
-    swapped = any(other.startswith("current_model_state.") for other in networks)
-    return named or counted or (swapped and prefix.startswith("state_dict."))
+    return named or any(f"{each}n_averaged" in tree.numbers for each in own)
 
 
 def _is_unready(prefix: str, networks: Mapping[str, object], tree: _Tree) -> bool:
@@ -185,7 +199,7 @@ def _is_unready(prefix: str, networks: Mapping[str, object], tree: _Tree) -> boo
 
     Lightning's StochasticWeightAveraging gives its average the statistics when training ends.
     """
-    homes = [*_own_ancestors(prefix, networks), "averaging_state."]
+    homes = [*_own_ancestors(prefix, networks), "averaging_state.", ""]
     counts = [tree.numbers.get(f"{home}{counter}") for home in homes for counter in UPDATES]
     return 0 in counts or "average_model_state." in prefix
 

@@ -20,6 +20,7 @@ from kernel.members import Member, load_member
 from packing.checkpoints import Checkpoint, read_checkpoint
 from packing.models import (
     check_config,
+    check_layers,
     check_normalisation,
     load_into_model,
     one_line,
@@ -143,6 +144,7 @@ def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> Non
     for where, config in saved_configs(source, checkpoint).items():
         check_config(config, spec.model, where)
     check_normalisation(checkpoint, spec)
+    check_layers(checkpoint, spec.model)
 
 
 def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path) -> MemberSpec:

@@ -17,6 +17,7 @@ from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS
 
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
+FIT_SCRIPT = "fit.py"
 NAME = "[a-z0-9][a-z0-9-]*"  # an owner or a slug; the client lets others pass, Kaggle does not
 LICENCES = (  # the client's page lists these and rarer ones; the description explains `other`
     "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0",
@@ -71,10 +72,7 @@ def check_dataset(meta: dict[str, Any], files: list[str]) -> None:
         raise ValueError(f"resources {paths} name a file twice; name it once")
 
 
-def check_kernel(
-    meta: dict[str, Any], dataset_id: str, competition: str, code_file: str = SCRIPT.name
-) -> None:
-    """Raise ValueError for what `kaggle kernels push` or an offline GPU competition refuses."""
+def _check_kernel_names(meta: dict[str, Any]) -> None:
     slug, title = _slug_of(meta), str(meta.get("title", ""))
     for what, text in (("title", title), ("slug", slug)):
         if len(text) < 5:
@@ -87,6 +85,13 @@ def check_kernel(
         raise ValueError(
             f"title {title!r} resolves to {slugify(title)!r}, the id says {slug!r}; make them agree"
         )
+
+
+def check_kernel(
+    meta: dict[str, Any], dataset_id: str, competition: str, code_file: str = SCRIPT.name
+) -> None:
+    """Raise ValueError for what `kaggle kernels push` or an offline GPU competition refuses."""
+    _check_kernel_names(meta)
     wanted = {
         "code_file": code_file,
         "language": "python",
@@ -106,6 +111,12 @@ def check_kernel(
     pinning = meta.get("docker_image_pinning_type", "latest")
     if pinning not in ("original", "latest"):
         raise ValueError(f"docker_image_pinning_type {pinning!r}; write original or latest")
+
+
+def check_fit_kernel(meta: dict[str, Any]) -> None:
+    """Raise ValueError for what `kaggle kernels push` refuses in the fit kernel's names."""
+    _check_kernel_names(meta)
+    _check_length("title", meta["title"], 5, 50)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -175,6 +186,30 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
         code_file = NOTEBOOK if notebook else SCRIPT.name
         check_kernel(kernel, dataset["id"], manifest.competition.slug, code_file)
     return metadata
+
+
+def read_fit_metadata(owner: str | None, resume: bool) -> dict[str, Any]:
+    """Return the fit kernel's metadata: the submission's, with a slug and sources of its own.
+
+    With `resume` its own earlier output is a source.
+
+    Raises:
+        ValueError: Kaggle would refuse it.
+    """
+    dataset, kernel = read_json(DATASET_METADATA), read_json(KERNEL_METADATA)
+    own = _owned(dataset, owner or str(dataset.get("id")).split("/")[0]) + "-fit"
+    title = own.rpartition("/")[2].replace("-", " ").capitalize()  # becomes the slug again
+    kernel |= {
+        "id": own,
+        "title": title,
+        "code_file": FIT_SCRIPT,
+        "enable_internet": True,  # for pip and the encoders' weights; it is no submission
+        "dataset_sources": [],
+        "kernel_sources": [own] if resume else [],
+    }
+    with _naming(DATASET_METADATA):
+        check_fit_kernel(kernel)
+    return kernel
 
 
 # --- owner ----------------------------------------------------------------------------------------

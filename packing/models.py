@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernel.manifest import MemberSpec
 from kernel.members import build_network
-from packing.checkpoints import Checkpoint, is_plain, normalisation_of
+from packing.checkpoints import Checkpoint, is_outside_layer, is_plain, normalisation_of
 from packing.old_names import rename_old, widen_head
 from packing.reading import weights_file
 
@@ -276,6 +276,31 @@ def check_normalisation(checkpoint: Checkpoint, spec: MemberSpec) -> None:
             )
 
 
+# --- layers around the network --------------------------------------------------------------------
+
+
+def check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
+    """Refuse a trained layer outside the network that fits before its input or behind its masks.
+
+    A stem, or a layer that refines the masks, changes the answer, and the kernel has none. Others
+    are named in the build's table.
+
+    Raises:
+        ValueError: the first such layer, by its name.
+    """
+    channels, classes = model.get("in_channels", 3), model.get("classes", 1)  # SMP's defaults
+    for name, weight in checkpoint.left_out.items():
+        before = weight.shape[:1] == (channels,)
+        behind = weight.ndim == 4 and weight.shape[1] == classes
+        if is_outside_layer(name) and (before or behind):
+            raise ValueError(
+                f"{checkpoint.path}: {name}, as {tuple(weight.shape)}, is a layer outside the "
+                f"network that fits {'before its input' if before else 'behind its masks'}: what "
+                "it does would be lost; train without it, or save the network alone where its "
+                "output does not need it: torch.save(network.state_dict(), 'member.pt')"
+            )
+
+
 # --- weights --------------------------------------------------------------------------------------
 
 
@@ -296,22 +321,27 @@ def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict
     faults = _differences(weights, wanted) or ["does not load"]
     head = [key for key in weights if key.startswith("classification_head.")]
     unexpected = [key for key in weights if key not in wanted]
-    if len(unexpected) == len(faults) and unexpected == head:
+    if len(unexpected) < len(faults):
+        return (
+            f"{faults[0]}; {len(faults)} keys differ from the declared model; "
+            f"{likely_model(weights, model)}"
+        )
+    if unexpected == head:
         classes = weights[head[-1]].shape[0] if weights[head[-1]].ndim else "?"
         return (
             f"{faults[0]}: a presence head was trained, and model declares none; write "
             f'"aux_params": {{"classes": {classes}, "pooling": "avg" or "max"}} as it was trained, '
             "or save the network without it"
         )
-    if len(unexpected) == len(faults):
+    if all(".attention.cSE." in key or ".attention.sSE." in key for key in unexpected):
         return (
-            f"{faults[0]}; SMP's {model['arch']} has all its weights there and no layer of that "
-            f"name ({len(faults)} in all): what it does would be lost; train without it, or save "
-            "the network without it where its output does not need it"
+            f"{faults[0]}: an attention was trained, and model declares none; write "
+            '"decoder_attention_type": "scse"'
         )
     return (
-        f"{faults[0]}; {len(faults)} keys differ from the declared model; "
-        f"{likely_model(weights, model)}"
+        f"{faults[0]}; SMP's {model['arch']} has all its weights there and no layer of that "
+        f"name ({len(faults)} in all): what it does would be lost; train without it, or save "
+        "the network without it where its output does not need it"
     )
 
 
@@ -328,10 +358,10 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     path, weights = checkpoint.path, checkpoint.weights
     try:
         network = _build_declared(model)
+        renamed = rename_old(weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     wanted = network.state_dict()
-    renamed = rename_old(weights)
     old = "names of SMP 0.0.x (2019), taken as today's" if renamed.keys() != weights.keys() else ""
     if old:
         widen_head(renamed, wanted)
@@ -339,6 +369,9 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     for key, value in wanted.items():
         if key.endswith("num_batches_tracked"):
             renamed.setdefault(key, torch.zeros_like(value))
+        found = renamed.get(key, value)
+        if value.is_floating_point() and not found.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {found.dtype}, whole numbers; save floats")
     try:
         network.load_state_dict(renamed, strict=True)  # renames in place what SMP renamed
     except RuntimeError as error:

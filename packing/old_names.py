@@ -53,10 +53,21 @@ DECODERS = {  # a name that only this decoder of SMP 0.0.x has → what became o
 
 
 def rename_old(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of SMP 0.0.x under today's names; others as they are."""
+    """Return weights of SMP 0.0.x under today's names; others as they are.
+
+    Raises:
+        ValueError: the network has layers that today's SMP has not.
+    """
     renames = [rename for mark, rename in DECODERS.items() if mark in weights]
     if not renames:
         return dict(weights)
+    for name, tensor in weights.items():
+        if name.endswith(".sSE.0.weight") and len(tensor) > 1:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}: the scse attention of SMP 0.0.x (2019), with a "
+                "gate for each channel where today's has one for all, so that no model of today's "
+                "SMP is this network; train it again with today's, or leave the member out"
+            )
     renamed = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
     for name, tensor in weights.items():
         if name.startswith("decoder.final_conv."):

@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -23,11 +23,13 @@ SAVE_WEIGHTS = (
     "where it was trained, save the weights alone: torch.save(network.state_dict(), 'member.pt')"
 )
 
-# Beside the weights: numpy's numbers, under numpy 2's name and numpy 1's, and timm's arguments.
-SCALAR = np.float64(0).__reduce__()[0]
-PLAIN_DATA: list[Any] = [argparse.Namespace, np.dtype]
+# Beside the weights: numpy's numbers and arrays, under numpy 2's names and numpy 1's, timm's
+# arguments, and paths.
+SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+PLAIN_DATA: list[Any] = [argparse.Namespace, PosixPath, np.dtype, np.ndarray]
 PLAIN_DATA += [SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
-PLAIN_DATA += [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")]
+PLAIN_DATA += [ARRAY, (ARRAY, "numpy.core.multiarray._reconstruct")]
+PLAIN_DATA += [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "u4", "?")]
 
 # What a file is by its first bytes, and what to do.
 MAGIC = {
@@ -62,6 +64,13 @@ def no_such_checkpoint(path: Path) -> str:
     same = [name for name in names if Path(name).stem in (path.name, path.stem)]
     close = same or difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     nearest = f"beside it: {', '.join(close or names[:3])}; " if names else ""
+    if (path.parent / "data.pkl").is_file():
+        return f"{path.parent}: a checkpoint that was unpacked: copy the file itself once more"
+    if (path.parent / f"{PRETRAINED_FILES[0]}.index.json").is_file():
+        return (
+            f"{path.parent}: weights in several files; save them in one, "
+            "save_pretrained(..., max_shard_size='100GB')"
+        )
     return f"{path}: no such checkpoint; {nearest}copy it there, train it or correct `file`"
 
 
@@ -102,11 +111,15 @@ def _zip_fault(path: Path) -> str:
         return ""
     if any(name.endswith("archive_format") for name in names):
         return f"a program of torch.export: {SAVE_WEIGHTS}"
+    if any(name.endswith((".npy", ".h5")) for name in names):
+        return f"a zip of {', '.join(names[:3])}, which is no file of PyTorch: {SAVE_WEIGHTS}"
     return f"a zip of {', '.join(names[:3])}: unpack it, and name the checkpoint in `file`"
 
 
 def _kind_fault(path: Path, head: bytes) -> str:
     """What a file is that is no checkpoint of PyTorch; nothing where it may be one."""
+    if not head.strip():
+        return "an empty file: copy it once more"
     known = [fault for magic, fault in MAGIC.items() if head.startswith(magic)]
     if known:
         return known[0]
@@ -114,7 +127,7 @@ def _kind_fault(path: Path, head: bytes) -> str:
         return _zip_fault(path)
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it, and name the checkpoint in `file`"
-    if not head or head.startswith(b"\x80"):  # a pickle
+    if head.startswith(b"\x80"):  # a pickle
         return ""
     return _text_fault(head) or f"no file of torch.save or safetensors: {SAVE_WEIGHTS}"
 
@@ -184,7 +197,9 @@ def _pickle_fault(path: Path) -> str:
             "torch.save(network.state_dict(), 'member.pt')"
         )
     if not foreign:
-        return f"no checkpoint that can be read, its pickle is damaged; {SAVE_WEIGHTS}"
+        objects = [name for name in names if name.startswith("numpy.")]
+        what = f"it holds other things of numpy ({objects[-1]})" if objects else "it is damaged"
+        return f"no checkpoint that can be read, {what}; {SAVE_WEIGHTS}"
     networks = [name for name in foreign if NETWORK_IMPORT.match(name)]
     what = "a whole network, pickled" if networks else "no plain state_dict"
     first = (networks or foreign)[0]
@@ -242,7 +257,9 @@ def read_content(path: Path) -> Content:
     except pickle.UnpicklingError:
         fault = _pickle_fault(path)
     except Exception as error:  # a damaged file raises whatever it likes
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        reason = re.split(r"\n|\. ", str(error))[0] or repr(error)  # PyTorch guesses on and on
         reason = "" if "weights_only" in reason else f": {reason}"  # no advice to run its code
         fault = f"no checkpoint that can be read{reason}; copy it once more"
+        if "magic number" in reason:
+            fault = f"a pickle that torch.save did not write: {SAVE_WEIGHTS}"
     raise ValueError(f"{path}: {fault}")

@@ -1,5 +1,6 @@
 """The source manifest: which checkpoints are to be packed, and as what."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from packing.reading import no_such_checkpoint, weights_file
 
 def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
     path = Path(weights, entry["file"])
-    if not path.resolve().is_relative_to(weights.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(weights)):
         raise ValueError(
             f"member {entry['name']}: file {entry['file']!r} leaves {weights}; copy it there"
         )

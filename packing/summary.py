@@ -1,6 +1,7 @@
 """What a build prints: a table of its members, and the commands that come next."""
 
 from pathlib import Path
+from typing import Any
 
 from packing.members import PackedMember
 from packing.metadata import PLACEHOLDER, Metadata
@@ -29,14 +30,29 @@ def _numbers(packed: list[PackedMember]) -> tuple[str, str, str]:
     return f"{parameters:,}", f"{megabytes:.1f}", f"{gflop:.1f}"
 
 
-def print_next(out: Path, metadata: Metadata) -> None:
-    """Print the commands that upload and submit the bundle, and what must be done before."""
-    kernel = metadata.kernel
-    if metadata.owner == PLACEHOLDER:
+def print_fit_next(out: Path, metadata: dict[str, Any]) -> None:
+    """Print the commands that fit on Kaggle and fetch what was fitted."""
+    _print_owner(str(metadata["id"]).split("/")[0])
+    print(f"  kaggle kernels push -p {out / 'fit'}")
+    print(f"and when it has run (kaggle kernels status {metadata['id']}):")
+    print(f"  kaggle kernels output {metadata['id']} -p my_weights")
+    print("  python build_kernel.py --weights my_weights")
+    print("Members that are not finished go on: build with --fit --resume, and push again.")
+
+
+def _print_owner(owner: str) -> None:
+    if owner == PLACEHOLDER:
         print(
             f"\nThe owner is still {PLACEHOLDER}: build again with --owner NAME before uploading."
         )
-    print(f"\nNext, for {metadata.owner}:\n  kaggle datasets create -p {out / 'dataset'}")
+    print(f"\nNext, for {owner}:")
+
+
+def print_next(out: Path, metadata: Metadata) -> None:
+    """Print the commands that upload and submit the bundle, and what must be done before."""
+    kernel = metadata.kernel
+    _print_owner(metadata.owner)
+    print(f"  kaggle datasets create -p {out / 'dataset'}")
     print(f"  kaggle kernels push -p {out / 'kernel'}")
     print("and when that version of the kernel has run on Kaggle:")
     print(

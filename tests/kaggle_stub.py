@@ -32,6 +32,7 @@ class Kaggle:
         self.uploads: dict[str, tuple[str, bytes]] = {}  # token → name and content
         self.datasets: dict[str, dict[str, bytes]] = {}  # owner/slug → its latest version's files
         self.kernels: dict[str, dict[str, Any]] = {}  # owner/slug → the request
+        self.outputs: dict[str, Path] = {}  # owner/slug of a kernel → what its run left
         self.requests: dict[str, dict[str, Any]] = {}  # call → its latest request
         self.address = ""
 
@@ -58,7 +59,24 @@ class Kaggle:
         if call == "SaveKernel":
             self.kernels[request["slug"]] = request
             return 200, {"ref": request["slug"], "url": self.address, "versionNumber": 1}
+        if call == "ListKernelSessionOutput":
+            return 200, self.list_output(request)
         return 400, {"message": f"{call} of {ref}: not here"}
+
+    def list_output(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A page of the files that a kernel left, by their paths from its working folder."""
+        ref = f"{request['userName']}/{request['kernelSlug']}"
+        folder, first = self.outputs[ref], int(request.get("pageToken") or 0)
+        last = first + request["pageSize"]
+        names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+        urls = [(name, f"{self.address}/output/{ref}/{name}") for name in names[first:last]]
+        page: dict[str, Any] = {"files": [{"fileName": name, "url": url} for name, url in urls]}
+        return page | ({"nextPageToken": str(last)} if names[last:] else {"log": "its log"})
+
+    def output(self, path: str) -> bytes:
+        """A file that a kernel left, by its address's path."""
+        owner, slug, name = path.removeprefix("/output/").split("/", 2)
+        return (self.outputs[f"{owner}/{slug}"] / name).read_bytes()
 
     def files(self, request: dict[str, Any]) -> dict[str, bytes]:
         """The files that a request names by their tokens."""
@@ -66,14 +84,14 @@ class Kaggle:
 
 
 def handler_of(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
-    """Takes calls by POST and files by PUT."""
+    """Takes calls by POST and files by PUT, gives files by GET."""
 
     class Handler(BaseHTTPRequestHandler):
         def body(self) -> bytes:
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-        def reply(self, status: int, answer: dict[str, Any]) -> None:
-            data = json.dumps(answer).encode()
+        def reply(self, status: int, answer: dict[str, Any] | bytes) -> None:
+            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -83,6 +101,9 @@ def handler_of(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             call = self.path.rpartition("/")[2]
             self.reply(*kaggle.answer(call, json.loads(self.body())))
+
+        def do_GET(self) -> None:
+            self.reply(200, kaggle.output(self.path))
 
         def do_PUT(self) -> None:
             token = self.path.rpartition("/")[2]

@@ -131,6 +131,7 @@ class Watch(Callback):
         self.config, self.part = config, part
         self.entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": save_every}
         self.seconds, self.start, self.smooth = 0.0, 0.0, float("nan")
+        self.ends: list[float] = []  # when each step ended
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Open the bar."""
@@ -155,7 +156,8 @@ class Watch(Callback):
         if not np.isfinite(loss):
             raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
                            f"{self.part.name}: lower --learning-rate")  # fmt: skip
-        self.seconds += time.perf_counter() - self.start
+        self.ends.append(time.perf_counter())
+        self.seconds += self.ends[-1] - self.start
         self.smooth = loss if np.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.bar.set_postfix(loss=f"{self.smooth:.3f}", refresh=False)
         self.bar.update()
@@ -217,6 +219,45 @@ def new_trainer(config: Config, part: Part, machine: Machine, watch: Watch) -> L
 # --- one part -------------------------------------------------------------------------------------
 
 
+@contextmanager
+def one_line_errors(path: Path) -> Iterator[None]:
+    """Turn Lightning's answer to Ctrl-C, and a loader process's traceback, into one line."""
+    try:
+        yield
+    except SystemExit as stopped:
+        saved = f"{path} is kept" if path.is_file() else "nothing was saved yet"
+        raise KeyboardInterrupt(f"{saved}; the same command goes on from it") from stopped
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise ValueError(f"the loader processes failed, try --workers 0: {error}") from error
+
+
+def take_steps(
+    network: Any,
+    sources: Sequence[Strips],
+    config: Config,
+    part: Part,
+    machine: Machine,
+    watch: Watch,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Take a part's steps through Lightning, those after `state`, which lies where it was saved.
+
+    Raises as `fit_part` does.
+    """
+    path = machine.runs / config.name / f"{part.name}.ckpt"
+    done = state["global_step"] if state else 0
+    loader = new_loader(Batches(sources, config), part, machine, done)
+    with quiet_lightning(), one_line_errors(path):
+        trainer = new_trainer(config, part, machine, watch)
+        module = MemberModule(network, config, part)
+        trainer.fit(module, loader, ckpt_path=path if state else None, weights_only=True)
+    network.to(machine.device)  # Lightning leaves it on the CPU
+
+
 def fit_part(
     network: Any,
     sources: Sequence[Strips],
@@ -246,30 +287,8 @@ def fit_part(
     if not part.steps:
         return 0.0
     watch = Watch(config, part, experiment, machine.save_every)
-    done = state["global_step"] if state else 0
-    loader = new_loader(Batches(sources, config), part, machine, done)
-    with quiet_lightning(), one_line_errors(path):
-        trainer = new_trainer(config, part, machine, watch)
-        module = MemberModule(network, config, part)
-        trainer.fit(module, loader, ckpt_path=path if state else None, weights_only=True)
-    network.to(machine.device)  # Lightning leaves it on the CPU
+    take_steps(network, sources, config, part, machine, watch, state)
     return watch.seconds
-
-
-@contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
-    """Turn Lightning's answer to Ctrl-C, and a loader process's traceback, into one line."""
-    try:
-        yield
-    except SystemExit as stopped:
-        saved = f"{path} is kept" if path.is_file() else "nothing was saved yet"
-        raise KeyboardInterrupt(f"{saved}; the same command goes on from it") from stopped
-    except (ValueError, OSError) as error:
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise ValueError(f"the loader processes failed, try --workers 0: {error}") from error
 
 
 # --- all parts ------------------------------------------------------------------------------------

@@ -12,15 +12,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from kernel.command import run_command
+from kernel.command import INTERRUPTED, run_command
 from kernel.logs import log
 from training import train
 
@@ -29,6 +29,17 @@ SCRIPT = Path(train.__file__)
 EXAMPLE = """\
   python training/fit_members.py training/members.txt -- --data severstal --crop-steps 6000
 """
+
+
+GRACE_S = 60.0  # between SIGTERM and SIGKILL
+
+
+def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
+    """Start a timer that keeps no process alive."""
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Processes:
             for process in self.running:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
+                    after(GRACE_S, process.kill)
 
 
 def read_jobs(path: Path, common: list[str]) -> list[Job]:
@@ -109,8 +121,14 @@ def share_cores(devices: list[str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | os.environ
 
 
-def fit_all(jobs: list[Job], devices: list[str]) -> Iterator[tuple[Job, int]]:
-    """Fit every member on the first device that is free; yield each with its exit code."""
+def fit_all(
+    jobs: list[Job], devices: list[str], seconds: float = threading.TIMEOUT_MAX
+) -> Iterator[tuple[Job, int]]:
+    """Fit every member on the first device that is free; yield each with its exit code.
+
+    After `seconds` those that run are stopped, each with its last state, and none is started: their
+    code is that of an interruption.
+    """
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
         free.put(device)
@@ -123,14 +141,18 @@ def fit_all(jobs: list[Job], devices: list[str]) -> Iterator[tuple[Job, int]]:
             command = [sys.executable, str(SCRIPT), *job.options, "--device", device]
             process = processes.start(command, job.log)
             log.info("%s starts on %s, its log is %s", job.name, device, job.log)
-            return job, process.wait() if process else 1
+            code = process.wait() if process else INTERRUPTED
+            return job, INTERRUPTED if code and processes.stopped else code
         finally:
             free.put(device)
 
+    timer = after(seconds, processes.stop)
     with ThreadPoolExecutor(len(devices)) as pool:
         try:
-            yield from pool.map(fit, jobs)
+            for ended in as_completed([pool.submit(fit, job) for job in jobs]):
+                yield ended.result()
         finally:
+            timer.cancel()
             processes.stop()
 
 

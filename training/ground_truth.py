@@ -56,7 +56,9 @@ def read_truth(path: Path, competition: Competition = SEVERSTAL) -> Truth:
 
 def check_names(truth: Truth, names: Collection[str], path: Path, folder: Path) -> None:
     """Raise ValueError where a ground truth names no image of a folder: all would look clean."""
-    if not truth or not truth.keys().isdisjoint(names):
+    if not truth:
+        raise ValueError(f"{path}: no row below its header; name the csv that has the masks")
+    if not truth.keys().isdisjoint(names):
         return
     name = min(truth)
     close = difflib.get_close_matches(name, names, n=1) or sorted(names)[:1]

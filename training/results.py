@@ -18,6 +18,8 @@ from training.config import NO_FOLD, Config
 from training.metrics import Scores
 from training.strips import Strips
 
+SCORES = "scores.json"  # in RUNS/NAME
+
 
 def validate(
     network: nn.Module, config: Config, strips: Strips, device: torch.device | None = None
@@ -42,6 +44,15 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
     part = path.with_suffix(".part")
     save_file(weights, part, {"member": json.dumps(asdict(config.spec), sort_keys=True)})
     part.replace(path)
+
+
+def write_scores(path: Path, config: Config, scores: Scores) -> None:
+    """Write the scores of the held-out strips; null where there was none. A fit's last file."""
+    fold = None if config.fold == NO_FOLD else config.fold
+    figures: dict[str, object] = {"fold": fold, "strips": len(scores.dices)}
+    figures |= {key: None if value != value else value for key, value in scores.summary().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def add_experiment(

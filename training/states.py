@@ -1,5 +1,6 @@
 """Saved states: what a killed run goes on from, and what must not be mixed up."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write the state at once."""
+        """Write the state at once.
+
+        Raises:
+            ValueError: the disk is full or takes no file; the state before it stays.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        torch.save(checkpoint, part)
-        part.replace(path)
+        try:
+            torch.save(checkpoint, part)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises the second
+            part.unlink(missing_ok=True)
+            kept = "the state before it is kept" if path.is_file() else "there is none before it"
+            free = shutil.disk_usage(path.parent).free >> 20
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path}: not saved, {free} MB free, {kept}: {reason}") from error
 
 
 def describe_experiment(config: Config, data: str, start_from: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ state, and ends with the same weights as if it had not been stopped.
 import argparse
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernel.command import run_command
-from kernel.engines import pick_device
+from kernel.device import pick_device
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log
 from kernel.members import to_channels
@@ -48,7 +49,8 @@ from training.folds import (
 from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
 from training.module import MemberModule
 from training.moved_defects import METHODS
-from training.results import add_experiment, validate, write_checkpoint
+from training.pace import choose_steps
+from training.results import SCORES, add_experiment, validate, write_checkpoint, write_scores
 from training.states import describe_experiment
 from training.strips import Strips, image_names, read_strips
 
@@ -128,6 +130,10 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--crop-steps", type=int, default=Config.crop_steps, help=about)
     about = "steps on whole strips (default %(default)s)"
     add("--whole-steps", type=int, default=Config.whole_steps, help=about)
+    about = (
+        "scale both numbers of steps by one factor so that the fit takes so long, by its own pace"
+    )
+    add("--minutes", type=float, default=0.0, help=about)
     about = "crops a step; auto: as many as fit into the GPU's memory, up to 64 (default 4)"
     add("--crops", type=parse_crops, default=Config.crops, help=about)
     add("--learning-rate", type=float, default=Config.learning_rate, help="its peak (default 3e-4)")
@@ -259,6 +265,8 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
     if not config.crops and not cuda:
         raise ValueError("--crops auto needs a GPU, whose memory it fills")
+    if args.minutes and not (0 < args.minutes < math.inf and config.steps):
+        raise ValueError(f"--minutes {args.minutes}, expected a number above 0, and steps to scale")
     if args.save_every < 1 or not args.present_weight > 0:
         raise ValueError("--save-every is 1 or more, --present-weight above 0")
     if min(args.presence_strips, args.validation_strips) < 0:
@@ -327,8 +335,12 @@ def train(args: argparse.Namespace) -> int:
     if args.unlabelled:
         statistics += [args.unlabelled / name for name in image_names(args.unlabelled)]
     data = hash_of([own, *sources[1:]])
-    experiment = describe_experiment(config, data, start_from)
     crops = config.crops or find_crops(config, device)
+    if args.minutes:
+        strips, fitted = 2 * len(pairs) + len(scored.names), replace(config, crops=crops)
+        chosen = choose_steps(fitted, sources, machine, args.minutes, strips)
+        config = replace(chosen, crops=config.crops)
+    experiment = describe_experiment(config, data, start_from)
     network, seconds = fit_within_memory(
         lambda fitted: fit_network(sources, fitted, machine, experiment, weights, statistics),
         replace(config, crops=crops),
@@ -338,6 +350,7 @@ def train(args: argparse.Namespace) -> int:
     write_checkpoint(network, config, args.out / f"{config.name}.safetensors")
     scores = validate(network, config, scored, device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
+    write_scores(machine.runs / config.name / SCORES, config, scores)
     print(json.dumps(scores.summary(), indent=2))
     return 0
 

@@ -2,12 +2,18 @@
 
 import functools
 import json
+import shutil
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from helpers import change_manifest, save_strips
+from torch import Tensor
 
 from bench import race
 from kernel.ensemble import load_ensemble
@@ -18,30 +24,52 @@ from training import synthetic
 
 
 def test_a_small_race_ends_with_its_three_files(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three exports and three processes are its seconds: one member is enough."""
     pytest.importorskip("onnxruntime", reason="make bench installs the peers")
     monkeypatch.setattr(race, "N_SCORED_IMAGES", 6)
+    monkeypatch.setattr(race, "STARTS", 1)
+    monkeypatch.setattr(race, "LONG_RUN", 3)
+    save_strips(tmp_path / "real", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    dataset = Path(shutil.copytree(session_light, tmp_path / "dist" / "dataset"))
+    change_manifest(dataset, flips=["none", "horizontal", "vertical"])  # as public kernels
     small = functools.partial(synthetic.synthesize_strip, size=(64, 96))
     monkeypatch.setattr(synthetic, "synthesize_strip", small)
     monkeypatch.setattr(race, "matrix_rate", lambda: 1e11)
-    command = ["race.py", "--bundle", str(tiny_bundle), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*command, "--strips", "3", "--rounds", "2"])
+    command = ["race.py", "--bundle", str(dataset.parent), "--out", str(tmp_path / "out")]
+    real = ["--real", str(tmp_path / "real")]
+    monkeypatch.setattr(sys, "argv", [*command, "--strips", "2", "--rounds", "2", *real])
     race.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["same_masks_with_and_without"] is True
-    assert len(results["seconds_a_strip"]) == 6
-    assert all(len(turns) == 2 for turns in results["turns"].values())
-    assert min(results["dice_against_eager"].values()) > 0.999
-    flops = sum(sum(spec.flops) for spec in load_manifest(tiny_bundle / "dataset").members)
+    for part in (results, results["real"]):
+        assert part["strips"] == 2
+        assert len(part["seconds_a_strip"]) == 6
+        assert all(len(turns) == 2 for turns in part["turns"].values())
+        assert min(part["dice_against_eager"].values()) > 0.999
+    flops = sum(sum(spec.flops) for spec in load_manifest(dataset).members)
     assert results["physical_limit_s"] == pytest.approx(3 * flops / 1e11)
     assert 0 < results["outside_networks"] < 1
     assert 0.1 < results["peak_gb_5506_strips_stub"] < 5  # PyTorch alone is a third of a GB
     table = (tmp_path / "out" / "table.md").read_text()
     for name, seconds in results["seconds_a_strip"].items():
         assert f"| {name} | {seconds:.2f} |" in table
+    assert "On 2 real strips, seconds a strip: (a) eager" in table
     chart = cv2.imread(str(tmp_path / "out" / "chart.png"))
     assert chart is not None and np.asarray(chart).std() > 10
+
+
+def test_the_quickest_of_an_engines_ways_is_taken() -> None:
+    def takes(seconds: float) -> race.Infer:
+        def infer(images: Sequence[Tensor]) -> list[Tensor]:
+            time.sleep(seconds)
+            return list(images)
+
+        return infer
+
+    ways = [takes(0.05), takes(0.0), takes(0.1)]
+    assert race.quickest(ways, [torch.zeros(1)]) is ways[1]
 
 
 def test_the_way_of_public_kernels_finds_the_kernels_own_masks(

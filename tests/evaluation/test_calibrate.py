@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from evaluation import calibrate
 from evaluation.calibrate import GATE_SHIFTS, MASK_SHIFTS, ShiftCounts, best_shifts, count_strips
-from kernel.engines import pick_device
+from kernel.device import pick_device
 from kernel.ensemble import load_ensemble
 from kernel.logs import Stages
 from kernel.manifest import load_manifest

@@ -25,6 +25,7 @@ from helpers import (
 from run_records import PASSES, run_json
 
 from evaluation import dry_run
+from evaluation.report import ProcessResult
 from kernel.contact_sheet import BAR, GAP
 from kernel.manifest import load_manifest
 from training import synthetic
@@ -190,9 +191,10 @@ def test_the_tree_has_the_mounts_that_kaggle_makes(
         (["--bundle", "nowhere"], "nowhere: no bundle there; build it with build_kernel.py first"),
         (["--ground-truth", "test.csv"], "--ground-truth needs the --images that it is of"),
         (["--images", "nowhere"], "nowhere: no such folder of images"),
+        (["--images", "."], ".: no images in it; name the folder that has them"),
         (["--calibrate", "ensemble.json"], "ensemble.json: not a run.json of this kernel"),
     ],
-    ids=["no bundle", "truth without images", "no images", "no run.json"],
+    ids=["no bundle", "truth without images", "no images", "an empty folder", "no run.json"],
 )
 def test_bad_input_is_refused_before_anything_runs(
     arguments: list[str], error: str, bundle: Path, monkeypatch: pytest.MonkeyPatch,
@@ -221,6 +223,27 @@ def test_a_kernel_that_fails_is_not_ready(
     assert "== Not ready for Kaggle: the kernel ended with exit code 2" in captured.out
     assert "Traceback" not in captured.err + captured.out
     assert not list((bundle / "report").iterdir())
+
+
+def test_a_run_that_its_watchdog_ended_is_not_ready(
+    bundle: Path,
+    strips: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It leaves a valid submission and exit code 0, and no run.json."""
+    run_kernel = dry_run.run_kernel
+
+    def hang(root: Path, *arguments: Any) -> ProcessResult:
+        result = run_kernel(root, *arguments)
+        (root / "working" / "run.json").unlink()
+        return result
+
+    monkeypatch.setattr(dry_run, "run_kernel", hang)
+    assert exit_code(dry_run.main, "--bundle", bundle, "--images", strips / "test_images") == 1
+    captured = capfd.readouterr()
+    assert "== Not ready for Kaggle: a pass hung until the budget was spent" in captured.out
+    assert "Traceback" not in captured.err
 
 
 def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(

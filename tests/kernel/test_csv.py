@@ -1,6 +1,7 @@
 """The csv reader beside pandas', and what it refuses that pandas lets pass."""
 
 import gzip
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.rle import decode_rle, encode_rle, join_rles
 from kernel.rows import read_rows
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
@@ -50,15 +50,55 @@ def test_what_pandas_writes_is_read_as_pandas_reads_it(
     assert [rle for *_, rle in found] == list(read["EncodedPixels"])
 
 
+@pytest.mark.parametrize(
+    ("header", "line", "expected"),
+    [
+        ("ImageId_ClassId,EncodedPixels", "b.jpg_2,1 3", ("b.jpg", 2, "1 3")),
+        ("EncodedPixels,ImageId_ClassId", "1 3,b.jpg_2", ("b.jpg", 2, "1 3")),
+        ("ImageId,EncodedPixels,ClassId", "b.jpg,1 3,0", ("b.jpg", 0, "1 3")),
+        ("ImageId,ClassId,EncodedPixels", "b.jpg,2,1 3", ("b.jpg", 2, "1 3")),
+        ("ImageId_ClassId,EncodedPixels", "a_b_1.jpg_4,", ("a_b_1.jpg", 4, "")),
+        ("ImageId,EncodedPixels,ClassId", '"NA",,"3"', ("NA", 3, "")),
+    ],
+)
+def test_a_csv_gives_its_rows_and_keeps_its_columns(
+    header: str, line: str, expected: tuple[str, int, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"\n{header}\n{line}\n", encoding="utf-8")
+    layout, rows = read_rows(path)
+    assert ",".join(layout.columns) == header
+    assert rows == [expected]
+
+
 HEAD = "ImageId,ClassId,EncodedPixels\n"
-REFUSED = {
+PAIRS = "ImageId_ClassId,EncodedPixels\n"
+EXPECTED = "expected ImageId_ClassId,EncodedPixels or ImageId,EncodedPixels,ClassId"
+REFUSED = {  # text → what is said
     "a cell more than the header": (f"{HEAD}a.jpg,1,1 3\nb.jpg,1,1 3,7\n", "line 3: 4 cells"),
-    "a cell less": (f"{HEAD}a.jpg,1\n", "line 2: 2 cells, the header has 3"),
+    "a cell less": (f"{HEAD}a.jpg,1\n", "line 2: 2 cells, the header has 3: a.jpg"),
+    "a comma at the end": (f"{PAIRS}a.jpg_1,1 3,\n", "line 2: 3 cells, the header has 2"),
+    "another header": ("Id,EncodedPixels\na,\n", f"line 1: header Id,EncodedPixels, {EXPECTED}"),
+    "no column of classes": ("ImageId,EncodedPixels\na,\n", "line 1: header ImageId,Enc"),
     "a column twice": ("ImageId,ClassId,ClassId\na,1,1\n", "line 1: header"),
     "no name": (f"{HEAD},1,1 3\n", "line 2: names no image"),
+    "no class": (f"{HEAD}a.jpg,,1 3\n", "line 2: names no class"),
+    "no class in the pair": (f"{PAIRS}a.jpg_1,\nb.jpg,\n", "line 3: names no class: b.jpg"),
+    "a class that is a word": (f"{PAIRS}a.jpg_x,\n", "line 2: names no class: a.jpg_x"),
+    "a class below 0": (f"{HEAD}a.jpg,-1,1 3\n", "line 2: names no class"),
     "a class with a point": (f"{HEAD}a.jpg,1.0,1 3\n", "line 2: names no class"),
     "a quote that never ends": (f'{HEAD}"a.jpg,1,1 3\n', "unexpected end of data"),
-    "an empty file": ("", "header , expected ImageId_ClassId"),
+    "nothing": ("", f"line 1: the file is empty, {EXPECTED}"),
+    "line ends alone": ("\n\n", "line 2: the file is empty"),
+    "semicolons": (
+        HEAD.replace(",", ";"),
+        "ClassId: save the file with commas in the place of ';'",
+    ),
+    "tabs": (HEAD.replace(",", "\t"), r"commas in the place of '\t'"),
+    "a cell that a spreadsheet cut": (
+        f"{HEAD}a.jpg,1,{'1 3 ' * 9000}\n"[: len(HEAD) + 8 + 32_767] + "\n",
+        "line 2: a mask of 32767 characters, where spreadsheets cut a cell off",
+    ),
 }
 
 
@@ -66,7 +106,24 @@ REFUSED = {
 def test_a_csv_is_refused_with_its_line_for(case: str, tmp_path: Path) -> None:
     text, message = REFUSED[case]
     (tmp_path / "rows.csv").write_text(text)
-    with pytest.raises(ValueError, match=rf"rows\.csv: .*{message}"):
+    with pytest.raises(ValueError, match=rf"rows\.csv: .*{re.escape(message)}"):
+        read_rows(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (HEAD.encode("utf-16"), "line 1: no csv: text in UTF-16, save it as csv in UTF-8"),
+        (b"PK\x03\x04\x14\0\0\0", "line 1: no csv: a zip or a workbook, unpack it"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "line 1: no csv: bytes that are no text, expected Im"),
+        (gzip.compress(HEAD.encode()), r"line \d: no csv: compressed by gzip, name it \.csv\.gz"),
+    ],
+)
+def test_a_file_of_another_format_is_named_for_what_it_is(
+    data: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"rows\.csv: {message}"):
         read_rows(tmp_path / "rows.csv")
 
 
@@ -86,16 +143,6 @@ def test_bytes_that_are_no_utf_8_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_caller_objects_to_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,1 3\n\nb.jpg,4,1 3\n")
-    with pytest.raises(ValueError, match=r"rows\.csv: line 4: class 4"):
-        read_rows(tmp_path / "rows.csv", lambda row: f"class {row[1]}" if row[1] > 3 else None)
-
-
-@given(st.lists(st.lists(st.booleans(), min_size=24, max_size=24), min_size=1, max_size=4))
-def test_joined_codes_are_those_of_the_union(masks: list[list[bool]]) -> None:
-    import numpy as np
-
-    arrays = [np.array(mask).reshape(4, 6) for mask in masks]
-    joined = join_rles(map(encode_rle, arrays))
-    assert joined == encode_rle(np.logical_or.reduce(arrays))
-    np.testing.assert_array_equal(decode_rle(joined, (4, 6)), np.logical_or.reduce(arrays))
+    (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,1 3\n\nb.jpg,5,1 3\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: line 4: class 5"):
+        read_rows(tmp_path / "rows.csv", lambda row: f"class {row[1]}" if row[1] > 4 else None)

@@ -158,3 +158,22 @@ def test_the_stored_pixels_are_read_whatever_exif_says(orientation: int, tmp_pat
     image = read_image(tmp_path / "a.jpg")
     assert image.shape == (64, 96)
     np.testing.assert_array_equal(image, stored)
+
+
+@pytest.mark.parametrize("frame", [0xC3, 0xC9, 0xCA])
+def test_a_jpeg_of_another_kind_is_named_as_that(frame: int) -> None:
+    """Lossless and arithmetic: decoders have them or not, and their data end otherwise."""
+    data = jpeg("baseline", 1).replace(b"\xff\xc0", bytes([0xFF, frame]), 1)
+    with pytest.raises(ValueError, match=f"frame {frame:X}"):
+        find_data_ends(data)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_tiff_that_is_to_be_shown_turned_is_refused(orientation: int, tmp_path: Path) -> None:
+    pixels = PIL.Image.fromarray(grey(1))
+    pixels.save(tmp_path / "a.jpg", "TIFF", tiffinfo={0x112: orientation})
+    if orientation == 1:
+        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), grey(1))
+        return
+    with pytest.raises(ValueError, match=r"a\.jpg: a TIFF that is to be shown turned"):
+        read_image(tmp_path / "a.jpg")

@@ -63,6 +63,24 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(gates, probabilities, manifest)
 
 
+def add_gates(tally: Tally, gates: npt.ArrayLike) -> bool:
+    """One more pass is encoded; whether it counts."""
+    given = torch.from_numpy(np.asarray(gates, np.float32))
+    return tally.settle(tally.launch(given, None).numpy())
+
+
+def add_probabilities(tally: Tally, probabilities: npt.ArrayLike) -> bool:
+    """The oldest pass that is encoded is decoded; whether it counts."""
+    given = torch.from_numpy(np.asarray(probabilities, np.float32))
+    return tally.settle(tally.launch(None, given).numpy())
+
+
+def add_pass(tally: Tally, gates: npt.ArrayLike, probabilities: npt.ArrayLike) -> bool:
+    """One more pass runs in one piece; whether it counts."""
+    given = [torch.from_numpy(np.asarray(each, np.float32)) for each in (gates, probabilities)]
+    return tally.settle(tally.launch(given[0], given[1]).numpy())
+
+
 def every_pass(case: Case) -> Masks:
     """Brute force in torch's float32, in the order of the passes, written apart from Tally."""
     total = torch.zeros(CLASSES, *SIZE)
@@ -75,31 +93,40 @@ def every_pass(case: Case) -> Masks:
     return masks
 
 
-def play(case: Case, decode_first: Callable[[Tally], bool]) -> Tally:
-    """A tally to its end; where both halves are possible `decode_first` chooses."""
+def play(
+    case: Case,
+    decode_first: Callable[[Tally], bool],
+    in_one_piece: Callable[[Tally], bool] = lambda _: False,
+) -> Tally:
+    """A tally to its end; where both halves are possible `decode_first` chooses.
+
+    Where no pass waits to be decoded, `in_one_piece` chooses whether both halves run together.
+    """
     tally = Tally(case.n_passes, case.manifest, early_exit=True)
     while tally.open:
         encoded = len(tally.gates)
         if encoded == case.n_passes or (tally.decoded < encoded and decode_first(tally)):
-            tally.add_probabilities(torch.from_numpy(case.probabilities[tally.decoded]))
+            add_probabilities(tally, case.probabilities[tally.decoded])
+        elif tally.decoded == encoded and in_one_piece(tally):
+            add_pass(tally, case.gates[encoded], case.probabilities[encoded])
         else:
-            tally.add_gates(case.gates[encoded].astype(np.float64))
+            add_gates(tally, case.gates[encoded])
     return tally
 
 
 @settings(max_examples=400, deadline=None)
 @given(cases())
 def test_a_tally_ends_with_the_masks_of_every_pass(case: Case) -> None:
-    tally = play(case, lambda tally: not tally.looks_clean)
-    np.testing.assert_array_equal(tally.masks(SIZE), every_pass(case))
+    tally = play(case, *[lambda tally: not tally.looks_clean] * 2)
+    np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
 
 
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_no_order_of_encoding_and_decoding_changes_a_mask(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tally = play(case, lambda _: bool(rng.random() < 0.5))
-    np.testing.assert_array_equal(tally.masks(SIZE), every_pass(case))
+    tally = play(case, *[lambda _: bool(rng.random() < 0.5)] * 2)
+    np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
 
 
 @settings(max_examples=200, deadline=None)
@@ -108,7 +135,7 @@ def test_a_class_is_closed_only_when_no_other_rest_could_change_it(case: Case) -
     """The rest of the passes is replaced by its extremes, all 0 and all at their bounds."""
     tally = Tally(case.n_passes, case.manifest, early_exit=True)
     for index in range(case.n_passes):
-        tally.add_gates(case.gates[index].astype(np.float64))
+        add_gates(tally, case.gates[index])
         closed = sorted(set(range(CLASSES)) - set(tally.open))
         lowest, highest = case.probabilities.copy(), case.probabilities.copy()
         lowest[tally.decoded :] = 0
@@ -118,7 +145,7 @@ def test_a_class_is_closed_only_when_no_other_rest_could_change_it(case: Case) -
         np.testing.assert_array_equal(extremes[0][closed], extremes[1][closed])
         if not tally.open:
             break
-        tally.add_probabilities(torch.from_numpy(case.probabilities[index]))
+        add_probabilities(tally, case.probabilities[index])
 
 
 @settings(max_examples=200, deadline=None)
@@ -133,22 +160,22 @@ def test_where_passes_are_dropped_the_masks_are_those_of_the_others(case: Case, 
         if waiting and (not coming or rng.random() < 0.5):
             index = waiting.pop(0)
             if lost[index] == "decoder":
-                tally.drop_pass(encoded=True)
+                assert not add_probabilities(tally, np.full((CLASSES, *SIZE), np.nan))
             else:
-                tally.add_probabilities(torch.from_numpy(case.probabilities[index]))
+                add_probabilities(tally, case.probabilities[index])
                 counted.append(index)
         else:
             index = coming.pop(0)
             if lost[index] == "encoder":
-                tally.drop_pass(encoded=False)
+                assert not add_gates(tally, np.full(CLASSES, np.nan))
             else:
-                tally.add_gates(case.gates[index].astype(np.float64))
+                add_gates(tally, case.gates[index])
                 waiting.append(index)
     rest = [*counted, *waiting, *coming]  # any of the last two may still be lost, or none
     assert tally.n_passes == len(rest)
     if rest:
         left = replace(case, gates=case.gates[rest], probabilities=case.probabilities[rest])
-        np.testing.assert_array_equal(tally.masks(SIZE), every_pass(left))
+        np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(left))
 
 
 @settings(max_examples=200, deadline=None)
@@ -159,13 +186,13 @@ def test_a_tally_that_is_ended_early_has_the_masks_of_its_decoded_passes(
     tally = Tally(case.n_passes, case.manifest, early_exit=True)
     for index in range(min(decoded, case.n_passes)):
         while len(tally.gates) < min(index + 1 + ahead, case.n_passes):
-            tally.add_gates(case.gates[len(tally.gates)].astype(np.float64))
-        tally.add_probabilities(torch.from_numpy(case.probabilities[index]))
+            add_gates(tally, case.gates[len(tally.gates)])
+        add_probabilities(tally, case.probabilities[index])
     done = slice(tally.decoded)
     tally.finalize()
     assert not tally.open
     first = replace(case, gates=case.gates[done], probabilities=case.probabilities[done])
-    np.testing.assert_array_equal(tally.masks(SIZE), every_pass(first))
+    np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(first))
 
 
 def test_without_the_early_exit_every_pass_is_decoded() -> None:
@@ -173,9 +200,9 @@ def test_without_the_early_exit_every_pass_is_decoded() -> None:
     tally = Tally(4, manifest, early_exit=False)
     for _ in range(4):
         assert tally.open == [0, 1, 2]
-        tally.add_gates(np.zeros(CLASSES))
+        add_gates(tally, np.zeros(CLASSES))
         assert not tally.looks_clean
-        tally.add_probabilities(torch.zeros(CLASSES, *SIZE))
+        add_probabilities(tally, torch.zeros(CLASSES, *SIZE))
     assert not tally.open
 
 
@@ -183,7 +210,7 @@ def encoders_alone(gate: float, n_passes: int = 15, threshold: float = 0.55) -> 
     """Encoders until an image of such gates is proven empty."""
     tally = Tally(n_passes, Manifest([], 1, threshold), early_exit=True)
     while tally.open:
-        tally.add_gates(np.array([gate]))
+        add_gates(tally, [gate])
     assert tally.total is None
     return len(tally.gates)
 
@@ -201,8 +228,8 @@ def test_a_sum_at_the_thresholds_edge_is_left_to_the_last_pass(side: int) -> Non
     manifest = Manifest([], 1, 0.5)
     tally = Tally(2, manifest, early_exit=True)
     for _ in range(2):
-        tally.add_gates(np.array([float(edge)]))
-        tally.add_probabilities(torch.full((1, 1, 1), float(edge)))
+        add_gates(tally, [float(edge)])
+        add_probabilities(tally, torch.full((1, 1, 1), float(edge)))
     assert tally.decoded == 2
     assert bool(tally.masks((1, 1))[0, 0, 0]) == (float(edge) > 0.5)
 
@@ -228,8 +255,8 @@ def test_a_sum_above_the_bound_by_a_rounding_is_not_surely_on() -> None:
         tally = Tally(passes, Manifest([], 1, threshold), early_exit=True)
         for step in steps:
             if tally.open:
-                tally.add_gates(np.ones(1))
-                tally.add_probabilities(torch.full((1, 1, 1), step))
+                add_gates(tally, np.ones(1))
+                add_probabilities(tally, torch.full((1, 1, 1), step))
         assert not tally.masks((1, 1)).any(), (passes, threshold, total)
 
 
@@ -240,36 +267,37 @@ def test_a_mask_that_cannot_reach_min_area_closes_its_class() -> None:
     tallies = [Tally(3, Manifest([], 1, 0.5, area), True) for area in (1, 2)]
     for tally in tallies:
         for _ in range(2):
-            tally.add_gates(np.ones(1))
+            add_gates(tally, np.ones(1))
             if tally.open:
-                tally.add_probabilities(probabilities)
+                add_probabilities(tally, probabilities)
     assert [tally.open for tally in tallies] == [[], []]
-    tallies[0].add_probabilities(probabilities)
+    add_pass(tallies[0], np.ones(1), probabilities)
     assert [int(tally.masks(SIZE).sum()) for tally in tallies] == [1, 0]
 
 
 def test_masks_of_no_decoder_are_bool_and_empty() -> None:
     masks = Tally(3, Manifest([], 2), early_exit=True).masks((2, 3))
-    assert masks.dtype == np.bool_ and masks.shape == (2, 2, 3) and not masks.any()
+    assert masks.dtype == torch.bool and masks.shape == (2, 2, 3) and not masks.any()
 
 
 def test_a_class_that_was_proven_is_open_again_when_a_pass_is_dropped() -> None:
     """Three passes at 0.45: the first class is off by 0.2 + 0.1 + 1 ≤ 1.35, with two it is not."""
     tally = Tally(3, Manifest([], 2, threshold=0.45), early_exit=True)
     for gates in ([0.2, 1.0], [0.1, 1.0]):
-        tally.add_gates(np.array(gates))
-    tally.add_probabilities(torch.tensor([0.2, 1.0])[:, None, None])
+        add_gates(tally, gates)
+    add_probabilities(tally, torch.tensor([0.2, 1.0])[:, None, None])
     assert tally.open == [1]
-    tally.drop_pass(encoded=True)
-    tally.add_gates(np.array([1.0, 0.1]))
+    assert not add_probabilities(tally, np.full((2, 1, 1), np.nan))
+    assert tally.open == [0, 1]
+    add_gates(tally, [1.0, 0.1])
     assert tally.open == [0]  # the second is on by 1.0 > 0.9
-    tally.add_probabilities(torch.tensor([0.9, 0.05])[:, None, None])
+    add_probabilities(tally, torch.tensor([0.9, 0.05])[:, None, None])
     assert tally.masks((1, 1)).ravel().tolist() == [True, True]
 
 
 def test_masks_that_gates_alone_prove_empty_have_the_competitions_size() -> None:
     for mask_size, expected in ((None, SIZE), ((2, 4), (2, 4))):
         tally = Tally(1, Manifest([], competition=Competition(mask_size=mask_size)), True)
-        tally.add_gates(np.zeros(4))
+        add_gates(tally, [0.0] * 4)
         assert not tally.open
         assert tally.masks(SIZE).shape == (4, *expected)

@@ -37,7 +37,7 @@ from helpers import (
 
 from kernel import inference
 from kernel.deadline import Deadline
-from kernel.engines import device_usable, pick_device
+from kernel.device import device_usable, pick_device
 from kernel.ensemble import Ensemble
 from kernel.images import Image
 from kernel.rows import Submission

@@ -41,6 +41,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     "a flip twice": ({"flips": ["none", "none"]}, "flips .*each once"),
     "a size of one side": ({"image_size": [256]}, "image_size .*height, width"),
     "empty_rows as text": ({"empty_rows": "no"}, "empty_rows 'no', expected true, false"),
+    "a min_area of all pixels": ({"min_area": 409_600}, "min_area 409600, .* from 0 to 409599"),
     "no competition": ({"competition": ""}, "competition '', expected a slug"),
 }
 
@@ -59,6 +60,19 @@ def test_a_file_that_is_no_manifest_is_refused(text: str, tmp_path: Path) -> Non
     (tmp_path / "ensemble.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"ensemble\.json: (the manifest: lacks members|no JSON)"):
         load_manifest(tmp_path)
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ensemble.json").write_text('{"threshold": 0.5, "threshold": 0.6, "members": []}')
+    with pytest.raises(ValueError, match=r"ensemble\.json: no JSON.*'threshold' is there 2 times"):
+        load_manifest(tmp_path)
+
+
+def test_a_manifest_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    write_manifest(tmp_path, [member()])
+    path = tmp_path / "ensemble.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_manifest(tmp_path).members == [MemberSpec(**member())]
 
 
 def test_a_missing_manifest_says_how_to_get_one(tmp_path: Path) -> None:
@@ -89,13 +103,17 @@ def with_aux(**changes: Any) -> dict[str, Any]:
 
 MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another folder": ({"file": "x/one.safetensors"}, "is not beside the manifest"),
-    "a sha256 that is no text": ({"sha256": 5}, "sha256 5, expected text"),
+    "a sha256 that is no text": ({"sha256": 5}, "sha256 5, expected 64 hexadecimal digits"),
+    "a word for a sha256": ({"sha256": "none"}, "sha256 'none', expected 64 hexadecimal digits"),
     "a size of one side": ({"image_size": [256]}, "image_size .*height, width"),
     "flops of one half": ({"flops": [1]}, "flops .*encoder's and its decoder's"),
     "no flops": ({"flops": [0, 1]}, "flops .*encoder's and its decoder's"),
     "no architecture": ({"model": {"encoder_name": "resnet34"}}, "lacks arch or encoder_name"),
     "an architecture of null": ({"model": model(arch=None)}, "model's arch None, expected text"),
-    "an activation": ({"model": model(activation="sigmoid")}, "model's activation 'sigmoid'"),
+    "an activation": (
+        {"model": model(activation="softmax2d")},
+        "model's activation 'softmax2d': .*; remove it where .* through a sigmoid, else train it",
+    ),
     "an activation of gates": (
         {"model": with_aux(activation="sigmoid")},
         "aux_params's activation 'sigmoid'",

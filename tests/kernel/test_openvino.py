@@ -2,9 +2,12 @@
 
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, draw_image, predict, save_strips
@@ -17,8 +20,12 @@ from kernel.engines import (
     compile_member,
     openvino_files,
 )
+from kernel.ensemble import Ensemble
+from kernel.logs import Stages
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
+from kernel.scheduling import Scheduler, predict_masks
+from kernel.tta import Half
 from packing import bundle
 from packing.members import pack_openvino
 
@@ -75,6 +82,76 @@ def test_openvino_gives_what_plain_pytorch_gives(
         assert expected[1].std() > 0.01
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_member_in_one_piece_gives_the_bits_of_its_halves(openvino_dataset: Path) -> None:
+    for spec in specs_of(openvino_dataset):
+        engine, images = engine_of(openvino_dataset, spec), greys(10, 2, 64, 96)
+        assert isinstance(engine.whole, OpenVino)
+        for mine, theirs in zip(engine.whole(images), answers(engine, images), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+class Noted:
+    """An engine that notes when it runs."""
+
+    def __init__(self, name: str, engine: Any, ran: list[str]) -> None:
+        self.name, self.engine, self.ran = name, engine, ran
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        self.ran.append(self.name)
+        return self.engine(*tensors)
+
+
+def noted(member: Member, ran: list[str]) -> Member:
+    parts: dict[str, Any] = {name: Noted(name, getattr(member, name), ran) for name in WAYS}
+    return replace(member, **parts)
+
+
+WAYS = ("encoder", "decoder", "whole")
+
+
+def test_a_strip_that_does_not_look_clean_runs_in_one_piece(openvino_dataset: Path) -> None:
+    manifest, ran = load_manifest(openvino_dataset), list[str]()
+    members = [noted(engine_of(openvino_dataset, spec), ran) for spec in manifest.members]
+    image, masks = draw_image(6), list[np.ndarray]()
+    for early_exit in (True, False):
+        ran.clear()
+        ensemble = Ensemble(manifest, members, CPU, Stages())
+        masks.append(predict_masks(Scheduler(ensemble, early_exit=early_exit), [image]))
+        assert ran[:3] == (["encoder", "decoder", "encoder"] if early_exit else list(WAYS))
+        assert ran.count("whole") == (8 if early_exit else 9)
+        assert ran.count("decoder") == (4 if early_exit else 3)  # each member is tried both ways
+        assert ensemble.stages.networks.keys() == {(m.spec.name, h) for m in members for h in Half}
+    np.testing.assert_array_equal(masks[0], masks[1])
+
+
+def fails(*_: Tensor) -> Any:
+    raise RuntimeError("out of working memory")
+
+
+@pytest.mark.parametrize(
+    ("whole", "reason"),
+    [
+        (lambda engine: lambda images: [each + 1e-7 for each in engine(images)], "its bits differ"),
+        (lambda _: fails, "out of working memory"),
+    ],
+    ids=["differs", "fails"],
+)
+def test_a_member_that_differs_in_one_piece_runs_in_halves(
+    whole: Any, reason: str, openvino_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, ran = load_manifest(openvino_dataset), list[str]()
+    engines = [engine_of(openvino_dataset, spec) for spec in manifest.members]
+    members = [replace(noted(m, ran), whole=whole(m.whole)) for m in engines]
+    ensemble = Ensemble(manifest, members, CPU, Stages())
+    found = predict_masks(Scheduler(ensemble, early_exit=False), [draw_image(6)])
+    assert ran == ["encoder", "decoder"] * 9
+    lines = [line for line in caplog.messages if "runs in two halves, not in one piece" in line]
+    assert len(lines) == 3 and all(reason in line for line in lines)
+    right = Ensemble(manifest, engines, CPU, Stages())
+    expected = predict_masks(Scheduler(right, early_exit=False), [draw_image(6)])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_only_the_features_that_a_decoder_reads_leave_the_encoder(openvino_dataset: Path) -> None:
@@ -162,6 +239,30 @@ def test_a_member_that_is_packed_again_is_the_same_bytes(packed: Path, tmp_path:
     again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(name.split(".")[-1] for name in again) == ["bin", "bin", "xml", "xml"]
     assert again == {name: (packed / name).read_bytes() for name in again}
+
+
+def test_two_strips_at_once_get_the_bytes_of_one_after_another(
+    openvino_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    save_strips(images, [f"{index}.png" for index in range(6)])
+    threads, request = set[int](), OpenVino._request
+
+    def noted(engine: OpenVino, shapes: Any) -> Any:
+        assert engine.streams == 2
+        threads.add(threading.get_ident())
+        return request(engine, shapes)
+
+    predict(openvino_dataset, images, tmp_path / "one.csv")
+    monkeypatch.setattr(OpenVino, "_request", noted)
+    for early_exit in (True, False):
+        threads.clear()
+        output = tmp_path / "two.csv"
+        record = predict(openvino_dataset, images, output, streams=2, early_exit=early_exit)
+        assert output.read_bytes() == (tmp_path / "one.csv").read_bytes()
+        assert len(threads - {threading.get_ident()}) >= 2
+        networks = sum(s for halves in record["networks"].values() for s in halves.values())
+        assert networks < sum(record["strip_s"].values())  # a second of two threads counts once
 
 
 # --- where it fails -------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ def images(tmp_path: Path) -> Path:
 
 NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
     "a negative batch": ({"batch_size": -1}, "--batch-size -1"),
+    "a batch beyond all numbers": ({"batch_size": 10**20}, "--batch-size 100000"),
     "negative workers": ({"workers": -2}, "--workers -2"),
     "no time": ({"budget_s": 0.0}, "--budget-s 0.0"),
     "time without end": ({"budget_s": math.inf}, "--budget-s inf"),
@@ -48,6 +49,17 @@ def test_nonsense_on_the_command_line_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message.replace("/", r"\/")):
         inference.run_options(replace(asked, **options))
     assert not output.exists()
+
+
+def test_a_report_in_the_place_of_the_submission_is_refused(
+    session_light: Path, images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "submission.csv"
+    (tmp_path / "link.json").symlink_to(output)
+    for report in (output, tmp_path / "link.json"):
+        options = Options(bundle=session_light, images=images, output=output, report=report)
+        with pytest.raises(ValueError, match=r"--report .*: is --output too, and would replace it"):
+            inference.run_options(options)
 
 
 def test_an_output_that_is_no_regular_file_stays_what_it_is(
@@ -81,7 +93,7 @@ def test_a_strip_that_was_not_predicted_is_a_fault(
     session_light: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(*_: Any) -> Iterator[StripState]:
-        return iter(())
+        yield from ()
 
     monkeypatch.setattr(Scheduler, "predict_strips", forgetful)
     record = predict(session_light, images, tmp_path / "submission.csv")

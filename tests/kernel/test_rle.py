@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
 from kernel.images import Mask, Size
-from kernel.rle import decode_rle, encode_rle, rle_fault
+from kernel.rle import decode_rle, encode_rle, join_rles, rle_fault
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -239,3 +239,10 @@ ILL_FORMED = {
 def test_an_ill_formed_code_is_refused_by_what_is_wrong(case: str) -> None:
     rle, words = ILL_FORMED[case]
     assert words in str(rle_fault(rle, 24))
+
+
+@repeatable
+@given(masks=st.lists(arrays(np.bool_, (4, 6)), min_size=1, max_size=4))
+def test_joined_codes_are_those_of_the_union(masks: list[Mask]) -> None:
+    joined = join_rles(map(encode_rle, masks))
+    assert joined == encode_rle(np.logical_or.reduce(masks))

@@ -269,7 +269,8 @@ def test_a_pass_that_gives_nan_ran_though_it_counts_in_no_mean(
     for _, strip, member, flip in spy.nan:
         work = record["work"][strip]
         assert (member, flip) in named(record, work["encoders"])
-        assert ((member, flip) in named(record, work["decoders"])) == (half is Half.DECODER)
+        decoded = (member, flip) in named(record, work["decoders"])
+        assert decoded or (half is Half.ENCODER and early_exit)  # else both halves ran at once
         assert len(work["passes"]) == 9
         assert named(record, work["nan"]) == [(member, flip)]
 

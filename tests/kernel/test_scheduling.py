@@ -1,5 +1,7 @@
 """Scheduling: batches and regrouping change no mask, and a strip that fails costs only itself."""
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,13 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernel.deadline import Deadline
+from kernel.device import DeviceLost
 from kernel.early_exit import Tally
-from kernel.engines import DeviceLost
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.logs import Stages
-from kernel.manifest import Manifest, load_manifest
-from kernel.scheduling import Scheduler, StripState, pad_batch, predict_masks
+from kernel.manifest import Manifest, MemberSpec, load_manifest
+from kernel.members import Member
+from kernel.scheduling import (
+    DECODE,
+    ENCODE,
+    Scheduler,
+    Step,
+    StripState,
+    pad_batch,
+    predict_masks,
+)
 from kernel.tta import Half, list_passes
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)
@@ -52,7 +63,7 @@ class DrawnPasses:
         self.gates = torch.from_numpy(gates).float()  # (passes, strips, classes)
         drawn = torch.from_numpy(rng.random((N_PASSES, N_STRIPS, CLASSES, *SIZE))).float()
         self.probabilities = drawn * self.gates[..., None, None]
-        self.refused = set[int]()
+        self.refused, self.takes_s = set[int](), 0.0
         self.encoded = list[tuple[int, list[int]]]()  # (pass, numbers) of every batch
         self.decoded = list[tuple[int, list[int]]]()
 
@@ -61,6 +72,7 @@ class DrawnPasses:
 
     def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
         numbers = images[:, 0, 0, 0].long()
+        time.sleep(self.takes_s)
         self.encoded.append((pass_id, numbers.tolist()))
         if self.refused.intersection(numbers.tolist()):
             raise RuntimeError("no such strip, said the network")
@@ -71,6 +83,10 @@ class DrawnPasses:
         numbers = encoded[1][:, 0]
         self.decoded.append((pass_id, numbers.tolist()))
         return self.probabilities[pass_id, numbers]
+
+    def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        encoded = self.run_encoder(pass_id, images)
+        return encoded[0], self.run_decoder(pass_id, encoded, size)
 
     def mean(self, number: int, pass_ids: Sequence[int] = range(N_PASSES)) -> Tensor:
         """By hand: over those passes that give numbers."""
@@ -146,8 +162,8 @@ def test_strips_are_read_only_as_far_ahead_as_batches_need(source: DrawnPasses) 
         assert done == N_STRIPS - 1
 
 
-def test_a_strip_that_is_done_is_yielded_before_those_that_need_more(source: DrawnPasses) -> None:
-    states = run(Scheduler(source, 2), numbered())
+def test_a_strip_that_is_done_is_yielded_before_those_that_need_more() -> None:
+    states = run(Scheduler(DrawnPasses(threshold=0.5), 2), numbered())
     runs = [sum(map(len, state.ran.values())) for state in states.values()]
     assert list(states) != [strip.name for strip in numbered()]
     assert runs[0] < max(runs)
@@ -188,6 +204,39 @@ def test_predict_masks_keeps_the_order_of_its_images(source: DrawnPasses) -> Non
     images = [np.full(SIZE, number, np.uint8) for number in (5, 0, 7, 2)]
     found = predict_masks(Scheduler(source, 2), images)
     np.testing.assert_array_equal(found, np.stack([source.masks(n) for n in (5, 0, 7, 2)]))
+
+
+# --- several strips at once -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_strips_in_threads_get_the_masks_that_they_get_alone(
+    early_exit: bool, source: DrawnPasses
+) -> None:
+    scheduler = Scheduler(source, early_exit=early_exit)
+    states = list(scheduler.predict_in_threads(numbered(), N_STRIPS, threads=3))
+    assert sorted(int(state.strip.name) for state in states) == list(range(N_STRIPS))
+    for state in states:
+        np.testing.assert_array_equal(state.masks, source.masks(int(state.strip.name)))
+    assert scheduler.deadline.strips_left == 0
+
+
+def test_threads_that_are_no_longer_wanted_end_after_their_step(source: DrawnPasses) -> None:
+    source.takes_s = 0.002
+    states = Scheduler(source, early_exit=False).predict_in_threads(numbered(), N_STRIPS, 2)
+    next(states)
+    states.close()
+    assert len(source.encoded) < N_PASSES * N_STRIPS
+    assert threading.active_count() == 1
+
+
+def test_an_error_in_a_thread_is_raised_where_strips_are_taken(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.refused = {1}
+    monkeypatch.setattr("kernel.scheduling.device_usable", lambda device: device != CPU)
+    with pytest.raises(DeviceLost):
+        list(Scheduler(source).predict_in_threads(numbered(), N_STRIPS, 2))
 
 
 # --- what fails -----------------------------------------------------------------------------------
@@ -304,9 +353,8 @@ def test_a_pass_that_gives_nan_is_dropped_from_the_mean_of_that_strip_alone(
         assert len(caplog.messages) == 3
         assert "3: pass 2 gives NaN, dropped from its mean" in caplog.messages
         for name in ("3", "7"):  # it ran, though it does not count
-            assert states[name].ran[Half.ENCODER] == states[name].planned == list(range(N_PASSES))
-            kept = states[name].pass_ids if half is Half.ENCODER else list(range(N_PASSES))
-            assert states[name].ran[Half.DECODER] == kept
+            assert states[name].planned == list(range(N_PASSES))
+            assert all(ran == states[name].planned for ran in states[name].ran.values())
 
 
 @pytest.mark.parametrize("half", Half)
@@ -330,10 +378,12 @@ def state_of(decoded: Sequence[float], encoded: int) -> StripState:
     tally = Tally(15, Manifest([], 1, threshold=0.5), early_exit=True)
     strip, images = Strip("a", np.zeros((2, 2), np.uint8)), torch.zeros(1, 1, 2, 2)
     state = StripState(strip, images, tally, list(range(15)), (2, 2))
-    for _ in range(len(decoded) + encoded):
-        state.add_encoded((torch.ones(1, 1),), np.ones(1))
-    for value in decoded:
-        state.add_probabilities(torch.full((1, 2, 2), value))
+    for pass_id in range(len(decoded) + encoded):
+        state.next_step = (ENCODE, pass_id)
+        state.settle(state.launch((torch.ones(1, 1),), None).numpy())
+    for pass_id, value in enumerate(decoded):
+        state.next_step = (DECODE, pass_id)
+        state.settle(state.launch((), torch.full((1, 2, 2), value)).numpy())
     assert not state.done
     return state
 
@@ -363,7 +413,7 @@ def test_when_the_time_is_over_no_half_is_run_any_more(source: DrawnPasses) -> N
     assert len(source.encoded) == 21
     faults = {name: state.fault for name, state in states.items() if state.fault}
     assert faults == dict.fromkeys("45678", "no time was left for it")
-    np.testing.assert_array_equal(states["3"].masks, source.masks(3, [0, 1]))
+    np.testing.assert_array_equal(states["3"].masks, source.masks(3, [0, 1, 2]))
 
 
 def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: DrawnPasses) -> None:
@@ -425,7 +475,7 @@ def doubting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doubting")
     models = [tiny_model(arch) for arch in ("Unet", "FPN", "Unet", "FPN")]
     models.append(tiny_model("Unet", channels=3, presence=False))
-    flops = [(60, 40), (60, 9), (61, 42), (60, 10), (66, 40)]
+    flops = [(60, 40), (60, 9), (61, 42), (70, 10), (50, 40)]
     entries = [tiny_entry(f"m{seed}", model) for seed, model in enumerate(models)]
     for seed, (model, entry) in enumerate(zip(models, entries, strict=True)):
         network = random_network(model, seed)
@@ -446,12 +496,33 @@ def strips_of(images: Sequence[Image]) -> list[Strip]:
     return [Strip(str(index), image) for index, image in enumerate(images)]
 
 
-def test_passes_run_cheapest_member_first(ensemble: Ensemble) -> None:
+def test_members_run_in_the_order_of_their_encoders_and_last_without_a_presence_head(
+    ensemble: Ensemble,
+) -> None:
+    """A whole pass of m0 is dearer than one of m3; m4 has the cheapest encoder and no gates."""
     members = list(dict.fromkeys(each.member for each in ensemble.passes))
-    assert members == ["m1", "m3", "m0", "m2", "m4"]
-    flops = [sum(each.flops) for each in ensemble.passes]
-    assert flops == sorted(flops)
-    assert flops[0] < flops[-1]
+    assert members == ["m1", "m0", "m2", "m3", "m4"]
+    flops = {each.member: each.flops for each in ensemble.passes}
+    assert sum(flops["m0"]) > sum(flops["m3"])
+    assert min(flops, key=lambda member: flops[member]) == "m4"
+
+
+def test_a_strip_that_all_gates_call_clean_takes_the_seven_cheapest_encoders_of_15() -> None:
+    """No fewer gates prove 15 passes at 0.55 empty, and none cost less."""
+    counted = {"dense": (69, 31), "res": (58, 38), "se": (62, 31), "wide": (65, 31), "b0": (6, 25)}
+    gated = {"aux_params": {"classes": CLASSES}}
+    members = [
+        Member(MemberSpec(name, name, gated, [0.0], [1.0], flops=list(flops)), None, None, 1)
+        for name, flops in counted.items()
+    ]
+    ensemble = Ensemble(Manifest([], CLASSES, threshold=0.55), members, CPU, Stages())
+    tally = Tally(len(ensemble.passes), ensemble.manifest, early_exit=True)
+    while tally.open:
+        tally.settle(tally.launch(torch.full((CLASSES,), 0.01), None).numpy())
+    taken = sum(each.flops[0] for each in ensemble.passes[: len(tally.gates)])
+    encoders = sorted(flops[0] for flops in counted.values() for _ in range(3))
+    assert len(tally.gates) == 7
+    assert taken == sum(encoders[:7])
 
 
 def test_a_member_releases_its_memory_when_another_runs(doubting: Path, ensemble: Ensemble) -> None:
@@ -487,7 +558,7 @@ def test_the_masks_of_networks_are_the_same_and_take_less_work(
         work = {"passes": every, "encoders": every, "decoders": every, "nan": [], "share": 1.0}
         assert scheduler.work(full[name]) == work
         shares.append(scheduler.work(state)["share"])
-    assert min(shares) < 0.5 < 0.9 < max(shares)
+    assert min(shares) < 0.6 < 0.9 < max(shares)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -512,19 +583,20 @@ def test_strips_share_batches_and_partial_ones_are_filled_up(
     ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, groups = list[int](), list[int]()
-    run_encoder, encode = Ensemble.run_encoder, Scheduler._encode
+    run_encoder, launch = Ensemble.run_encoder, Scheduler._launch
 
     def spied(self: Ensemble, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
         sizes.append(len(images))
         return run_encoder(self, pass_id, images)
 
-    def counted(self: Scheduler, pass_id: int, states: list[StripState]) -> None:
-        groups.append(len(states))
-        encode(self, pass_id, states)
+    def counted(self: Scheduler, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
+        if Half.ENCODER in step:
+            groups.append(len(states))
+        return launch(self, step, pass_id, states)
 
     monkeypatch.setattr(Ensemble, "run_encoder", spied)
-    monkeypatch.setattr(Scheduler, "_encode", counted)
+    monkeypatch.setattr(Scheduler, "_launch", counted)
     run(Scheduler(ensemble, 4), strips_of([draw_image(seed) for seed in range(32)]))
     assert set(sizes) == {4}
     assert 1 <= min(groups) < 4 == max(groups)
-    assert np.mean(groups) > 2.8  # strips on different ways are regrouped
+    assert np.mean(groups) > 2.6  # strips on different ways are regrouped

@@ -102,7 +102,7 @@ def test_only_every_row_once_passes(
         ("EncodedPixels,ImageId_ClassId\n", "header EncodedPixels,ImageId_ClassId, not ImageId_"),
         ("ImageId,EncodedPixels,ClassId\n", "header ImageId,EncodedPixels,ClassId, not ImageId_"),
         ("ImageId_ClassId,EncodedPixels\na.jpg_x,\n", "line 2: names no class"),
-        ("", "line 0: header , expected"),
+        ("", "line 1: the file is empty, expected"),
     ],
 )
 def test_another_header_is_refused(text: str, words: str, tmp_path: Path) -> None:

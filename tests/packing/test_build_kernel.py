@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "an absolute file": (second_member(file="/etc/passwd"), r"'/etc/passwd' leaves"),
     "a changed byte": (second_member(sha256="0" * 64), r"fpn-b\.safetensors: sha256 .*000000"),
-    "a hash that is no text": (second_member(sha256=5), "member fpn-b: sha256 5, expected text"),
+    "a hash that is no text": (second_member(sha256=5), "member fpn-b: sha256 5, expected 64 "),
     "a file that is no text": (second_member(file=5), r"ensemble\.json: .*5.*expected text"),
     "a member that is no object": (
         lambda entries: entries["members"].append("fpn"),

@@ -132,12 +132,18 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_previous_one(
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
 
 
-def test_a_second_build_replaces_all_but_the_calibration(built: Path, tiny_weights: Path) -> None:
+def test_a_second_build_replaces_all_but_the_calibration_and_the_fit_kernel(
+    built: Path, tiny_weights: Path
+) -> None:
     (built / "report").mkdir()
+    (built / "fit").mkdir()
+    (built / "fit" / "fit.py").write_text("FILES")
     (built / "calibration.json").write_text("{}")
     edit_manifest(tiny_weights, lambda entries: entries["members"].pop())
     build(tiny_weights, built, None)
-    assert {path.name for path in built.iterdir()} == {"calibration.json", "dataset", "kernel"}
+    left = {"calibration.json", "dataset", "fit", "kernel"}
+    assert {path.name for path in built.iterdir()} == left
+    assert (built / "fit" / "fit.py").read_text() == "FILES"
     assert (built / "dataset/fpn-b.safetensors").exists()
     assert not (built / "dataset/unet-c.safetensors").exists()
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
@@ -156,6 +162,12 @@ def test_folders_that_only_bear_a_bundles_names_are_not_swapped_away(tmp_path: P
     (tmp_path / "kernel").mkdir()
     with pytest.raises(ValueError, match="holds other things than a bundle"):
         check_out(tmp_path)
+
+
+def test_a_link_to_itself_is_no_place_for_a_bundle(tiny_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "dist").symlink_to("dist")
+    with pytest.raises(ValueError, match="dist: a link to itself; choose another --out"):
+        build(tiny_weights, tmp_path / "dist", "somebody")
 
 
 def test_the_project_folder_is_not_swapped_away() -> None:

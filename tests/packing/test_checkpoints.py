@@ -147,6 +147,10 @@ EMA: dict[str, Form] = {
         "current_model_state": renamed(doubled(w), "model."),
         "averaging_state": {"n_averaged": torch.tensor(4)},
     },
+    "mmengine": lambda w: {  # which swaps both as it saves
+        "state_dict": w,
+        "ema_state_dict": {"steps": torch.tensor(4)} | renamed(doubled(w), "module."),
+    },
     "a_callback": lambda w: {
         "state_dict": renamed(doubled(w), "model."),
         "callbacks": {"EMACallback": {"weights": renamed(w, "model.")}},
@@ -186,6 +190,7 @@ UNREADY: dict[str, Form] = {
             }
         },
     },
+    "yolo_before_its_first_update": lambda w: {"model": w, "ema": doubled(w), "updates": 0},
     "torch_ema_before_its_first_update": lambda w: {
         "model": w,
         "ema": {"num_updates": 0, "weights": doubled(w)},

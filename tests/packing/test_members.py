@@ -160,6 +160,11 @@ def test_what_came_with_the_weights_is_held_against_the_manifest(tmp_path: Path)
         ValueError, match=r"member a: .*pixel_mean is \[0\.9\], the manifest's mean"
     ):
         pack(tmp_path, entry)
+    shutil.rmtree(tmp_path / "dataset")
+    weights = {f"net.{key}": value for key, value in random_network(model, 3).state_dict().items()}
+    save_file(weights | {"stem.weight": torch.ones(1, 1, 1, 1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"member a: .*a\.safetensors: stem\.weight, as"):
+        pack(tmp_path, entry)
 
 
 class Stem(nn.Module):

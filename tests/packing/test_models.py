@@ -15,6 +15,7 @@ from kernel.members import build_network
 from packing.checkpoints import Checkpoint, read_checkpoint
 from packing.models import (
     check_config,
+    check_layers,
     check_normalisation,
     check_options,
     likely_model,
@@ -182,6 +183,25 @@ def test_a_layer_in_the_network_that_smp_has_not_is_refused(network: nn.Module) 
         load_into_model(Checkpoint(Path("member.pt"), weights, []), MODEL)
 
 
+def test_an_undeclared_attention_names_the_option() -> None:
+    declared = tiny_model() | {"decoder_channels": [16] * 5}
+    trained = random_network(declared | {"decoder_attention_type": "scse"}, seed=3).state_dict()
+    words = (
+        r"unexpected .*attention.*: an attention was trained.*\"decoder_attention_type\": \"scse\""
+    )
+    with pytest.raises(ValueError, match=words):
+        load_into_model(Checkpoint(Path("member.pt"), trained, []), declared)
+
+
+def test_weights_that_are_whole_numbers_are_refused(network: nn.Module) -> None:
+    """A program that quantizes leaves such, and their scale elsewhere."""
+    weights = dict(network.state_dict())
+    name = "segmentation_head.0.weight"
+    weights[name] = (weights[name] * 10).to(torch.int8)
+    with pytest.raises(ValueError, match=rf"member\.pt: {name} holds torch\.int8, whole numbers"):
+        load_into_model(Checkpoint(Path("member.pt"), weights, []), MODEL)
+
+
 # --- old names ------------------------------------------------------------------------------------
 
 
@@ -293,6 +313,18 @@ def test_a_checkpoint_of_2019_under_another_architecture_is_told_its_own() -> No
     words = r"names of SMP 0\.0\.x.*it looks like Unet with encoder resnet18"
     with pytest.raises(ValueError, match=words):
         load_into_model(Checkpoint(Path("member.pt"), dict(old), []), model | {"arch": "FPN"})
+
+
+def test_the_attention_of_2019_is_named_for_what_it_is() -> None:
+    """Its spatial gate had as many channels as the features, today's has one."""
+    model = {"arch": "Unet", "encoder_name": "resnet18", "in_channels": 3, "classes": 4}
+    encoder: Any = build_network(model).encoder
+    old = nn.ModuleDict({"encoder": encoder, "decoder": OldDecoder(4)}).state_dict()
+    weights = dict(old) | {"decoder.layer1.attention2.sSE.0.weight": torch.ones(256, 256, 1, 1)}
+    words = r"member\.pt: decoder\.layer1.*\(256, 256, 1, 1\): the scse attention of SMP 0\.0\.x.*"
+    for declared in (model, model | {"decoder_attention_type": "scse"}):
+        with pytest.raises(ValueError, match=words + "train it again"):
+            load_into_model(Checkpoint(Path("member.pt"), weights, []), declared)
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -488,3 +520,43 @@ def test_a_mean_that_was_saved_as_a_number_is_held_against_the_manifest(
     words = rf"member\.ckpt's {form}: mean is \[0\.5\], the manifest's mean is \[0\.34\]"
     with pytest.raises(ValueError, match=words):
         check_normalisation(read_checkpoint(path), GREY)
+
+
+# --- layers around the network --------------------------------------------------------------------
+
+
+def with_layer(name: str, *shape: int) -> Checkpoint:
+    return Checkpoint(Path("member.pt"), {}, [], {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "place"),
+    [
+        ("state_dict.stem.weight", (3, 1, 1, 1), "before its input"),
+        ("adapter.2.weight", (3, 16, 3, 3), "before its input"),
+        ("input_norm.weight", (3,), "before its input"),
+        ("net.refine.weight", (8, 4, 3, 3), "behind its masks"),
+    ],
+)
+def test_a_layer_around_the_network_is_refused(
+    name: str, shape: tuple[int, ...], place: str
+) -> None:
+    words = rf"member\.pt: {name}, as .*outside the network that fits {place}: .*train without it"
+    with pytest.raises(ValueError, match=words):
+        check_layers(with_layer(name, *shape), {"in_channels": 3, "classes": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("classifier.weight", (4, 512)),  # it reads features
+        ("second.conv1.weight", (64, 3, 7, 7)),  # a second model
+        ("criterion.weight", (3,)),
+        ("optimizer.state.0.exp_avg", (3, 1, 1, 1)),
+        ("ema.module.encoder.conv1.weight", (3, 1, 1, 1)),  # another copy's
+    ],
+)
+def test_what_does_not_stand_around_the_network_is_named_only(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    check_layers(with_layer(name, *shape), {"in_channels": 3, "classes": 4})

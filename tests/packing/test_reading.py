@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_network, tiny_model
@@ -26,6 +27,11 @@ Weights = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     return random_network(tiny_model(), seed=7)
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 class Bomb:
@@ -76,7 +82,10 @@ def test_a_whole_pickled_network_is_refused_with_the_remedy(
 
 def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": Path("x")}, protocol=2))
-    with pytest.raises(ValueError, match=r"plain\.pkl: refused"):
+    with pytest.raises(
+        ValueError,
+        match=r"plain\.pkl: a pickle that torch\.save did not write: .*save the weights alone",
+    ):
         read_checkpoint(tmp_path / "plain.pkl")
 
 
@@ -87,12 +96,6 @@ def test_a_cut_file_is_named(name: str, network: nn.Module, tmp_path: Path) -> N
     path.write_bytes(whole.read_bytes()[:100_000])
     with pytest.raises(ValueError, match=rf"{name}: no checkpoint that can be read"):
         read_checkpoint(path)
-
-
-def test_an_empty_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "empty.pth").touch()
-    with pytest.raises(ValueError, match=r"empty\.pth: no checkpoint that can be read"):
-        read_checkpoint(tmp_path / "empty.pth")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -136,7 +139,14 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "xz": (lzma.compress(raw_checkpoint()), "compressed by xz: unpack it"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(90), "compressed by zstd: unpack it"),
     "a zip of a checkpoint": (zip_of("best.pth"), r"a zip of best\.pth: unpack it"),
-    "a zip of arrays": (zip_of("a.npy"), r"a zip of a\.npy: unpack it"),
+    "a zip of arrays": (zip_of("a.npy"), r"a zip of a\.npy, which is no file of PyTorch: .*save"),
+    "Keras": (zip_of("model.weights.h5"), r"a zip of model\.weights\.h5, which is no file of Py"),
+    "nothing": (b"", "an empty file: copy it once more"),
+    "blanks": (b" \r\n", "an empty file: copy it once more"),
+    "half a checkpoint": (
+        raw_checkpoint()[:300],
+        "no checkpoint that can be read: [^.]*central directory; copy it once more$",
+    ),
     "a tar": (tar_of("best.pth"), "a tar archive: unpack it"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(90), r"HDF5, as Keras saves: .*state_dict\(\)"),
     "ONNX": (b"\x08\x0a\x12\x07pytorch\x1a\x032.1" * 9, r"no file of torch\.save .*state_dict\(\)"),
@@ -230,9 +240,7 @@ def test_pytorchs_advice_to_run_code_is_never_passed_on(
 @pytest.mark.parametrize("name", ["member.pth", "member.bin", "member"])
 def test_safetensors_are_read_under_any_name(name: str, network: nn.Module, tmp_path: Path) -> None:
     save_file(network.state_dict(), tmp_path / name)
-    found = read_checkpoint(tmp_path / name).weights
-    assert found.keys() == network.state_dict().keys()
-    assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
+    assert_same(read_checkpoint(tmp_path / name).weights, network.state_dict())
 
 
 def test_a_checkpoint_of_torch_is_read_under_safetensors_name(
@@ -250,6 +258,41 @@ def test_a_folder_of_old_save_pretrained_is_read(network: nn.Module, tmp_path: P
     assert found.weights.keys() == network.state_dict().keys()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     assert weights_file(tmp_path) == tmp_path / "model.safetensors"
+
+
+def test_arrays_and_paths_beside_the_weights_are_read(network: nn.Module, tmp_path: Path) -> None:
+    beside = {"rng": np.random.get_state(), "scores": np.ones((2, 3), np.float32), "out": tmp_path}
+    torch.save({"model": network.state_dict()} | beside, tmp_path / "member.pt")
+    found = read_checkpoint(tmp_path / "member.pt")
+    assert_same(found.weights, network.state_dict())
+    assert found.notes == ["left out: rng.1 (1 tensor), scores (1 tensor)"]
+
+
+def test_weights_that_are_arrays_of_numpy_are_read(network: nn.Module, tmp_path: Path) -> None:
+    arrays = {key: value.numpy() for key, value in network.state_dict().items()}
+    torch.save(arrays, tmp_path / "member.pt")
+    assert_same(read_checkpoint(tmp_path / "member.pt").weights, network.state_dict())
+
+
+def test_other_things_of_numpy_are_named(tmp_path: Path) -> None:
+    torch.save({"rng": np.random.default_rng(0)}, tmp_path / "member.pt")
+    with pytest.raises(ValueError, match=r"it holds other things of numpy \(numpy\..*save the"):
+        read_checkpoint(tmp_path / "member.pt")
+
+
+def test_a_checkpoint_that_was_unpacked_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(raw_checkpoint())) as archive:
+        archive.extractall(tmp_path)
+    [folder] = tmp_path.iterdir()
+    with pytest.raises(ValueError, match=rf"{folder}: a checkpoint that was unpacked: copy the"):
+        read_checkpoint(folder)
+
+
+def test_weights_in_several_files_are_named(network: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").touch()
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match=r"weights in several files; save them in one"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["member", "member.pt", "membre.pth", "folder"])

@@ -112,6 +112,13 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         read_sources(folder)
 
 
+def test_a_link_to_itself_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").symlink_to("one.safetensors")
+    write_manifest(tmp_path, [member()])
+    with pytest.raises(ValueError, match=r"member one: .*one\.safetensors: no such checkpoint"):
+        read_sources(tmp_path)
+
+
 def test_a_name_becomes_a_flat_file_and_the_source_stays_what_it_was(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "last.pt").touch()

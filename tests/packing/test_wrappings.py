@@ -148,6 +148,14 @@ ONE, NONE = torch.tensor(4), torch.tensor(0)
 AVERAGES: dict[str, tuple[Callable[[Weights, Weights], Any], str]] = {
     "ema": (lambda a, b: {"model": b, "ema": a}, "model"),
     "timm": (lambda a, b: {"state_dict": b, "state_dict_ema": renamed(a, "module.")}, "state_dict"),
+    "ema_state_dict": (
+        lambda a, b: {"state_dict": b, "ema_state_dict": renamed(a, "module.")},
+        "state_dict",
+    ),
+    "mmengine": (  # which swaps both as it saves
+        lambda a, b: {"state_dict": a, "ema_state_dict": {"steps": ONE} | renamed(b, "module.")},
+        "ema_state_dict",
+    ),
     "catalyst": (lambda a, b: {"model_state_dict": b, "model_ema_state_dict": a}, "model_state"),
     "attribute": (
         lambda a, b: {"state_dict": renamed(b, "net.") | renamed(a, "net_ema.module.")},

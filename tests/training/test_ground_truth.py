@@ -87,7 +87,12 @@ def test_a_ground_truth_of_other_images_is_refused(tmp_path: Path) -> None:
     ):
         check_names(read_truth(path), ["a.jpg", "b.jpg"], path, tmp_path)
     check_names(read_truth(path), ["a", "c.jpg"], path, tmp_path)
-    check_names({}, ["a.jpg"], path, tmp_path)
+
+
+def test_a_ground_truth_without_a_row_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    with pytest.raises(ValueError, match="no row below its header"):
+        check_names(read_truth(path), ["a.jpg"], path, tmp_path)
 
 
 def test_a_mask_that_leaves_its_image_names_it() -> None:

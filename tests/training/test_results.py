@@ -16,7 +16,7 @@ from kernel.members import load_member
 from training.config import NO_FOLD, Config
 from training.metrics import Scores
 from training.module import new_network
-from training.results import add_experiment, validate, write_checkpoint
+from training.results import add_experiment, validate, write_checkpoint, write_scores
 from training.strips import Strips
 
 
@@ -90,6 +90,14 @@ def test_each_experiment_adds_its_row_under_one_header(config: Config, tmp_path:
         "dice": "0.5", "dice_non_empty": "1.0", "clean_left_empty": "0.0", "minutes": "1.5",
     }  # fmt: skip
     assert rows == [expected, expected]
+
+
+def test_scores_of_no_strip_are_null(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "scores.json"
+    write_scores(path, replace(config, fold=NO_FOLD), Scores())
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert (found.pop("strips"), found.pop("per_class")) == (0, {})
+    assert set(found.values()) == {None} and "fold" in found
 
 
 def test_without_a_fold_the_figures_stay_empty(config: Config, tmp_path: Path) -> None:

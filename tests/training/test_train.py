@@ -1,5 +1,6 @@
 """The command line of a fit: what it leaves, what it goes on from, and what it refuses."""
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from helpers import CPU, draw_image, error_of, exit_code, save_image
 from safetensors.torch import load_file
 
 from kernel.members import load_member
-from training import fit, train
+from training import fit, pace, train
 from training.config import Config
 from training.heads import SampledPairs, StripPairs
 from training.module import MemberModule
@@ -64,7 +65,7 @@ def test_a_fit_leaves_checkpoint_states_and_row(fitted: Path) -> None:
     assert header.startswith("name,fold,encoder,decoder,steps,dice,")
     assert row.startswith("mine,1,tu-test_resnet,Unet,1+1,") and row.endswith(",smoke")
     assert {path.name for path in (fitted / "runs/mine").iterdir()} == {
-        "crops", "crops.ckpt", "strips", "strips.ckpt",
+        "crops", "crops.ckpt", "scores.json", "strips", "strips.ckpt",
     }  # fmt: skip
 
 
@@ -111,6 +112,18 @@ def test_three_channels_without_a_fold_with_a_further_folder_and_unlabelled_stri
     spec = replace(Config("mine", "tu-test_resnet", "Unet"), channels=3).spec
     assert load_member(tmp_path, spec, CPU).spec.model["in_channels"] == 3
     assert "mine,none,tu-test_resnet,Unet,1+1,,,," in (tmp_path / "experiments.csv").read_text()
+
+
+def test_a_fit_by_the_minutes_takes_the_steps_that_its_pace_allows(
+    steel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of 20 s is kept back, and what 4 strips twice and 2 once take: 1 s each."""
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: pace.Pace(2.0, 1.0, 1.0))
+    assert run_train(steel, tmp_path, "--minutes", 20.5 / 60) == 0
+    assert "mine,1,tu-test_resnet,Unet,3+3," in (tmp_path / "experiments.csv").read_text()
+    scores = json.loads((tmp_path / "runs/mine/scores.json").read_text())
+    assert (scores["fold"], scores["strips"]) == (1, 2)
+    assert 0 <= scores["dice"] <= 1 and "per_class" in scores
 
 
 def test_a_fit_starts_from_a_checkpoint(
@@ -219,6 +232,8 @@ def test_a_state_of_other_strips_is_refused(
         (["--device", "tpu9"], "--device tpu9: expected cpu, cuda or cuda:1"),
         (["--crops", "auto"], "--crops auto needs a GPU"),
         (["--precision", "16-mixed"], "--precision 16-mixed needs a GPU"),
+        (["--minutes", -1], "--minutes -1.0, expected a number above 0"),
+        (["--minutes", "nan"], "--minutes nan, expected a number above 0"),
         (["--save-every", 0], "--save-every is 1 or more"),
         (["--present-weight", 0], "--present-weight above 0"),
         (["--presence-strips", -1], "--presence-strips and --validation-strips are 0 or more"),

@@ -1,0 +1,119 @@
+"""The engine: Ray, started here or joined where it runs, and the workers that fit on it."""
+
+import logging
+import math
+import os
+import socket
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+from cluster.images import ImageSet
+from cluster.output import Output, Parts, Totals
+from cluster.worker import Worker, read_strips
+
+READERS = 2  # of images, for each worker: as many as the kernel's
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers there are, and what each has."""
+
+    count: int
+    gpus: int = 0
+    cpus: int = 0  # threads; 0: what the machine gives beside a GPU
+
+    def __str__(self) -> str:
+        return f"{self.count} workers of {'a GPU' if self.gpus else f'{self.cpus} threads'} each"
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at an address, by default RAY_ADDRESS; without both start one here.
+
+    Raises:
+        ValueError: no cluster answers.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of what starts here; by itself it is 15
+    try:
+        _knock(address)
+        dashboard = False if address == "local" else None  # one that is joined has its own
+        ray.init(address, logging_level=logging.WARNING, include_dashboard=dashboard)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--address {address}: no cluster answers: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at host:port: Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Workers:
+    """Return the workers for what was asked: one a GPU, or else one a machine, with all of it.
+
+    Raises:
+        ValueError: the cluster has fewer GPUs or processors than that.
+    """
+    found = ray.nodes()  # type: ignore[no-untyped-call] # Ray gives it no type
+    nodes = [node["Resources"] for node in found if node["Alive"]]
+    has_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if gpus is None and count is None and cpus is None:
+        gpus = has_gpus
+    if gpus:
+        if gpus > has_gpus:
+            raise ValueError(f"--gpus {gpus}: the cluster has {has_gpus}")
+        return Workers(gpus, gpus=1)
+    sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not sizes:
+        raise ValueError("the cluster has no processors")
+    a_node = math.ceil((count or 1) / len(sizes))  # workers
+    cpus = cpus or max(min(sizes) // a_node, 1)
+    room = sum(size // cpus for size in sizes)
+    if (count or 1) > room:
+        raise ValueError(
+            f"--workers {count or 1} of {cpus} threads: the cluster's machines have {sizes} "
+            f"processors, room for {room}"
+        )
+    return Workers(count or room, cpus=cpus)
+
+
+def predict_parts(
+    images: ImageSet, per_part: int, workers: Workers, constructor: dict[str, Any], output: Output
+) -> Totals:
+    """Run the images through the workers, a part at a time, into the output.
+
+    A part is a block of Ray Data's all the way: what reads it and what writes it ask for no
+    processor, so that workers which take them all cannot starve them.
+    """
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # a part is not to be cut between an image's rows
+    names = pa.array(images.names, pa.string())
+    parts = [
+        pa.table({"image": names.slice(start, per_part)})
+        for start in range(0, len(names), per_part)
+    ]
+    readers = TaskPoolStrategy(READERS * workers.count)
+    sink = Parts(output)
+    ray.data.from_arrow(parts).map_batches(
+        partial(read_strips, images=ImageSet(images.root, [])),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=readers,
+        num_cpus=0,
+    ).map_batches(
+        Worker,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=workers.count),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus,
+        fn_constructor_kwargs=constructor | {"cpus": workers.cpus},
+    ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=readers.size)
+    return sink.totals

@@ -1,0 +1,118 @@
+"""Images: which there are at an address, and their bytes from wherever they lie."""
+
+import posixpath
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from fsspec.core import url_to_fs
+
+from kernel.images import Strip, decode_image
+from kernel.mounts import IMAGE_SUFFIXES
+
+COLUMN = "image"  # of a list
+READERS: dict[str, Callable[..., pa.Table]] = {
+    ".parquet": pyarrow.parquet.read_table,
+    ".csv": pyarrow.csv.read_csv,
+}
+
+T = TypeVar("T")
+
+
+def reach(address: str, look: Callable[[Any, str], T]) -> T:
+    """Return what `look` finds with the file system of an address and the path on it.
+
+    Raises:
+        ValueError: nothing is there, no right to it, or no package for such an address.
+    """
+    try:
+        return look(*url_to_fs(address))
+    except Exception as error:  # each store raises its own: no bucket, no right, no package
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{address}: cannot be read: {reason}") from error
+
+
+def absolute(address: str) -> str:
+    """Return an address that means the same on every machine: file://… of what is here."""
+    found: str = reach(address, lambda fs, path: fs.unstrip_protocol(path))
+    return found
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images below one address, or with addresses of their own."""
+
+    root: str  # absolute; names are below it
+    names: Sequence[str]  # each once
+
+    def read(self, name: str) -> Strip:
+        """Read one image; a bad one costs its own rows, never the run."""
+        try:
+            fs, path = url_to_fs(self.root)
+            path = posixpath.join(path, name)
+            if "://" in name:
+                fs, path = url_to_fs(name)
+            return Strip(name, decode_image(fs.cat_file(path), path))
+        except Exception as error:  # one bad strip must not cost the run
+            return Strip(name, None, str(error) or repr(error))
+
+
+def find_images(address: str) -> ImageSet:
+    """Return the images below a folder, at any depth, or those that a list names.
+
+    A list is a .csv or .parquet with a column `image`: addresses, or paths beside the list.
+
+    Raises:
+        ValueError: nothing is there, or no image.
+    """
+    address = absolute(address)
+    suffix = posixpath.splitext(address)[1].lower()
+    if suffix in READERS:
+        root, names = posixpath.dirname(address), _read_list(address, READERS[suffix])
+    else:
+        root, names = address.rstrip("/"), reach(address, _list_folder)
+    if not names:
+        raise ValueError(f"{address}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return ImageSet(root, list(dict.fromkeys(names)))
+
+
+def _list_folder(fs: Any, path: str) -> list[str]:
+    """Names below a folder of the files with an image's suffix; hidden ones are none."""
+    if not fs.isdir(path):
+        fs.info(path)  # says why there is nothing
+        raise ValueError("is a file; name its folder, or a list that ends in .csv or .parquet")
+    names = (posixpath.relpath(found, path) for found in fs.find(path))
+    return sorted(
+        name
+        for name in names
+        if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in name.split("/"))
+    )
+
+
+def _read_list(address: str, reader: Callable[..., pa.Table]) -> list[str]:
+    def read(fs: Any, path: str) -> pa.Table:
+        with fs.open(path, "rb") as file:
+            return reader(file)
+
+    table = reach(address, read)
+    if COLUMN not in table.column_names:
+        raise ValueError(f"{address}: has no column {COLUMN!r}, but {table.column_names}")
+    names: list[str] = table[COLUMN].cast(pa.string()).drop_null().to_pylist()
+    return names
+
+
+def open_local(address: str, folder: str) -> str:
+    """Return the path of a folder here: its own, or that of a copy made in `folder`."""
+
+    def copy(fs: Any, path: str) -> str:
+        if isinstance(fs, fsspec.get_filesystem_class("file")):
+            return path
+        fs.get(path.rstrip("/") + "/", folder, recursive=True)
+        return folder
+
+    return reach(address, copy)

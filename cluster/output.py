@@ -1,0 +1,154 @@
+"""The output: parts of rows in Parquet, each whole or not there, and what they are of."""
+
+import hashlib
+import json
+import posixpath
+import tempfile
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet
+from fsspec.core import url_to_fs
+from ray.data import Datasink
+from ray.data.block import Block, BlockAccessor
+
+from cluster.images import absolute, reach
+from kernel.rows import Layout, Submission
+
+RECORD = "output.json"  # what the parts are of
+FIRST_CLASS = pyarrow.dataset.field("class") == 1  # a row an image
+
+
+def write_whole(fs: Any, path: str, data: bytes) -> None:
+    """Write a file beside its place and move it there: a reader finds all of it or nothing."""
+    beside = f"{path}.{uuid.uuid4().hex}.tmp"
+    with fs.open(beside, "wb") as file:
+        file.write(data)
+    fs.mv(beside, path)
+
+
+@dataclass
+class Totals:
+    """Counts of images and of what was found in them."""
+
+    images: int = 0
+    faults: int = 0
+    masks: int = 0  # that are not empty
+    share: float = 0.0  # the images' sum
+
+    def add(self, other: "Totals") -> None:
+        """Add those of other images."""
+        self.images += other.images
+        self.faults += other.faults
+        self.masks += other.masks
+        self.share += other.share
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> "Totals":
+        """Those of a part's rows."""
+        first = rows.filter(FIRST_CLASS)
+        faults = np.asarray(first["fault"]) != ""
+        share = np.asarray(first["share"].drop_null()).sum()
+        masks = int(np.count_nonzero(np.asarray(rows["pixels"])))
+        return cls(first.num_rows, int(faults.sum()), masks, float(share))
+
+
+class Output:
+    """A folder of parts, at any address that fsspec knows."""
+
+    def __init__(self, address: str) -> None:
+        self.address = absolute(address).rstrip("/")
+        self.fs, self.path = url_to_fs(self.address)
+
+    def check(self, record: dict[str, str]) -> None:
+        """Raise ValueError where the folder holds other things than parts of what `record` says."""
+        self.fs.invalidate_cache()
+        there = reach(self.address, self._list)
+        if RECORD not in there:
+            if there:
+                raise ValueError(f"{self.address}: holds other things ({there[0]}); name another")
+            return
+        found = json.loads(self.fs.cat_file(posixpath.join(self.path, RECORD)))
+        for key, value in record.items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"{self.address}: holds rows of another {key}, {found.get(key)}, "
+                    f"not of {value}; name another output"
+                )
+
+    def begin(self, record: dict[str, str]) -> None:
+        """Make the folder, or go on in it; what a run that was killed left half written goes."""
+        for name in reach(self.address, self._list):
+            if name.endswith(".tmp"):
+                self.fs.rm(posixpath.join(self.path, name))
+        reach(self.address, lambda *_: self._write_record(record))
+
+    def _list(self, fs: Any, path: str) -> list[str]:
+        if fs.isfile(path):
+            raise ValueError("is a file; name a folder")
+        found = fs.ls(path, detail=False) if fs.exists(path) else []
+        return sorted(posixpath.basename(each.rstrip("/")) for each in found)
+
+    def _write_record(self, record: dict[str, str]) -> None:
+        self.fs.makedirs(self.path, exist_ok=True)
+        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        write_whole(self.fs, posixpath.join(self.path, RECORD), text.encode())
+
+    def rows(self, columns: list[str], rule: Any = None) -> pa.Table:
+        """Columns of all rows so far, of those that `rule` chooses."""
+        self.fs.invalidate_cache()
+        parts = sorted(self.fs.glob(posixpath.join(self.path, "part-*.parquet")))
+        if not parts:
+            return pa.table({name: [] for name in columns})
+        found = pyarrow.dataset.dataset(parts, filesystem=self.fs, format="parquet")
+        return found.to_table(columns=columns, filter=rule)
+
+    def done(self) -> set[str]:
+        """The images that have their rows."""
+        return set(self.rows(["image"], FIRST_CLASS)["image"].to_pylist())
+
+    def write_submission(
+        self, layout: Layout, pairs: Iterable[tuple[str, int]], empty_rows: bool
+    ) -> str:
+        """Write submission.csv beside the parts, as the kernel does; return its address."""
+        found = self.rows(["image", "class", "rle"], pyarrow.dataset.field("pixels") > 0)
+        with tempfile.TemporaryDirectory() as scratch:
+            submission = Submission(Path(scratch, "submission.csv"), layout, pairs)
+            for row in found.to_pylist():
+                submission.set_masks(posixpath.basename(row["image"]), {row["class"]: row["rle"]})
+            submission.save(empty_rows)
+            name = posixpath.join(self.path, submission.path.name)
+            write_whole(self.fs, name, submission.path.read_bytes())
+        return f"{self.address}/{submission.path.name}"
+
+
+class Parts(Datasink[Totals]):
+    """Writes each part's rows as one file, named after its images: a second try writes it again."""
+
+    def __init__(self, output: Output) -> None:
+        self.output, self.totals = output, Totals()
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> Totals:
+        """Write the rows of one part."""
+        rows = pa.concat_tables(BlockAccessor.for_block(block).to_arrow() for block in blocks)
+        if not rows.num_rows:
+            return Totals()
+        names = "\n".join(rows["image"].to_pylist()).encode()
+        name = f"part-{hashlib.sha256(names).hexdigest()[:24]}.parquet"
+        data = pa.BufferOutputStream()
+        pyarrow.parquet.write_table(rows, data, compression="zstd")
+        write_whole(
+            self.output.fs, posixpath.join(self.output.path, name), data.getvalue().to_pybytes()
+        )
+        return Totals.of(rows)
+
+    def on_write_complete(self, write_result: Any) -> None:
+        """Add up what the parts hold."""
+        for totals in write_result.write_returns:
+            self.totals.add(totals)

@@ -1,0 +1,180 @@
+"""More images than one machine is for: the same bundle and the same masks, on Ray Data.
+
+Writes Parquet: image, class, RLE, pixels of the mask, fault, seconds, share of the passes' work.
+Addresses are those of fsspec: folders here, s3://…, gs://…. A run that was stopped goes on where
+it stood when it is started again; images whose rows are there are left out.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+from cluster.engine import Workers, connect, plan_workers, predict_parts
+from cluster.images import ImageSet, absolute, find_images, open_local
+from cluster.output import Output, Totals
+from cluster.worker import manifest_hash
+from kernel.command import run_command
+from kernel.images import Image
+from kernel.logs import log
+from kernel.manifest import MANIFEST, Manifest, load_manifest
+from kernel.members import check_sha256
+from kernel.mounts import read_sample
+
+FIRST_IMAGES = 100  # that are tried for one that can be read
+
+# --- before work begins ---------------------------------------------------------------------------
+
+
+def read_bundle(address: str) -> tuple[Manifest, str]:
+    """Return a bundle's manifest and its sha256; raise ValueError where it is not whole."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(open_local(address, scratch))
+        manifest = load_manifest(folder)
+        for spec in manifest.members:
+            check_sha256(folder / spec.file, spec.sha256)
+        return manifest, manifest_hash(folder)
+
+
+def first_image(images: ImageSet) -> Image:
+    """Return the first image that can be read: each worker checks its engines on it.
+
+    Raises:
+        ValueError: none of the first can.
+    """
+    strips = map(images.read, itertools.islice(images.names, FIRST_IMAGES))
+    faults = []
+    for strip in strips:
+        if strip.image is not None:
+            return strip.image
+        faults.append(strip.fault)
+    raise ValueError(f"{images.root}: none of the first {len(faults)} can be read: {faults[0]}")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that mean nothing."""
+    for option in ("gpus", "workers", "cpus_per_worker", "images_per_part", "batch_size"):
+        value, least = getattr(args, option), 0 if option in ("gpus", "batch_size") else 1
+        if value is not None and value < least:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: expected {least} or more")
+    if args.gpus and (args.workers or args.cpus_per_worker):
+        raise ValueError("--gpus is one worker a GPU: leave --workers, --cpus-per-worker out")
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def log_summary(totals: Totals, workers: Workers, seconds: float) -> None:
+    """Log what was done, and how fast."""
+    share = totals.share / max(totals.images - totals.faults, 1)
+    log.info(
+        f"{totals.images} images in {seconds:.1f} s, {totals.images / seconds:.2f} images/s, "
+        f"{totals.faults} faults, {totals.masks} non-empty masks, {share:.0%} of the full work, "
+        f"{workers}"
+    )
+
+
+def predict_rest(args: argparse.Namespace, rest: ImageSet, record: dict[str, str]) -> Totals:
+    """Predict the images that have no rows yet; return what was found in them."""
+    image = first_image(rest)
+    connect(args.address)
+    workers = plan_workers(args.gpus, args.workers, args.cpus_per_worker)
+    output = Output(args.output)
+    output.begin(record)
+    constructor = {
+        "bundle": absolute(args.bundle),
+        "sha256": record["manifest"],
+        "image": image,
+        "batch_size": args.batch_size,
+        "early_exit": args.early_exit,
+    }
+    per_part = args.images_per_part or (256 if workers.gpus else 16)
+    log.info("%d images, %s", len(rest.names), workers)
+    start = time.monotonic()
+    try:
+        totals = predict_parts(rest, per_part, workers, constructor, output)
+    except RayError as error:
+        reason = " ".join(str(getattr(error, "cause", None) or error).split())
+        raise RuntimeError(f"the run stopped: {reason}; start it again to go on") from error
+    log_summary(totals, workers, time.monotonic() - start)
+    return totals
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict every image that has no rows yet; return the exit code.
+
+    Raises:
+        ValueError: an address, the bundle or the cluster is not what it should be.
+        RuntimeError: Ray gave up, or images have no rows in the end.
+    """
+    check_args(args)
+    manifest, sha256 = read_bundle(args.bundle)
+    competition = manifest.competition
+    if (competition.channels, competition.bits) != (1, 8):
+        raise ValueError(
+            f"{args.bundle}: {competition.slug} has images of {competition.channels} "
+            f"channels and {competition.bits} bits: only grey ones of 8 bits run here"
+        )
+    sample = args.submission and read_sample(args.submission, None, manifest.competition)
+    images, output = find_images(args.images), Output(args.output)
+    record = {"manifest": sha256, "images": images.root}
+    output.check(record)
+    done = output.done()
+    rest = [name for name in images.names if name not in done]
+    log.info("%d images, %d of them have their rows", len(images.names), len(done))
+    if rest:
+        predict_rest(args, ImageSet(images.root, rest), record)
+        lacking = set(rest) - output.done()
+        if lacking:
+            raise RuntimeError(f"{len(lacking)} images have no rows, {min(lacking)!r}: start again")
+    if sample:
+        layout, pairs = sample
+        empty_rows = manifest.empty_rows or not layout.may_omit_empty
+        log.info("%s", output.write_submission(layout, pairs, empty_rows))
+    return 0
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+EXAMPLE = (
+    "  python cluster/predict.py --bundle dist/dataset --images s3://mill/strips "
+    "--output s3://mill/masks"
+)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", default="dist/dataset", help=f"folder with {MANIFEST}, on every machine")
+    about = "folder of images, or a list of them: .csv or .parquet with a column `image`"
+    add("--images", required=True, help=about)
+    add("--output", required=True, help="folder of the rows")
+    about = "a sample submission: its rows are written to submission.csv in the output"
+    add("--submission", type=Path, metavar="SAMPLE", help=about)
+    about = "of a cluster to join (default: RAY_ADDRESS, or a cluster that is started here)"
+    add("--address", help=about)
+    add("--gpus", type=int, help="workers, each with one GPU; default all there are")
+    add("--workers", type=int, help="workers without a GPU; default as many as there is room for")
+    add("--cpus-per-worker", type=int, help="threads of a worker; default all of a machine")
+    about = "that are predicted, written and, after a fault, predicted again together"
+    add("--images-per-part", type=int, help=f"{about}; default 256 with GPUs, 16 without")
+    add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
+    about = "run every pass, for the same rows"
+    add("--no-early-exit", dest="early_exit", action="store_false", help=about)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: run(parse_args(arguments)), (ValueError, OSError, RuntimeError))
+
+
+if __name__ == "__main__":
+    main()

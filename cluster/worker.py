@@ -1,0 +1,134 @@
+"""The worker: one process that loads the bundle once and turns images into rows.
+
+Ray Data calls it for one part of the images after another, on whichever machine it runs.
+"""
+
+import atexit
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster.images import ImageSet, open_local
+from kernel.device import DeviceLost, pick_device
+from kernel.ensemble import load_ensemble
+from kernel.images import Image, Strip
+from kernel.logs import Stages, log
+from kernel.manifest import MANIFEST, load_manifest
+from kernel.rle import encode_rle
+from kernel.scheduling import Scheduler, StripState
+
+STRIPS = pa.schema(
+    {
+        "image": pa.string(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "pixels": pa.large_binary(),  # grey, uint8; none of a bad image
+        "fault": pa.string(),
+    }
+)
+ROWS = pa.schema(
+    {
+        "image": pa.string(),
+        "class": pa.int32(),  # from 1
+        "rle": pa.large_string(),
+        "pixels": pa.int64(),  # of the mask
+        "fault": pa.string(),  # why the image's masks are empty; else empty
+        "seconds": pa.float64(),  # since the image before
+        "share": pa.float64(),  # of the passes' work that ran
+    }
+)
+
+
+def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
+    """Read and decode the images of a part; runs beside the workers."""
+    strips = [images.read(name) for name in part["image"].to_pylist()]
+    rows = []
+    for strip in strips:
+        height, width = (0, 0) if strip.image is None else strip.image.shape
+        pixels = None if strip.image is None else strip.image.tobytes()
+        rows.append((strip.name, height, width, pixels, strip.fault))
+    columns = zip(*rows, strict=True)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, STRIPS, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=STRIPS)
+
+
+def unpack_strips(strips: pa.Table) -> Iterator[Strip]:
+    """Yield the strips of `read_strips`."""
+    for row in strips.to_batches(max_chunksize=1):  # one at a time is in memory twice
+        (strip,) = row.to_pylist()
+        image = None
+        if strip["pixels"] is not None:
+            flat = np.frombuffer(bytearray(strip["pixels"]), np.uint8)
+            image = flat.reshape(strip["height"], strip["width"])
+        yield Strip(strip["image"], image, strip["fault"])
+
+
+def manifest_hash(bundle: Path) -> str:
+    """The sha256 of a bundle's manifest, which holds the members' own."""
+    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+
+
+class Worker:
+    """The bundle, loaded once; each call takes the strips of a part and returns their rows."""
+
+    def __init__(
+        self, bundle: str, sha256: str, image: Image, batch_size: int, early_exit: bool, cpus: int
+    ) -> None:
+        if cpus:
+            torch.set_num_threads(cpus)
+        scratch = tempfile.mkdtemp(prefix="bundle-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        self.bundle = Path(open_local(bundle, scratch))
+        if manifest_hash(self.bundle) != sha256:
+            raise ValueError(f"{self.bundle}: is another bundle than the one this run began with")
+        self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
+        self.batch_size, self.early_exit = batch_size, early_exit
+        self.scheduler = self._load(pick_device())
+
+    def _load(self, device: torch.device) -> Scheduler:
+        """The kernel's ensemble; its engines are checked on the image that the kernel takes."""
+        manifest = load_manifest(self.bundle)
+        ensemble = load_ensemble(self.bundle, manifest, device, Stages(), image=self.image)
+        batch_size = self.batch_size or (8 if device.type == "cuda" else 1)
+        return Scheduler(ensemble, batch_size, self.early_exit)
+
+    def __call__(self, strips: pa.Table) -> pa.Table:
+        """Return the rows of a part: every class of every image, in the part's order."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        try:
+            self._predict(unpack_strips(strips), found)
+        except DeviceLost as error:
+            log.warning("%s: this worker goes on with the CPU", error)
+            self.scheduler = self._load(torch.device("cpu"))
+            rest = (strip for strip in unpack_strips(strips) if strip.name not in found)
+            self._predict(rest, found)
+        rows = (row for name in strips["image"].to_pylist() for row in found[name])
+        return pa.Table.from_pylist(list(rows), schema=ROWS)
+
+    def _predict(self, strips: Iterator[Strip], found: dict[str, list[dict[str, Any]]]) -> None:
+        """Every strip through the scheduler; image → its rows go to `found`."""
+        before = time.monotonic()
+        for state in self.scheduler.predict_strips(strips):
+            rows = self._rows(state)
+            before, since = time.monotonic(), before
+            found[state.strip.name] = [row | {"seconds": before - since} for row in rows]
+
+    def _rows(self, state: StripState) -> Iterator[dict[str, Any]]:
+        """One row a class; those of a bad image are empty and say why."""
+        competition = self.scheduler.source.manifest.competition
+        masks = [None] * len(competition.classes) if state.fault else list(state.masks)
+        share = None if state.fault else self.scheduler.work(state)["share"]
+        for label, mask in enumerate(masks, 1):
+            rle, area = (
+                ("", 0) if mask is None else (encode_rle(mask, competition), int(mask.sum()))
+            )
+            row = {"image": state.strip.name, "class": label, "rle": rle, "pixels": area}
+            yield row | {"fault": state.fault, "share": share}

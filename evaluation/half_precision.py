@@ -1,0 +1,194 @@
+"""What fp16 changes in the masks, measured on the CPU: a GPU's precision without a GPU.
+
+Every member runs twice: in fp32, and as a GPU runs it. `rounded` rounds weights and every layer's
+output to fp16 and computes in fp32, which is quick; `half` computes in fp16, minutes a strip.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evaluation.strips import sample_strips
+from kernel.command import run_command
+from kernel.engines import (
+    TOLERANCE,
+    differences,
+    fold_batch_norm,
+    highest_contrast_crop,
+    to_half_precision,
+)
+from kernel.ensemble import Ensemble
+from kernel.images import Image, pad_to_multiple, read_image, size_of
+from kernel.logs import Stages, progress
+from kernel.manifest import Manifest, load_manifest
+from kernel.members import Member, load_member, split_network
+from kernel.threshold import apply_threshold
+from training.metrics import dice
+
+CPU = torch.device("cpu")
+WAYS = ("rounded", "half")
+
+# --- members in fp16 ------------------------------------------------------------------------------
+
+
+def _round(given: Any) -> Any:
+    """Tensors of fp32 rounded to fp16, in lists and tuples too."""
+    if isinstance(given, Tensor) and given.is_floating_point():
+        return given.half().float()
+    return type(given)(map(_round, given)) if isinstance(given, list | tuple) else given
+
+
+def round_layers(network: nn.Module) -> nn.Module:
+    """Round the weights, and with every run the output of each layer and block."""
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = _round(tensor.data)
+    for module in network.modules():
+        module.register_forward_hook(lambda _, __, output: _round(output))
+    return network
+
+
+def in_half_precision(plain: Member, way: str) -> Member:
+    """A member as a GPU runs it, in one of `WAYS`."""
+    network = copy.deepcopy(plain.encoder.network)
+    fold_batch_norm(network)
+    network = to_half_precision(network) if way == "half" else round_layers(network)
+    return split_network(network, plain.spec, CPU)
+
+
+# --- both, side by side ---------------------------------------------------------------------------
+
+
+@dataclass
+class Changes:
+    """What fp16 changed so far, of one member or of the ensemble."""
+
+    pixels: list[float] = field(default_factory=list)  # share that changed, a strip
+    pairs: list[bool] = field(default_factory=list)  # whether its mask changed
+    dice: list[float] = field(default_factory=list)  # of each pair, against fp32
+
+    def add(self, exact: Tensor, rounded: Tensor) -> None:
+        """Add one strip's masks (classes, H, W), bool."""
+        changed = exact != rounded
+        self.pixels.append(changed.double().mean().item())
+        self.pairs += changed.any(-1).any(-1).tolist()
+        self.dice += dice(rounded.numpy(), exact.numpy())
+
+    def summary(self) -> dict[str, float]:
+        """Shares and means."""
+        return {
+            "pixels_changed": float(np.mean(self.pixels)),
+            "pairs_changed": float(np.mean(self.pairs)),
+            "dice_against_fp32": float(np.mean(self.dice)),
+        }
+
+
+@torch.inference_mode()
+def compare_strip(
+    exact: Ensemble, rounded: Ensemble, image: Image, changes: dict[str, Changes]
+) -> None:
+    """Add one strip's masks: of every member over its flips, and of the ensemble."""
+    names = {each.member: len(exact.manifest.flips) for each in exact.passes}
+    counts, manifest = names | {"ensemble": len(exact.passes)}, exact.manifest
+    sums: dict[str, list[Tensor]] = {}
+    for pass_id, each in enumerate(exact.passes):
+        images = exact.prepare(image)
+        found = [one.run_pass(pass_id, images, size_of(image))[1][0] for one in (exact, rounded)]
+        for name in (each.member, "ensemble"):
+            before = sums.get(name, [torch.zeros_like(found[0])] * 2)
+            sums[name] = [a + b for a, b in zip(before, found, strict=True)]
+    for name, totals in sums.items():
+        means = [total / counts[name] for total in totals]
+        masks = [apply_threshold(m, manifest.threshold, manifest.min_area) for m in means]
+        changes[name].add(masks[0], masks[1])
+
+
+def measure(bundle: Path, manifest: Manifest, way: str, images: Sequence[Image]) -> dict[str, Any]:
+    """Return what fp16 changes on these images, and how far the check at the start sees it."""
+    plain = [load_member(bundle, spec, CPU) for spec in manifest.members]
+    fp16 = [in_half_precision(member, way) for member in plain]
+    exact, rounded = (Ensemble(manifest, each, CPU, Stages()) for each in (plain, fp16))
+    changes: dict[str, Changes] = defaultdict(Changes)
+    apart: dict[str, list[float]] = {member.spec.name: [0.0, 0.0] for member in plain}
+    for image in progress(images, f"fp16, {way}", "strip"):
+        compare_strip(exact, rounded, image, changes)
+        tensor = exact.prepare(highest_contrast_crop(image))
+        for a, b in zip(plain, fp16, strict=True):
+            found = differences(a, b, pad_to_multiple(tensor, a.stride))
+            apart[a.spec.name] = [*map(max, apart[a.spec.name], found)]
+    return {
+        "way": way,
+        "strips": len(images),
+        "changes": {name: each.summary() for name, each in changes.items()},
+        "largest_mean_difference": apart,  # of gates and of masks, as `check_engine` takes it
+        "tolerance": TOLERANCE,
+    }
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for a reader."""
+    lines = [
+        "| member | pixels changed | pairs changed | Dice against fp32 | check: gates, masks |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in results["changes"].items():
+        apart = results["largest_mean_difference"].get(name, [])
+        lines.append(
+            f"| {name} | {each['pixels_changed']:.4%} | {each['pairs_changed']:.1%} "
+            f"| {each['dice_against_fp32']:.5f} | {', '.join(f'{d:.1e}' for d in apart)} |"
+        )
+    lines.append(f"\n{results['strips']} strips, {results['way']}; check to {TOLERANCE}.")
+    return "\n".join(lines)
+
+
+EXAMPLE = "  python evaluation/half_precision.py --images severstal/test_images --strips 8"
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
+    add("--images", type=Path, required=True, help="folder of strips")
+    add("--strips", type=int, default=8, help="as many are drawn")
+    add("--seed", type=int, default=2020, help="of the draw")
+    add("--way", choices=WAYS, default="rounded")
+    add("--crop", action="store_true", help="a quarter of each strip, where most is to be seen")
+    add("--out", type=Path, default=Path("half_precision.json"))
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure on the strips that are drawn, and write what was found."""
+    manifest = load_manifest(args.bundle)
+    paths = sample_strips(args.images, args.strips, args.seed)
+    images = [read_image(path) for path in paths]
+    images = [highest_contrast_crop(image) for image in images] if args.crop else images
+    results = measure(args.bundle, manifest, args.way, images)
+    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table(results))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: run(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

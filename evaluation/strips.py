@@ -1,0 +1,20 @@
+"""Strips for a measurement, drawn from a folder."""
+
+from pathlib import Path
+
+import numpy as np
+
+from kernel.mounts import list_images
+
+
+def sample_strips(folder: Path, count: int, seed: int) -> list[Path]:
+    """Strips of a folder, drawn with a seed; all of them where there are no more than `count`.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    names = list_images(folder)
+    if not names:
+        raise ValueError(f"{folder}: no images; name a folder of strips")
+    drawn = np.random.default_rng(seed).permutation(len(names))[:count]
+    return [folder / names[index] for index in sorted(drawn)]

@@ -1,0 +1,116 @@
+"""The kernel that fits the members on Kaggle: one script that carries kernel/ and training/."""
+
+import ast
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from packing.bundle import FIT, check_out, write_json
+from packing.metadata import FIT_SCRIPT, read_fit_metadata
+from packing.paths import KERNEL_METADATA, MEMBERS, ROOT
+from packing.wheels import WHEELS
+
+ROOMS = ("kernel", "training")
+# What Kaggle's image lacks or has in another version; constraints.txt has the same.
+REQUIREMENTS = [
+    *("{}=={}".format(*wheel.split("-")[:2]) for wheel in WHEELS),
+    "lightning==2.6.6",
+    "iterative-stratification==0.1.9",
+]
+
+DOCSTRING = '''\
+"""Fits the members of a list on Kaggle, and leaves what build_kernel.py --weights packs.
+
+It writes the modules below to a folder, installs what the image lacks, and runs
+training/kaggle_fit.py from there. Built by build_kernel.py --fit.
+"""
+'''
+START = """\
+# --- what runs ------------------------------------------------------------------------------------
+
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+
+def is_installed(requirement):
+    name, version = requirement.split("==")
+    try:
+        return metadata.version(name) == version
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def install(requirements):
+    lacking = [each for each in requirements if not is_installed(each)]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *lacking]
+    if lacking and subprocess.run(pip).returncode:
+        sys.exit(f"error: pip cannot install {', '.join(lacking)}: turn the kernel's internet on, "
+                 "for which Kaggle wants a verified phone number")
+
+
+def main():
+    install(REQUIREMENTS)
+    folder = Path(tempfile.mkdtemp(prefix="fit-"))  # not in the output
+    for name, text in FILES.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, str(folder / "training/kaggle_fit.py"), *ARGUMENTS, *sys.argv[1:]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    sys.exit(subprocess.run(command, env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def _literal(text: str) -> str:
+    """Return a text as a literal that is read like the file itself."""
+    literal = f"r'''{text}'''"
+    assert ast.literal_eval(literal) == text, "a module holds ''' or ends in a quote"
+    return literal
+
+
+def join_fit_kernel(members: str, hours: float) -> str:
+    """Return the script: arguments, requirements, every module as it stands, and what runs them."""
+    modules = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
+    files = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in modules}
+    files[str(MEMBERS.relative_to(ROOT))] = members
+    entries = "".join(f"    {name!r}: {_literal(text)},\n" for name, text in files.items())
+    arguments = ["--hours", str(hours)]
+    settings = f"ARGUMENTS = {arguments!r}\nREQUIREMENTS = {REQUIREMENTS!r}\n"
+    return f"{DOCSTRING}\n{settings}\nFILES = {{\n{entries}}}\n\n{START}"
+
+
+def build_fit(
+    out: Path, owner: str | None, members: Path, hours: float, resume: bool
+) -> dict[str, Any]:
+    """Write the kernel to `out`/fit, beside a bundle or alone; return its metadata.
+
+    Raises:
+        ValueError: `out` holds other things, or Kaggle would refuse the metadata.
+        OSError: the list of members cannot be read.
+    """
+    out = out.resolve()
+    check_out(out)
+    if not (math.isfinite(hours) and hours > 0):
+        raise ValueError(f"--hours {hours}, expected a number above 0")
+    metadata = read_fit_metadata(owner, resume)
+    script = join_fit_kernel(members.read_text(encoding="utf-8"), hours)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch, FIT)
+        folder.mkdir()
+        (folder / FIT_SCRIPT).write_text(script, encoding="utf-8")
+        write_json(folder / KERNEL_METADATA.name, metadata)
+        shutil.rmtree(out / FIT, ignore_errors=True)
+        folder.rename(out / FIT)
+    return metadata

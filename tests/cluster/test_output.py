@@ -1,0 +1,131 @@
+"""The output: whole parts, each image once, and nothing of another bundle."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import LABELS, all_bytes
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+
+from cluster.output import Output, Parts, Totals, write_whole
+from cluster.worker import ROWS
+from kernel.rows import LAYOUTS
+
+RECORD = {"manifest": "abc", "images": "file:///strips"}
+
+
+def rows_of(*names: str, fault: str = "", rle: str = "1 2") -> pa.Table:
+    """Rows of images, with a mask of class 1."""
+    rows = [
+        {
+            "image": name,
+            "class": label,
+            "rle": rle if label == 1 and not fault else "",
+            "pixels": 2 if label == 1 and not fault else 0,
+            "fault": fault,
+            "seconds": 0.1,
+            "share": None if fault else 0.5,
+        }
+        for name in names
+        for label in LABELS
+    ]
+    return pa.Table.from_pylist(rows, schema=ROWS)
+
+
+def write(output: Output, *parts: pa.Table) -> Totals:
+    """What Ray's write tasks do, one after another."""
+    sink = Parts(output)
+    returns = [sink.write([part], None) for part in parts]
+
+    class Result:
+        write_returns = returns
+
+    sink.on_write_complete(Result())
+    return sink.totals
+
+
+def begin(folder: Path, **changes: str) -> Output:
+    output = Output(str(folder))
+    output.check(RECORD | changes)
+    output.begin(RECORD | changes)
+    return output
+
+
+def test_parts_hold_the_rows_and_add_up(tmp_path: Path) -> None:
+    output = begin(tmp_path / "deep" / "out")
+    bad = rows_of("c.jpg", fault="no image")
+    totals = write(output, rows_of("a.jpg", "b.jpg"), bad)
+    assert totals == Totals(images=3, faults=1, masks=2, share=1.0)
+    assert output.done() == {"a.jpg", "b.jpg", "c.jpg"}
+    parts = sorted((tmp_path / "deep" / "out").glob("part-*.parquet"))
+    assert len(parts) == 2
+    assert sum(pq.read_table(path).num_rows for path in parts) == 12
+
+
+def test_a_part_that_is_written_twice_is_there_once(tmp_path: Path) -> None:
+    output = begin(tmp_path / "out")
+    write(output, rows_of("a.jpg", "b.jpg"))
+    before = all_bytes(tmp_path)
+    write(output, rows_of("a.jpg", "b.jpg"))
+    assert all_bytes(tmp_path) == before
+
+
+def test_a_write_that_is_killed_leaves_no_part_and_the_next_run_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = begin(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(output.fs, "mv", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(output, rows_of("a.jpg"))
+    assert output.done() == set()
+    assert len(list((tmp_path / "out").glob("*.tmp"))) == 1
+    begin(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["output.json"]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    output, path = begin(tmp_path / "out"), tmp_path / "out" / "a"
+    path.write_bytes(b"old")
+    write_whole(output.fs, str(path), b"new and longer")
+    assert path.read_bytes() == b"new and longer"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"manifest": "def"}, "holds rows of another manifest, abc, not of def"),
+        ({"images": "file:///other"}, "holds rows of another images, file:///strips"),
+    ],
+)
+def test_rows_of_another_bundle_or_of_other_images_are_refused(
+    changes: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    write(begin(tmp_path / "out"), rows_of("a.jpg"))
+    before = all_bytes(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        begin(tmp_path / "out", **changes)
+    assert all_bytes(tmp_path) == before
+
+
+def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other things \(thesis.txt\); name another"):
+        begin(tmp_path)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        begin(tmp_path / "thesis.txt")
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_the_submission_has_the_samples_rows_in_its_order(layout: str, tmp_path: Path) -> None:
+    output = begin(tmp_path / "out")
+    write(output, rows_of("2024/b.jpg", rle="5 1"), rows_of("a.jpg", "unasked.jpg"))
+    pairs = [(name, label) for name in ("b.jpg", "a.jpg", "lost.jpg") for label in (1, 2)]
+    address = output.write_submission(LAYOUTS[layout], pairs, empty_rows=True)
+    expected: dict[Any, str] = {("b.jpg", 1): "5 1", ("a.jpg", 1): "1 2"}
+    lines = [LAYOUTS[layout].line(*pair, expected.get(pair, "")) for pair in pairs]
+    found = Path(address.removeprefix("file://")).read_text()
+    assert found == ",".join(LAYOUTS[layout].columns) + "\n" + "".join(lines)

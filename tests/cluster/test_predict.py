@@ -1,0 +1,227 @@
+"""The command: one run on one node that is started here, and what is refused before any work.
+
+Runs on several nodes are in test_nodes.py.
+"""
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers import (
+    LABELS,
+    ROOT,
+    all_bytes,
+    change_manifest,
+    error_of,
+    exit_code,
+    predict,
+    run_script,
+    save_strips,
+    write_sample,
+)
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+
+from cluster.predict import main
+
+NAMES = [f"{index:02}.jpg" for index in range(10)]
+BAD = NAMES[4]
+
+
+def options_of(folder: Path) -> list[str]:
+    named = {"bundle": "dataset", "images": "images", "output": "out", "submission": "sample.csv"}
+    return [word for key, value in named.items() for word in (f"--{key}", str(folder / value))]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command left, and what the kernel wrote for the same images."""
+
+    folder: Path
+    process: subprocess.CompletedProcess[str]
+    kernel: bytes
+
+
+@pytest.fixture(scope="module")
+def done(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ten strips, one of them broken, in parts of three: the one worker takes every processor."""
+    folder = tmp_path_factory.mktemp("cluster")
+    no_wheels = shutil.ignore_patterns("*.whl")  # what is installed imports faster
+    shutil.copytree(tiny_bundle / "dataset", folder / "dataset", ignore=no_wheels)
+    save_strips(folder / "images", NAMES)
+    (folder / "images" / BAD).write_bytes(b"no image")
+    sample = write_sample(folder / "sample.csv", sorted(NAMES, reverse=True))
+    predict(folder / "dataset", folder / "images", folder / "kernel.csv", sample=sample)
+    words = [*options_of(folder), "--address", "local", "--images-per-part", "3"]
+    process = run_script(ROOT / "cluster" / "predict.py", *words)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return Run(folder, process, (folder / "kernel.csv").read_bytes())
+
+
+def test_the_submission_is_the_kernels_to_the_byte(done: Run) -> None:
+    assert (done.folder / "out" / "submission.csv").read_bytes() == done.kernel
+    assert done.kernel.count(b"\n") == 1 + len(LABELS) * len(NAMES)
+
+
+def test_every_row_is_there_once_and_the_bad_image_is_named(done: Run) -> None:
+    parts = list((done.folder / "out").glob("part-*.parquet"))
+    rows = pd.concat(map(pd.read_parquet, parts))
+    assert len(parts) == 4
+    columns = ["image", "class", "rle", "pixels", "fault", "seconds", "share"]
+    assert list(rows.columns) == columns
+    pairs = list(zip(rows["image"], rows["class"], strict=True))
+    assert sorted(pairs) == [(name, label) for name in NAMES for label in LABELS]
+    faults = rows[rows["fault"] != ""]
+    assert set(faults["image"]) == {BAD} and len(faults) == len(LABELS)
+    assert not faults["rle"].any() and faults["share"].isna().all()
+    assert rows[rows["fault"] == ""]["share"].between(0.01, 1).all()
+
+
+def test_the_summary_says_what_was_done(done: Run) -> None:
+    (line,) = [line for line in done.process.stdout.splitlines() if "images/s" in line]
+    for words in ("10 images in", "1 faults", "% of the full work", "1 workers of"):
+        assert words in line, line
+
+
+def test_a_run_with_nothing_left_to_do_changes_nothing(
+    done: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.predict.connect", lambda _: pytest.fail("needs no Ray"))
+    before = all_bytes(done.folder / "out")
+    assert exit_code(main, *options_of(done.folder)) == 0
+    assert all_bytes(done.folder / "out") == before
+
+
+# --- refused before any work ----------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "no images": (
+        lambda folder: shutil.rmtree(folder / "images"),
+        [],
+        "images: cannot be read: [Errno 2] No such file",
+    ),
+    "not one that can be read": (
+        lambda folder: [path.write_bytes(b"no") for path in (folder / "images").iterdir()],
+        [],
+        "images: none of the first 2 can be read",
+    ),
+    "a member is missing": (
+        lambda folder: (folder / "dataset" / "fpn.safetensors").unlink(),
+        [],
+        "fpn.safetensors: no such file; the bundle is not whole",
+    ),
+    "a member changed": (
+        lambda folder: change_manifest(
+            folder / "dataset",
+            members=[{**read_member(folder), "sha256": "0" * 64}],
+        ),
+        [],
+        "the manifest says 000000000000",
+    ),
+    "no bundle": (
+        lambda folder: (folder / "dataset" / "ensemble.json").unlink(),
+        [],
+        "ensemble.json: no such file",
+    ),
+    "an output with other things": (
+        lambda folder: save_strips(folder / "out", ["thesis.jpg"]),
+        [],
+        "out: holds other things (thesis.jpg); name another",
+    ),
+    "no sample": (lambda folder: (folder / "sample.csv").unlink(), [], "sample.csv"),
+    "no cluster answers": (
+        lambda _: None,
+        ["--address", f"127.0.0.1:{free_port()}"],
+        "no cluster answers: [Errno 111] Connection refused",
+    ),
+    "no worker": (lambda _: None, ["--workers", "0"], "--workers 0: expected 1 or more"),
+    "GPUs and threads": (lambda _: None, ["--gpus", "1", "--workers", "2"], "one worker a GPU"),
+}
+
+
+def read_member(folder: Path) -> dict[str, object]:
+    from helpers import read_manifest
+
+    member: dict[str, object] = read_manifest(folder / "dataset")["members"][0]
+    return member
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_one_line_refuses(
+    case: str, session_light: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, options, words = REFUSED[case]
+    shutil.copytree(session_light, tmp_path / "dataset")
+    save_strips(tmp_path / "images", ["a.jpg", "b.jpg"])
+    write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"])
+    spoil(tmp_path)
+    before = all_bytes(tmp_path)
+    assert exit_code(main, *options_of(tmp_path), *options) == 2
+    assert words in error_of(capsys.readouterr().err)
+    assert all_bytes(tmp_path) == before
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+def node(**resources: float) -> dict[str, object]:
+    return {"Alive": True, "Resources": resources}
+
+
+DEAD: dict[str, object] = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "planned"),
+    [
+        ([node(CPU=2)], (None, None, None), (1, 0, 2)),
+        ([node(CPU=2)], (None, 2, None), (2, 0, 1)),
+        ([node(CPU=2)], (None, None, 1), (2, 0, 1)),
+        ([node(CPU=8), node(CPU=4), node(memory=1), DEAD], (None, None, None), (3, 0, 4)),
+        ([node(CPU=8), node(CPU=8)], (None, 4, None), (4, 0, 4)),
+        ([node(CPU=16, GPU=4), node(CPU=16, GPU=4), DEAD], (None, None, None), (8, 1, 0)),
+        ([node(CPU=16, GPU=4)], (3, None, None), (3, 1, 0)),
+        ([node(CPU=16, GPU=4)], (0, None, None), (1, 0, 16)),
+        ([node(CPU=16, GPU=4)], (None, None, 8), (2, 0, 8)),
+    ],
+)
+def test_workers_are_one_a_gpu_or_one_a_machine_or_as_asked(
+    nodes: list[dict[str, object]],
+    asked: tuple[int | None, int | None, int | None],
+    planned: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cluster.engine import Workers, plan_workers
+
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert plan_workers(*asked) == Workers(*planned)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ((8, None, None), "--gpus 8: the cluster has 4"),
+        ((None, 3, 8), "--workers 3 of 8 threads: the cluster's machines have .16. processors"),
+        ((None, 17, None), "--workers 17 of 1 threads"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(
+    asked: tuple[int | None, int | None, int | None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.engine import plan_workers
+
+    monkeypatch.setattr("ray.nodes", lambda: [node(CPU=16, GPU=4), DEAD])
+    with pytest.raises(ValueError, match=words):
+        plan_workers(*asked)

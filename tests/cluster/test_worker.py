@@ -1,0 +1,139 @@
+"""A worker, called here as Ray Data calls it: the kernel's masks, whatever the parts are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import (
+    CPU,
+    LABELS,
+    SMALL,
+    change_manifest,
+    decode_by_hand,
+    predict,
+    read_submission,
+    save_strips,
+)
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+
+from cluster.images import ImageSet
+from cluster.worker import Worker, manifest_hash, read_strips
+from kernel.device import DeviceLost
+from kernel.images import read_image
+
+NAMES = [f"{index}.jpg" for index in range(7)]
+
+
+def part_of(folder: Path, names: list[str]) -> pa.Table:
+    """A part's strips, as the tasks beside the workers read them."""
+    return read_strips(pa.table({"image": names}), ImageSet(f"file://{folder}", []))
+
+
+def make_worker(bundle: Path, images: Path, batch_size: int = 0, early_exit: bool = True) -> Worker:
+    image = read_image(images / NAMES[0])
+    return Worker(str(bundle), manifest_hash(bundle), image, batch_size, early_exit, cpus=1)
+
+
+def rles_of(rows: pa.Table) -> dict[tuple[str, int], str]:
+    found = {(row["image"], row["class"]): row["rle"] for row in rows.to_pylist()}
+    assert len(found) == rows.num_rows
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_are_the_kernels_with_a_bad_image_among_them(
+    batch_size: int, dataset: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    save_strips(folder, NAMES, [SMALL, SMALL, (50, 70), SMALL, (50, 70), SMALL, SMALL])
+    (folder / "3.jpg").write_bytes(b"no image")
+    record = predict(dataset, folder, tmp_path / "out.csv", batch_size=batch_size)
+    expected = read_submission(tmp_path / "out.csv")
+    assert any(expected.values()) and not all(expected.values())
+    worker, rows = make_worker(dataset, folder, batch_size), list[dict[str, Any]]()
+    for names in (NAMES[:4], NAMES[4:]):
+        part = worker(part_of(folder, names))
+        assert part["image"].to_pylist() == [name for name in names for _ in LABELS]
+        rows += part.to_pylist()
+    assert {(row["image"], row["class"]): row["rle"] for row in rows} == expected
+    assert {row["image"]: row["fault"] for row in rows if row["fault"]} == record["faults"]
+    shares = {row["image"]: row["share"] for row in rows}
+    assert shares == {name: work["share"] for name, work in record["work"].items()} | {
+        "3.jpg": None
+    }
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_pixels_are_those_of_the_mask(session_light: Path, tmp_path: Path) -> None:
+    save_strips(tmp_path, NAMES[:2])
+    rows = make_worker(session_light, tmp_path)(part_of(tmp_path, NAMES[:2])).to_pylist()
+    areas = [int(decode_by_hand(row["rle"], SMALL).sum()) for row in rows]
+    assert [row["pixels"] for row in rows] == areas
+    assert max(areas) > 0
+
+
+def test_every_pass_gives_the_same_rows_as_the_early_exit(dataset: Path, tmp_path: Path) -> None:
+    change_manifest(dataset, threshold=0.95)  # most pixels are surely off before the end
+    save_strips(tmp_path / "images", NAMES)
+    part = part_of(tmp_path / "images", NAMES)
+    early, every = (
+        make_worker(dataset, tmp_path / "images", early_exit=early)(part) for early in (True, False)
+    )
+    assert rles_of(early) == rles_of(every)
+    assert set(every["share"].to_pylist()) == {1.0}
+    assert min(early["share"].to_pylist()) < 1
+
+
+def test_a_device_that_is_lost_half_way_costs_no_image(
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_strips(tmp_path, NAMES)
+    worker, part = make_worker(session_light, tmp_path), part_of(tmp_path, NAMES)
+    expected = rles_of(worker(part))
+    run_encoder, calls = worker.scheduler.source.run_encoder, list[int]()
+
+    def lose(pass_id: int, images: Any) -> Any:
+        calls.append(pass_id)
+        if len(calls) == 4:
+            raise DeviceLost("cuda fails")
+        return run_encoder(pass_id, images)
+
+    monkeypatch.setattr(worker.scheduler.source, "run_encoder", lose)
+    monkeypatch.setattr("kernel.scheduling.device_usable", lambda _: False)
+    assert rles_of(worker(part)) == expected
+    assert len(calls) == 4
+    assert worker.scheduler.source.device == CPU  # loaded anew
+
+
+def test_a_bundle_that_changed_under_way_is_refused(light_bundle: Path, tmp_path: Path) -> None:
+    save_strips(tmp_path, NAMES[:1])
+    image, sha256 = read_image(tmp_path / NAMES[0]), manifest_hash(light_bundle)
+    change_manifest(light_bundle, threshold=0.7)
+    with pytest.raises(ValueError, match="another bundle than the one this run began with"):
+        Worker(str(light_bundle), sha256, image, 0, True, 1)
+
+
+def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    save_strips(tmp_path, NAMES[:1])
+    store = fsspec.filesystem("memory")
+    store.put(str(light_bundle), "/mill/bundle", recursive=True)
+    image = read_image(tmp_path / NAMES[0])
+    worker = Worker("memory://mill/bundle", manifest_hash(light_bundle), image, 0, True, 1)
+    rows = rles_of(worker(part_of(tmp_path, NAMES[:1])))
+    assert rows == rles_of(make_worker(light_bundle, tmp_path)(part_of(tmp_path, NAMES[:1])))
+
+
+def test_an_image_reaches_the_worker_as_the_kernel_reads_it(tmp_path: Path) -> None:
+    from cluster.worker import unpack_strips
+
+    images = save_strips(tmp_path, NAMES[:2], [SMALL, (50, 70)])
+    strips = list(unpack_strips(part_of(tmp_path, NAMES[:2])))
+    assert [strip.name for strip in strips] == NAMES[:2]
+    for strip in strips:
+        assert strip.image is not None and strip.image.flags.writeable
+        np.testing.assert_array_equal(strip.image, images[strip.name])

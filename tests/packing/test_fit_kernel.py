@@ -1,0 +1,209 @@
+"""The kernel that fits: the script that is built, and its way through the real client and back."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from helpers import (
+    ROOT,
+    SMALL,
+    all_bytes,
+    error_of,
+    exit_code,
+    read_manifest,
+    read_submission,
+    run_script,
+)
+from kaggle_stub import run_client, serve
+
+from build_kernel import main
+from evaluation import dry_run
+from packing.fit_kernel import REQUIREMENTS, join_fit_kernel
+from packing.metadata import read_fit_metadata
+from training import synthetic
+
+COMPETITION = "severstal-steel-defect-detection"
+NAME = "somebody/severstal-steel-ensemble-fit"
+
+# --- what is built --------------------------------------------------------------------------------
+
+
+def built_files(script: str) -> dict[str, str]:
+    """FILES of a built script, read without running it."""
+    for node in ast.parse(script).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FILES":
+            files: dict[str, str] = ast.literal_eval(node.value)
+            return files
+    raise AssertionError("no FILES")
+
+
+def test_the_script_carries_every_module_as_it_stands_and_the_list_it_was_given() -> None:
+    files = built_files(join_fit_kernel("--name mine\n", 3.5))
+    assert files.pop("training/members.txt") == "--name mine\n"
+    rooms = [path for room in ("kernel", "training") for path in (ROOT / room).glob("*.py")]
+    assert {ROOT / name for name in files} == set(rooms)
+    assert all((ROOT / name).read_text(encoding="utf-8") == text for name, text in files.items())
+
+
+def test_the_pins_are_those_the_suite_runs_with() -> None:
+    constraints = (ROOT / "constraints.txt").read_text().replace("-", "_").splitlines()
+    assert {pin.replace("-", "_") for pin in REQUIREMENTS} <= set(constraints)
+
+
+def test_the_script_is_pushed_with_internet_and_its_own_output_only_to_resume() -> None:
+    first, again = (read_fit_metadata("somebody", resume) for resume in (False, True))
+    assert (first["id"], first["title"]) == (NAME, "Severstal steel ensemble fit")
+    assert first["enable_internet"] is first["enable_gpu"] is first["is_private"] is True
+    assert first["competition_sources"] == [COMPETITION]
+    assert first["dataset_sources"] == first["kernel_sources"] == []
+    assert again == first | {"kernel_sources": [NAME]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hours", 0], "--hours 0.0, expected a number above 0"),
+        (["--hours", "nan"], "--hours nan, expected a number above 0"),
+        (["--members", "gone.txt"], "gone.txt"),
+        (["--owner", "Two Words"], "dataset-metadata.json: Kaggle refuses it: id 'Two Words/"),
+    ],
+)
+def test_a_fit_kernel_that_cannot_be_is_refused_in_one_line(
+    options: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--fit", "--owner", "me", "--out", tmp_path / "dist", *options]
+    assert exit_code(main, *words) == 2
+    assert message in error_of(capsys.readouterr().err)
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_fit_kernel_is_not_written_among_other_things(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert exit_code(main, "--fit", "--owner", "me", "--out", tmp_path) == 2
+    assert "holds other things than a bundle (thesis.tex)" in error_of(capsys.readouterr().err)
+
+
+def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) -> None:
+    script = join_fit_kernel("", 1.0).replace(REQUIREMENTS[0], "no-such-package==1.0")
+    (tmp_path / "fit.py").write_text(script, encoding="utf-8")
+    (tmp_path / "pip.py").write_text("raise SystemExit(1)")  # stands for pip that reaches nothing
+    ended = run_script(tmp_path / "fit.py", cwd=tmp_path)
+    assert ended.returncode == 1
+    line = error_of(ended.stderr)
+    assert line.startswith("pip cannot install no-such-package==1.0: turn the kernel's internet on")
+
+
+# --- through the real client ----------------------------------------------------------------------
+
+TINY = "--encoder tu-test_resnet --arch Unet --encoder-weights '' --minutes 0 --whole-steps 1 "
+TINY += "--crops 1 --save-every 1 --folds 3 --presence-strips 3 --validation-strips 3"
+
+
+def start_as_kaggle(root: Path, text: str) -> "subprocess.Popen[bytes]":
+    """The pushed script as a process of a group of its own, in root/working."""
+    script = root / "src" / "script.py"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(text, encoding="utf-8")
+    (root / "working").mkdir()
+    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    with (root / "log.txt").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(script), "--input", str(root / "input")],
+            cwd=root / "working", env=environment, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def kill_after_a_state(process: "subprocess.Popen[bytes]", state: Path) -> None:
+    """End a group of processes as Kaggle does, once a state is there."""
+    until = time.monotonic() + 240
+    while not state.is_file() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps in a metrics.csv."""
+    return [int(line.split(",")[3]) for line in (folder / "metrics.csv").read_text().split()[1:]]
+
+
+@pytest.mark.skipif(not find_spec("kaggle"), reason="Kaggle's client is not installed")
+def test_from_an_account_to_an_ensemble_with_a_kill_between(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Push, run what arrived, kill it, run it again on its output, fetch, build, rehearse."""
+    members, dist, root = tmp_path / "members.txt", tmp_path / "dist", tmp_path / "kaggle"
+    members.write_text(
+        f"--name a --fold 0 --crop-steps 30 {TINY}\n--name b --fold 1 --crop-steps 1 {TINY}\n"
+    )
+    data = root / "input" / "competitions" / COMPETITION
+    synthetic.write_competition(data, 24, 3, 5, shares=(1.0, 1.0, 1.0, 1.0), size=SMALL)
+    build = ["--fit", "--owner", "somebody", "--out", dist, "--members", members]
+    with serve() as kaggle:
+        assert exit_code(main, *build) == 0
+        assert f"kaggle kernels output {NAME} -p my_weights" in capsys.readouterr().out
+        said = run_client(kaggle, tmp_path, "kernels", "push", "-p", dist / "fit")
+        assert "successfully pushed" in said and "not valid" not in said
+        request = kaggle.kernels[NAME]
+        assert request["enableInternet"] is request["enableGpu"] is True
+        assert "kernelDataSources" not in request
+
+        process = start_as_kaggle(root, request["text"])
+        kill_after_a_state(process, root / "working" / "runs" / "a" / "crops.ckpt")
+        earlier = root / "input" / "notebooks" / NAME
+        earlier.parent.mkdir(parents=True)
+        (root / "working").rename(earlier)
+        before = all_bytes(earlier)
+        assert exit_code(main, *build, "--resume") == 0
+        run_client(kaggle, tmp_path, "kernels", "push", "-p", dist / "fit")
+        assert kaggle.kernels[NAME]["kernelDataSources"] == [NAME]
+        process = start_as_kaggle(root, kaggle.kernels[NAME]["text"])
+        assert process.wait(timeout=300) == 0, (root / "log.txt").read_text()
+        assert all_bytes(earlier) == before
+
+        kaggle.outputs[NAME] = root / "working"
+        weights = tmp_path / "my_weights"
+        run_client(kaggle, tmp_path, "kernels", "output", NAME, "-p", weights)
+    assert (weights / "severstal-steel-ensemble-fit.log").read_text() == "its log"
+    left = {path.name for path in weights.iterdir() if path.is_file()}
+    assert left == {
+        "a.safetensors", "b.safetensors", "ensemble.json", "out_of_fold.json", "experiments.csv",
+        "curves.png", "severstal-steel-ensemble-fit.log",
+    }  # fmt: skip
+    assert not list(weights.rglob("*.ckpt"))
+    logs = [weights / "runs/a/crops" / f"version_{number}" for number in (0, 1)]
+    resumed = steps_of(logs[1])
+    assert resumed[0] > 0 and resumed[-1] == 29
+    scores = json.loads((weights / "out_of_fold.json").read_text())
+    assert [(scores[name]["fold"], scores[name]["strips"]) for name in "ab"] == [(0, 3), (1, 3)]
+    assert all(0 <= scores[name]["dice"] <= 1 for name in "ab")
+    manifest = read_manifest(weights)
+    assert manifest["image_size"] == list(SMALL)
+    assert [(m["mean"], m["std"]) for m in manifest["members"]] == [([0.34], [0.13])] * 2
+    rows = (weights / "experiments.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["name", "a", "b"]
+
+    assert exit_code(main, "--weights", weights, "--owner", "somebody", "--out", dist) == 0
+    assert (dist / "fit" / "fit.py").is_file()
+    words = [
+        "--bundle",
+        dist,
+        "--images",
+        data / "test_images",
+        "--ground-truth",
+        data / "test.csv",
+    ]
+    assert exit_code(dry_run.main, *words) in (0, 1)  # whether a T4 would take too long is unknown
+    report = json.loads((dist / "report" / "report.json").read_text())
+    assert report["run"]["exit_code"] == 0
+    assert len(read_submission(dist / "report" / "submission.csv")) == 12

@@ -1,0 +1,165 @@
+"""A session on Kaggle: who gets how long, its end in time, and what is gone on from.
+
+A stub stands for train.py; tests/packing/test_fit_kernel.py runs the real one.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import SMALL, draw_image, error_of, exit_code, save_image
+
+from training import fit_members, kaggle_fit, train
+from training.config import Config
+from training.fit_members import Job, read_jobs
+from training.kaggle_fit import plan
+from training.results import write_checkpoint
+
+STUB = """
+import shutil, sys, time
+from pathlib import Path
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name, folder = words["--name"], Path(words["--runs"], words["--name"])
+(folder / "strips.ckpt").write_text("a state")
+print("error: no such luck" if name == "bad" else "begun", flush=True)
+time.sleep(60 if name == "slow" else 0)
+if name == "bad":
+    sys.exit(2)
+shutil.copyfile(Path(__file__).with_name("fitted.safetensors"), f"{name}.safetensors")
+(folder / "scores.json").write_text('{"fold": 1, "dice": 0.5}')
+"""
+
+Session = Callable[..., int]
+
+
+@pytest.fixture
+def session(
+    config: Config, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Session:
+    """Return a function that fits members of these names by the stub, in tmp_path/working."""
+    (tmp_path / "stub.py").write_text(STUB)
+    write_checkpoint(network, config, tmp_path / "fitted.safetensors")
+    monkeypatch.setattr(fit_members, "SCRIPT", tmp_path / "stub.py")
+    competition = tmp_path / "input" / "competition"
+    save_image(competition / "train_images" / "a.png", draw_image(0))
+    (competition / "train.csv").write_text("ImageId,EncodedPixels,ClassId\n")
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+
+    def fit(*names: str, hours: float = 1.0) -> int:
+        members = tmp_path / "members.txt"
+        members.write_text("".join(f"--name {name} --encoder resnet34\n" for name in names))
+        words = ["--input", tmp_path / "input", "--members", members, "--hours", hours]
+        return exit_code(kaggle_fit.main, *words, "--devices", "cpu")
+
+    return fit
+
+
+# --- who gets how long ----------------------------------------------------------------------------
+
+
+def shipped() -> list[Job]:
+    return read_jobs(kaggle_fit.MEMBERS, ["--data", "d"])
+
+
+def test_two_devices_share_their_hours_among_five_members() -> None:
+    planned = plan(shipped(), 2, 600)
+    minutes = {job.name: train.parse_args(job.options).minutes for job in planned}
+    assert minutes == {"densenet201": 300, "resnet34": 300, "se_resnet50": 200, "resnet50": 200,
+                       "efficientnet-b0": 200}  # fmt: skip
+    names = ["densenet201", "se_resnet50", "resnet50", "resnet34", "efficientnet-b0"]
+    assert [job.name for job in planned] == names  # as they start: at 0, 0, 200, 300, 400
+
+
+@pytest.mark.parametrize(("devices", "minutes"), [(1, 120), (5, 600), (8, 600)])
+def test_any_number_of_devices_fits_every_member_once(devices: int, minutes: float) -> None:
+    planned = plan(shipped(), devices, 600)
+    assert sorted(job.name for job in planned) == sorted(job.name for job in shipped())
+    assert {train.parse_args(job.options).minutes for job in planned} == {minutes}
+
+
+def test_a_members_own_line_wins_over_what_is_common_on_kaggle() -> None:
+    job = Job("a", ["--data", "d", "--name", "a", "--encoder", "e", "--crops", "7"], Path("log"))
+    args = train.parse_args(plan([job], 1, 60)[0].options)
+    assert (args.crops, args.encoder_weights, args.minutes) == (7, "imagenet", 60)
+    own = [*job.options, "--minutes", "5"]
+    assert train.parse_args(plan([Job("a", own, Path("log"))], 1, 60)[0].options).minutes == 5
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+def test_a_finished_session_leaves_what_a_build_packs_and_no_state(session: Session) -> None:
+    assert session("a", "b") == 0
+    manifest = json.loads(Path("ensemble.json").read_text())
+    assert manifest["image_size"] == list(SMALL)
+    assert [set(m) for m in manifest["members"]] == [{"name", "file", "model", "mean", "std"}] * 2
+    record = {"fold": 1, "dice": 0.5}
+    assert json.loads(Path("out_of_fold.json").read_text()) == {"a": record, "b": record}
+    assert Path("curves.png").is_file()
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_a_session_ends_in_time_and_the_next_one_fits_what_is_left(
+    session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = time.monotonic()
+    assert session("a", "slow", "b", hours=10 / 3600) == 0
+    assert time.monotonic() - start < 40
+    assert "not finished: slow, b; build with --fit --resume" in caplog.text
+    assert "failed" not in caplog.text
+    assert Path("a.safetensors").is_file() and Path("runs/slow/strips.ckpt").is_file()
+    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a"}
+    Path().resolve().rename(tmp_path / "input" / "earlier")
+    for path in (tmp_path / "input" / "earlier").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)  # as Kaggle mounts it
+    (tmp_path / "stub.py").write_text(STUB.replace("60 if", "0 if"))
+    (tmp_path / "working").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "working")
+        assert session("a", "slow", "b") == 0
+        assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a", "slow", "b"}
+        assert Path("runs/a/train.log").read_text() == "begun\n"
+        assert Path("runs/slow/train.log").read_text() == "begun\nbegun\n"
+
+
+def test_a_member_that_fails_costs_neither_the_others_nor_the_output(
+    session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert session("bad", "good") == 0
+    assert "bad failed with exit code 2: error: no such luck" in caplog.text
+    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"good"}
+
+
+def test_where_nothing_came_of_it_the_kernel_fails(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "stub.py").write_text("raise SystemExit(2)")
+    assert session("a") == 1
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+def test_two_earlier_outputs_are_refused(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        folder = tmp_path / "input" / f"earlier-{number}"
+        folder.mkdir()
+        (folder / "out_of_fold.json").write_text(f'{{"a": {number}}}')
+    assert session("a") == 2
+    message = error_of(capsys.readouterr().err)
+    assert "more than one earlier output: " in message and "earlier-0" in message
+
+
+def test_a_kernel_without_the_competition_or_without_hours_is_refused(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session("a", hours=-1) == 2
+    assert "--hours -1.0, expected a number above 0" in error_of(capsys.readouterr().err)
+    (tmp_path / "input" / "competition" / "train.csv").unlink()
+    assert session("a") == 2
+    message = error_of(capsys.readouterr().err)
+    assert "no train.csv under" in message and "add the competition severstal" in message

@@ -1,0 +1,99 @@
+"""The pace of a fit, and the steps that fill some minutes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import pace
+from training.batches import Batches
+from training.config import Config
+from training.fit import Machine
+from training.pace import Pace, choose_steps, fill_minutes, measure_pace
+from training.strips import Strips
+
+PACE = Pace(crop_step=0.5, whole_step=2.0, strip=0.1)
+
+
+def test_the_steps_fill_nine_tenths_of_what_the_strips_leave(config: Config) -> None:
+    config = replace(config, crop_steps=600, whole_steps=150)
+    crop, whole = fill_minutes(config, PACE, 1000, strips=1000)  # 900 s are left
+    assert (crop, whole) == (810, 202)  # 405 + 404 s of 810
+    assert crop * 0.5 + whole * 2 <= 0.9 * 900 < (crop + 1) * 0.5 + (whole + 1) * 2
+    only_crops = replace(config, whole_steps=0)
+    assert fill_minutes(only_crops, PACE, 1000, strips=1000) == (1620, 0)
+
+
+@pytest.mark.parametrize(("seconds", "strips"), [(-5.0, 0), (100.0, 2000), (3.0, 0)])
+def test_minutes_without_a_step_in_them_are_refused(
+    seconds: float, strips: int, config: Config
+) -> None:
+    with pytest.raises(ValueError, match=r"tiny: --minutes leaves .* give more minutes"):
+        fill_minutes(replace(config, crop_steps=9, whole_steps=1), PACE, seconds, strips)
+
+
+def test_the_pace_is_that_of_the_steps_after_the_first_ones(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a step moves on: ten seconds the first ones, then two on crops, three."""
+    clock = [0.0]
+    monkeypatch.setattr("training.fit.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pace, "MEASURED_STEPS", 4)
+    taken: list[str] = []
+    batch_loss = Batches.__getitem__
+
+    def timed(batches: Any, step: int) -> Any:
+        part = "crops" if step < batches.config.crop_steps else "strips"
+        taken.append(part)
+        late = taken.count(part) > pace.WARM_UP_STEPS + 1  # one is made to count the workers
+        clock[0] += {"crops": 2.0, "strips": 3.0}[part] if late else 10.0
+        return batch_loss(batches, step)
+
+    monkeypatch.setattr(Batches, "__getitem__", timed)
+    found = measure_pace([strips], config, machine)
+    assert found == Pace(2.0, 3.0, 6.0)
+    assert not machine.runs.exists()
+
+
+def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: PACE)
+    chosen = choose_steps(config, [strips], machine, 10.01, 0)
+    assert (chosen.crop_steps, chosen.whole_steps) == (270, 202)  # 4 and 3, times 67.5
+    assert replace(chosen, crop_steps=4, whole_steps=3) == config
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0))
+    assert choose_steps(replace(config, crops=1), [strips], machine, 99, 0).steps == 472
+    other = choose_steps(replace(config, arch="FPN"), [strips], machine, 10, 0)
+    assert other.steps not in (472, 7)
+    saved = json.loads((machine.runs / "tiny" / pace.STEPS).read_text())
+    assert saved["asked"]["arch"] == "FPN" and saved["pace"]["whole_step"] == 1.0
+
+
+def test_a_gpu_out_of_memory_is_measured_with_fewer_crops(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def measure(sources: Any, config: Config, machine: Machine) -> Pace:
+        tried.append(config.crops)
+        if config.crops > 2:
+            raise torch.OutOfMemoryError
+        return PACE
+
+    monkeypatch.setattr(pace, "measure_pace", measure)
+    assert choose_steps(replace(config, crops=8), [strips], machine, 10, 0).crops == 8
+    assert tried == [8, 4, 2]
+
+
+def test_a_broken_file_of_steps_is_one_line(
+    config: Config, strips: Strips, machine: Machine
+) -> None:
+    path: Path = machine.runs / "tiny" / pace.STEPS
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"steps\.json: no JSON"):
+        choose_steps(config, [strips], machine, 10, 0)

@@ -1,0 +1,195 @@
+"""Fit the members of a list within some hours on Kaggle, in one session or in several.
+
+It finds the competition's training set under --input, and there too what an earlier session left:
+that is copied into the working folder and gone on from. Each member gets its share of the hours,
+and as many steps as fit into it by the pace that is measured first. A session ends in time, with
+the state of each member that is not finished. It leaves in the working folder what
+build_kernel.py --weights packs, out_of_fold.json, experiments.csv and curves.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from kernel.checks import read_json
+from kernel.command import INTERRUPTED, run_command
+from kernel.competition import SEVERSTAL
+from kernel.images import read_image, size_of
+from kernel.logs import log
+from kernel.manifest import MANIFEST, Manifest
+from kernel.mounts import find_folders, find_one
+from training.curves import draw_curves
+from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
+from training.results import SCORES
+from training.strips import image_names
+
+RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by
+RUNS = Path("runs")
+SESSION_HOURS = 11.5  # of Kaggle's 12
+RESERVE = 0.03  # of a session: for installing, copying, and what is written in the end
+MEMBERS = Path(__file__).with_name("members.txt")
+# What a member's own line does not say. The numbers of steps are a proportion, by --minutes.
+COMMON = [
+    "--encoder-weights", "imagenet", "--crops", "32", "--crop-steps", "6000",
+    "--whole-steps", "600", "--save-every", "200", "--validation-strips", "100000",
+]  # fmt: skip
+SPEC_FIELDS = ("name", "file", "model", "mean", "std")  # of a source manifest
+
+EXAMPLE = "  python training/kaggle_fit.py --input /kaggle/input --hours 11.5"
+
+
+# --- earlier sessions -----------------------------------------------------------------------------
+
+
+def bring_earlier(root: Path) -> None:
+    """Copy what an earlier session left under `root` into the working folder, unless it is there.
+
+    Raises:
+        ValueError: two earlier outputs are there.
+    """
+    found = find_folders(root, RECORD)
+    if Path(RECORD).exists() or not found:
+        return
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
+        raise ValueError(f"more than one earlier output: {listed}; leave one among the sources")
+    log.info("going on from %s", found[0])
+    for source in sorted(path for path in found[0].rglob("*") if path.is_file()):
+        target = source.relative_to(found[0])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)  # without its mode: the mount is read-only
+
+
+def scores_of(job: Job) -> dict[str, Any] | None:
+    """Return a finished member's scores; None of one that is not finished."""
+    path = RUNS / job.name / SCORES
+    finished = path.is_file() and Path(f"{job.name}.safetensors").is_file()
+    return read_json(path) if finished else None
+
+
+# --- who gets how long ----------------------------------------------------------------------------
+
+
+def plan(jobs: Sequence[Job], devices: int, minutes: float) -> list[Job]:
+    """Share out each device's minutes, and put the members in the order in which they start.
+
+    Neighbours of the list share a device, alike. Where the devices' numbers differ, the members at
+    the head of the list have fewer beside them, and more time. The plan is the same in every
+    session, whatever is finished.
+    """
+    starts: list[tuple[float, Job]] = []
+    for device in range(devices):
+        first, last = (len(jobs) * (device + i) // devices for i in (0, 1))
+        for place, job in enumerate(jobs[first:last]):
+            share = minutes / (last - first)
+            options = [*COMMON, "--minutes", f"{share:.3f}", *job.options]
+            starts.append((place * share, replace(job, options=options)))
+    return [job for _, job in sorted(starts, key=lambda start: start[0])]
+
+
+# --- what is left behind --------------------------------------------------------------------------
+
+
+def write_json(path: Path, entries: dict[str, Any]) -> None:
+    """Replace a file at once."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """Return the entry of a manifest that a checkpoint's header holds."""
+    with safe_open(path, framework="pt") as file:
+        entry: dict[str, Any] = json.loads(file.metadata()["member"])
+    return {field: entry[field] for field in SPEC_FIELDS}
+
+
+def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
+    """Write what the finished members of a list give together; their states are not needed more."""
+    finished = {job.name: scores for job in jobs if (scores := scores_of(job))}
+    write_json(Path(RECORD), finished)
+    if finished:
+        members = [manifest_entry(Path(f"{name}.safetensors")) for name in finished]
+        default = Manifest([])
+        write_json(Path(MANIFEST), {
+            "format": default.format, "competition": default.competition,
+            "image_size": image_size, "classes": default.classes, "threshold": default.threshold,
+            "min_area": default.min_area, "flips": default.flips, "members": members,
+        })  # fmt: skip
+    draw_curves(RUNS, [job.name for job in jobs], Path("curves.png"))
+    for name in finished:
+        for state in (RUNS / name).glob("*.ckpt"):
+            state.unlink()
+
+
+# --- the session ----------------------------------------------------------------------------------
+
+
+def fit_on_kaggle(args: argparse.Namespace) -> int:
+    """Fit what is not finished until the session's end; 1 where nothing came of it.
+
+    A member that fails costs no other, nor the output that there is: it is an error in the log.
+    """
+    start = time.monotonic()
+    if not (math.isfinite(args.hours) and args.hours > 0):
+        raise ValueError(f"--hours {args.hours}, expected a number above 0")
+    data = find_one(args.input, "train.csv", f"the competition {SEVERSTAL.slug}", "--input")
+    bring_earlier(args.input)
+    devices = list_devices(args.devices)
+    workers = max(1, (os.cpu_count() or 1) // len(devices))
+    common = ["--data", str(data), "--runs", str(RUNS), "--out", ".", "--workers", str(workers)]
+    jobs = read_jobs(args.members, common)
+    folder = data / "train_images"
+    image_size = size_of(read_image(folder / image_names(folder)[0]))
+    write_results(jobs, image_size)
+    hours = (1 - RESERVE) * args.hours
+    planned = [job for job in plan(jobs, len(devices), 60 * hours) if not scores_of(job)]
+    end = start + 3600 * min(hours, (1 - RESERVE) * SESSION_HOURS)
+    failed = False
+    for job, code in fit_all(planned, devices, end - time.monotonic()):
+        if code not in (0, INTERRUPTED):
+            failed = True
+            log.error("%s failed with exit code %d: %s", job.name, code, last_line(job.log))
+        write_results(jobs, image_size)
+    left = [job.name for job in jobs if not scores_of(job)]
+    if left:
+        log.warning("not finished: %s; build with --fit --resume and push again", ", ".join(left))
+    kept = [*Path().glob("*.safetensors"), *RUNS.glob("*/*.ckpt")]
+    return int(failed and not kept)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    about = "where the competition and earlier outputs are mounted (default %(default)s)"
+    add("--input", type=Path, default=Path("/kaggle/input"), help=about)
+    add("--members", type=Path, default=MEMBERS, help="the list (default %(default)s)")
+    about = f"of all sessions together (default %(default)s); one ends after {SESSION_HOURS}"
+    add("--hours", type=float, default=SESSION_HOURS, help=about)
+    about = "one member at a time on each, like cuda:0 cuda:1 or cpu cpu (default: every GPU)"
+    add("--devices", nargs="+", metavar="DEVICE", help=about)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: fit_on_kaggle(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Pace: what a step takes on this machine, and how many fit into the minutes that there are."""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from kernel.checks import read_json
+from kernel.logs import log
+from training.batches import Batches
+from training.config import Config
+from training.fit import Machine, Watch, fit_within_memory, take_steps
+from training.module import new_network
+from training.strips import Strips
+
+STEPS = "steps.json"  # what was chosen, in RUNS/NAME
+WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes start
+MEASURED_STEPS = 20
+USED_SHARE = 0.9  # of the minutes: states are saved, and a machine has slower hours
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds by the clock, loading included."""
+
+    crop_step: float
+    whole_step: float
+    strip: float  # in the heads' last fit and the validation, which load nothing beside
+
+
+def seconds_a_step(sources: Sequence[Strips], config: Config, part: int, machine: Machine) -> float:
+    """Measure a step of one part as the fit itself takes it."""
+    watch = Watch(config, config.parts[part], {}, machine.save_every)
+    take_steps(new_network(config), sources, config, config.parts[part], machine, watch)
+    ends = watch.ends[WARM_UP_STEPS - 1 :]
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def seconds_a_load(sources: Sequence[Strips], config: Config) -> float:
+    """Measure the loading of one whole strip in this process."""
+    batches, start = Batches(sources, config), time.perf_counter()
+    for step in range(config.parts[1].first, config.parts[1].end):
+        batches[step]
+    return (time.perf_counter() - start) / config.whole_steps
+
+
+def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) -> Pace:
+    """Take some steps of both parts with a network that is thrown away."""
+    count = WARM_UP_STEPS + MEASURED_STEPS
+    tried = replace(config, crop_steps=count, whole_steps=count, encoder_weights="")
+    with tempfile.TemporaryDirectory() as folder:
+        apart = replace(machine, save_every=count, runs=Path(folder))
+        crop_step = seconds_a_step(sources, tried, 0, apart)
+        whole_step = seconds_a_step(sources, tried, 1, apart)
+    return Pace(crop_step, whole_step, whole_step + seconds_a_load(sources, tried))
+
+
+def fill_minutes(config: Config, pace: Pace, seconds: float, strips: int) -> tuple[int, int]:
+    """Return both numbers of steps, scaled by one factor so that they fill `seconds`.
+
+    `strips` are those of the heads' last fit and the validation, a pass each.
+
+    Raises:
+        ValueError: no time is left for one step of each part.
+    """
+    left = USED_SHARE * (seconds - strips * pace.strip)
+    asked = config.crop_steps * pace.crop_step + config.whole_steps * pace.whole_step
+    crop, whole = (int(n * left / asked) for n in (config.crop_steps, config.whole_steps))
+    if crop < min(config.crop_steps, 1) or whole < min(config.whole_steps, 1):
+        raise ValueError(
+            f"{config.name}: --minutes leaves {seconds:.0f} s, of which {strips} strips of the "
+            f"last fit and the validation take {strips * pace.strip:.0f} s and a step "
+            f"{pace.crop_step:.2f} s: give more minutes, or fewer --presence-strips"
+        )
+    return crop, whole
+
+
+def choose_steps(
+    config: Config, sources: Sequence[Strips], machine: Machine, minutes: float, strips: int
+) -> Config:
+    """Return the experiment with as many steps as its minutes hold; a resumed one keeps them.
+
+    Raises:
+        ValueError: no time is left for one step, or the file of the steps is broken.
+    """
+    path, own = machine.runs / config.name / STEPS, asdict(replace(config, crops=0))
+    asked = json.loads(json.dumps(own))  # tuples as JSON has them
+    saved = read_json(path) if path.is_file() else {}
+    if saved.get("asked") != asked:
+        start = time.perf_counter()
+        pace = fit_within_memory(lambda tried: measure_pace(sources, tried, machine), config)
+        seconds = 60 * minutes - (time.perf_counter() - start)
+        crop, whole = fill_minutes(config, pace, seconds, strips)
+        saved = {"asked": asked, "crop_steps": crop, "whole_steps": whole, "pace": asdict(pace)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    log.info("%s: %d + %d steps, by a pace of %s s", config.name, saved["crop_steps"],
+             saved["whole_steps"], saved["pace"])  # fmt: skip
+    return replace(config, crop_steps=saved["crop_steps"], whole_steps=saved["whole_steps"])
