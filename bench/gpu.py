@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernel.command import run_command
-from kernel.competition import SEVERSTAL
+from kernel.competition import IMAGE_SIZE
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
@@ -62,7 +62,7 @@ def write_bundle(weights: Path, folder: Path) -> tuple[Manifest, bool]:
         save_file(_weights_of(spec, weights), folder / spec.file)
         with torch.device("meta"):
             network = split_network(build_network(spec.model), spec, torch.device("meta"))
-        flops = count_flops(network, manifest.image_size or SEVERSTAL.image_size)
+        flops = count_flops(network, manifest.image_size or IMAGE_SIZE)
         specs.append(replace(spec, sha256="", flops=flops))
     bundle = replace(manifest, members=specs)
     (folder / MANIFEST).write_text(json.dumps(manifest_entries(bundle)), encoding="utf-8")
@@ -241,7 +241,7 @@ def measure(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch)
         manifest, shipped = write_bundle(args.weights, bundle)
-        size = manifest.image_size or SEVERSTAL.image_size
+        size = manifest.image_size or IMAGE_SIZE
         image = draw_strips(1, size)[0]
         ensemble = load_ensemble(bundle, manifest, device, Stages(), image=image)
         results |= {"weights": "shipped" if shipped else "random", "batch": args.batch}

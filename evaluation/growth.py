@@ -19,7 +19,7 @@ import torch
 from evaluation.recorded import RecordedPasses
 from evaluation.strips import sample_strips
 from kernel.command import run_command
-from kernel.competition import SEVERSTAL
+from kernel.competition import IMAGE_SIZE
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Size, read_image
@@ -140,7 +140,7 @@ def summarise(replays: Replays, ensemble: Ensemble, sizes: Sequence[Size]) -> di
     results: dict[str, Any] = {"strips": len(clean), "clean": int(clean.sum())}
     for kind in ("members", "flips"):
         results[kind] = {str(n): row for (name, n), row in rows.items() if name == kind}
-    base = flops_at(specs, ensemble.manifest.image_size or SEVERSTAL.image_size)
+    base = flops_at(specs, ensemble.manifest.image_size or IMAGE_SIZE)
     results["image_size"] = {}
     for height, width in sizes:
         factor = flops_at(specs, (height, width)) / base

@@ -70,9 +70,11 @@ class Competition:
         return self.mask_size or image_size
 
 
+IMAGE_SIZE = (256, 1600)  # (H, W) of a strip
+
 SEVERSTAL = Competition(
     any_class="0",
-    image_size=(256, 1600),
+    image_size=IMAGE_SIZE,
     n_training_images=12_568,
     images_with_class=(897, 247, 5150, 801),
     empty_score=0.856,
