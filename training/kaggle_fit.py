@@ -121,7 +121,7 @@ def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
         members = [manifest_entry(Path(f"{name}.safetensors")) for name in finished]
         default = Manifest([])
         write_json(Path(MANIFEST), {
-            "format": default.format, "competition": default.competition,
+            "format": default.format, "competition": default.competition.slug,
             "image_size": image_size, "classes": default.classes, "threshold": default.threshold,
             "min_area": default.min_area, "flips": default.flips, "members": members,
         })  # fmt: skip
