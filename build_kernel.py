@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
+from kernel.competition import add_competition_option, find_competition
 from kernel.manifest import MANIFEST
 from packing.bundle import build
 from packing.fit_kernel import build_fit
 from packing.metadata import find_owner
+from packing.new_competition import write_description
 from packing.paths import MEMBERS, NOTEBOOK, WEIGHTS
 from packing.summary import print_fit_next, print_next, print_table
 
@@ -31,6 +33,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "also pack OpenVINO and the members as it reads them: for kernels without a GPU"
     add("--openvino", action="store_true", help=about)
     add("--notebook", action="store_true", help=f"the kernel as {NOTEBOOK} instead of a script")
+    add_competition_option(parser)
+    new = parser.add_argument_group("a new competition").add_argument
+    about = "propose its description from a sample submission; write it to --out, a .json file"
+    new("--new-competition", type=Path, metavar="SAMPLE.CSV", help=about)
+    new("--images", type=Path, metavar="DIR", help="some of the sample's images")
     fit = parser.add_argument_group("the fit on Kaggle").add_argument
     about = "write OUT/fit instead: a kernel that fits the members on Kaggle's two GPUs"
     fit("--fit", action="store_true", help=about)
@@ -42,14 +49,29 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def describe(args: argparse.Namespace) -> int:
+    """Write the description that a sample suggests; print what it could not see."""
+    if not args.images or args.out.suffix != ".json":
+        raise ValueError("--new-competition needs --images DIR and --out mine.json")
+    proposal = write_description(args.new_competition, args.images, args.out)
+    print(f"{args.out}: correct what the sample and its images do not show:")
+    print("\n".join(f"  {line}" for line in proposal.unsure))
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Build the bundle or the fit kernel; print what it holds and what comes next."""
+    if args.new_competition:
+        return describe(args)
     owner = args.owner or find_owner()
     if args.fit:
         kernel = build_fit(args.out, owner, args.members, args.hours, args.resume)
         print_fit_next(args.out, kernel)
         return 0
-    metadata, packed = build(args.weights, args.out, owner, args.openvino, args.notebook)
+    competition = find_competition(args.competition) if args.competition else None
+    metadata, packed = build(
+        args.weights, args.out, owner, args.openvino, args.notebook, competition
+    )
     print_table(packed)
     print_next(args.out, metadata)
     return 0

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.logs import Stages, log
-from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest
+from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, manifest_entries
 from kernel.members import Member, build_network, load_member, split_network
 from kernel.scheduling import Scheduler
 from packing.members import count_flops
@@ -65,7 +65,7 @@ def write_bundle(weights: Path, folder: Path) -> tuple[Manifest, bool]:
         flops = count_flops(network, manifest.image_size or IMAGE_SIZE)
         specs.append(replace(spec, sha256="", flops=flops))
     bundle = replace(manifest, members=specs)
-    (folder / MANIFEST).write_text(json.dumps(asdict(bundle)), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest_entries(bundle)), encoding="utf-8")
     return bundle, all((weights / spec.file).is_file() for spec in specs)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from evaluation.strips import sample_strips
 from kernel.command import run_command
-from kernel.competition import N_SCORED_IMAGES
+from kernel.competition import SEVERSTAL
 from kernel.ensemble import load_ensemble
 from kernel.images import Size, image_to_tensor, read_image, size_of
 from kernel.logs import Stages, progress
@@ -51,6 +51,7 @@ from training.metrics import Masks, dice
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
+N_SCORED_IMAGES = SEVERSTAL.n_images
 CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips are clean
 STARTS, LONG_RUN = 3, 100  # runs of one strip, and strips of the run whose memory is measured
 

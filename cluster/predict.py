@@ -113,7 +113,13 @@ def run(args: argparse.Namespace) -> int:
     """
     check_args(args)
     manifest, sha256 = read_bundle(args.bundle)
-    sample = args.submission and read_sample(args.submission, None, manifest.classes)
+    competition = manifest.competition
+    if (competition.channels, competition.bits) != (1, 8):
+        raise ValueError(
+            f"{args.bundle}: {competition.slug} has images of {competition.channels} "
+            f"channels and {competition.bits} bits: only grey ones of 8 bits run here"
+        )
+    sample = args.submission and read_sample(args.submission, None, manifest.competition)
     images, output = find_images(args.images), Output(args.output)
     record = {"manifest": sha256, "images": images.root}
     output.check(record)
@@ -127,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             raise RuntimeError(f"{len(lacking)} images have no rows, {min(lacking)!r}: start again")
     if sample:
         layout, pairs = sample
-        empty_rows = manifest.empty_rows or "ClassId" not in layout.columns
+        empty_rows = manifest.empty_rows or not layout.may_omit_empty
         log.info("%s", output.write_submission(layout, pairs, empty_rows))
     return 0
 

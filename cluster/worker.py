@@ -123,10 +123,12 @@ class Worker:
 
     def _rows(self, state: StripState) -> Iterator[dict[str, Any]]:
         """One row a class; those of a bad image are empty and say why."""
-        classes = self.scheduler.source.manifest.classes
-        masks = [None] * classes if state.fault else list(state.masks)
+        competition = self.scheduler.source.manifest.competition
+        masks = [None] * len(competition.classes) if state.fault else list(state.masks)
         share = None if state.fault else self.scheduler.work(state)["share"]
         for label, mask in enumerate(masks, 1):
-            rle, area = ("", 0) if mask is None else (encode_rle(mask), int(mask.sum()))
+            rle, area = (
+                ("", 0) if mask is None else (encode_rle(mask, competition), int(mask.sum()))
+            )
             row = {"image": state.strip.name, "class": label, "rle": rle, "pixels": area}
             yield row | {"fault": state.fault, "share": share}

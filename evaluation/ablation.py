@@ -14,14 +14,15 @@ import numpy as np
 
 from evaluation.projection import Floats, Ints
 from evaluation.recorded import RecordedPasses
+from kernel.checks import read_json
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image
 from kernel.logs import Stages, progress
-from kernel.manifest import MANIFEST, Manifest, load_manifest, read_json
+from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
-from training.ground_truth import decode_masks
+from training.ground_truth import decode_scored_masks
 from training.metrics import Masks, Scores, dice_of
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
@@ -151,12 +152,14 @@ def collect_stats(
     areas = []
     for name in progress(names, "every pass", "strip"):
         try:
-            recorded = RecordedPasses(ensemble, read_image(images / name))
+            recorded = RecordedPasses(
+                ensemble, read_image(images / name, ensemble.manifest.competition)
+            )
         except (ValueError, OSError):
             continue  # the kernel's log has named it
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
-        masks = decode_masks(truth, name, ensemble.manifest.classes, recorded.size)
+        masks = decode_scored_masks(truth, name, recorded.size, ensemble.manifest.competition)
         areas.append(masks.sum(axis=(-2, -1)))
         for each in stats.values():
             each.add(recorded, masks, thresholds)

@@ -28,7 +28,7 @@ from kernel.images import read_image, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import list_images
-from training.ground_truth import check_names, decode_masks, read_truth
+from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.heads import shift_checkpoint
 from training.metrics import Floats, Masks, dice_of
 
@@ -118,16 +118,16 @@ def summarise(counts: ShiftCounts) -> dict[str, object]:
 def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
     """Run every pass of every strip, and count under every pair of shifts."""
     manifest, counts = ensemble.manifest, ShiftCounts()
-    named, names = read_truth(truth), list_images(images)
+    named, names = read_truth(truth, manifest.competition), list_images(images)
     check_names(named, names, truth, images)
     for name in progress(names, "strips", "strip"):
-        image = read_image(images / name)
+        image = read_image(images / name, manifest.competition)
         recorded = RecordedPasses(ensemble, image)
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
         gates = torch.cat([recorded.encoded[i][0].float().cpu() for i in recorded.encoded])
         found = torch.cat([recorded.probabilities[i].cpu() for i in recorded.encoded])
-        masks = decode_masks(named, name, manifest.classes, size_of(image))
+        masks = decode_scored_masks(named, name, size_of(image), manifest.competition)
         counts.add(gates, found, masks, manifest.threshold)
     return counts
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.contact_sheet import (
     MAX_STRIPS,
     Picture,
@@ -17,7 +18,7 @@ from kernel.contact_sheet import (
 )
 from kernel.images import read_image, size_of
 from kernel.logs import progress
-from training.ground_truth import decode_masks
+from training.ground_truth import decode_masks, decode_scored_masks
 from training.metrics import Scores, dice
 
 
@@ -29,6 +30,7 @@ class AnnotatedStrip:
     canvas: Picture
     classes: list[int]  # found
     dice: float | None  # mean over the classes; None where no truth is known
+    competition: Competition = SEVERSTAL
 
     @property
     def uri(self) -> str:
@@ -40,7 +42,7 @@ class AnnotatedStrip:
     def caption(self) -> str:
         """The strip's name, the classes found and the Dice."""
         dice_part = "" if self.dice is None else f"   Dice {self.dice:.3f}"
-        return caption_of(self.name, self.classes) + dice_part
+        return caption_of(self.name, self.classes, self.competition) + dice_part
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Predictions:
     names: list[str]
     rles: dict[str, dict[int, str]]  # image → class → RLE; empty ones may be missing
     truth: dict[str, dict[int, str]] | None  # likewise; an image that it does not name is clean
-    classes: int
+    competition: Competition = SEVERSTAL
 
     def draw(self, most: int = MAX_STRIPS) -> tuple[list[AnnotatedStrip], Scores]:
         """Draw the first `most` strips; score all of them where there is a ground truth."""
@@ -60,18 +62,20 @@ class Predictions:
             if self.truth is None and len(pictures) == most:
                 break
             try:
-                image = read_image(self.images / name)
+                image = read_image(self.images / name, self.competition)
             except (ValueError, OSError):
                 continue  # the kernel's log has named it
             size, rles, truth, value = size_of(image), self.rles.get(name, {}), None, None
-            masks = decode_masks(self.rles, name, self.classes, size)
+            mask_size = self.competition.size_of_mask(size)
+            masks = decode_masks(self.rles, name, mask_size, self.competition)
             if self.truth is not None:
-                truth = decode_masks(self.truth, name, self.classes, size)
+                truth = decode_scored_masks(self.truth, name, size, self.competition)
                 value = float(np.mean(dice(masks, truth)))
                 scores.add(masks, truth)
             if len(pictures) < most:
                 canvas = overlay_masks(image, masks, () if truth is None else truth)
-                pictures.append(AnnotatedStrip(name, canvas, sorted(rles), value))
+                found = sorted(rles)
+                pictures.append(AnnotatedStrip(name, canvas, found, value, self.competition))
         return pictures, scores
 
 

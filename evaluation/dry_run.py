@@ -8,7 +8,6 @@ exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
 
 import argparse
 import logging
-import math
 import os
 import resource
 import shutil
@@ -37,11 +36,11 @@ from evaluation.report import (
     check_record,
     is_clean,
 )
+from kernel.checks import read_json
 from kernel.command import run_command
-from kernel.competition import IMAGE_SIZE, TIME_LIMIT_S
-from kernel.manifest import MANIFEST, load_manifest, read_json
+from kernel.competition import Competition, add_competition_option, find_competition
+from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, list_images, read_sample
-from kernel.rows import LAYOUTS, write_submission
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import check_names, read_truth
@@ -60,12 +59,11 @@ def make_kaggle_tree(root: Path, bundle: Path, images: Path) -> Path:
     slug = read_json(bundle / "dataset" / "dataset-metadata.json")["id"]
     mounted = root / "input" / "datasets" / slug
     shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink)
-    competition = root / "input" / "competitions" / manifest.competition
+    competition = root / "input" / "competitions" / manifest.competition.slug
     shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
-    names = list_images(images)
-    whole = f"1 {math.prod(IMAGE_SIZE)}"  # as the real sample has it
-    rows, sample = [(name, 0) for name in names], competition / SAMPLE
-    write_submission(sample, LAYOUTS["three-column"], rows, dict.fromkeys(rows, whole))
+    sample = competition / SAMPLE
+    size = manifest.competition.image_size or (1, 1)
+    synthetic.write_sample(sample, list_images(images), manifest.competition, size)
     (root / "working").mkdir()
     return sample
 
@@ -101,10 +99,11 @@ def run_kernel(root: Path, script: Path) -> ProcessResult:
     return ProcessResult(code, time.perf_counter() - start, bool(deny), _peak_bytes())
 
 
-def check_answer(submission: Path, sample: Path, classes: int) -> Check:
+def check_answer(submission: Path, sample: Path, competition: Competition) -> Check:
     """Return the validator's verdict; its table and warnings stand in the kernel's log."""
-    layout, pairs = read_sample(sample, None, classes)
-    errors = check_submission(submission, layout.columns, pairs, sample.parent / IMAGES).errors
+    layout, pairs = read_sample(sample, None, competition)
+    images = sample.parent / IMAGES
+    errors = check_submission(submission, layout.columns, pairs, images, competition).errors
     if errors:
         return Check(False, f"{submission.name} is invalid: {'; '.join(errors)}")
     return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
@@ -127,13 +126,18 @@ class DryRun:
     bundle: Path
     images: Path
     truth: dict[str, dict[int, str]] | None  # image → class → RLE, where it is known
-    budget_s: float
+    budget_s: float | None  # None: the competition's limit
     ablation: bool  # compare members, flips and settings by the ground truth
 
     @property
     def dataset(self) -> Path:
         """The packed dataset."""
         return self.bundle / "dataset"
+
+    @property
+    def competition(self) -> Competition:
+        """The bundle's."""
+        return load_manifest(self.dataset).competition
 
     @property
     def out(self) -> Path:
@@ -145,17 +149,21 @@ def _write_report(
     run: DryRun, run_record: dict[str, Any], result: ProcessResult, checks: Sequence[Check]
 ) -> dict[str, Any]:
     """Write picture, report.json and page beside the submission; return the report."""
-    out, rles = run.out, read_truth(run.out / "submission.csv")
+    out, competition = run.out, run.competition
+    rles = read_truth(run.out / "submission.csv", competition)
     names = sorted(run_record["work"].keys() | run_record["faults"].keys())
-    classes = load_manifest(run.dataset).classes
-    pictures, scores = Predictions(run.images, names, rles, run.truth, classes).draw()
+    pictures, scores = Predictions(run.images, names, rles, run.truth, competition).draw()
     write_sheet(pictures, out / "contact_sheet.png")
-    parsed = parse_run_record(run_record, out / "run.json")
+    parsed = parse_run_record(run_record, out / "run.json", competition)
     defective = np.array([bool(rles.get(name)) for name in run_record["work"]], np.bool_)
     calibration = read_calibration(run.bundle)
-    report = build_report(run_record, parsed, result, checks, defective, calibration, run.budget_s)
+    report = build_report(
+        run_record, parsed, result, checks, defective, calibration, run.budget_s, competition
+    )
     if run.truth is not None:
-        report["dice"] = scores.summary()
+        report["dice"] = summary = scores.summary()
+        named = summary["per_class"].items()
+        summary["per_class"] = {competition.name_of(int(label)): dice for label, dice in named}
     if run.truth is not None and run.ablation and run_record["work"]:
         log.info("every pass for every strip, to compare members, flips and settings")
         report["ablation"] = ablate(run.dataset, run.images, names, run.truth, out / MANIFEST)
@@ -168,8 +176,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     """Judge a run by what it left in `working`; return the exit code."""
     checks = check_process(result)
     if result.exit_code == 0:
-        classes = load_manifest(run.dataset).classes
-        checks.append(check_answer(working / "submission.csv", sample, classes))
+        checks.append(check_answer(working / "submission.csv", sample, run.competition))
         checks.append(check_ended(working))
     if not is_clean(checks):  # there is nothing to draw or to time
         failed = "; ".join(check.words for check in checks if check.ok is False)
@@ -206,21 +213,26 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ground-truth", type=Path, help=about)
     add("--strips", type=int, default=8, help="how many to draw where --images is not given")
     add("--seed", type=int, default=7, help="of the synthetic strips")
-    about = "seconds that the scored run may take, at most the hour's 3,600; default the hour"
-    add("--budget-s", type=float, default=TIME_LIMIT_S, help=about)
+    about = "seconds that the scored run may take, at most and by default the competition's limit"
+    add("--budget-s", type=float, help=about)
     about = "a run.json from Kaggle: its rate replaces the assumed one, from now on"
     add("--calibrate", type=Path, metavar="RUN.JSON", help=about)
+    add_competition_option(parser)
     return parser.parse_args(arguments)
 
 
 def _run_bundle(args: argparse.Namespace, root: Path) -> int:
     """One dry run in the scratch folder `root`."""
     images, truth_csv = args.images, args.ground_truth
+    competition = load_manifest(args.bundle / "dataset").competition
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
-        synthetic.write_competition(root / "steel", 0, args.strips, args.seed, evenly=True)
+        synthetic.write_competition(
+            root / "steel", 0, args.strips, args.seed, evenly=True, competition=competition,
+            size=competition.image_size or synthetic.IMAGE_SIZE,
+        )  # fmt: skip
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    truth = read_truth(truth_csv) if truth_csv else None
+    truth = read_truth(truth_csv, competition) if truth_csv else None
     if truth and truth_csv:
         check_names(truth, list_images(images), truth_csv, images)
     run = DryRun(args.bundle, images, truth, args.budget_s, bool(args.ground_truth))
@@ -244,6 +256,12 @@ def dry_run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
     if args.images and not args.images.is_dir():
         raise ValueError(f"{args.images}: no such folder of images")
+    built = load_manifest(args.bundle / "dataset").competition
+    if args.competition and find_competition(args.competition) != built:
+        raise ValueError(
+            f"--competition {args.competition}: {args.bundle} was built for {built.slug}; "
+            "build it again with the same --competition"
+        )
     if args.images and not list_images(args.images):
         raise ValueError(f"{args.images}: no images in it; name the folder that has them")
     if args.calibrate:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernel.competition import N_SCORED_IMAGES
+from kernel.checks import read_json
+from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
-from kernel.manifest import read_json
 from kernel.tta import Half, Pass
 from packing.bundle import CALIBRATION
 
@@ -52,6 +52,7 @@ class RunRecord:
     strip_s: Floats  # (strips,), seconds since the one before
     device: str
     workers: int
+    n_images: int  # of the scored run
 
     @property
     def fixed_s(self) -> float:
@@ -112,8 +113,10 @@ class RunRecord:
         return float((self.counts * self.flops).sum() / self.strips)
 
 
-def parse_run_record(record: dict[str, Any], path: Path) -> RunRecord:
-    """Parse the run.json that was read from `path`.
+def parse_run_record(
+    record: dict[str, Any], path: Path, competition: Competition = SEVERSTAL
+) -> RunRecord:
+    """Parse the run.json that was read from `path`, of a run for a competition.
 
     Raises:
         ValueError: it is no run.json of this kernel.
@@ -136,6 +139,7 @@ def parse_run_record(record: dict[str, Any], path: Path) -> RunRecord:
             strip_s=np.array(list(record["strip_s"].values())),
             device=record["device"],
             workers=record["workers"],
+            n_images=competition.n_images,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: not a run.json of this kernel: {error!r}") from error
@@ -152,11 +156,12 @@ class Projection:
     strip_s: float  # for each strip
     low_s: float  # with `high_s`: 95 % interval of `total_s` over other strips of the same kind
     high_s: float
+    n_images: int
 
     @property
     def total_s(self) -> float:
         """Seconds for all strips of the scored run."""
-        return self.fixed_s + N_SCORED_IMAGES * self.strip_s
+        return self.fixed_s + self.n_images * self.strip_s
 
 
 def usable_s(budget_s: float) -> float:
@@ -169,9 +174,9 @@ def project(run: RunRecord, resamples: int = 2000) -> Projection:
     strip_s, rng = run.strip_s / run.workers, np.random.default_rng(0)
     drawn = [rng.choice(strip_s, strip_s.size).mean() for _ in range(resamples)]
     low, high = np.quantile(drawn, (0.025, 0.975)) - strip_s.mean()
-    total_s = run.fixed_s + N_SCORED_IMAGES * run.per_strip_s
-    low_s, high_s = (float(total_s + N_SCORED_IMAGES * offset) for offset in (low, high))
-    return Projection(run.fixed_s, run.per_strip_s, low_s, high_s)
+    total_s = run.fixed_s + run.n_images * run.per_strip_s
+    low_s, high_s = (float(total_s + run.n_images * offset) for offset in (low, high))
+    return Projection(run.fixed_s, run.per_strip_s, low_s, high_s, run.n_images)
 
 
 # --- what could be dropped ------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def estimate_s(run: RunRecord, kept: Collection[int]) -> float:
         for column, ran in enumerate((work.encoders, work.decoders)):
             pass_ids = _kept_that_run(work.planned, ran, kept)
             seconds += strips * float(half_s[pass_ids, column].sum())
-    return seconds / run.workers / run.strips * N_SCORED_IMAGES
+    return seconds / run.workers / run.strips * run.n_images
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,7 @@ def _estimate_assumed(machine: Machine, run: RunRecord) -> Estimate:
     What no stage counts is left out: most of it is memory that the CPU's engine gives back.
     """
     strip_s = run.strip_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
-    seconds = run.fixed_s + N_SCORED_IMAGES * strip_s / machine.units
+    seconds = run.fixed_s + run.n_images * strip_s / machine.units
     basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
     return Estimate(machine.name, seconds, calibrated=False, basis=basis + machine.source)
 
@@ -335,7 +340,7 @@ def list_estimates(run: RunRecord, calibration: dict[str, Any]) -> list[Estimate
     for machine in MACHINES:
         estimate, known = _estimate_assumed(machine, run), calibration.get(machine.name)
         if known:
-            seconds = known["fixed_s"] + N_SCORED_IMAGES * run.strip_flops / known["rate"]
+            seconds = known["fixed_s"] + run.n_images * run.strip_flops / known["rate"]
             basis = f"{known['rate'] / 1e9:,.0f} GFLOP/s in a run of {known['strips']} strips"
             estimate = Estimate(machine.name, seconds, calibrated=True, basis=basis)
         found.append(estimate)

@@ -37,7 +37,7 @@ from evaluation.projection import (
     project,
     usable_s,
 )
-from kernel.competition import N_SCORED_IMAGES, TIME_LIMIT_S
+from kernel.competition import SEVERSTAL, Competition
 from kernel.contact_sheet import COLOURS
 from kernel.tta import Half
 
@@ -99,12 +99,16 @@ def is_clean(checks: Iterable[Check]) -> bool:
 # --- is there time for it? ------------------------------------------------------------------------
 
 
-def time_on_kaggle(estimate: Estimate, budget_s: float) -> dict[str, Any]:
+def time_on_kaggle(
+    estimate: Estimate, budget_s: float, competition: Competition = SEVERSTAL
+) -> dict[str, Any]:
     """Say whether the scored run has time for every pass on a machine of Kaggle's."""
-    budget = "the hour" if budget_s == TIME_LIMIT_S else "the budget"
+    limit_s = competition.time_limit_s
+    limit = "the hour" if limit_s == 3600 else "the limit"
+    budget = limit if budget_s == limit_s else "the budget"
     fits = estimate.seconds <= usable_s(budget_s)
     words = (
-        f"{N_SCORED_IMAGES:,} strips would take {estimate.seconds:,.0f} s; "
+        f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s; "
         f"the kernel plans with {usable_s(budget_s):,.0f} s of {budget}'s {budget_s:,.0f} s"
     )
     if not fits:
@@ -119,7 +123,7 @@ def time_here(projection: Projection, budget_s: float) -> dict[str, Any]:
     outcome = "which is time for every pass"
     if not fits:
         outcome = "so here the kernel would drop passes to end in time; Kaggle's machine decides"
-    words = f"{N_SCORED_IMAGES:,} strips would take {total_s:,.0f} s ({interval}), {outcome}"
+    words = f"{projection.n_images:,} strips would take {total_s:,.0f} s ({interval}), {outcome}"
     return asdict(projection) | {"total_s": total_s, "fits": fits, "words": words}
 
 
@@ -194,15 +198,18 @@ def build_report(
     checks: Sequence[Check],
     defective: npt.NDArray[np.bool_],
     calibration: dict[str, Any],
-    budget_s: float,
+    budget_s: float | None,
+    competition: Competition = SEVERSTAL,
 ) -> dict[str, Any]:
     """Build the report of a run, whose run.json is `run_record`.
 
-    `defective` (strips that did not fail,) says which have a mask. More than the hour is never
-    allowed, whatever `budget_s` is.
+    `defective` (strips that did not fail,) says which have a mask. More than the competition's
+    limit is never allowed, whatever `budget_s` is.
     """
-    budget_s, projection = min(budget_s, TIME_LIMIT_S), project(run)
-    machines = [time_on_kaggle(each, budget_s) for each in list_estimates(run, calibration)]
+    limit_s, projection = competition.time_limit_s, project(run)
+    budget_s = min(budget_s or limit_s, limit_s)
+    estimates = list_estimates(run, calibration)
+    machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, budget_s)
     dropped = drop_to_fit(run, projection.total_s, usable_s(budget_s))
     return {

@@ -14,7 +14,7 @@ from kernel.images import Image, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import list_images
-from training.ground_truth import check_names, decode_masks, read_truth
+from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.metrics import Masks, Scores
 
 
@@ -51,14 +51,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def score(args: argparse.Namespace) -> int:
     """Score every strip of `--images`; those that `--truth` does not name are clean."""
-    truth, names = read_truth(args.truth), list_images(args.images)
-    check_names(truth, names, args.truth, args.images)
     manifest = load_manifest(args.bundle)
+    competition, names = manifest.competition, list_images(args.images)
+    truth = read_truth(args.truth, competition)
+    check_names(truth, names, args.truth, args.images)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):
-        image = read_image(args.images / name)
-        masks = decode_masks(truth, name, manifest.classes, size_of(image))
+        image = read_image(args.images / name, competition)
+        masks = decode_scored_masks(truth, name, size_of(image), competition)
         score_strip(ensemble, image, masks, scores)
         summary = {
             member: each.summary() | {"intervals": each.intervals()}

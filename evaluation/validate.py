@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
-from kernel.competition import N_CLASSES
+from kernel.competition import (
+    Competition,
+    add_competition_option,
+    find_competition,
+    shipped_names,
+)
 from kernel.mounts import read_sample
-from kernel.validator import check_submission
+from kernel.rows import Layout, read_rows
+from kernel.validator import Pair, check_submission
 
 EXAMPLE = "  python evaluation/validate.py submission.csv --sample sample_submission.csv"
 
@@ -19,14 +25,34 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("submission", type=Path)
     parser.add_argument("--sample", type=Path, required=True, help="the competition's own, mounted")
-    parser.add_argument("--images", type=Path, help="their folder, for other sizes than 256×1600")
+    parser.add_argument("--images", type=Path, help="their folder, where sizes differ")
+    add_competition_option(parser)
     return parser.parse_args(arguments)
+
+
+def read_named_sample(sample: Path, competition: Competition) -> tuple[Layout, list[Pair]]:
+    """Read a sample; ValueError where it is another competition's names those that it fits."""
+    try:
+        return read_sample(sample, None, competition)
+    except ValueError as error:
+        fitting = [name for name in shipped_names() if _fits(sample, find_competition(name))]
+        hint = f"; it fits --competition {' or '.join(fitting)}" if fitting else ""
+        raise ValueError(f"{error}{hint}") from None
+
+
+def _fits(sample: Path, competition: Competition) -> bool:
+    try:
+        return bool(read_rows(sample, competition=competition)[1])
+    except ValueError:
+        return False
 
 
 def validate(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where Kaggle would refuse the submission."""
-    layout, pairs = read_sample(args.sample, None, N_CLASSES)
-    findings = check_submission(args.submission, layout.columns, pairs, args.images)
+    competition = find_competition(args.competition)
+    layout, pairs = read_named_sample(args.sample, competition)
+    columns = layout.columns
+    findings = check_submission(args.submission, columns, pairs, args.images, competition)
     print("\n".join(findings.lines()))
     return 1 if findings.errors else 0
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Image, Mask, read_image, size_of
 from kernel.rle import decode_rle
 from kernel.rows import read_rows
@@ -20,9 +21,22 @@ BAR, GAP = 44, 8  # pixels above a strip, for its caption, and below it
 MAX_STRIPS = 24  # on a sheet
 
 
+def to_picture(image: Image) -> Picture:
+    """Return a grey or RGB image as one to draw on; 16 bits as bright as they come."""
+    if image.dtype != np.uint8:
+        image = (image / max(int(image.max()), 1) * 255).astype(np.uint8)
+    code = cv2.COLOR_GRAY2BGR if image.ndim == 2 else cv2.COLOR_RGB2BGR
+    return cv2.cvtColor(image, code).astype(np.uint8, copy=False)
+
+
 def overlay_masks(image: Image, masks: Iterable[Mask], truth: Iterable[Mask] = ()) -> Picture:
     """Draw a strip with its masks filled in colour and the ground truth, if any, outlined."""
-    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    masks, truth = list(masks), list(truth)
+    canvas = to_picture(image)
+    for mask in (masks + truth)[:1]:
+        if mask.shape != canvas.shape[:2]:  # a competition's masks may be smaller
+            shown = cv2.resize(canvas, mask.shape[::-1], interpolation=cv2.INTER_AREA)
+            canvas = shown.astype(np.uint8, copy=False)
     for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
         canvas[mask] = (0.55 * canvas[mask] + 0.45 * np.array(colour)).astype(np.uint8)
     for mask, colour in zip(truth, itertools.cycle(COLOURS), strict=False):
@@ -39,9 +53,10 @@ def add_caption(strip: Picture, caption: str) -> Picture:
     return np.vstack([bar, strip])
 
 
-def caption_of(name: str, labels: Sequence[int]) -> str:
+def caption_of(name: str, labels: Sequence[int], competition: Competition = SEVERSTAL) -> str:
     """Name an image and the classes found on it."""
-    return f"{name}   found: {', '.join(f'class {label}' for label in labels) or 'no defect'}"
+    found = ", ".join(f"class {competition.name_of(label)}" for label in labels)
+    return f"{name}   found: {found or 'no defect'}"
 
 
 def stack(strips: Sequence[Picture]) -> Picture:
@@ -51,22 +66,29 @@ def stack(strips: Sequence[Picture]) -> Picture:
     return np.vstack(padded).astype(np.uint8)
 
 
-def draw_submission(submission: Path, images: Path, most: int = MAX_STRIPS) -> Picture:
+def draw_submission(
+    submission: Path,
+    images: Path,
+    competition: Competition = SEVERSTAL,
+    most: int = MAX_STRIPS,
+) -> Picture:
     """Draw the first strips of a submission that have a mask.
 
     Raises:
         ValueError: none has.
     """
     masks: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, label, rle in read_rows(submission)[1]:
+    for name, label, rle in read_rows(submission, competition=competition)[1]:
         if rle:
             masks[name][label] = rle
     if not masks:
         raise ValueError(f"{submission}: every mask is empty, there is nothing to draw")
     strips = []
     for name, rles in itertools.islice(masks.items(), most):
-        image = read_image(images / name)
-        size = size_of(image)
-        found = [decode_rle(rles.get(c, ""), size) for c in range(1, max(rles) + 1)]
-        strips.append(add_caption(overlay_masks(image, found), caption_of(name, sorted(rles))))
+        image = read_image(images / name, competition)
+        size = competition.size_of_mask(size_of(image))
+        found = [decode_rle(rles.get(c, ""), size, competition) for c in range(1, max(rles) + 1)]
+        strips.append(
+            add_caption(overlay_masks(image, found), caption_of(name, sorted(rles), competition))
+        )
     return stack(strips)

@@ -47,6 +47,7 @@ class Tally:
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
         self.decoded = 0
         self.classes = manifest.classes
+        self.mask_size = manifest.competition.mask_size
         self.highest = np.zeros(manifest.classes)  # of the sum
         self.open = list(range(manifest.classes))  # not proven
         self.launched: tuple[Tensor | None, Tensor | None] = None, None  # gates, sum; not settled
@@ -160,9 +161,9 @@ class Tally:
         return True
 
     def masks(self, size: Size) -> Tensor:
-        """Masks (classes, H, W), on the device; call it when no class is open."""
+        """Masks (classes, H, W), on the device, of an image of `size`; no class may be open."""
         if self.total is None:
-            return torch.zeros((self.classes, *size), dtype=torch.bool)
+            return torch.zeros((self.classes, *(self.mask_size or size)), dtype=torch.bool)
         if self.decoded == self.n_passes:
             return apply_threshold(self.total / self.n_passes, self.threshold, self.min_area)
         certain = self.total > self.required_sum + self.margin

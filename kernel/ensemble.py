@@ -53,7 +53,8 @@ class Ensemble:
     def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
         """Return probabilities (B, classes, H, W) of images of `size`, fp32.
 
-        Flipped, cut and resized back. No probability is above its gate: resizing may round it up.
+        Flipped, cut and resized back, or to the size of the competition's masks: a mean of resized
+        probabilities is the resized mean. None is above its gate: resizing may round it up.
         """
         member, flip = self._activate(pass_id)
         with self.stages.network(member.spec.name, Half.DECODER):
@@ -110,9 +111,10 @@ class Ensemble:
         """A member's probabilities as those of images of `size`."""
         height, width = own_size = self.sizes[member.spec.name] or size
         probabilities = apply_flip(probabilities, flip)[..., :height, :width]
-        if own_size != size:
+        mask_size = self.manifest.competition.size_of_mask(size)
+        if own_size != mask_size:
             bound = gates[..., None, None]
-            probabilities = torch.minimum(_resize(probabilities, size), bound)
+            probabilities = torch.minimum(_resize(probabilities, mask_size), bound)
         return probabilities
 
     def _activate(self, pass_id: int) -> tuple[Member, str]:

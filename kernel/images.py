@@ -1,4 +1,4 @@
-"""Images: a file → grey pixels → the tensor that every network reads."""
+"""Images: a file → pixels, grey or RGB → the tensor that every network reads."""
 
 import functools
 import io
@@ -15,11 +15,12 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.device import to_device
 from kernel.jpeg import check_jpeg
 from kernel.logs import log
 
-Image = npt.NDArray[np.uint8]  # grey, (H, W), 0-255
+Image = npt.NDArray[np.uint8 | np.uint16]  # grey (H, W) or RGB (H, W, 3), all values of the type
 Mask = npt.NDArray[np.bool_]  # (H, W)
 Size = tuple[int, int]  # (H, W)
 
@@ -27,38 +28,48 @@ ORIENTATION = 0x112  # EXIF's and TIFF's tag
 MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
 
 
-def read_image(path: Path) -> Image:
-    """Read one image as grey, (H, W), uint8, 0-255, whatever colours the file has.
+def read_image(path: Path, competition: Competition = SEVERSTAL) -> Image:
+    """Read one image as the competition has them, whatever colours and depth the file has.
 
-    The pixels are those that the file stores: EXIF orientation would turn them away from the masks.
+    Grey (H, W) or RGB (H, W, 3), uint8 or uint16. The pixels are those that the file stores: EXIF
+    orientation would turn them away from the masks.
 
     Raises:
         OSError: the file is missing or cannot be read.
         ValueError: as `decode_image`.
     """
-    return decode_image(path.read_bytes(), str(path))
+    return decode_image(path.read_bytes(), str(path), competition)
 
 
-def decode_image(data: bytes, name: str) -> Image:
+def decode_image(data: bytes, name: str, competition: Competition = SEVERSTAL) -> Image:
     """Decode a file's bytes as `read_image` does; `name` is for the error.
 
     Raises:
         ValueError: the bytes are no image, a damaged or too large one, or of another depth.
     """
     try:
-        _check_header(data)
-        flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        colour = competition.channels == 3
+        mode = _check_header(data)
+        flags = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
+        flags |= cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None:
             raise ValueError(f"{len(data)} bytes that OpenCV does not decode")
-        _check_whole(data)
-        return _to_8_bits(pixels)
+        _check_whole(data, colour)
+        if colour and mode in GREY_MODES:
+            _log_other(name, "grey", "channels 3", "its grey stands for each")
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
+        if competition.bits == 8:
+            return _to_8_bits(pixels)
+        if pixels.dtype == np.uint8:
+            _log_other(name, "of 8 bits", "bits 16", "its white stays white")
+        return _to_16_bits(pixels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _check_header(data: bytes) -> None:
-    """Refuse what is better not decoded: no image, or one of more than `MAX_PIXELS`."""
+def _check_header(data: bytes) -> str:
+    """Refuse what is better not decoded, no image or one of over `MAX_PIXELS`; return its mode."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a large image, which is judged here
@@ -73,17 +84,25 @@ def _check_header(data: bytes) -> None:
         raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are decoded")
     if turned:  # OpenCV turns these whatever it is told
         raise ValueError("a TIFF that is to be shown turned; save it as its masks lie")
+    return header.mode
 
 
-def _check_whole(data: bytes) -> None:
+def _check_whole(data: bytes, colour: bool) -> None:
     """Refuse a file with data missing: OpenCV fills it up, and a network may see anything there."""
     if data.startswith(b"\xff\xd8"):
-        check_jpeg(data)
+        check_jpeg(data, colour)
         return
     try:
         PIL.Image.open(io.BytesIO(data)).load()
     except (OSError, SyntaxError, zlib.error) as error:
         raise ValueError(f"damaged: {error}") from error
+
+
+def _to_16_bits(pixels: npt.NDArray[Any]) -> Image:
+    """Scale 8 bits to 16; 16 bits stay as they are, for values are scaled by their type."""
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixels are {pixels.dtype}, expected 8 or 16 bits")
+    return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
 
 
 def _to_8_bits(pixels: npt.NDArray[Any]) -> Image:
@@ -99,6 +118,19 @@ def _to_8_bits(pixels: npt.NDArray[Any]) -> Image:
     bits = next(bits for bits in (10, 12, 14, 16) if highest < 2**bits)
     _log_depth(bits)
     return (pixels >> (bits - 8)).astype(np.uint8)
+
+
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # of Pillow
+_OTHERS = set[str]()  # kinds of other images that were logged
+
+
+def _log_other(name: str, what: str, said: str, instead: str) -> None:
+    """Log, once a kind, an image of another colour or depth than the description says."""
+    if what not in _OTHERS:
+        _OTHERS.add(what)
+        log.warning(
+            "%s is %s, its competition.json says %s: correct it; %s", name, what, said, instead
+        )
 
 
 @functools.cache
@@ -124,17 +156,26 @@ class Strip:
     fault: str = ""
 
 
-def decode_strip(folder: Path, name: str) -> Strip:
+def decode_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) -> Strip:
     """Read one image; a bad one costs its own rows, never the run."""
     try:
-        return Strip(name, read_image(folder / name))
+        return Strip(name, read_image(folder / name, competition))
     except Exception as error:  # one bad strip must not cost the submission
         return Strip(name, None, str(error))
 
 
+def planes_of(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An image (H, W) or (H, W, 3) as its channels' planes, (1, H, W) or (3, H, W)."""
+    return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
 def image_to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
-    """An image (H, W), uint8 → (1, 1, H, W), float32 in [0, 1], on `device`."""
-    return to_device(torch.from_numpy(image)[None, None], torch.device(device)) / 255
+    """An image, grey or RGB, 8 or 16 bits → (1, channels, H, W), float32 in [0, 1], on `device`."""
+    white = np.iinfo(image.dtype).max
+    planes = planes_of(image)
+    if image.dtype == np.uint16:
+        planes = planes.astype(np.int32)  # PyTorch's uint16 has few operations
+    return to_device(torch.from_numpy(planes)[None], torch.device(device)) / white
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -13,18 +13,17 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from kernel.command import run_command
-from kernel.competition import TIME_LIMIT_S
 from kernel.contact_sheet import draw_submission  # noqa: F401 - for the notebook's last cell
 from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, Options, Task, find_one, find_task
 from kernel.predict import Outcome, RunContext, predict_here
-from kernel.rows import LAYOUTS, Submission
+from kernel.rows import Submission
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
@@ -40,7 +39,7 @@ def check_options(options: Options) -> None:
         )
     if options.streams < 1:
         raise ValueError(f"--streams {options.streams}: expected 1 or more")
-    if not 0 < options.budget_s < math.inf:
+    if options.budget_s is not None and not 0 < options.budget_s < math.inf:
         raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
     if options.shard:
         found = re.fullmatch("([0-9]+)/([0-9]+)", options.shard)
@@ -94,8 +93,11 @@ def predict(context: RunContext, task: Task) -> Outcome:
 
 def log_findings(submission: Path, task: Task) -> None:
     """Log what the validator finds in the submission."""
+    layout = task.layout
     try:
-        findings = check_submission(submission, task.layout.columns, task.pairs, task.images)
+        findings = check_submission(
+            submission, layout.columns, task.pairs, task.images, layout.competition
+        )
         for line in findings.lines():
             log.info("%s", line)
     except Exception as error:  # a fault of the check must not cost the submission
@@ -149,18 +151,21 @@ def run(options: Options) -> dict[str, Any]:
     what = "the dataset that `kaggle datasets create` made of the bundle"
     bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
     manifest = load_manifest(bundle)
-    task = find_task(options, manifest.classes)
+    competition = manifest.competition
+    task = find_task(options, competition)
     if options.shard:
         number, count = map(int, options.shard.split("/"))
         task = task.shard(number - 1, count)
     submission = open_submission(options, task)
-    context = RunContext(options, bundle, manifest, submission, stages, start + options.budget_s)
+    budget_s = options.budget_s or competition.time_limit_s
+    options = replace(options, budget_s=budget_s)
+    context = RunContext(options, bundle, manifest, submission, stages, start + budget_s)
     with watchdog(submission, context.left_s()):
         try:
             outcome = predict(context, task)
         finally:  # interrupted too: what is done stays
             with stages("write"):
-                rows = submission.save(manifest.empty_rows or "ClassId" not in task.layout.columns)
+                rows = submission.save(manifest.empty_rows or not task.layout.may_omit_empty)
         if not options.shard:
             with stages("validate"):
                 log_findings(options.output, task)
@@ -187,8 +192,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     about = f"the rows to write (default: {SAMPLE} under --input, or every image of --images)"
     add("--sample", type=Path, help=about)
     add("--output", type=Path, default=Options.output, help="default submission.csv")
-    about = "default: the sample's own, or two-column without one"
-    add("--layout", choices=sorted(LAYOUTS), help=about)
+    about = "such as two-column; default: the sample's own, or the competition's first without one"
+    add("--layout", help=about)
     add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
     about = "run every pass, for the same submission"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
@@ -196,8 +201,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--streams", type=int, default=Options.streams, help=about)
     add("--workers", type=int, default=0, help="processes; default one a GPU")
     add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
-    about = f"seconds until everything is written; default {TIME_LIMIT_S:.0f}, Kaggle's hour"
-    add("--budget-s", type=float, default=Options.budget_s, help=about)
+    about = "seconds until everything is written; default: the competition's limit, an hour"
+    add("--budget-s", type=float, help=about)
     add("--strict", action="store_true", help="exit code 1 where a strip failed")
     add("--allow-missing-members", action="store_true", help="go on without a bad member")
     about = "seconds, work per strip and every failed strip (default: run.json beside the output)"

@@ -21,7 +21,7 @@ ALL_COEFFICIENTS = 2**64 - 1  # a bit each
 DAMAGED = "a JPEG whose data end before its last pixel: damaged or cut"
 
 
-def check_jpeg(data: bytes) -> None:
+def check_jpeg(data: bytes, colour: bool = False) -> None:
     """Raise ValueError for a JPEG that breaks off, or whose data end before its last pixel.
 
     A decoder that runs out of data makes zeros of what is missing. Bytes that are put after each
@@ -33,16 +33,17 @@ def check_jpeg(data: bytes) -> None:
         start = end
     longer += data[start:]
     try:
-        same = np.array_equal(_decode(data), _decode(bytes(longer)))
+        same = np.array_equal(_decode(data, colour), _decode(bytes(longer), colour))
     except (OSError, SyntaxError):
         same = False
     if not same:
         raise ValueError(DAMAGED)
 
 
-def _decode(data: bytes) -> npt.NDArray[np.uint8]:
+def _decode(data: bytes, colour: bool) -> npt.NDArray[np.uint8]:
     picture = PIL.Image.open(io.BytesIO(data))
-    picture.draft("L", picture.size)  # half the time: the colours are not needed
+    if not colour:
+        picture.draft("L", picture.size)  # half the time
     return np.asarray(picture)
 
 

@@ -1,18 +1,27 @@
 """The manifest `ensemble.json`: a bundle describes itself, and a wrong description is refused."""
 
-import difflib
-import json
 import math
 import re
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kernel.competition import IMAGE_SIZE, N_CLASSES, SLUG
+from kernel.checks import (
+    check_fields,
+    check_size,
+    expect,
+    is_number,
+    is_text,
+    is_whole,
+    read_json,
+    with_tuples,
+)
+from kernel.competition import SEVERSTAL, Competition, load_competition
 from kernel.tta import FLIPS
 
 MANIFEST = "ensemble.json"
+LISTS = ("flips", "image_size")  # fields that are tuples
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,13 @@ class Manifest:
     """`ensemble.json`: which members under which flips, and what becomes of their mean."""
 
     members: list[MemberSpec]
-    classes: int = N_CLASSES
+    classes: int = len(SEVERSTAL.classes)
     threshold: float = 0.55  # on the mean probability
     min_area: int = 0  # pixels; a class with fewer is left empty
     flips: tuple[str, ...] = ("none", "horizontal", "vertical")
     image_size: tuple[int, int] | None = None  # (H, W), strips are resized to it; None: are not
     empty_rows: bool = True  # three-column layout: write the rows of empty masks too
-    competition: str = SLUG
+    competition: Competition = SEVERSTAL  # in the file its slug
     format: int = 1
 
 
@@ -61,24 +70,25 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError("no members")
     _check_unique("two members named", [member.name for member in manifest.members])
     _check_unique("two members share", [member.file for member in manifest.members])
-    _expect(_is_whole(manifest.classes), "classes", manifest.classes, "a whole number")
-    if manifest.classes != N_CLASSES:
+    expect(is_whole(manifest.classes), "classes", manifest.classes, "a whole number")
+    n_classes = len(manifest.competition.classes)
+    if manifest.classes != n_classes:
         raise ValueError(
-            f"classes {manifest.classes}, the competition has {N_CLASSES}; a member with other "
+            f"classes {manifest.classes}, the competition has {n_classes}; a member with other "
             "outputs says with `channels` which of them are the classes, in order"
         )
     threshold, min_area, flips = manifest.threshold, manifest.min_area, manifest.flips
-    fits = _is_number(threshold) and 0 < threshold < 1
-    _expect(fits, "threshold", threshold, "a number between 0 and 1")
-    pixels = math.prod(IMAGE_SIZE)  # as many would leave every mask empty
-    fits = _is_whole(min_area) and 0 <= min_area < pixels
-    _expect(fits, "min_area", min_area, f"a whole number from 0 to {pixels - 1}")
-    _expect(bool(flips) and all(map(_is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
+    fits = is_number(threshold) and 0 < threshold < 1
+    expect(fits, "threshold", threshold, "a number between 0 and 1")
+    size = manifest.competition.mask_size or manifest.competition.image_size
+    most = math.prod(size) - 1 if size else math.inf  # one more would leave every mask empty
+    fits = is_whole(min_area, 0) and min_area <= most
+    expect(fits, "min_area", min_area, f"a whole number from 0 to {most}")
+    expect(bool(flips) and all(map(is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
         raise ValueError(f"flips {list(flips)}, expected some of {list(FLIPS)}, each once")
-    _check_size(manifest.image_size)
-    _expect(isinstance(manifest.empty_rows, bool), "empty_rows", manifest.empty_rows, "true, false")
-    _expect(_is_text(manifest.competition), "competition", manifest.competition, "a slug")
+    check_size(manifest.image_size)
+    expect(isinstance(manifest.empty_rows, bool), "empty_rows", manifest.empty_rows, "true, false")
     for member in manifest.members:
         try:
             _check_member(member, manifest.classes)
@@ -86,31 +96,8 @@ def check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"member {member.name}: {error}") from None
 
 
-def _is_whole(value: object) -> bool:
-    return type(value) is int  # which True is not
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _check_size(value: object) -> None:
-    sides = value if isinstance(value, tuple) else ()
-    fits = len(sides) == 2 and all(_is_whole(side) and side > 0 for side in sides)
-    _expect(fits or value is None, "image_size", value, "[height, width], whole numbers above 0")
-
-
-def _expect(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} {value!r:.200}, expected {expected}")
-
-
 def _check_unique(what: str, values: list[str]) -> None:
-    _expect(all(map(_is_text, values)), "names and files", values, "text")
+    expect(all(map(is_text, values)), "names and files", values, "text")
     value, times = Counter(values).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{what} {value!r}")
@@ -120,10 +107,10 @@ def _check_member(member: MemberSpec, classes: int) -> None:
     if Path(member.file).name != member.file or member.file in ("", ".."):
         raise ValueError(f"file {member.file!r} is not beside the manifest")
     fits = re.fullmatch("([0-9a-fA-F]{64})?", str(member.sha256)) is not None
-    _expect(fits, "sha256", member.sha256, "64 hexadecimal digits, or none")
-    _check_size(member.image_size)
-    fits = len(member.flops) == 2 and all(_is_whole(each) and each > 0 for each in member.flops)
-    _expect(fits, "flops", member.flops, "its encoder's and its decoder's")
+    expect(fits, "sha256", member.sha256, "64 hexadecimal digits, or none")
+    check_size(member.image_size)
+    fits = len(member.flops) == 2 and all(is_whole(each) and each > 0 for each in member.flops)
+    expect(fits, "flops", member.flops, "its encoder's and its decoder's")
     _check_model(member.model)
     _check_channels(member, classes)
     _check_normalisation(member)
@@ -133,14 +120,14 @@ def _check_model(model: dict[str, Any]) -> None:
     if not isinstance(model, dict) or not {"arch", "encoder_name"} <= set(model):
         raise ValueError(f"model {model!r} lacks arch or encoder_name")
     for key in ("arch", "encoder_name"):
-        _expect(_is_text(model[key]), f"model's {key}", model[key], "text")
+        expect(is_text(model[key]), f"model's {key}", model[key], "text")
     aux = model.get("aux_params")
-    _expect(aux is None or isinstance(aux, dict), "model's aux_params", aux, "an object or null")
+    expect(aux is None or isinstance(aux, dict), "model's aux_params", aux, "an object or null")
     for where, options in (("model", model), ("aux_params", aux or {})):
         for key in ("classes", "in_channels"):
             if key in options:
                 value = options[key]
-                _expect(_is_whole(value) and value > 0, f"{where}'s {key}", value, "a whole number")
+                expect(is_whole(value) and value > 0, f"{where}'s {key}", value, "a whole number")
         if options.get("activation") is not None:
             raise ValueError(
                 f"{where}'s activation {options['activation']!r}: the kernel applies the sigmoid, "
@@ -163,7 +150,7 @@ def _check_channels(member: MemberSpec, classes: int) -> None:
             )
         return
     found = member.channels
-    fits = isinstance(found, list) and all(_is_whole(c) and 0 <= c < outputs for c in found)
+    fits = isinstance(found, list) and all(is_whole(c) and 0 <= c < outputs for c in found)
     if not fits or len(set(found)) != len(found) or len(found) != classes:
         raise ValueError(f"channels {found!r}, expected {classes} different of 0 to {outputs - 1}")
 
@@ -172,7 +159,7 @@ def _check_normalisation(member: MemberSpec) -> None:
     channels = member.model.get("in_channels", 3)  # SMP's default
     for name, values in (("mean", member.mean), ("std", member.std)):
         fits = isinstance(values, list) and len(values) == channels and channels in (1, 3)
-        if not fits or not all(map(_is_number, values)):
+        if not fits or not all(map(is_number, values)):
             raise ValueError(f"{name} {values!r} for {channels} channels, expected 1 or 3 numbers")
         if max(values) > 1:
             divided = [round(value / 255, 4) for value in values]
@@ -188,71 +175,52 @@ def _check_normalisation(member: MemberSpec) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def parse_manifest(entries: dict[str, Any], path: Path) -> Manifest:
-    """Return the manifest in the JSON object of the file `path`.
+def parse_manifest(
+    entries: dict[str, Any], path: Path, competition: Competition = SEVERSTAL
+) -> Manifest:
+    """Return the manifest in the JSON object of the file `path`, of a bundle of a competition.
 
     Raises:
         ValueError: a field is missing, unknown or of another type, or a rule is broken.
     """
     try:
-        _check_fields(entries, Manifest, "the manifest")
-        _expect(isinstance(entries["members"], list), "members", entries["members"], "a list")
+        check_fields(entries, Manifest, "the manifest")
+        expect(isinstance(entries["members"], list), "members", entries["members"], "a list")
         members = [_parse_member(entry) for entry in entries["members"]]
         flips = entries.get("flips", list(Manifest.flips))
-        _expect(isinstance(flips, list), "flips", flips, f"a list of {list(FLIPS)}")
-        manifest = Manifest(**_with_tuples(entries | {"members": members}))
+        expect(isinstance(flips, list), "flips", flips, f"a list of {list(FLIPS)}")
+        slug = entries.get("competition", competition.slug)
+        expect(is_text(slug), "competition", slug, "a slug")
+        parsed = {"members": members, "competition": _with_slug(competition, slug)}
+        default = {"classes": len(competition.classes)}
+        manifest = Manifest(**with_tuples(default | entries | parsed, LISTS))
         check_manifest(manifest)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return manifest
 
 
+def _with_slug(competition: Competition, slug: str) -> Competition:
+    """The competition under the manifest's slug, which only a description's own may be."""
+    if slug != competition.slug and competition != SEVERSTAL:
+        raise ValueError(
+            f"competition {slug!r}, its description is of {competition.slug!r}: make them agree"
+        )
+    return replace(competition, slug=slug)
+
+
+def manifest_entries(manifest: Manifest) -> dict[str, Any]:
+    """Return the JSON object of a manifest."""
+    return asdict(manifest) | {"competition": manifest.competition.slug}
+
+
 def _parse_member(entry: object) -> MemberSpec:
     if not isinstance(entry, dict):
         raise ValueError(f"member {entry!r}, expected an object")
-    _check_fields(entry, MemberSpec, f"member {entry.get('name')}")
+    check_fields(entry, MemberSpec, f"member {entry.get('name')}")
     if not isinstance(entry.get("flops", []), list):
         raise ValueError(f"member {entry['name']}: flops {entry['flops']!r}, expected two numbers")
-    return MemberSpec(**_with_tuples(entry))
-
-
-def _with_tuples(entries: dict[str, Any]) -> dict[str, Any]:
-    lists = {key for key in ("flips", "image_size") if isinstance(entries.get(key), list)}
-    return entries | {key: tuple(entries[key]) for key in lists}
-
-
-def _check_fields(entries: dict[str, Any], kind: type, where: str) -> None:
-    """Raise ValueError for a field that a dataclass does not have, or one that it needs."""
-    known = {each.name: each for each in fields(kind)}
-    for key in entries:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            nearest = f"the nearest is {close[0]}" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"{where}: unknown field {key!r}; {nearest}")
-    for name, each in known.items():
-        if each.default is MISSING and each.default_factory is MISSING and name not in entries:
-            raise ValueError(f"{where}: lacks {name}")
-
-
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
-    if times > 1:
-        raise ValueError(f"{name!r} is there {times} times")
-    return dict(pairs)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise ValueError where the file is missing, or a name in it is twice."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        entries = json.loads(text, object_pairs_hook=_object_of)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested too deep
-        raise ValueError(f"{path}: no JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: no JSON object, found a {type(entries).__name__}")
-    return entries
+    return MemberSpec(**with_tuples(entry, LISTS))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -260,4 +228,4 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path}: no such file; build the bundle with build_kernel.py")
-    return parse_manifest(read_json(path), path)
+    return parse_manifest(read_json(path), path, load_competition(folder))

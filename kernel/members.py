@@ -25,6 +25,14 @@ def _select(outputs: Tensor, channels: list[int] | None) -> Tensor:
     return outputs if channels is None else outputs[:, channels]
 
 
+def to_channels(images: Tensor, channels: int) -> Tensor:
+    """RGB images (B, 3, H, W) as grey ones, by ITU-R BT.601, for a member of one channel."""
+    if images.shape[1] <= channels:
+        return images
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the tensor in another precision: channels last in fp16, rows first in fp32."""
     if tensor.dtype == dtype:
@@ -34,7 +42,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """The first half: grey images (B, 1, H, W) in [0, 1] → gates (B, classes), features.
+    """The first half: images (B, channels, H, W) in [0, 1] → gates (B, classes), features.
+
+    The images are the competition's, grey or RGB, and become what the member takes.
 
     A gate is the most that any probability of its class can be: sigmoid(presence), or 1 without a
     presence head. A network with its own `forward` (DPT) runs whole here; its logits are the
@@ -55,6 +65,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the gates, then the features from the highest resolution to the lowest."""
+        images = to_channels(images, self.mean.shape[1])
         images = (images - self.mean) / self.std  # one channel becomes the member's
         inputs = _cast(images, self.dtype)
         if self.monolithic:
@@ -103,7 +114,7 @@ class Member:
     whole: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # images → gates, probabilities
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Probabilities (B, classes, H, W) of grey images (B, 1, H, W) in [0, 1]."""
+        """Probabilities (B, classes, H, W) of images (B, channels, H, W) in [0, 1]."""
         probabilities: Tensor = self.decoder(*self.encoder(images))
         return probabilities
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernel.competition import SLUG, TIME_LIMIT_S
+from kernel.competition import SEVERSTAL, Competition
 from kernel.logs import log
-from kernel.rows import LAYOUTS, Layout, read_rows
+from kernel.rows import Layout, layouts_of, read_rows
 
 SAMPLE = "sample_submission.csv"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Options:
     streams: int = 1  # strips at once on a CPU, in threads that share its cores
     workers: int = 0  # processes; 0 is one a GPU
     shard: str = ""  # "2/3" in the second of three workers
-    budget_s: float = TIME_LIMIT_S  # from the start of `run`
+    budget_s: float | None = None  # from the start of `run`; None: the competition's limit
     strict: bool = False  # a strip that failed is an error
     allow_missing_members: bool = False
     report: Path | None = None  # None is run.json beside the output
@@ -95,8 +95,8 @@ def find_images(sample: Path, names: set[str], root: Path) -> Path:
         if shares.get(best):
             return best
     raise ValueError(
-        f"no folder below {sample.parent} or {root} holds the images of {sample.name}; "
-        "name theirs with --images"
+        f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
+        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`"
     )
 
 
@@ -129,22 +129,28 @@ def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str
     return list(dict.fromkeys(spread))
 
 
+def choose_layout(competition: Competition, name: str | None) -> Layout | None:
+    """Return the layout that was asked for by name; ValueError where there is none of it."""
+    layouts = layouts_of(competition)
+    if name is not None and name not in layouts:
+        raise ValueError(f"--layout {name!r}: {competition.slug} has {', '.join(layouts)}")
+    return layouts[name] if name else None
+
+
 def read_sample(
-    sample: Path, layout: str | None, classes: int
+    sample: Path, layout: str | None = None, competition: Competition = SEVERSTAL
 ) -> tuple[Layout, list[tuple[str, int]]]:
-    """Read a sample's layout and (image, class) pairs; ValueError for a class above `classes`."""
-    found, rows = read_rows(sample)
+    """Read a sample's layout and (image, class) pairs."""
+    asked = choose_layout(competition, layout)
+    found, rows = read_rows(sample, competition=competition)
     pairs = [(name, label) for name, label, _ in rows]
-    above = next((pair for pair in pairs if pair[1] > classes), None)
-    if above:
-        raise ValueError(f"{sample}: row {above} names a class above the members' {classes}")
     twice = len(pairs) - len(set(pairs))
     if twice:
         log.warning("%s names %d rows twice: each is written once", sample, twice)
-    return LAYOUTS[layout] if layout else found, expand_rows(pairs, classes)
+    return asked or found, expand_rows(pairs, len(competition.classes))
 
 
-def find_task(options: Options, classes: int) -> Task:
+def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
     """Return the sample's rows, or, where only `--images` is given, every image of that folder.
 
     Raises:
@@ -154,14 +160,17 @@ def find_task(options: Options, classes: int) -> Task:
     if images and not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
     if images and not sample:
-        pairs = expand_rows([(name, 0) for name in list_images(images)], classes)
-        task = Task(images, LAYOUTS[options.layout or "two-column"], pairs)
+        layout = choose_layout(competition, options.layout)
+        layout = layout or next(iter(layouts_of(competition).values()))
+        names = [name for name in list_images(images) if name.endswith(competition.suffix)]
+        pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
+        task = Task(images, layout, pairs)
     else:
-        what = f"the competition {SLUG}"
+        what = f"the competition {competition.slug}"
         sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
-        layout, pairs = read_sample(sample, options.layout, classes)
-        names = {name for name, _ in pairs}
-        task = Task(images or find_images(sample, names, options.input), layout, pairs)
+        layout, pairs = read_sample(sample, options.layout, competition)
+        known = {name for name, _ in pairs}
+        task = Task(images or find_images(sample, known, options.input), layout, pairs)
     if not task.pairs:
         raise ValueError(f"{sample or images}: names no image")
     others = set(list_images(task.images)) - set(task.names)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
@@ -24,12 +25,14 @@ from kernel.scheduling import Scheduler
 from kernel.tta import Pass
 
 
-def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Strip]:
+def decode_ahead(
+    folder: Path, names: Sequence[str], ahead: int, competition: Competition = SEVERSTAL
+) -> Iterator[Strip]:
     """Yield strips in order, up to `ahead` of them decoded beside the networks."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting: list[Future[Strip]] = []
         for name in names:
-            waiting.append(pool.submit(decode_strip, folder, name))
+            waiting.append(pool.submit(decode_strip, folder, name, competition))
             if len(waiting) > ahead:
                 yield waiting.pop(0).result()
         for strip in waiting:
@@ -38,7 +41,7 @@ def decode_ahead(folder: Path, names: Sequence[str], ahead: int) -> Iterator[Str
 
 def first_image(task: Task) -> Image | None:
     """Return the first image that can be read."""
-    strips = (decode_strip(task.images, name) for name in task.names)
+    strips = (decode_strip(task.images, name, task.layout.competition) for name in task.names)
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 
@@ -104,7 +107,8 @@ def predict_task(
 ) -> None:
     """Every image of a task through the scheduler and into the submission."""
     stages = scheduler.source.stages
-    strips = decode_ahead(task.images, task.names, ahead=4 * scheduler.batch_size)
+    rules = task.layout.competition
+    strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
     coming, count, stages.threads = timed(strips, stages, "decode"), len(task.names), streams
     states = (
         scheduler.predict_in_threads(coming, count, streams)
@@ -122,7 +126,8 @@ def predict_task(
                 outcome.work[name] = scheduler.work(state)
                 with stages("rle"):
                     masks = enumerate(state.masks, 1)
-                    submission.set_masks(name, {label: encode_rle(mask) for label, mask in masks})
+                    rles = {label: encode_rle(mask, rules) for label, mask in masks}
+                    submission.set_masks(name, rles)
             with stages("write"):
                 submission.save_throttled()
             before, since = time.monotonic(), before

@@ -1,7 +1,7 @@
 """Run-length code of masks, both ways, and what Kaggle refuses in it.
 
-Column-major and 1-indexed, as the competition's evaluation page asks: `start length` pairs, top to
-bottom and then left to right.
+`start length` pairs, in the competition's order and from its first index: Severstal's evaluation
+page asks for column-major, top to bottom and then left to right, and 1-indexed.
 """
 
 import re
@@ -9,11 +9,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask, Size
 
 
-def encode_rle(mask: Mask) -> str:
+def in_run_order(mask: Mask, competition: Competition = SEVERSTAL) -> Mask:
+    """Return a mask so turned that its runs go down its columns; a second time undoes it."""
+    return mask if competition.run_order == "columns" else mask.T
+
+
+def encode_rle(mask: Mask, competition: Competition = SEVERSTAL) -> str:
     """Return the run-length code of a mask (H, W), empty for an empty mask."""
+    mask = in_run_order(mask, competition)
     columns = np.flatnonzero(mask.any(axis=0))
     if not columns.size:
         return ""
@@ -21,31 +28,32 @@ def encode_rle(mask: Mask) -> str:
     part = mask[:, first : int(columns[-1]) + 1]  # a defect is narrow, a strip is wide
     pixels = np.zeros(part.size + 2, np.int8)  # one off pixel at each end closes every run
     pixels[1:-1] = part.T.ravel()
-    edges = np.flatnonzero(np.diff(pixels)) + 1 + first * height
+    edges = np.flatnonzero(np.diff(pixels)) + competition.first_index + first * height
     edges[1::2] -= edges[::2]  # ends become lengths
     return " ".join(map(str, edges.tolist()))
 
 
-def rle_fault(rle: str, n_pixels: int) -> str | None:
+def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> str | None:
     """Return what Kaggle would refuse in the code of an image of `n_pixels`, or None."""
+    first = competition.first_index
     words = rle.split()
     wrong = next((word for word in words if not re.fullmatch("-?[0-9]+", word)), None)
     if wrong is not None:
         return f"{wrong!r} is no number"
     if len(words) % 2:
         return f"{len(words)} numbers, expected pairs of start and length"
-    end = 0  # last pixel of the run before, from 1
+    last = first - 1  # pixel of the run before
     for start, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
         run = f"run {start} {length}"
-        if start < 1:
-            return f"{run} starts before pixel 1: is it 0-indexed?"
+        if start < first:
+            return f"{run} starts before pixel {first}" + (": is it 0-indexed?" if first else "")
         if length < 1:
             return f"{run} has no pixel"
-        if start <= end + 1 and end:
-            how = "touches" if start == end + 1 else "overlaps or comes before"
-            return f"{run} {how} the run that ends at {end}: sort and join them"
-        end = start + length - 1
-        if end > n_pixels:
+        if start <= last + 1 and last >= first:
+            how = "touches" if start == last + 1 else "overlaps or comes before"
+            return f"{run} {how} the run that ends at {last}: sort and join them"
+        last = start + length - 1
+        if last >= n_pixels + first:
             return f"{run} leaves an image of {n_pixels} pixels"
     return None
 
@@ -65,7 +73,7 @@ def join_rles(rles: Iterable[str]) -> str:
     return " ".join(f"{start} {end - start}" for start, end in joined)
 
 
-def decode_rle(rle: str, size: Size) -> Mask:
+def decode_rle(rle: str, size: Size, competition: Competition = SEVERSTAL) -> Mask:
     """Return the mask (H, W) of a run-length code.
 
     Raises:
@@ -76,7 +84,10 @@ def decode_rle(rle: str, size: Size) -> Mask:
         raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
     mask = np.zeros(size[0] * size[1], np.bool_)
     for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-        if start < 1 or length < 1 or start - 1 + length > mask.size:
+        begin = start - competition.first_index
+        if begin < 0 or length < 1 or begin + length > mask.size:
             raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
-        mask[start - 1 : start - 1 + length] = True
+        mask[begin : begin + length] = True
+    if competition.run_order == "rows":
+        return mask.reshape(size)
     return mask.reshape(size[1], size[0]).T

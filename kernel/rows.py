@@ -1,4 +1,4 @@
-"""Rows of a csv: sample, ground truth and submission, in two layouts."""
+"""Rows of a csv: sample, ground truth and submission, in the layouts of a competition."""
 
 import csv
 import gzip
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernel.competition import SEVERSTAL, SLOT, Competition
 from kernel.logs import log
 
 
@@ -22,20 +23,51 @@ def csv_line(cells: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a csv names an (image, class) pair: in one column or in two."""
+    """One of a competition's layouts, its columns in the order of a header."""
 
-    columns: tuple[str, ...]
+    cells: dict[str, str]  # column → template
+    competition: Competition
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The header."""
+        return tuple(self.cells)
+
+    @property
+    def may_omit_empty(self) -> bool:
+        """Whether rows of empty masks may be left out: where a sample does not name them."""
+        named_apart = "{class}" in self.cells.values()
+        competition = self.competition
+        return competition.empty is None or (competition.any_class is not None and named_apart)
 
     def line(self, image: str, label: int, rle: str) -> str:
         """Return one row of the csv; `label` is the class, from 1."""
-        cells = {"ImageId_ClassId": f"{image}_{label}", "ImageId": image, "ClassId": str(label)}
-        return csv_line(cells.get(column, rle) for column in self.columns)
+        competition = self.competition
+        values = {
+            "image": image.removesuffix(competition.suffix),
+            "class": competition.name_of(label),
+            "mask": rle or competition.empty or "",
+        }
+        return csv_line(
+            SLOT.sub(lambda slot: values[slot[1]], template) for template in self.cells.values()
+        )
 
 
-LAYOUTS = {  # of 2019 and of today
-    "two-column": Layout(("ImageId_ClassId", "EncodedPixels")),
-    "three-column": Layout(("ImageId", "EncodedPixels", "ClassId")),
-}
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+def layouts_of(competition: Competition) -> dict[str, Layout]:
+    """Return a competition's layouts, each named by the number of its columns."""
+    named = dict[str, Layout]()
+    for cells in competition.layouts:
+        count = len(cells)
+        name = f"{NUMBERS[count] if count < len(NUMBERS) else count}-column"
+        name = f"{name}-{len(named) + 1}" if name in named else name
+        named[name] = Layout(cells, competition)
+    return named
+
+
+LAYOUTS = layouts_of(SEVERSTAL)
 
 
 SPREADSHEET_CELL = 32_767  # characters; Excel cuts off the rest
@@ -49,22 +81,24 @@ Row = tuple[str, int, str]  # image, class, RLE
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
 
-def read_rows(path: Path, check: RowCheck = lambda _: None) -> tuple[Layout, list[Row]]:
-    """Read a csv in either layout, .gz or not: the layout, and its rows in order.
+def read_rows(
+    path: Path, check: RowCheck = lambda _: None, competition: Competition = SEVERSTAL
+) -> tuple[Layout, list[Row]]:
+    """Read a csv in any layout of a competition, .gz or not: the layout, and its rows in order.
 
-    The three-column sample names each image once, with class 0. An index column is ignored. Bytes
-    that are not UTF-8 are kept as they are.
+    An image is named as its file is, suffix and all. A row for every class of its image has class
+    0. An index column is ignored. Bytes that are not UTF-8 are kept as they are.
 
     Raises:
-        ValueError: it is no csv, the header is neither layout's, a row has another number of cells
-            or no class, or `check` objects; names the line.
+        ValueError: it is no csv, the header is no layout's, a row has another number of cells or
+            no class, or `check` objects; names the line.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     csv.field_size_limit(2**31 - 1)  # a mask of noise is long
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = csv.reader(file, strict=True)
-            layout, parse = _parse_header(next(filter(None, lines), []))
+            layout, parse = _parse_header(next(filter(None, lines), []), competition)
             rows = []
             for cells in lines:
                 if cells:
@@ -78,39 +112,54 @@ def read_rows(path: Path, check: RowCheck = lambda _: None) -> tuple[Layout, lis
     return layout, rows
 
 
-def _parse_header(header: list[str]) -> tuple[Layout, Callable[[list[str]], Row]]:
+def _parse_header(
+    header: list[str], competition: Competition
+) -> tuple[Layout, Callable[[list[str]], Row]]:
     """The layout of a header, and what makes a row of a line's cells."""
     columns = [cell.strip() for cell in header]
     index = columns[:1] in ([""], ["Unnamed: 0"])  # as pandas writes one
-    layout = Layout(tuple(columns[index:]))
-    known = [each for each in LAYOUTS.values() if set(each.columns) == set(layout.columns)]
-    if not known or len(layout.columns) != len(known[0].columns):
-        raise ValueError(_header_fault(header))
+    known = [each for each in competition.layouts if sorted(each) == sorted(columns[index:])]
+    if not known:
+        raise ValueError(_header_fault(header, competition))
+    layout = Layout({column: known[0][column] for column in columns[index:]}, competition)
+    patterns = {column: _pattern(template, competition) for column, template in known[0].items()}
 
     def parse(cells: list[str]) -> Row:
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} cells, the header has {len(header)}: {_short(cells)}")
-        named = dict(zip(columns, cells, strict=True))
-        pair = named.get("ImageId_ClassId", "").rpartition("_")
-        image, label = named.get("ImageId", pair[0]), named.get("ClassId", pair[2])
-        if not re.fullmatch("[0-9]{1,9}", label):
-            raise ValueError(f"names no class: {_short(cells)}")
-        if not image:
+        named, values = dict(zip(columns, cells, strict=True)), {"class": competition.classes[0]}
+        for column, pattern in patterns.items():
+            match = pattern.fullmatch(named[column])
+            if not match:
+                raise ValueError(_cell_fault(named[column], known[0][column], cells, competition))
+            values |= match.groupdict()
+        if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")
-        rle = named["EncodedPixels"]
+        rle = "" if values["mask"].strip() == competition.empty else values["mask"]
         if len(rle) == SPREADSHEET_CELL:
             raise ValueError(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
                 f"file that no spreadsheet has saved: {_short(cells)}"
             )
-        return image, int(label), rle
+        return values["image"] + competition.suffix, competition.class_of(values["class"]), rle
 
     return layout, parse
 
 
-def _header_fault(header: list[str]) -> str:
+def _pattern(template: str, competition: Competition) -> re.Pattern[str]:
+    """What the cells of a template look like, each slot a group."""
+    names = [*competition.classes, competition.any_class or competition.classes[0]]
+    slots = {name: f"(?P<{name}>.*)" for name in ("image", "mask")}
+    slots["class"] = f"(?P<class>{'|'.join(map(re.escape, names))})"
+    parts = SLOT.split(template)  # literal, slot, literal, …
+    text = [slots[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)]
+    return re.compile("".join(text), re.DOTALL)
+
+
+def _header_fault(header: list[str], competition: Competition) -> str:
+    """What a header that fits no layout has instead."""
     text = ",".join(header)
-    expected = " or ".join(",".join(layout.columns) for layout in LAYOUTS.values())
+    expected = " or ".join(",".join(layout) for layout in competition.layouts)
     if not header:
         return f"the file is empty, expected {expected}"
     for start, fault in NO_CSV.items():
@@ -121,6 +170,14 @@ def _header_fault(header: list[str]) -> str:
     separator = next((each for each in ";\t|" if each in text), "")
     remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
     return f"header {_short(header)}, expected {expected}{remedy}"
+
+
+def _cell_fault(cell: str, template: str, cells: list[str], competition: Competition) -> str:
+    """What a cell that does not fit its template lacks."""
+    if "{class}" not in template:
+        return f"{cell!r} does not fit {template!r}: {_short(cells)}"
+    wanted = ", ".join(competition.classes)
+    return f"names no class: {_short(cells)}; expected one of {wanted} as in {template!r}"
 
 
 def _short(cells: list[str]) -> str:
@@ -159,6 +216,7 @@ class Submission:
             OSError: the folder is missing or read-only, or the disk is full.
         """
         start = time.monotonic()
+        empty_rows = empty_rows and self.layout.competition.empty is not None
         rows = self.lines if empty_rows else self.rles.keys() & self.lines
         text = csv_line(self.layout.columns)
         text += "".join([line for pair, line in self.lines.items() if pair in rows])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.competition import IMAGE_SIZE, N_TRAINING_IMAGES, TRAINING_IMAGES_WITH_CLASS
-from kernel.images import Mask, Size, read_image, size_of
-from kernel.rle import decode_rle, rle_fault
+from kernel.competition import SEVERSTAL, Competition
+from kernel.images import Mask, Size, planes_of, read_image, size_of
+from kernel.rle import decode_rle, in_run_order, rle_fault
 from kernel.rows import Layout, read_rows
 
 Pair = tuple[str, int]  # (image, class)
@@ -29,11 +29,23 @@ def first_few(faults: Iterable[str], most: int = 3) -> list[str]:
     return listed[:most] + ([f"… and {more:,} more like this"] if more > 0 else [])
 
 
-def misplaced(found: Sequence[Pair], expected: Sequence[Pair]) -> Iterator[str]:
+def describe_row(pair: Pair, competition: Competition) -> str:
+    """Name a row by its image and, where there are several, its class."""
+    image, label = pair
+    several = len(competition.classes) > 1
+    return f"{image}, class {competition.name_of(label)}" if several else image
+
+
+def misplaced(
+    found: Sequence[Pair], expected: Sequence[Pair], competition: Competition
+) -> Iterator[str]:
     """Yield the first row that is not in the sample's place, of rows that both have once."""
     for row, wanted in zip(found, expected, strict=True):
         if row != wanted:
-            yield f"row {row} stands where the sample has {wanted}: keep the sample's order"
+            yield (
+                f"row {describe_row(row, competition)} stands where the sample has "
+                f"{describe_row(wanted, competition)}: keep the sample's order"
+            )
             return
 
 
@@ -42,16 +54,21 @@ def row_faults(
 ) -> list[str]:
     """Return missing, repeated, unknown and misplaced rows; `pairs` are the sample's.
 
-    The three-column layout may leave out rows of empty masks: all of them, or it was by mistake.
+    Where a layout may leave out rows of empty masks, it is all of them or was by mistake.
     """
     times, wanted = Counter((name, label) for name, label, _ in rows), set(pairs)
-    sparse = "ClassId" in layout.columns and all(rle for *_, rle in rows)
+    sparse = layout.may_omit_empty and all(rle for *_, rle in rows)
     lacking = [] if sparse else [pair for pair in pairs if pair not in times]
+
+    def row(pair: Pair) -> str:
+        return f"row {describe_row(pair, layout.competition)}"
+
+    in_both = [pair for pair in times if pair in wanted], [pair for pair in pairs if pair in times]
     return [
-        *first_few(f"row {pair} is missing" for pair in lacking),
-        *first_few(f"row {pair} is there {n} times" for pair, n in times.items() if n > 1),
-        *first_few(f"row {pair} is not in the sample" for pair in times if pair not in wanted),
-        *misplaced([p for p in times if p in wanted], [p for p in pairs if p in times]),
+        *first_few(f"{row(pair)} is missing" for pair in lacking),
+        *first_few(f"{row(pair)} is there {n} times" for pair, n in times.items() if n > 1),
+        *first_few(f"{row(pair)} is not in the sample" for pair in times if pair not in wanted),
+        *misplaced(*in_both, layout.competition),
     ]
 
 
@@ -70,64 +87,91 @@ class MaskStats:
     last_row: int  # and in its last, as those would that count pixels from 0
 
 
-def mask_stats(label: int, rle: str, size: Size, black: Mask | None) -> MaskStats:
+def mask_stats(
+    label: int, rle: str, size: Size, black: Mask | None, competition: Competition
+) -> MaskStats:
     """Measure one well-formed, non-empty mask."""
-    mask = decode_rle(rle, size)
-    area = int(mask.sum())
+    decoded = decode_rle(rle, size, competition)
+    mask = in_run_order(decoded, competition)  # its runs go down
+    area, height = int(mask.sum()), mask.shape[0]
     joined = float((mask[:, :-1] & mask[:, 1:]).sum() / area)
-    rows = (np.array(rle.split()[::2], np.int64) - 1) % size[0]
-    share = float("nan") if black is None else float(black[mask].mean())
-    first, last = int((rows == 0).sum()), int((rows == size[0] - 1).sum())
+    rows = (np.array(rle.split()[::2], np.int64) - competition.first_index) % height
+    share = float("nan") if black is None else float(black[decoded].mean())
+    first, last = int((rows == 0).sum()), int((rows == height - 1).sum())
     return MaskStats(label, area, joined, share, first, last)
 
 
 def check_image(
-    images: Path | None, name: str, rles: dict[int, str]
+    images: Path | None, name: str, rles: dict[int, str], competition: Competition = SEVERSTAL
 ) -> tuple[list[str], list[MaskStats]]:
-    """Return faults and measurements of an image's masks; without it, of a strip's size."""
-    size, black = IMAGE_SIZE, None
+    """Return faults and measurements of an image's masks; without it, of the usual size."""
+    size, black = competition.mask_size or competition.image_size, None
     if images:
         try:
-            image = read_image(images / name)
+            image = read_image(images / name, competition)
         except (OSError, ValueError) as error:
             return [f"{name} has a mask, but cannot be read: {error}"], []
-        size, black = size_of(image), image < 12  # JPEG's noise on black
-    faults = {label: rle_fault(rle, size[0] * size[1]) for label, rle in rles.items()}
-    words = [f"row {(name, label)}: {fault}" for label, fault in faults.items() if fault]
-    return words, [mask_stats(c, rle, size, black) for c, rle in rles.items() if not faults[c]]
+        size = competition.size_of_mask(size_of(image))
+        if competition.dark_outside and size == size_of(image):
+            black = planes_of(image).max(axis=0) < 12  # JPEG's noise on black
+    n_pixels = size[0] * size[1] if size else 2**62
+    faults = {label: rle_fault(rle, n_pixels, competition) for label, rle in rles.items()}
+    row = {label: describe_row((name, label), competition) for label in rles}
+    words = [f"row {row[label]}: {fault}" for label, fault in faults.items() if fault]
+    sound = {label: rle for label, rle in rles.items() if size and not faults[label]}
+    stats = [mask_stats(c, rle, size, black, competition) for c, rle in sound.items() if size]
+    return words, stats
 
 
-def class_table(masks: Sequence[MaskStats], labels: Iterable[int], images: int) -> list[str]:
+def class_table(
+    masks: Sequence[MaskStats],
+    labels: Iterable[int],
+    images: int,
+    competition: Competition = SEVERSTAL,
+) -> list[str]:
     """Per class: images with a mask, their share here and in training, the median area."""
-    lines = [f"{'class':>5} {'masks':>7} {'share':>7} {'training':>9} {'median area':>12}"]
+    width = max(len("class"), *map(len, competition.classes))
+    counts, of = competition.images_with_class, competition.n_training_images
+    lines = [f"{'class':>{width}} {'masks':>7} {'share':>7} {'training':>9} {'median area':>12}"]
     for label in labels:
         areas = [each.area for each in masks if each.label == label]
-        share = (
-            f"{TRAINING_IMAGES_WITH_CLASS[label] / N_TRAINING_IMAGES:.1%}"
-            if label in TRAINING_IMAGES_WITH_CLASS
-            else "?"
-        )
+        share = f"{counts[label - 1] / of:.1%}" if counts and of else "?"
         median = f"{np.median(areas):,.0f} px" if areas else "-"
-        lines.append(
-            f"{label:>5} {len(areas):>7,} {len(areas) / images:>7.1%} {share:>9} {median:>12}"
-        )
+        name, here = competition.name_of(label), f"{len(areas) / images:.1%}"
+        lines.append(f"{name:>{width}} {len(areas):>7,} {here:>7} {share:>9} {median:>12}")
     return lines
 
 
-def unlikely_counts(masks: Sequence[MaskStats], images: int) -> Iterator[str]:
+def unlikely_counts(
+    masks: Sequence[MaskStats], images: int, competition: Competition = SEVERSTAL
+) -> Iterator[str]:
     """Yield classes four times rarer or more frequent than in training, among enough images."""
     if not masks:
-        yield "all masks are empty, which scores 0.856: did the run fail?"
+        score = competition.empty_score
+        scores = "" if score is None else f", which scores {score:g}"
+        yield f"all masks are empty{scores}: did the run fail?"
         return
-    counts = Counter(each.label for each in masks)
-    for label, of_training in TRAINING_IMAGES_WITH_CLASS.items():
-        expected = images * of_training / N_TRAINING_IMAGES
-        if expected >= 5 and not expected / 4 <= counts[label] <= 4 * expected:
-            rare = "is missing" if not counts[label] else f"is on {counts[label]:,} images"
-            yield f"class {label} {rare}; training's share would be {expected:,.0f} of {images:,}"
+    found, of = Counter(each.label for each in masks), competition.n_training_images
+    for label, of_training in enumerate(competition.images_with_class or (), 1):
+        expected = images * of_training / of if of else 0
+        if expected >= 5 and not expected / 4 <= found[label] <= 4 * expected:
+            rare = "is missing" if not found[label] else f"is on {found[label]:,} images"
+            usual = f"training's share would be {expected:,.0f} of {images:,}"
+            yield f"class {competition.name_of(label)} {rare}; {usual}"
 
 
-def unlikely_masks(masks: Sequence[MaskStats]) -> Iterator[str]:
+def unlikely_areas(masks: Sequence[MaskStats], competition: Competition) -> Iterator[str]:
+    """Yield classes whose median mask is eight times smaller or larger than in training."""
+    for label, usual in enumerate(competition.median_areas or (), 1):
+        areas = [each.area for each in masks if each.label == label]
+        if len(areas) >= 5 and not usual / 8 <= np.median(areas) <= 8 * usual:
+            name, median = competition.name_of(label), np.median(areas)
+            yield f"class {name}'s median mask has {median:,.0f} px, in training {usual:,}"
+
+
+def unlikely_masks(
+    masks: Sequence[MaskStats], competition: Competition = SEVERSTAL
+) -> Iterator[str]:
     """Yield signs of masks that are transposed, flipped or shifted.
 
     On real strips at least 92 % of a mask's pixels have a neighbour to the right, and at most 18 %
@@ -138,17 +182,22 @@ def unlikely_masks(masks: Sequence[MaskStats]) -> Iterator[str]:
         return
     joined = float(np.median([each.joined for each in masks]))
     if joined < 0.6:
+        down = competition.run_order == "columns"
+        on, other = ("to the right", "rows") if down else ("below", "columns")
         yield (
-            f"masks fall into thin pieces: {joined:.0%} of the median mask's pixels go on to the "
-            "right, above 90 % in real ones; is the RLE written along the rows, or is it noise?"
+            f"masks fall into thin pieces: {joined:.0%} of the median mask's pixels go on {on}, "
+            f"above 90 % in real ones; is the RLE written along the {other}, or is it noise?"
         )
     black = float(np.mean([each.black for each in masks]))  # NaN without images: no warning
     if black > 0.05:
         yield f"{black:.0%} of a mask lies on black, beside the steel: are the masks mirrored?"
     first, last = sum(each.first_row for each in masks), sum(each.last_row for each in masks)
     if last >= 5 and last > first:
+        line, index = competition.run_order.removesuffix("s"), competition.first_index
+        line = "row" if line == "column" else "column"  # across the runs
         yield (
-            f"{last} runs start in the last row and {first} in the first: pixels are counted from 1"
+            f"{last} runs start in the last {line} and {first} in the first: "
+            f"pixels are counted from {index}"
         )
 
 
@@ -172,14 +221,19 @@ class Findings:
 
 
 def check_submission(
-    path: Path, columns: Sequence[str], pairs: list[Pair], images: Path | None = None
+    path: Path,
+    columns: Sequence[str],
+    pairs: list[Pair],
+    images: Path | None = None,
+    competition: Competition = SEVERSTAL,
 ) -> Findings:
     """Check a submission against the columns and (image, class) pairs that it must have.
 
-    With the folder `images` a mask is checked against its own image, else against `IMAGE_SIZE`.
+    With the folder `images` a mask is checked against its own image, else against the competition's
+    usual size, where that is known.
     """
     try:
-        layout, rows = read_rows(path)
+        layout, rows = read_rows(path, competition=competition)
     except (OSError, ValueError) as error:
         return Findings([str(error)], [], [])
     header = ",".join(layout.columns)
@@ -190,9 +244,14 @@ def check_submission(
         if rle:
             rles[name][label] = rle
     with ThreadPoolExecutor() as pool:
-        checked = list(pool.map(lambda item: check_image(images, *item), rles.items()))
+        checked = list(
+            pool.map(lambda item: check_image(images, item[0], item[1], competition), rles.items())
+        )
     errors += first_few(fault for faults, _ in checked for fault in faults)
     masks = [each for _, several in checked for each in several]
     labels, count = sorted({label for _, label in pairs}), len({name for name, _ in pairs})
-    unlikely = [*unlikely_counts(masks, count), *unlikely_masks(masks)] if not errors else []
-    return Findings(errors, unlikely, class_table(masks, labels, count))
+    unlikely = list[str]()
+    if not errors and (masks or not rles):  # of masks of no known size nothing is measured
+        unlikely += unlikely_counts(masks, count, competition)
+        unlikely += [*unlikely_areas(masks, competition), *unlikely_masks(masks, competition)]
+    return Findings(errors, unlikely, class_table(masks, labels, count, competition))

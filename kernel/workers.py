@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from kernel.checks import read_json
 from kernel.logs import Stages, log
-from kernel.manifest import read_json
 from kernel.mounts import Task
 from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import Submission, read_rows
@@ -58,9 +58,10 @@ def _gpu_of(number: int) -> str:
 
 def collect(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
     """Take over the masks that the workers have written so far."""
+    rules = submission.layout.competition
     for path in (folder / f"{number}.csv" for number in numbers):
         if path.is_file():
-            for image, label, rle in read_rows(path)[1]:
+            for image, label, rle in read_rows(path, competition=rules)[1]:
                 submission.set_masks(image, {label: rle})
     submission.save_throttled()
 

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kernel.competition import COMPETITION, Competition
 from kernel.logs import progress
-from kernel.manifest import MANIFEST, Manifest
+from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
@@ -26,9 +27,9 @@ BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry ru
 # --- staging --------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, entries: dict[str, Any]) -> None:
-    """Write JSON that is the same on every build."""
-    text = json.dumps(entries, indent=2, sort_keys=True, ensure_ascii=False)
+def write_json(path: Path, entries: dict[str, Any], sort_keys: bool = True) -> None:
+    """Write JSON that is the same on every build; a layout's columns have an order to keep."""
+    text = json.dumps(entries, indent=2, sort_keys=sort_keys, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -40,16 +41,17 @@ def _stage_dataset(
     bar = progress(pairs, "packing", "member")
     packed = [pack_member(source, spec, manifest, folder, openvino) for source, spec in bar]
     specs = [each.spec for each in packed]
-    write_json(folder / MANIFEST, asdict(replace(manifest, members=specs)))
+    write_json(folder / MANIFEST, manifest_entries(replace(manifest, members=specs)))
+    write_json(folder / COMPETITION, asdict(manifest.competition), sort_keys=False)
     for wheel in wheels:
         shutil.copyfile(wheel, folder / wheel.name)
     (folder / SCRIPT.name).write_text(join_modules(SCRIPT), encoding="utf-8")
     return packed
 
 
-def _stage_kernel(folder: Path, script: Path, notebook: bool) -> None:
+def _stage_kernel(folder: Path, script: Path, notebook: bool, title: str) -> None:
     if notebook:
-        write_json(folder / NOTEBOOK, build_notebook(script.read_text(encoding="utf-8")))
+        write_json(folder / NOTEBOOK, build_notebook(script.read_text(encoding="utf-8"), title))
     else:
         shutil.copyfile(script, folder / script.name)
 
@@ -85,7 +87,12 @@ def _swap_in(bundle: Path, out: Path, previous: Path) -> None:
 
 
 def build(
-    weights: Path, out: Path, owner: str | None, openvino: bool = False, notebook: bool = False
+    weights: Path,
+    out: Path,
+    owner: str | None,
+    openvino: bool = False,
+    notebook: bool = False,
+    competition: Competition | None = None,
 ) -> tuple[Metadata, list[PackedMember]]:
     """Build the bundle of the folder `weights` and put it in the place of `out`.
 
@@ -96,7 +103,7 @@ def build(
     check_out(out)
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
-    manifest, sources = read_sources(weights)
+    manifest, sources = read_sources(weights, competition)
     metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +113,7 @@ def build(
         for folder in (bundle, dataset, kernel):
             folder.mkdir()
         packed = _stage_dataset(dataset, manifest, sources, wheels, openvino)
-        _stage_kernel(kernel, dataset / SCRIPT.name, notebook)
+        _stage_kernel(kernel, dataset / SCRIPT.name, notebook, manifest.competition.title)
         write_json(dataset / DATASET_METADATA.name, metadata.dataset)
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel)
         if (out / CALIBRATION).is_file():

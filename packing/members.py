@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel.competition import IMAGE_SIZE
 from kernel.engines import openvino_files
 from kernel.images import pad_to_multiple
 from kernel.manifest import Manifest, MemberSpec
@@ -71,8 +70,8 @@ def _explained(path: Path, fault: str, remedy: str) -> Iterator[None]:
 
 
 def size_of_trial(spec: MemberSpec, manifest: Manifest) -> tuple[int, int]:
-    """Return the (H, W) that a member sees: its own, or the strips'."""
-    return spec.image_size or manifest.image_size or IMAGE_SIZE
+    """Return the (H, W) that a member sees: its own, or the competition's images', if known."""
+    return spec.image_size or manifest.image_size or manifest.competition.image_size or (256, 256)
 
 
 def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
@@ -82,7 +81,9 @@ def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
         ValueError: the network fails on it, or gives another shape or NaN.
     """
     height, width = size_of_trial(member.spec, manifest)
-    images = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(
+        1, manifest.competition.channels, height, width, generator=torch.Generator().manual_seed(0)
+    )
     images = pad_to_multiple(images, member.stride)
     with (
         _explained(path, f"fails on an image of {height}×{width}", "correct model or image_size"),
@@ -96,13 +97,13 @@ def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
         raise ValueError(f"{path}: gives NaN for a random image in fp16; retrain it")
 
 
-def count_flops(member: Member, size: tuple[int, int]) -> list[int]:
+def count_flops(member: Member, size: tuple[int, int], channels: int = 1) -> list[int]:
     """Return the FLOPs of encoder and decoder for one image (H, W), a multiply-add as 2.
 
     The member's weights are dropped: on the meta device there is no arithmetic.
     """
     encoder, decoder = member.encoder.to("meta"), member.decoder.to("meta")
-    images = pad_to_multiple(torch.empty(1, 1, *size, device="meta"), member.stride)
+    images = pad_to_multiple(torch.empty(1, channels, *size, device="meta"), member.stride)
     with torch.no_grad():
         with FlopCounterMode(display=False) as first:
             encoded = encoder(images)
@@ -111,7 +112,7 @@ def count_flops(member: Member, size: tuple[int, int]) -> list[int]:
     return [int(first.get_total_flops()), int(second.get_total_flops())]
 
 
-def pack_openvino(member: Member, folder: Path) -> int:
+def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
     """Write both halves as OpenVINO reads them, for any image size and batch; return their bytes.
 
     In fp32, twice the checkpoint's bytes: batch norm is folded here, and rounded to fp16 once more
@@ -121,7 +122,7 @@ def pack_openvino(member: Member, folder: Path) -> int:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # OpenVINO traces in a way that PyTorch calls deprecated
-        images = torch.rand(1, 1, 2 * member.stride, 3 * member.stride)
+        images = torch.rand(1, channels, 2 * member.stride, 3 * member.stride)
         encoded = member.encoder(images)
         decoder = openvino.convert_model(member.decoder, example_input=encoded)
         encoder = openvino.convert_model(member.encoder, example_input=images)
@@ -158,7 +159,7 @@ def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path
 def _pack(
     source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
 ) -> PackedMember:
-    checkpoint = read_checkpoint(source)
+    channels, checkpoint = manifest.competition.channels, read_checkpoint(source)
     _check_source(source, checkpoint, spec)
     network = load_into_model(checkpoint, spec.model)
     spec = _write_member(folder, spec, network, checkpoint.path)
@@ -168,9 +169,9 @@ def _pack(
     n_bytes = (folder / spec.file).stat().st_size
     if openvino:
         with _explained(checkpoint.path, "OpenVINO cannot read it", "build without --openvino"):
-            n_bytes += pack_openvino(member, folder)
+            n_bytes += pack_openvino(member, folder, channels)
     with _explained(checkpoint.path, "its FLOPs cannot be counted", "correct model"):
-        spec = replace(spec, flops=count_flops(member, size_of_trial(spec, manifest)))
+        spec = replace(spec, flops=count_flops(member, size_of_trial(spec, manifest), channels))
     return PackedMember(spec, n_parameters, n_bytes, checkpoint.notes)
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel.manifest import MANIFEST, Manifest, read_json
+from kernel.checks import read_json
+from kernel.competition import Competition
+from kernel.manifest import MANIFEST, Manifest
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS
 
@@ -148,6 +150,20 @@ def _owned(meta: dict[str, Any], owner: str) -> str:
     return f"{owner}/{str(meta.get('id', '')).rpartition('/')[2]}"
 
 
+def _renamed(
+    dataset: dict[str, Any], kernel: dict[str, Any], competition: Competition
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both files for another competition than the committed ones are of."""
+    words = competition.slug.replace("_", "-").split("-")
+    while len(" ".join([*words, "ensemble submission"])) > 50:  # what Kaggle allows
+        words.pop()
+    title = " ".join([*words, "ensemble"]).capitalize()  # becomes the slug again
+    owner, slug = str(dataset.get("id", "")).split("/")[0], slugify(title)
+    renamed = {"id": f"{owner}/{slug}", "title": title}
+    submission = {"id": f"{owner}/{slug}-submission", "title": f"{title} submission"}
+    return dataset | renamed, kernel | submission | {"competition_sources": [competition.slug]}
+
+
 def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False) -> Metadata:
     """Return both metadata files with one owner, checked against the Kaggle client's rules.
 
@@ -155,6 +171,8 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
         ValueError: Kaggle would refuse one; names the file, the rule, the value and the remedy.
     """
     dataset, kernel = read_json(DATASET_METADATA), read_json(KERNEL_METADATA)
+    if manifest.competition.slug not in kernel.get("competition_sources", []):
+        dataset, kernel = _renamed(dataset, kernel, manifest.competition)
     if owner:
         dataset["id"] = _owned(dataset, owner)
     files = [MANIFEST, SCRIPT.name, *WHEELS, *(member.file for member in manifest.members)]
@@ -166,7 +184,7 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
         kernel |= {"code_file": NOTEBOOK, "kernel_type": "notebook"}
     with _naming(KERNEL_METADATA):
         code_file = NOTEBOOK if notebook else SCRIPT.name
-        check_kernel(kernel, dataset["id"], manifest.competition, code_file)
+        check_kernel(kernel, dataset["id"], manifest.competition.slug, code_file)
     return metadata
 
 

@@ -3,10 +3,11 @@
 import re
 from typing import Any
 
+from kernel.competition import SEVERSTAL
 from packing.joining import GUARD
 
 TITLE_CELL = """\
-# Severstal: Steel Defect Detection, an ensemble of segmentation networks
+# TITLE, an ensemble of segmentation networks
 
 Every strip goes once through every member under every flip; the mean of the probabilities over the
 threshold becomes `submission.csv`. Add the competition and the bundle's dataset as inputs, turn the
@@ -22,15 +23,17 @@ try:
     import IPython.display
 
     options = parse_options(ARGUMENTS)
-    labels = [label for _, label, _ in read_rows(options.output)[1]]
-    task = find_task(options, classes=max(labels))
-    sheet = draw_submission(options.output, task.images)
+    what = "the bundle's dataset"
+    bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
+    competition = load_competition(bundle)
+    task = find_task(options, competition)
+    sheet = draw_submission(options.output, task.images, competition)
     display(IPython.display.Image(data=cv2.imencode(".jpg", sheet)[1].tobytes()))
 except Exception as error:  # a picture must not cost the submission
     log.warning("no contact sheet: %s", error)"""
 
 
-def build_notebook(code: str) -> dict[str, Any]:
+def build_notebook(code: str, title: str = SEVERSTAL.title) -> dict[str, Any]:
     """Return the joined code as a notebook of format 4.5, a cell for each of its sections.
 
     Raises:
@@ -39,10 +42,10 @@ def build_notebook(code: str) -> dict[str, Any]:
     if not code.endswith(GUARD):
         raise ValueError(f"the kernel's code does not end in {GUARD.strip()!r}; restore that")
     sections = re.split(r"\n+(?=# --- )", code.removesuffix(GUARD).rstrip("\n"))
-    cells = [*sections, RUN_CELL, PICTURE_CELL]
+    cells, heading = [*sections, RUN_CELL, PICTURE_CELL], TITLE_CELL.replace("TITLE", title)
     return {
         "cells": [
-            {"cell_type": "markdown", "id": "title", "metadata": {}, "source": TITLE_CELL},
+            {"cell_type": "markdown", "id": "title", "metadata": {}, "source": heading},
             *(_code_cell(number, source) for number, source in enumerate(cells)),
         ],
         "metadata": {

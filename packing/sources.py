@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kernel.manifest import MANIFEST, Manifest, parse_manifest, read_json
+from kernel.checks import read_json
+from kernel.competition import Competition, load_competition
+from kernel.manifest import MANIFEST, Manifest, parse_manifest
 from kernel.members import check_sha256
 from packing.models import read_model, with_todays_options, without_activation
 from packing.reading import no_such_checkpoint, weights_file
@@ -36,8 +38,12 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 
-def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
+def read_sources(
+    weights: Path, competition: Competition | None = None
+) -> tuple[Manifest, list[Path]]:
     """Return the bundle's manifest, hashes and flops to come, and each member's checkpoint.
+
+    The competition is the one asked for, else the one described beside the manifest.
 
     Raises:
         ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing or changed.
@@ -49,7 +55,7 @@ def read_sources(weights: Path) -> tuple[Manifest, list[Path]]:
     members = entries.get("members")
     if isinstance(members, list):
         entries = entries | {"members": [_packed_entry(weights, entry) for entry in members]}
-    manifest = parse_manifest(entries, path)
+    manifest = parse_manifest(entries, path, competition or load_competition(weights))
     sources = [_source_of(weights, entry) for entry in members or []]
     for source, spec in zip(sources, manifest.members, strict=True):
         check_sha256(weights_file(source), spec.sha256)

@@ -15,18 +15,21 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kernel.images import Image, Mask, Size
+from kernel.images import Mask, Size
 from kernel.inference import run
 from kernel.members import build_network
 from kernel.mounts import Options
 from packing.joining import join_modules
 from packing.paths import SCRIPT
+
+Grey = npt.NDArray[np.uint8]  # (H, W)
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -49,12 +52,12 @@ needs_real = pytest.mark.skipif(
 # --- images ---------------------------------------------------------------------------------------
 
 
-def draw_image(seed: int, size: Size = SMALL) -> Image:
+def draw_image(seed: int, size: Size = SMALL) -> Grey:
     """Smooth blotches under noise, grey, asserted not constant."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (4, 5)).astype(np.float32)
     noisy = cv2.resize(coarse, size[::-1]) + rng.normal(0, 20, size)
-    image: Image = np.clip(noisy, 0, 255).astype(np.uint8)
+    image: Grey = np.clip(noisy, 0, 255).astype(np.uint8)
     assert image.std() > 20
     return image
 
@@ -72,7 +75,7 @@ def save_image(path: Path, image: np.ndarray) -> None:
 
 def save_strips(
     folder: Path, names: Iterable[str], sizes: Iterable[Size] | Size = SMALL, first_seed: int = 0
-) -> dict[str, Image]:
+) -> dict[str, Grey]:
     """Draw a strip a name, all of one size or of `sizes` one by one; name → image."""
     names = list(names)
     each = [sizes] * len(names) if isinstance(sizes, tuple) else list(sizes)

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 from kernel.images import Image
 from training.metrics import Masks
 
-Pair = tuple[Image, Masks]  # grey (H, W), and its masks (classes, H, W)
+Pair = tuple[Image, Masks]  # an image, and its masks (classes, H, W)
 
 
 class RandomNoise(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
@@ -39,7 +39,7 @@ AUGMENTATIONS = v2.Compose([v2.ToDtype(torch.float32, scale=True), FLIPS, LIGHT,
 
 
 def augment(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw an augmentation of an image (1, H, W), uint8, and its masks (classes, H, W), bool.
+    """Draw an augmentation of an image (channels, H, W) and its masks (classes, H, W), bool.
 
     The image returned is float in [0, 1].
     """
@@ -48,7 +48,7 @@ def augment(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment_pairs(images: Tensor, masks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Augment images (B, 1, H, W), uint8, with masks (B, classes, H, W), bool, each on its own."""
+    """Augment images (B, channels, H, W) with masks (B, classes, H, W), bool, each on its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pairs = [augment(image, each) for image, each in zip(images, masks, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kernel.images import Image
+from kernel.images import Image, planes_of, size_of
 from training.augmentation import Pair, augment_pairs
 from training.config import Config
 from training.metrics import Masks
@@ -64,18 +64,20 @@ class Sampler:
         size = self.config.crop_size
         image, masks, label = self.sample_strip(rng, rng.random() < self.config.defect_share)
         if label is None:
-            y, x = (int(rng.integers(side)) for side in image.shape)
+            y, x = (int(rng.integers(side)) for side in size_of(image))
         else:
             y, x = rng.choice(np.argwhere(masks[label - 1]))
             y, x = (
                 int(v + rng.integers(-s // 3, s // 3 + 1))
                 for v, s in zip((y, x), size, strict=True)
             )
-        return crop_at(image, (y, x), size), crop_at(masks, (y, x), size)
+        planes = crop_at(planes_of(image), (y, x), size)
+        image = planes[0] if image.ndim == 2 else planes.transpose(1, 2, 0)
+        return image, crop_at(masks, (y, x), size)
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Batch of step i: images (B, 1, H, W), float in [0, 1], and masks (B, classes, H, W), bool.
+    """Batch of step i: images (B, channels, H, W), float in [0, 1], and masks (B, classes, H, W).
 
     The first of `sources` is drawn from where none of the others, of a share each, is.
     """
@@ -94,8 +96,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             pairs = [self.sampler(rng).sample_crop(rng) for _ in range(self.config.crops)]
         else:
             pairs = [self.sample_whole(rng)]
-        size = np.max([image.shape for image, _ in pairs], axis=0)
-        images = np.stack([pad_to_size(image, size) for image, _ in pairs])[:, None]
+        size = np.max([size_of(image) for image, _ in pairs], axis=0)
+        images = np.stack([pad_to_size(planes_of(image), size) for image, _ in pairs])
+        if images.dtype == np.uint16:  # which the augmentations do not take
+            images = (images / np.float32(np.iinfo(images.dtype).max)).astype(np.float32)
         masks = np.stack([pad_to_size(masks, size) for _, masks in pairs])
         seed = int(rng.integers(2**63))
         return augment_pairs(torch.from_numpy(images), torch.from_numpy(masks), seed)

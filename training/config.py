@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competition import N_CLASSES
+from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, MemberSpec
 from kernel.threshold import threshold_logit
 
@@ -55,7 +55,9 @@ class Config:
     learning_rate: float = 3e-4  # at 1e-3 with four crops a step the loss rises again
     mean: float = 0.34  # of grey in [0, 1], measured on the competition's strips
     std: float = 0.13
-    classes: int = N_CLASSES
+    means: tuple[float, ...] = ()  # of each channel, RGB, where one number does not hold for all
+    stds: tuple[float, ...] = ()
+    classes: int = len(SEVERSTAL.classes)
     seed: int = 0
     precision: str = "32"  # one of PRECISIONS
 
@@ -75,7 +77,7 @@ class Config:
     @property
     def level(self) -> float:
         """The logit at which the kernel's threshold cuts a mask whose gate is open."""
-        return threshold_logit(Manifest([self.spec], self.classes).threshold)
+        return threshold_logit(Manifest([self.spec]).threshold)
 
     @property
     def spec(self) -> MemberSpec:
@@ -87,7 +89,8 @@ class Config:
             "classes": self.classes,
             "aux_params": {"classes": self.classes, "pooling": "max"},
         }
-        mean, std = [self.mean] * self.channels, [self.std] * self.channels
+        mean = list(self.means) or [self.mean] * self.channels
+        std = list(self.stds) or [self.std] * self.channels
         return MemberSpec(self.name, f"{self.name}.safetensors", model, mean, std)
 
 
@@ -112,6 +115,10 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--crops {config.crops}, expected 1 or more")
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise ValueError(f"--learning-rate {config.learning_rate}, expected a number above 0")
+    if {len(config.means), len(config.stds)} - {0, config.channels}:
+        raise ValueError(f"--mean {config.means}, --std {config.stds}: one, or one a channel")
+    if not all(0 <= mean <= 1 for mean in config.means) or not all(s > 0 for s in config.stds):
+        raise ValueError(f"--mean {config.means}, --std {config.stds}: of values in [0, 1]")
     if not config.std > 0 or not 0 <= config.mean <= 1:
         raise ValueError(f"--mean {config.mean}, --std {config.std}: of grey in [0, 1]")
     shares = (config.moved_share, config.defect_share, *config.extra_shares)

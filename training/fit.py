@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log, progress
 from training.batch_norm import retake_statistics
@@ -294,7 +295,11 @@ def fit_part(
 
 
 def retake_from_strips(
-    network: Any, config: Config, paths: Sequence[Path], machine: Machine
+    network: Any,
+    config: Config,
+    paths: Sequence[Path],
+    machine: Machine,
+    competition: Competition = SEVERSTAL,
 ) -> None:
     """Take batch-norm statistics anew from some whole strips, two at a time.
 
@@ -308,7 +313,8 @@ def retake_from_strips(
     def batches() -> Iterator[Tensor]:
         pairs = list(zip(chosen[::2], chosen[1::2] or chosen, strict=False))
         for pair in progress(pairs, "batch-norm statistics", "pair"):
-            first, second = (image_to_tensor(read_image(p), machine.device) for p in pair)
+            images = (read_image(path, competition) for path in pair)
+            first, second = (image_to_tensor(image, machine.device) for image in images)
             second = second if second.shape == first.shape else first.flip(-1)
             yield module.prepare(torch.cat([first, second]))
 
@@ -338,7 +344,7 @@ def fit_network(
     crops, strips = config.parts
     seconds = fit_part(network, sources, config, crops, machine, experiment)
     if strips.steps:
-        retake_from_strips(network, config, statistics, machine)
+        retake_from_strips(network, config, statistics, machine, sources[0].competition)
         seconds += fit_part(network, sources, config, strips, machine, experiment)
     return network.to(machine.device).eval(), seconds
 
@@ -354,7 +360,7 @@ def find_crops(config: Config, device: torch.device, most: int = MAX_CROPS) -> i
         module = MemberModule(new_network(tried).to(device), tried, tried.parts[0]).train()
         masks = torch.zeros(tried.crops, tried.classes, *tried.crop_size, device=device)
         with module.autocast():
-            loss = module.batch_loss(masks[:, :1], masks)
+            loss = module.batch_loss(masks[:, :1].expand(-1, tried.channels, -1, -1), masks)
         loss.backward()  # type: ignore[no-untyped-call]
         return tried.crops
 

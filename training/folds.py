@@ -10,7 +10,8 @@ import numpy as np
 from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
 from kernel.command import run_command
-from kernel.rows import LAYOUTS, csv_line
+from kernel.competition import Competition, add_competition_option, find_competition, with_classes
+from kernel.rows import csv_line, layouts_of
 from training.config import NO_FOLD, Config
 from training.strips import Strips, read_strips
 
@@ -44,11 +45,29 @@ def check_classes(sources: Sequence[Strips]) -> None:
         raise ValueError(f"{sources[0].folder}: this fold leaves no strip to train on")
     for label in range(1, sources[0].classes + 1):
         if not any(strips.with_class(label) for strips in sources):
-            folder = sources[0].folder
-            raise ValueError(f"{folder}: no strip to train on has class {label}; see --classes")
+            folder, name = sources[0].folder, sources[0].competition.name_of(label)
+            raise ValueError(f"{folder}: no strip to train on has class {name}; see --classes")
 
 
 # --- command line ---------------------------------------------------------------------------------
+
+
+def add_competition_options(parser: argparse._ActionsContainer) -> None:
+    """Add what says how train.csv is to be read."""
+    add_competition_option(parser)
+    about = "how many there are in Severstal's layouts, 1 and so on (default: its 4)"
+    parser.add_argument("--classes", type=int, help=about)
+
+
+def read_competition(args: argparse.Namespace) -> Competition:
+    """Return the competition that these options describe; ValueError for both of them."""
+    competition = find_competition(args.competition)
+    if args.classes is None:
+        return competition
+    if args.competition:
+        raise ValueError(f"--classes {args.classes}: {args.competition} names its classes itself")
+    return with_classes(competition, args.classes)
+
 
 EXAMPLE = "  python training/folds.py --data severstal --folds 3 --fold 0 --out data/split"
 
@@ -56,7 +75,7 @@ EXAMPLE = "  python training/folds.py --data severstal --folds 3 --fold 0 --out 
 def write_strips(strips: Strips, folder: Path) -> None:
     """Copy strips and their ground truth into a folder like the competition's."""
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
-    layout = LAYOUTS["three-column"]
+    layout = list(layouts_of(strips.competition).values())[-1]
     rows = [csv_line(layout.columns)]
     for name in strips.names:
         shutil.copyfile(strips.folder / name, folder / "train_images" / name)
@@ -76,7 +95,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     add("--folds", type=int, default=Config.folds, help="default %(default)s")
     add("--fold", type=int, default=Config.fold, help="the fold held out (default %(default)s)")
-    add("--classes", type=int, default=Config.classes, help="default %(default)s")
+    add_competition_options(parser)
     add("--out", type=Path, required=True, help="folder to write; must not be there")
     return parser.parse_args(arguments)
 
@@ -87,12 +106,14 @@ def split(args: argparse.Namespace) -> int:
         raise ValueError(f"--fold {args.fold} of --folds {args.folds}: expected 0 to folds - 1")
     if args.out.exists():
         raise ValueError(f"{args.out}: is there already")
-    parts = split_folds(read_strips(args.data, args.classes), args.folds, args.fold)
+    competition = read_competition(args)
+    parts = split_folds(read_strips(args.data, competition), args.folds, args.fold)
     for strips, name in zip(parts, ("train", "held_out"), strict=True):
         write_strips(strips, args.out / name)
-        counts = [len(strips.with_class(label)) for label in range(1, args.classes + 1)]
+        counts = [len(strips.with_class(label)) for label in range(1, strips.classes + 1)]
+        names = ", ".join(strips.competition.classes)
         found = f"{len(strips.names)} strips, {len(strips.clean())} clean"
-        print(f"{args.out / name}: {found}, with class 1 to {args.classes}: {counts}")
+        print(f"{args.out / name}: {found}, with class {names}: {counts}")
     names = "".join(f"{name}\n" for name in parts[1].names)
     (args.out / "held_out.txt").write_text(names, encoding="utf-8")
     return 0

@@ -5,35 +5,42 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from kernel.competition import N_CLASSES
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Size
 from kernel.logs import log
 from kernel.rle import decode_rle, join_rles, rle_fault
 from kernel.rows import Row, read_rows
 from training.metrics import Masks
 
+NEAREST = cv2.INTER_NEAREST
+
 Truth = dict[str, dict[int, str]]  # image → class → RLE; an image without a mask is clean
 
 
-def read_truth(path: Path, classes: int = N_CLASSES) -> Truth:
-    """Read a train.csv, in either layout. Several rows of a pair, one a defect, are joined.
+def read_truth(path: Path, competition: Competition = SEVERSTAL) -> Truth:
+    """Read a train.csv, in any layout of a competition.
+
+    Several rows of an image and class, one a defect, are joined.
 
     Raises:
-        ValueError: a class is none of 1 to `classes`, or an RLE is not made of sorted, separate
+        ValueError: a class is none of the competition's, or an RLE is not made of sorted, separate
             runs; names the line.
     """
 
     def check(row: Row) -> str | None:
         name, label, rle = row
-        if rle and not 1 <= label <= classes:
-            return f"{name}: class {label}, expected 1 to {classes}"
-        fault = rle_fault(rle, n_pixels=2**62)  # the image's size is not known here
-        return f"{name}, class {label}: {fault}" if fault else None
+        if rle and not label:
+            return (
+                f"{name}: class {competition.any_class}, expected {', '.join(competition.classes)}"
+            )
+        fault = rle_fault(rle, 2**62, competition)  # the image's size is not known here
+        return f"{name}, class {competition.name_of(label)}: {fault}" if fault else None
 
     masks: defaultdict[str, dict[int, list[str]]] = defaultdict(dict)
-    for name, label, rle in read_rows(path, check)[1]:
+    for name, label, rle in read_rows(path, check, competition)[1]:
         if rle:
             masks[name].setdefault(label, []).append(rle)
         else:
@@ -63,7 +70,9 @@ def check_names(truth: Truth, names: Collection[str], path: Path, folder: Path) 
     )
 
 
-def decode_masks(truth: Truth, name: str, classes: int, size: Size) -> Masks:
+def decode_masks(
+    truth: Truth, name: str, size: Size, competition: Competition = SEVERSTAL
+) -> Masks:
     """Return the masks (classes, H, W) of one image; one that `truth` does not name is clean.
 
     Raises:
@@ -71,7 +80,19 @@ def decode_masks(truth: Truth, name: str, classes: int, size: Size) -> Masks:
     """
     rles = truth.get(name, {})
     try:
-        masks = [decode_rle(rles.get(label, ""), size) for label in range(1, classes + 1)]
+        labels = range(1, len(competition.classes) + 1)
+        masks = [decode_rle(rles.get(label, ""), size, competition) for label in labels]
     except ValueError as error:
         raise ValueError(f"the masks of {name}: {error}") from None
     return np.stack(masks)
+
+
+def decode_scored_masks(
+    truth: Truth, name: str, size: Size, competition: Competition = SEVERSTAL
+) -> Masks:
+    """Return `decode_masks` of an image of `size`, in the size of the competition's masks."""
+    masks, wanted = decode_masks(truth, name, size, competition), competition.size_of_mask(size)
+    if wanted == size:
+        return masks
+    small = [cv2.resize(m.astype(np.uint8), wanted[::-1], interpolation=NEAREST) for m in masks]
+    return np.stack(small).astype(np.bool_)

@@ -61,8 +61,8 @@ class SampledPairs:
     def __getitem__(self, index: int) -> Pair:
         rng = np.random.default_rng([self.batches.config.seed, 1, index])  # no step's numbers
         image, masks = self.batches.sample_whole(rng)
-        axes = tuple(axis for axis in (-1, -2) if rng.random() < 0.5)
-        return np.flip(image, axes).copy(), np.flip(masks, axes).copy()
+        axes = tuple(axis for axis in (1, 0) if rng.random() < 0.5)
+        return np.flip(image, axes).copy(), np.flip(masks, tuple(a + 1 for a in axes)).copy()
 
 
 def load_each(pairs: Pairs, what: str) -> Iterator[Pair]:

@@ -20,11 +20,12 @@ from typing import Any
 
 from safetensors import safe_open
 
+from kernel.checks import read_json
 from kernel.command import INTERRUPTED, run_command
-from kernel.competition import SLUG
+from kernel.competition import SEVERSTAL
 from kernel.images import read_image, size_of
 from kernel.logs import log
-from kernel.manifest import MANIFEST, Manifest, read_json
+from kernel.manifest import MANIFEST, Manifest
 from kernel.mounts import find_folders, find_one
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
@@ -120,7 +121,7 @@ def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
         members = [manifest_entry(Path(f"{name}.safetensors")) for name in finished]
         default = Manifest([])
         write_json(Path(MANIFEST), {
-            "format": default.format, "competition": default.competition,
+            "format": default.format, "competition": default.competition.slug,
             "image_size": image_size, "classes": default.classes, "threshold": default.threshold,
             "min_area": default.min_area, "flips": default.flips, "members": members,
         })  # fmt: skip
@@ -141,7 +142,7 @@ def fit_on_kaggle(args: argparse.Namespace) -> int:
     start = time.monotonic()
     if not (math.isfinite(args.hours) and args.hours > 0):
         raise ValueError(f"--hours {args.hours}, expected a number above 0")
-    data = find_one(args.input, "train.csv", f"the competition {SLUG}", "--input")
+    data = find_one(args.input, "train.csv", f"the competition {SEVERSTAL.slug}", "--input")
     bring_earlier(args.input)
     devices = list_devices(args.devices)
     workers = max(1, (os.cpu_count() or 1) // len(devices))

@@ -10,7 +10,7 @@ from segmentation_models_pytorch.base import SegmentationModel
 from torch import Tensor, nn
 
 from kernel.images import pad_to_multiple
-from kernel.members import build_network
+from kernel.members import build_network, to_channels
 from training.batch_norm import freeze_statistics
 from training.config import Config, Part
 from training.losses import Outputs, member_loss, run_network
@@ -57,7 +57,7 @@ def load_into_network(network: nn.Module, weights: Mapping[str, Tensor], presenc
 class MemberModule(L.LightningModule):
     """A network that is trained through one part's steps.
 
-    Batches are grey images (B, 1, H, W), float in [0, 1], and masks (B, classes, H, W), bool.
+    Batches are images (B, channels, H, W), float in [0, 1], and masks (B, classes, H, W), bool.
     """
 
     mean: Tensor  # (1, channels, 1, 1)
@@ -80,12 +80,13 @@ class MemberModule(L.LightningModule):
         return torch.autocast(self.mean.device.type, dtype, enabled=mixed)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return grey images (B, 1, H, W) as the network takes them: padded, normalised."""
+        """Return images (B, channels, H, W) as the network takes them: padded, normalised."""
+        images = to_channels(images, self.mean.shape[1])
         inputs = (pad_to_multiple(images, self.stride) - self.mean) / self.std
         return inputs.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Outputs:
-        """Return the logits of grey images (B, 1, H, W); masks cut to their size."""
+        """Return the logits of images (B, channels, H, W); masks cut to their size."""
         height, width = images.shape[-2:]
         outputs = run_network(self.network, self.prepare(images))
         masks = outputs.masks[..., :height, :width]
@@ -104,7 +105,7 @@ class MemberModule(L.LightningModule):
         return loss
 
     def batch_loss(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Return the loss of images (B, 1, H, W) and their masks."""
+        """Return the loss of images (B, channels, H, W) and their masks."""
         outputs = self(images).float()
         return member_loss(outputs, pad_to_multiple(masks.float(), self.stride))
 

@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 
 from kernel.command import run_command
-from kernel.competition import N_CLASSES
 from kernel.contact_sheet import Picture, add_caption, overlay_masks, stack
 from kernel.images import Image, Mask
 from training.augmentation import Pair
@@ -197,7 +196,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def draw_sheet(args: argparse.Namespace) -> int:
     """Write the contact sheet."""
-    strips, rng = read_strips(args.data, N_CLASSES), np.random.default_rng(args.seed)
+    strips, rng = read_strips(args.data), np.random.default_rng(args.seed)
     if not any(strips.truth.values()):
         raise ValueError(f"{args.data}: no strip has a defect")
     pictures: list[Picture] = []

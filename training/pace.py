@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from kernel.checks import read_json
 from kernel.logs import log
-from kernel.manifest import read_json
 from training.batches import Batches
 from training.config import Config
 from training.fit import Machine, Watch, fit_within_memory, take_steps

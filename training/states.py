@@ -48,6 +48,7 @@ def describe_experiment(config: Config, data: str, start_from: str) -> dict[str,
     `data` and `start_from` are hashes. The number of crops may shrink on the way.
     """
     described = asdict(config) | {"data": data, "start_from": start_from}
+    described = {k: v for k, v in described.items() if v or k not in ("means", "stds")}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
 
 

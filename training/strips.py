@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import read_image, size_of
 from kernel.mounts import list_images
 from training.augmentation import Pair
@@ -17,12 +18,17 @@ class Strips:
     folder: Path
     names: list[str]
     truth: dict[str, dict[int, str]]  # image → class → RLE
-    classes: int
+    competition: Competition = SEVERSTAL
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return len(self.competition.classes)
 
     def load(self, name: str) -> Pair:
         """Return one image (H, W) and its masks (classes, H, W)."""
-        image = read_image(self.folder / name)
-        return image, decode_masks(self.truth, name, self.classes, size_of(image))
+        image = read_image(self.folder / name, self.competition)
+        return image, decode_masks(self.truth, name, size_of(image), self.competition)
 
     def with_class(self, label: int) -> list[str]:
         """Return the images that have a mask of class `label`."""
@@ -59,7 +65,7 @@ def image_names(folder: Path) -> list[str]:
     return names
 
 
-def read_strips(data: Path, classes: int) -> Strips:
+def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
     """Read what train.csv says of every image of `data`/train_images.
 
     Raises:
@@ -68,11 +74,11 @@ def read_strips(data: Path, classes: int) -> Strips:
     path, folder = data / "train.csv", data / "train_images"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data is a folder with train.csv, train_images/")
-    truth = read_truth(path, classes)
+    truth = read_truth(path, competition)
     names = image_names(folder)
     check_names(truth, names, path, folder)
     missing = sorted(set(truth) - set(names))
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(f"{data}: train.csv names {missing[0]}{others}, which train_images lacks")
-    return Strips(folder, names, truth, classes)
+    return Strips(folder, names, truth, competition)

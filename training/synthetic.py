@@ -8,7 +8,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 
 from kernel.command import run_command
 from kernel.competition import (
-    IMAGE_SIZE,
-    N_CLASSES,
     N_CLEAN_TRAINING_IMAGES,
-    N_TRAINING_IMAGES,
-    TRAINING_IMAGES_WITH_CLASS,
+    SEVERSTAL,
+    Competition,
+    add_competition_option,
+    find_competition,
 )
 from kernel.images import read_image
 from kernel.logs import progress
-from kernel.mounts import list_images
+from kernel.mounts import expand_rows, list_images
 from kernel.rle import decode_rle, encode_rle, rle_fault
-from kernel.rows import LAYOUTS
+from kernel.rows import LAYOUTS, Layout, layouts_of, write_submission
 from training.ground_truth import read_truth
 
 Rng = np.random.Generator
@@ -41,9 +41,12 @@ Span = tuple[int, int]  # first and last column of the steel, the rest is dark m
 Size = tuple[int, int]  # (H, W)
 Point = tuple[float, float] | NDArray[np.float64]  # (x, y)
 
+IMAGE_SIZE = (256, 1600)  # (H, W)
+N_CLASSES = len(SEVERSTAL.classes)
+N_TRAINING_IMAGES = SEVERSTAL.n_training_images or 0
 N_DEFECTIVE = N_TRAINING_IMAGES - N_CLEAN_TRAINING_IMAGES
 DEFECTIVE = N_DEFECTIVE / N_TRAINING_IMAGES  # share of the strips
-SHARES = tuple(map(float, TRAINING_IMAGES_WITH_CLASS.values()))  # of class 1, 2, 3, 4
+SHARES = tuple(map(float, SEVERSTAL.images_with_class or ()))  # of class 1, 2, 3, 4
 SECOND_CLASS = 429 / N_DEFECTIVE  # 7,095 (image, class) pairs on 6,666 defective images
 DARK = 15  # grey levels; what is darker on a real strip lies beside the steel
 TRAIN, TEST = 0, 1  # splits, the second word of every strip's seed
@@ -682,6 +685,7 @@ class Plan:
     size: Size
     evenly: bool  # whether few strips too have their share of defects
     real: RealParts
+    competition: Competition = SEVERSTAL
 
 
 def write_strip(plan: Plan, index: int) -> tuple[str, list[str]]:
@@ -692,13 +696,31 @@ def write_strip(plan: Plan, index: int) -> tuple[str, list[str]]:
     else:
         classes = draw_classes(rng, plan.shares)
     image, masks = synthesize_strip(rng, classes, plan.size, plan.real)
-    name = strip_name(plan.seed, plan.split, index)
+    name, rules = strip_name(plan.seed, plan.split, index), plan.competition
+    if rules.suffix or rules.bits == 16:
+        name = Path(name).stem + (rules.suffix or ".png")
     quality = 95 if rng.random() < 0.8 else 90  # the quantisation tables of the real files
     path = plan.folder / name
-    written = cv2.imwrite(str(path), cv2.merge([image] * 3), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    options = [] if path.suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, quality]
+    written = cv2.imwrite(str(path), coloured(image, rules), options)
     if not written:
         raise ValueError(f"cannot write {path}: is the folder there and writable?")
-    return name, [encode_rle(mask) for mask in masks]
+    return name, [encode_rle(mask, rules) for mask in grouped(masks, rules)]
+
+
+def coloured(image: NDArray[np.uint8], competition: Competition) -> NDArray[np.uint8 | np.uint16]:
+    """A grey image as a competition's files have them; BGR where there is colour, rusty."""
+    shares = (0.7, 0.85, 1.0) if competition.channels == 3 else (1.0,) * 3
+    picture = np.dstack([image * share for share in shares])
+    if competition.bits == 8:
+        return picture.astype(np.uint8)
+    return picture[..., : competition.channels].astype(np.uint16) * 257
+
+
+def grouped(masks: NDArray[np.bool_], competition: Competition) -> list[Mask]:
+    """The four kinds of defects as a competition's classes: every n-th one together."""
+    count = len(competition.classes)
+    return [np.asarray(masks[i::count].any(axis=0), np.bool_) for i in range(count)]
 
 
 def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]]:
@@ -714,8 +736,17 @@ def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]
         return sorted(progress(strips, what, "strip", count))
 
 
-def write_truth(path: Path, strips: Sequence[tuple[str, list[str]]], layout: str) -> None:
-    """Write the ground truth: four rows a strip, or in three columns the non-empty ones."""
+def write_truth(
+    path: Path,
+    strips: Sequence[tuple[str, list[str]]],
+    layout: str,
+    competition: Competition = SEVERSTAL,
+) -> None:
+    """Write the ground truth: a row a class, or in Severstal's three columns the non-empty ones."""
+    if competition != SEVERSTAL:
+        rles = {(name, n): run for name, runs in strips for n, run in enumerate(runs, 1)}
+        write_submission(path, layouts_of(competition)[layout], rles, rles)
+        return
     rows = [(name, n, run) for name, runs in strips for n, run in enumerate(runs, 1)]
     truth = pd.DataFrame(rows, columns=["ImageId", "ClassId", "EncodedPixels"])
     if layout == "two-column":
@@ -737,26 +768,45 @@ def write_competition(
     jobs: int = 1,
     evenly: bool = False,
     real: RealParts = NOTHING_REAL,
+    competition: Competition = SEVERSTAL,
 ) -> None:
     """Write a folder like the competition's, and test.csv, which Kaggle keeps to itself.
 
     `shares` weighs the classes of the train strips; the test strips keep the real proportions.
     `evenly` keeps the share of strips with a defect among few strips too, not only among many.
-    `real` is for train and test strips alike.
+    `real` is for train and test strips alike. Another competition's four kinds of defects are
+    shared out among its classes.
     Raises ValueError for an unknown layout.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, expected one of {list(LAYOUTS)}")
-    train_plan = Plan(folder / "train_images", TRAIN, seed, shares, size, evenly, real)
-    test_plan = Plan(folder / "test_images", TEST, seed, SHARES, size, evenly, real)
+    layouts = layouts_of(competition)
+    layout = list(layouts)[-1] if competition != SEVERSTAL else layout
+    if layout not in layouts:
+        raise ValueError(f"layout is {layout!r}, expected one of {list(layouts)}")
+    beside = size, evenly, real, competition
+    train_plan = Plan(folder / "train_images", TRAIN, seed, shares, *beside)
+    test_plan = Plan(folder / "test_images", TEST, seed, SHARES, *beside)
     train_strips = write_split(train_plan, train, jobs)
     test_strips = write_split(test_plan, test, jobs)
-    write_truth(folder / "train.csv", train_strips, layout)
-    write_truth(folder / "test.csv", test_strips, layout)
-    everything = f"1 {size[0] * size[1]}"  # the real sample: all pixels, of no class
-    sample = [(name, everything, 0) for name, _ in test_strips]
-    columns = ["ImageId", "EncodedPixels", "ClassId"]
-    pd.DataFrame(sample, columns=columns).to_csv(folder / "sample_submission.csv", index=False)
+    write_truth(folder / "train.csv", train_strips, layout, competition)
+    write_truth(folder / "test.csv", test_strips, layout, competition)
+    names = [name for name, _ in test_strips]
+    write_sample(folder / "sample_submission.csv", names, competition, size)
+
+
+def write_sample(path: Path, names: Sequence[str], competition: Competition, size: Size) -> None:
+    """Write a sample of images: a row for all of an image's classes, or one for each.
+
+    With `any_class` it is written as Severstal's real one is, every pixel of `size` on.
+    """
+    layout = list(layouts_of(competition).values())[-1]  # today's
+    if competition.any_class is not None and layout.may_omit_empty:
+        rows = [(name, 0) for name in names]
+        whole = f"{competition.first_index} {size[0] * size[1]}"
+        write_submission(path, layout, rows, dict.fromkeys(rows, whole))
+        return
+    rows = expand_rows([(name, 0) for name in names], len(competition.classes))
+    named = replace(competition, empty=competition.empty or "")  # a sample names every row
+    write_submission(path, Layout(layout.cells, named), rows, {})
 
 
 # --- command line ------------------------------------------------------------
@@ -786,7 +836,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--layout", choices=LAYOUTS, default="three-column", help="of train.csv")
     about = "weights of class 1, 2, 3, 4 in train; test stays as on Kaggle (default %(default)s)"
     add("--shares", type=float, nargs=N_CLASSES, default=SHARES, help=about)
-    add("--size", type=parse_size, default=IMAGE_SIZE, help="HEIGHTxWIDTH in pixels, 256x1600")
+    add("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the competition's)")
+    add_competition_option(parser)
     add("--jobs", type=int, default=1, help="processes that draw")
     about = "a train.csv of real 256×1600 strips, whose masks the defects are drawn into"
     add("--masks", type=Path, metavar="TRAIN.CSV", help=about)
@@ -819,9 +870,11 @@ def read_real_parts(args: argparse.Namespace) -> RealParts:
 
 def write_strips(args: argparse.Namespace) -> int:
     """Write the strips that the command line asks for."""
+    competition = find_competition(args.competition)
+    size = args.size or competition.image_size or IMAGE_SIZE
     write_competition(
-        args.out, args.train, args.test, args.seed, args.layout, args.shares, args.size, args.jobs,
-        real=read_real_parts(args),
+        args.out, args.train, args.test, args.seed, args.layout, args.shares, size, args.jobs,
+        real=read_real_parts(args), competition=competition,
     )  # fmt: skip
     return 0
 

@@ -25,6 +25,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,11 +34,18 @@ from torch import Tensor
 
 from kernel.command import run_command
 from kernel.device import pick_device
+from kernel.images import image_to_tensor, read_image
 from kernel.logs import log
+from kernel.members import to_channels
 from training.batches import Batches
 from training.config import NO_FOLD, PRECISIONS, Config, check_config
 from training.fit import Machine, find_crops, fit_network, fit_within_memory
-from training.folds import check_classes, split_folds
+from training.folds import (
+    add_competition_options,
+    check_classes,
+    read_competition,
+    split_folds,
+)
 from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
 from training.module import MemberModule
 from training.moved_defects import METHODS
@@ -82,7 +90,9 @@ def parse_extra(text: str) -> tuple[Path, float]:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add what is trained on."""
-    add = parser.add_argument_group("strips").add_argument
+    group = parser.add_argument_group("strips")
+    add_competition_options(group)
+    add = group.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     about = "a further folder like it and the share of the draws that come from it; never held out"
     add("--extra", type=parse_extra, nargs="+", default=[], metavar="FOLDER=SHARE", help=about)
@@ -91,7 +101,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     about = "the fold held out for validation, or none (default 0)"
     add("--fold", type=parse_fold, default=Config.fold, help=about)
     add("--folds", type=int, default=Config.folds, help="default %(default)s")
-    add("--classes", type=int, default=Config.classes, help="default %(default)s")
     about = "share of the defects that are moved to another strip (default %(default)s)"
     add("--moved-share", type=float, default=Config.moved_share, help=about)
     about = "how they are moved (default %(default)s)"
@@ -112,8 +121,11 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--start-from", type=Path, help=about)
     about = "of the network's input (default %(default)s)"
     add("--channels", type=int, choices=(1, 3), default=Config.channels, help=about)
-    add("--mean", type=float, default=Config.mean, help="of grey in [0, 1] (default %(default)s)")
-    add("--std", type=float, default=Config.std, help="default %(default)s")
+    about = (
+        "of values in [0, 1], one or one a channel, RGB (default: Severstal's 0.34, else measured)"
+    )
+    add("--mean", type=float, nargs="+", help=about)
+    add("--std", type=float, nargs="+", help="likewise (default: Severstal's 0.13, else measured)")
     about = "steps on crops (default %(default)s)"
     add("--crop-steps", type=int, default=Config.crop_steps, help=about)
     about = "steps on whole strips (default %(default)s)"
@@ -191,8 +203,45 @@ def choose_device(asked: str | None) -> torch.device:
     return device
 
 
-def read_config(args: argparse.Namespace, device: torch.device) -> Config:
-    """Return the experiment that the command line describes.
+def measure_normalisation(strips: Strips, channels: int, most: int = 64) -> dict[str, Any]:
+    """Return mean and std of each channel of some images, as a network of `channels` sees them."""
+    step, sums = max(len(strips.names) // most, 1), []
+    for name in strips.names[::step]:
+        image = read_image(strips.folder / name, strips.competition)
+        planes = to_channels(image_to_tensor(image), channels)[0].double()
+        sums.append(torch.stack([planes.mean(dim=(1, 2)), planes.square().mean(dim=(1, 2))]))
+    mean, square = torch.stack(sums).mean(dim=0)
+    std = (square - mean**2).clamp_min(1e-8).sqrt()
+    return normalisation([round(float(v), 4) for v in mean], [round(float(v), 4) for v in std])
+
+
+def normalisation(mean: list[float], std: list[float]) -> dict[str, Any]:
+    """Return the fields of a `Config` for one number, or one a channel."""
+    if len(mean) == len(std) == 1:
+        return {"mean": mean[0], "std": std[0]}
+    return {"means": tuple(mean), "stds": tuple(std)}
+
+
+def choose_normalisation(args: argparse.Namespace, strips: Strips) -> dict[str, Any]:
+    """Return the normalisation that was asked for, else Severstal's, else what is measured.
+
+    Raises:
+        ValueError: --mean comes without --std, or they have different lengths.
+    """
+    mean, std = args.mean, args.std
+    if args.competition is None:
+        mean, std = mean or [Config.mean], std or [Config.std]
+    if mean is None and std is None:
+        found = measure_normalisation(strips, args.channels)
+        log.info("mean and std of the images: %s", list(found.values()))
+        return found
+    if not mean or not std or len(mean) != len(std):
+        raise ValueError(f"--mean {mean}, --std {std}: give both, of one length")
+    return normalisation(mean, std)
+
+
+def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) -> Config:
+    """Return the experiment that the command line describes, for strips to train on.
 
     Raises:
         ValueError: a value that no experiment can have.
@@ -203,13 +252,17 @@ def read_config(args: argparse.Namespace, device: torch.device) -> Config:
         raise ValueError("--precision 16-mixed needs a GPU; on a CPU 32 or bf16-mixed")
     config = Config(
         name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
-        crop_steps=args.crop_steps, whole_steps=args.whole_steps, classes=args.classes,
+        crop_steps=args.crop_steps, whole_steps=args.whole_steps, 
+        classes=strips.classes,
         seed=args.seed, learning_rate=args.learning_rate, precision=precision,
         evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
-        mean=args.mean, std=args.std, crops=args.crops, moved_share=args.moved_share,
+        **choose_normalisation(args, strips), crops=args.crops, moved_share=args.moved_share,
         moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
     )  # fmt: skip
     check_config(config)
+    rules = strips.competition
+    if config.moved_share and (rules.channels, rules.bits) != (1, 8):
+        raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
     if not config.crops and not cuda:
         raise ValueError("--crops auto needs a GPU, whose memory it fills")
     if args.minutes and not (0 < args.minutes < math.inf and config.steps):
@@ -256,9 +309,9 @@ def choose_head_pairs(
     if asked == "train":
         batches = Batches(sources, config)
         return SampledPairs(batches, most), scored
-    strips = Strips(Path(asked), [], {}, config.classes)
+    strips = Strips(Path(asked), [], {}, held_out.competition)
     if asked != "none":
-        strips = read_strips(Path(asked), config.classes)
+        strips = read_strips(Path(asked), held_out.competition)
     return StripPairs(strips.some(0, most)), scored
 
 
@@ -267,11 +320,11 @@ def choose_head_pairs(
 
 def train(args: argparse.Namespace) -> int:
     """Fit, write the checkpoint, validate, and add a row to experiments.csv."""
-    device = choose_device(args.device)
-    config, machine = read_config(args, device), read_machine(args, device)
-    own = read_strips(args.data, config.classes)
+    device, competition = choose_device(args.device), read_competition(args)
+    own = read_strips(args.data, competition)
+    config, machine = read_config(args, device, own), read_machine(args, device)
     train_strips, held_out = split_folds(own, config.folds, config.fold)
-    sources = [train_strips, *(read_strips(path, config.classes) for path, _ in args.extra)]
+    sources = [train_strips, *(read_strips(path, competition) for path, _ in args.extra)]
     check_classes(sources)
     counts = " + ".join(str(len(strips.names)) for strips in sources)
     log.info("%s: %s strips to train on, %d held out, on %s in %s", config.name, counts,

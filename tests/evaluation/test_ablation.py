@@ -132,7 +132,7 @@ def test_the_dice_of_a_setting_is_that_of_the_masks_it_gives(
 ) -> None:
     truth = read_truth(strips / "train.csv")
     names = sorted(path.name for path in (strips / "train_images").iterdir())
-    masks = [decode_masks(truth, name, 4, SMALL) for name in names]
+    masks = [decode_masks(truth, name, SMALL) for name in names]
     stats, kept = AblationStats([0, 4, 8]), [0, 4, 8]
     for found, true in zip(recorded, masks, strict=True):
         stats.add(found, true, THRESHOLDS)

@@ -277,7 +277,7 @@ def test_a_submission_that_kaggle_would_refuse_is_not_ready(
     images = strips / "test_images"
     assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == 1
     out = capfd.readouterr().out
-    assert "== Not ready for Kaggle: submission.csv is invalid: row (" in out
+    assert "== Not ready for Kaggle: submission.csv is invalid: row " in out
     assert "order" in out.partition("== Not ready")[2]
 
 

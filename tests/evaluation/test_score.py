@@ -34,7 +34,7 @@ def scores_of_a_submission(dataset: Path, labelled_strips: Path, folder: Path) -
     for name in sorted({name for name, _ in rows}):
         found: Masks = np.stack([decode_by_hand(rows[name, label], SMALL) for label in LABELS])
         assert found.any()
-        scores.add(found, decode_masks(truth, name, 4, SMALL))
+        scores.add(found, decode_masks(truth, name, SMALL))
     return scores.summary() | {"intervals": scores.intervals()}
 
 

@@ -40,3 +40,13 @@ def test_a_sample_that_is_missing_is_one_line_and_code_2(
     answer = write_answer(tmp_path / "mine.csv", ["a.jpg"])
     assert exit_code(validate.main, answer, "--sample", tmp_path / "gone.csv") == 2
     assert "gone.csv" in error_of(capsys.readouterr().err)
+
+
+def test_a_sample_of_another_competition_names_the_description_that_fits_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.csv").write_text("id,class,predicted\na_1,stomach,\n")
+    assert exit_code(validate.main, tmp_path / "s.csv", "--sample", tmp_path / "s.csv") == 2
+    message = error_of(capsys.readouterr().err)
+    assert "line 1: header id,class,predicted, expected" in message
+    assert message.endswith("it fits --competition uw-madison")

@@ -16,7 +16,7 @@ NAMES |= st.sampled_from(
     ["a,b.jpg", 'a"b.jpg', "a\nb.jpg", "NA", "nan", "1e5", "a_1.jpg", " x.jpg "]
 )
 RLES = st.sampled_from(["", "1 3", "5 2 9 4", "nan", "1 409600"])
-ROWS = st.lists(st.tuples(NAMES, st.integers(0, 9), RLES), max_size=8)
+ROWS = st.lists(st.tuples(NAMES, st.integers(0, 4), RLES), max_size=8)
 
 
 @settings(max_examples=300, deadline=None)
@@ -143,6 +143,6 @@ def test_bytes_that_are_no_utf_8_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_caller_objects_to_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,1 3\n\nb.jpg,5,1 3\n")
-    with pytest.raises(ValueError, match=r"rows\.csv: line 4: class 5"):
-        read_rows(tmp_path / "rows.csv", lambda row: f"class {row[1]}" if row[1] > 4 else None)
+    (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,1 3\n\nb.jpg,4,1 3\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: line 4: class 4"):
+        read_rows(tmp_path / "rows.csv", lambda row: f"class {row[1]}" if row[1] > 3 else None)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel.competition import Competition
 from kernel.early_exit import Tally
 from kernel.manifest import Manifest, MemberSpec
 
@@ -292,3 +293,11 @@ def test_a_class_that_was_proven_is_open_again_when_a_pass_is_dropped() -> None:
     assert tally.open == [0]  # the second is on by 1.0 > 0.9
     add_probabilities(tally, torch.tensor([0.9, 0.05])[:, None, None])
     assert tally.masks((1, 1)).ravel().tolist() == [True, True]
+
+
+def test_masks_that_gates_alone_prove_empty_have_the_competitions_size() -> None:
+    for mask_size, expected in ((None, SIZE), ((2, 4), (2, 4))):
+        tally = Tally(1, Manifest([], competition=Competition(mask_size=mask_size)), True)
+        add_gates(tally, [0.0] * 4)
+        assert not tally.open
+        assert tally.masks(SIZE).shape == (4, *expected)

@@ -109,7 +109,7 @@ def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) ->
     path = tmp_path / "sample.csv"
     path.write_bytes(data)
     try:
-        layout, pairs = read_sample(path, None, 4)
+        layout, pairs = read_sample(path)
     except ValueError as error:
         assert str(path) in str(error)
         return

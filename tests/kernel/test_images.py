@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import SMALL, draw_image, encode_image, save_image
 
-from kernel.images import decode_strip, pad_to_multiple, read_image
+from kernel.competition import Competition
+from kernel.images import decode_strip, image_to_tensor, pad_to_multiple, read_image
 
 # --- what is read ---------------------------------------------------------------------------------
 
@@ -119,3 +120,57 @@ def test_padding_repeats_the_last_row_and_column() -> None:
     padded = pad_to_multiple(torch.from_numpy(image)[None, None].float(), 8)
     expected = np.pad(image, ((0, 2), (0, 6)), mode="edge")
     np.testing.assert_array_equal(padded[0, 0].numpy(), expected)
+
+
+# --- colour and depth -----------------------------------------------------------------------------
+
+RGB = Competition(channels=3)
+DEEP = Competition(bits=16)
+
+
+def test_a_colour_competitions_images_are_rgb_in_that_order(tmp_path: Path) -> None:
+    planes = [draw_image(seed, (8, 12)) for seed in range(3)]
+    rgb = np.dstack(planes)
+    PIL.Image.fromarray(rgb).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", RGB), rgb)
+    tensor = image_to_tensor(read_image(tmp_path / "a.png", RGB))
+    assert tensor.shape == (1, 3, 8, 12)
+    np.testing.assert_array_equal(tensor[0].numpy(), np.float32(np.stack(planes)) / np.float32(255))
+
+
+def test_16_bits_are_scaled_by_their_type_and_not_by_what_they_hold(tmp_path: Path) -> None:
+    deep = draw_image(0, (8, 12)).astype(np.uint16) * 7
+    PIL.Image.fromarray(deep).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", DEEP)
+    assert image.dtype == np.uint16
+    np.testing.assert_array_equal(image, deep)
+    tensor = image_to_tensor(image)
+    np.testing.assert_allclose(tensor[0, 0].numpy(), deep / 65535, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("competition", "words"),
+    [(RGB, "a.png is grey, its competition.json says channels 3"), (DEEP, "of 8 bits, its comp")],
+)
+def test_another_colour_or_depth_than_said_is_named_once_and_read_all_the_same(
+    competition: Competition,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("kernel.images._OTHERS", set())
+    grey = draw_image(0, (8, 12))
+    for name in ("a.png", "b.png"):
+        save_image(tmp_path / name, grey)
+        tensor = image_to_tensor(read_image(tmp_path / name, competition))
+        np.testing.assert_allclose(tensor[0, -1].numpy(), grey / 255, rtol=1e-6)
+    [message] = caplog.messages
+    assert words in message
+
+
+def test_a_colour_jpeg_that_is_cut_is_refused(tmp_path: Path) -> None:
+    data = encode_image(".jpg", np.dstack([draw_image(seed) for seed in range(3)]))
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    with pytest.raises(ValueError, match=r"a\.jpg: a JPEG"):
+        read_image(tmp_path / "a.jpg", RGB)

@@ -56,7 +56,7 @@ def test_everything_is_found_where_kaggle_may_mount_it(case: str, tmp_path: Path
     bundle, sample, images = MOUNTS[case]
     mount(tmp_path, bundle, sample, images)
     found = find_one(tmp_path, MANIFEST, "the bundle", "--bundle")
-    task = find_task(Options(input=tmp_path), 4)
+    task = find_task(Options(input=tmp_path))
     assert found == tmp_path / bundle
     assert task.images == tmp_path / images
     assert task.names == ["a.jpg", "b.jpg"]
@@ -91,6 +91,6 @@ def test_an_empty_tree_says_what_is_missing_and_which_source_to_add(tmp_path: Pa
 def test_a_tree_without_the_competition_names_it_and_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "ensemble" / MANIFEST, "{}")
     with pytest.raises(ValueError, match=r"no sample_submission\.csv under .* there is ensemble:"):
-        find_task(Options(input=tmp_path), 4)
+        find_task(Options(input=tmp_path))
     with pytest.raises(ValueError, match=f"add the competition {COMPETITION} to the kernel's"):
-        find_task(Options(input=tmp_path), 4)
+        find_task(Options(input=tmp_path))

@@ -112,7 +112,7 @@ def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
     (root / "severstal").symlink_to(real)
     (real / "back").symlink_to(root)
     assert find_one(root, "sample_submission.csv", "", "") == root / "severstal"
-    task = find_task(Options(input=root), 4)
+    task = find_task(Options(input=root))
     assert task.images == root / "severstal" / "test_images"
     assert task.names == ["a.png"]
 

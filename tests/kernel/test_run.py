@@ -11,6 +11,7 @@ from helpers import (
     LABELS,
     SMALL,
     STRIPS,
+    Grey,
     change_manifest,
     decode_by_hand,
     edit_manifest,
@@ -29,12 +30,10 @@ from PIL import Image as Pillow
 from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 
-from kernel.images import Image
-
 BIAS = "segmentation_head.0.bias"
 
 
-def assert_rows(rles: dict[tuple[str, int], str], bundle: Path, images: dict[str, Image]) -> None:
+def assert_rows(rles: dict[tuple[str, int], str], bundle: Path, images: dict[str, Grey]) -> None:
     """Every row of these images holds the double loop's mask."""
     for name, image in images.items():
         mean = mean_by_hand(bundle, image)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import LABELS, write_sample
 
+from kernel.competition import Competition
 from kernel.mounts import Options, Task, find_images, find_one, find_task, read_sample
 from kernel.rows import LAYOUTS
 
@@ -13,7 +14,7 @@ from kernel.rows import LAYOUTS
 
 def test_class_0_stands_for_every_class_of_its_image(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["b.jpg", "a.jpg"])
-    layout, pairs = read_sample(sample, None, 4)
+    layout, pairs = read_sample(sample)
     assert layout == LAYOUTS["three-column"]
     assert pairs == [(name, label) for name in ("b.jpg", "a.jpg") for label in LABELS]
 
@@ -22,20 +23,23 @@ def test_rows_named_twice_are_written_once_where_they_came_first(tmp_path: Path)
     sample = tmp_path / "sample.csv"
     lines = ["ImageId,EncodedPixels,ClassId", "a.jpg,,2", "b.jpg,,1", "a.jpg,,0", "a.jpg,,2", ""]
     sample.write_text("\n".join(lines), encoding="utf-8")
-    pairs = read_sample(sample, None, 3)[1]
+    pairs = read_sample(sample, None, Competition(classes=("1", "2", "3"), any_class="0"))[1]
     assert pairs == [("a.jpg", 2), ("b.jpg", 1), ("a.jpg", 1), ("a.jpg", 3)]
 
 
-def test_a_class_above_the_members_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_a_class_that_the_competition_lacks_is_refused_with_its_line(tmp_path: Path) -> None:
     sample = tmp_path / "sample.csv"
     sample.write_text("ImageId_ClassId,EncodedPixels\na.jpg_4,\na.jpg_5,\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"\('a\.jpg', 5\) names a class above the members' 4"):
-        read_sample(sample, None, 4)
+    with pytest.raises(
+        ValueError,
+        match=r"sample\.csv: line 3: names no class: a\.jpg_5,; expected one of 1, 2, 3, 4",
+    ):
+        read_sample(sample)
 
 
 def test_a_layout_that_is_asked_for_wins_over_the_samples(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "two-column")
-    assert read_sample(sample, "three-column", 4)[0] == LAYOUTS["three-column"]
+    assert read_sample(sample, "three-column")[0] == LAYOUTS["three-column"]
 
 
 # --- finding folders ------------------------------------------------------------------------------
@@ -94,8 +98,8 @@ def test_no_images_beside_the_sample_asks_for_their_folder(
 def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.png", "C.JPG", "notes.txt", "train.csv"):
         (tmp_path / name).touch()
-    task = find_task(Options(images=tmp_path), 2)
-    assert task.layout == LAYOUTS["two-column"]
+    task = find_task(Options(images=tmp_path), Competition(classes=("1", "2")))
+    assert task.layout.columns == LAYOUTS["two-column"].columns
     assert task.pairs == [(n, label) for n in ("C.JPG", "a.png", "b.jpg") for label in (1, 2)]
     assert task.names == ["C.JPG", "a.png", "b.jpg"]
 
@@ -104,17 +108,17 @@ def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_
 def test_a_sample_without_rows_names_no_image(layout: str, tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample_submission.csv", [], layout)
     with pytest.raises(ValueError, match="names no image"):
-        find_task(Options(images=tmp_path, sample=sample), 4)
+        find_task(Options(images=tmp_path, sample=sample))
 
 
 def test_a_folder_without_images_names_no_image(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path.name}: names no image"):
-        find_task(Options(images=tmp_path), 4)
+        find_task(Options(images=tmp_path))
 
 
 def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gone: no such folder of images"):
-        find_task(Options(images=tmp_path / "gone"), 4)
+        find_task(Options(images=tmp_path / "gone"))
 
 
 def test_shards_hold_every_image_once() -> None:

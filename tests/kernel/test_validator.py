@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from kernel import inference
-from kernel.competition import IMAGE_SIZE
+from kernel.competition import SEVERSTAL
 from kernel.images import Mask
 from kernel.rle import decode_rle
 from kernel.rows import LAYOUTS, read_rows
 from kernel.validator import Findings, check_submission
+
+IMAGE_SIZE = SEVERSTAL.image_size or (0, 0)
 
 Masks = dict[tuple[str, int], Mask]
 PAIRS = [(name, label) for name in ("b.jpg", "a.jpg") for label in (1, 2, 3, 4)]
@@ -60,12 +62,12 @@ def test_a_good_submission_has_no_errors(layout: str, tmp_path: Path) -> None:
 def test_the_three_column_layout_may_leave_out_all_rows_of_empty_masks(tmp_path: Path) -> None:
     sparse = [row for row in GOOD if row[2]]
     assert check(tmp_path, sparse, "three-column").errors == []
-    assert "row ('b.jpg', 2) is missing" in check(tmp_path, sparse, "two-column").errors
+    assert "row b.jpg, class 2 is missing" in check(tmp_path, sparse, "two-column").errors
 
 
 def test_the_three_column_layout_may_not_leave_out_some_of_them(tmp_path: Path) -> None:
     lost = [row for row in GOOD if row[:2] != ("a.jpg", 2)]
-    assert check(tmp_path, lost, "three-column").errors == ["row ('a.jpg', 2) is missing"]
+    assert check(tmp_path, lost, "three-column").errors == ["row a.jpg, class 2 is missing"]
 
 
 @given(st.permutations(range(len(PAIRS))), st.sampled_from(sorted(LAYOUTS)))
@@ -90,7 +92,7 @@ def test_only_every_row_once_passes(
     errors = " ".join(findings.errors)
     assert ("is missing" in errors) == (not set(range(len(PAIRS))) <= set(picked))
     assert ("times" in errors) == (len(set(picked)) < len(picked))
-    assert ("('stranger.jpg', 1) is not in the sample" in errors) == (len(PAIRS) in picked)
+    assert ("stranger.jpg, class 1 is not in the sample" in errors) == (len(PAIRS) in picked)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +114,12 @@ def test_another_header_is_refused(text: str, words: str, tmp_path: Path) -> Non
 
 def test_a_class_zero_row_of_the_sample_is_no_answer(tmp_path: Path) -> None:
     findings = check(tmp_path, [*GOOD, ("a.jpg", 0, "1 409600")], "three-column")
-    assert findings.errors == ["row ('a.jpg', 0) is not in the sample"]
+    assert findings.errors == ["row a.jpg, class 0 is not in the sample"]
 
 
 def test_a_malformed_code_is_reported_with_its_row(tmp_path: Path) -> None:
     findings = check(tmp_path, filled({("b.jpg", 3): "5 0", ("a.jpg", 1): "1 1"}))
-    assert findings.errors == ["row ('b.jpg', 3): run 5 0 has no pixel"]
+    assert findings.errors == ["row b.jpg, class 3: run 5 0 has no pixel"]
     assert findings.lines()[-1].startswith("INVALID")
 
 
@@ -134,7 +136,7 @@ def test_each_mask_is_held_against_its_own_image(tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
     path.write_text(csv_of(filled(dict.fromkeys(pairs, "25 6"), pairs), "two-column"))
     errors = check_submission(path, LAYOUTS["two-column"].columns, pairs, tmp_path).errors
-    assert errors[0] == "row ('a.png', 1): run 25 6 leaves an image of 24 pixels"
+    assert errors[0] == "row a.png, class 1: run 25 6 leaves an image of 24 pixels"
     assert errors[1].startswith("gone.png has a mask, but cannot be read")
     assert len(errors) == 2
 

@@ -128,7 +128,7 @@ def test_a_worker_gets_the_options_of_its_run(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (_, _, *words), environment = started(options, monkeypatch)
     found = parse_options(words)
-    assert 90 < found.budget_s <= 100
+    assert found.budget_s and 90 < found.budget_s <= 100
     expected = replace(
         options,
         bundle=Path("bundle"),

@@ -44,7 +44,14 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
     done = run_script(ROOT / "build_kernel.py", *paths, "--owner", "somebody", PYTHONHASHSEED="2")
     assert done.returncode == 0, done.stderr
     members = {"unet-a.safetensors", "fpn-b.safetensors", "unet-c.safetensors"}
-    files = {"inference.py", "ensemble.json", "dataset-metadata.json", *members, *WHEELS}
+    files = {
+        "inference.py",
+        "ensemble.json",
+        "competition.json",
+        "dataset-metadata.json",
+        *members,
+        *WHEELS,
+    }
     assert {path.name for path in (out / "dataset").iterdir()} == files
     assert {path.name for path in (out / "kernel").iterdir()} == {
         "inference.py",

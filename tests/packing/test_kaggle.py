@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from helpers import (
-    CLASSES,
     all_bytes,
     read_submission,
     save_strips,
@@ -115,7 +114,7 @@ def test_what_the_client_sends_runs_on_kaggle(
     left = {path.name for path in (tmp_path / "working").iterdir()}
     assert left == {"submission.csv", "run.json"}
     assert not list((tmp_path / "site").glob("segmentation_models_pytorch*"))
-    layout, pairs = read_sample(sample, None, CLASSES)
+    layout, pairs = read_sample(sample)
     submission = tmp_path / "working" / "submission.csv"
     findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
     assert findings.errors == []

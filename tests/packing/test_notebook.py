@@ -13,7 +13,7 @@ import cv2
 import nbformat
 import numpy as np
 import pytest
-from helpers import CLASSES, SMALL, save_strips, write_sample
+from helpers import SMALL, save_strips, write_sample
 from kaggle_stub import run_client, serve
 
 from kernel.mounts import SAMPLE, read_sample
@@ -48,7 +48,7 @@ def test_it_is_a_valid_notebook_of_the_same_code_that_explains_itself_first() ->
     words = "\n".join(sections).split()
     assert words == code.removesuffix(GUARD).split()
     assert run.endswith("main(ARGUMENTS)")
-    assert "draw_submission(options.output, task.images)" in picture
+    assert "draw_submission(options.output, task.images, competition)" in picture
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown" and "submission.csv" in first["source"]
 
@@ -103,7 +103,7 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     path.write_text(pushed["text"].replace("list[str] = []", f"list[str] = {text}"))
     cells = execute(path, tmp_path / "working")
 
-    layout, pairs = read_sample(sample, None, CLASSES)
+    layout, pairs = read_sample(sample)
     submission = tmp_path / "working" / "submission.csv"
     assert check_submission(submission, layout.columns, pairs, images).errors == []
     said = "".join(output.get("text", "") for output in cells[-2]["outputs"])

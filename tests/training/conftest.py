@@ -45,7 +45,7 @@ def steel_in_two_columns(tmp_path_factory: pytest.TempPathFactory, make_steel: M
 @pytest.fixture(scope="session")
 def strips(steel: Path) -> Strips:
     """24 tiny synthetic strips with all four classes, and clean ones."""
-    read = read_strips(steel, 4)
+    read = read_strips(steel)
     assert len(read.names) == 24
     assert all(read.with_class(label) for label in (1, 2, 3, 4))
     assert read.clean()

@@ -100,7 +100,7 @@ def test_rare_classes_are_drawn_oftener_than_they_are_and_common_ones_still_more
     counts = {1: 1, 2: 4, 3: 9, 4: 16}  # strips; their roots are 1, 2, 3 and 4
     truth = {f"{label}-{i}.jpg": {label: "1 1"} for label, n in counts.items() for i in range(n)}
     monkeypatch.setattr(Strips, "load", lambda _, name: (name, None))
-    whole = Strips(Path("nowhere"), list(truth), truth, CLASSES)
+    whole = Strips(Path("nowhere"), list(truth), truth)
 
     def shares(evenness: float) -> list[float]:
         sampler = Sampler(whole, replace(config, evenness=evenness))
@@ -172,7 +172,7 @@ def test_crops_of_images_of_several_sizes_are_padded_to_the_largest(config: Conf
             size = (20, 40) if name == "small" else SMALL
             return draw_image(0, size), np.zeros((CLASSES, *size), np.bool_)
 
-    mixed = Mixed(Path("nowhere"), ["small", "large"], {}, CLASSES)
+    mixed = Mixed(Path("nowhere"), ["small", "large"], {})
     batches = Batches([mixed], replace(config, crops=8))
     images, masks = batches[0]
     assert (images.shape, masks.shape) == ((8, 1, *CROP), (8, CLASSES, *CROP))

@@ -40,7 +40,7 @@ def test_the_truth_is_the_same_in_both_layouts(text: str, tmp_path: Path) -> Non
 
 
 def test_decoded_truth_has_one_mask_a_class_and_empty_ones_for_the_rest() -> None:
-    masks = decode_masks({"a": {1: "1 2", 3: "5 4"}}, "a", 4, SIZE)
+    masks = decode_masks({"a": {1: "1 2", 3: "5 4"}}, "a", SIZE)
     assert masks.shape == (4, *SIZE)
     assert masks.sum(axis=(-2, -1)).tolist() == [2, 0, 4, 0]
     assert [tuple(place) for place in np.argwhere(masks[0])] == [(0, 0), (1, 0)]  # down a column
@@ -55,8 +55,8 @@ def write(folder: Path, rows: str) -> Path:
 
 
 REFUSED = {
-    "class 0": ("a.jpg,1,1 2\nb.jpg,0,1 2\n", "line 3: b.jpg: class 0, expected 1 to 4"),
-    "class 5": ("a.jpg,5,1 2\n", "line 2: a.jpg: class 5, expected 1 to 4"),
+    "class 0": ("a.jpg,1,1 2\nb.jpg,0,1 2\n", "line 3: b.jpg: class 0, expected 1, 2, 3, 4"),
+    "class 5": ("a.jpg,5,1 2\n", "line 2: names no class: a.jpg,5,1 2; expected one of 1, 2, 3, 4"),
     "runs that overlap": ("a.jpg,3,1 100 50 100\n", "line 2: a.jpg, class 3: run 50 100 overlaps"),
     "nan": ("a.jpg,3,nan\n", "line 2: a.jpg, class 3: 'nan' is no number"),
     "a run without a length": ("a.jpg,3,1 2 3\n", "line 2: a.jpg, class 3: 3 numbers"),
@@ -96,6 +96,6 @@ def test_a_ground_truth_without_a_row_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_mask_that_leaves_its_image_names_it() -> None:
-    assert not decode_masks({}, "a.jpg", 4, SIZE).any()
+    assert not decode_masks({}, "a.jpg", SIZE).any()
     with pytest.raises(ValueError, match=r"the masks of a\.jpg: run 23 9 leaves an image of 24"):
-        decode_masks({"a.jpg": {2: "23 9"}}, "a.jpg", 4, SIZE)
+        decode_masks({"a.jpg": {2: "23 9"}}, "a.jpg", SIZE)

@@ -19,7 +19,7 @@ def write_data(folder: Path, rows: str, names: tuple[str, ...] = ("a.png", "b.pn
 def test_both_layouts_of_train_csv_give_the_same_strips(
     strips: Strips, steel_in_two_columns: Path
 ) -> None:
-    of_2019 = read_strips(steel_in_two_columns, CLASSES)
+    of_2019 = read_strips(steel_in_two_columns)
     assert strips.names == of_2019.names
     assert strips.clean() == of_2019.clean()
     for label in LABELS:
@@ -35,13 +35,13 @@ def test_both_layouts_of_train_csv_give_the_same_strips(
 def test_a_truth_of_images_that_are_not_there_is_refused(tmp_path: Path) -> None:
     data = write_data(tmp_path, "a.png,1,1 2\ngone.jpg,1,1 2\nlost.jpg,1,1 2\n")
     with pytest.raises(ValueError, match=r"names gone\.jpg and 1 more, which train_images lacks"):
-        read_strips(data, CLASSES)
+        read_strips(data)
 
 
 def test_a_truth_of_other_names_is_refused_with_one_of_each(tmp_path: Path) -> None:
     data = write_data(tmp_path, "a.jpg,1,1 2\n")
     with pytest.raises(ValueError, match=r"it names 'a\.jpg', the folder has 'a\.png'"):
-        read_strips(data, CLASSES)
+        read_strips(data)
 
 
 def test_only_images_are_strips(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_only_images_are_strips(tmp_path: Path) -> None:
         (data / "train_images" / stray).write_bytes(b"x")
     (data / "train_images" / ".ipynb_checkpoints").mkdir()
     (data / "train_images" / "folder.png").mkdir()
-    strips = read_strips(data, CLASSES)
+    strips = read_strips(data)
     assert strips.names == ["a.png", "b.JPG"]
     assert strips.clean() == ["b.JPG"]
 
@@ -67,27 +67,27 @@ def test_a_folder_without_images_is_refused(there: bool, tmp_path: Path) -> None
 
 def test_data_without_a_train_csv_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.csv: no such file; --data is a folder with"):
-        read_strips(tmp_path, CLASSES)
+        read_strips(tmp_path)
 
 
 def test_a_mask_larger_than_its_image_names_the_strip(tmp_path: Path) -> None:
-    strips = read_strips(write_data(tmp_path, f"a.png,2,{64 * 96} 2\n"), CLASSES)
+    strips = read_strips(write_data(tmp_path, f"a.png,2,{64 * 96} 2\n"))
     with pytest.raises(ValueError, match=r"a\.png: run 6144 2 leaves an image of 6144 pixels"):
         strips.load("a.png")
     assert not strips.load("b.png")[1].any()
 
 
 def test_an_image_that_is_none_names_the_strip(tmp_path: Path) -> None:
-    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"), CLASSES)
+    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"))
     (strips.folder / "b.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"b\.png: 1 bytes that are no image"):
         strips.load("b.png")
 
 
 def test_another_truth_or_another_file_is_another_fingerprint(tmp_path: Path) -> None:
-    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"), CLASSES)
+    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"))
     first = strips.fingerprint()
-    assert read_strips(tmp_path, CLASSES).fingerprint() == first
-    other = read_strips(write_data(tmp_path, "a.png,2,1 3\n"), CLASSES).fingerprint()
+    assert read_strips(tmp_path).fingerprint() == first
+    other = read_strips(write_data(tmp_path, "a.png,2,1 3\n")).fingerprint()
     save_image(tmp_path / "train_images" / "b.png", draw_image(7, (60, 96)))
-    assert len({first, other, read_strips(tmp_path, CLASSES).fingerprint()}) == 3
+    assert len({first, other, read_strips(tmp_path).fingerprint()}) == 3

@@ -227,7 +227,7 @@ def test_a_state_of_other_strips_is_refused(
         (["--extra", "gone=0.5"], "gone/train.csv: no such file"),
         (["--heads-on", "gone"], "gone/train.csv: no such file"),
         (["--classes", 5], "no strip to train on has class 5; see --classes"),
-        (["--classes", 3], "class 4, expected 1 to 3"),
+        (["--classes", 3], "expected one of 1, 2, 3 as in"),
         (["--device", "cuda:99"], "--device cuda:99: "),
         (["--device", "tpu9"], "--device tpu9: expected cpu, cuda or cuda:1"),
         (["--crops", "auto"], "--crops auto needs a GPU"),
@@ -275,8 +275,8 @@ def test_truth_that_is_none_is_refused_with_file_and_line(
     text = (data / "train.csv").read_text()
     line = len(text.splitlines()) + 1
     for row, message in (
-        (f"{name},0,1 10", "class 0, expected 1 to 4"),
-        (f"{name},5,1 10", "class 5, expected 1 to 4"),
+        (f"{name},0,1 10", "class 0, expected 1, 2, 3, 4"),
+        (f"{name},5,1 10", "names no class"),
         (f"{name},3,1 100 50 100", "run 50 100 overlaps or comes before"),
         (f"{name},3,nan", "nan"),
         ("gone.jpg,3,1 1", "train.csv names gone.jpg, which train_images lacks"),

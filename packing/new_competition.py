@@ -1,0 +1,180 @@
+"""A new competition: its description, as far as a sample file and a few images show it."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from kernel.competition import Competition, check_competition
+from kernel.mounts import list_images
+from kernel.rows import read_rows
+from packing.metadata import slugify
+
+SEPARATORS = "_-/|: "
+MASKS = ("rle", "mask", "pixel", "predict", "segment", "encod")  # in a mask column's name
+SEEN = 32  # images that are looked at
+ASK = {  # what neither a sample nor images show
+    "run_order, first_index": "down the columns and from 1, as most have it",
+    "mask_size": "null, the image's own",
+    "time_limit_s": "an hour",
+}
+
+
+@dataclass
+class Proposal:
+    """A description, and what stands in it without having been seen."""
+
+    competition: Competition
+    unsure: list[str] = field(default_factory=list)
+
+
+def propose(sample: Path, images: Path) -> Proposal:
+    """Return the description that a sample submission and some of its images suggest.
+
+    Raises:
+        ValueError: the sample names none of the images, has no column of masks, has several rows of
+            an image and class, or a row that is not like the others; names the line.
+    """
+    names = list_images(images) if images.is_dir() else []
+    if not names:
+        raise ValueError(f"{images}: no images; give a folder with some of the sample's")
+    header, rows = _read_table(sample)
+    slug = slugify(sample.resolve().parent.name) or "my-competition"
+    found = _find_layout(sample, header, rows, names)
+    found |= _look_at_images(images, names)
+    found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
+    competition = Competition(**found)
+    check_competition(competition)
+    pairs = [(image, label) for image, label, _ in read_rows(sample, competition=competition)[1]]
+    (image, _), times = Counter(pairs).most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"{sample}: {image} has {times} rows of one class: it scores instances, and this "
+            "pipeline writes one mask of each class"
+        )
+    count = len({image for image, _ in pairs})
+    unsure = [f"{name}: {taken}" for name, taken in ASK.items()]
+    unsure.append(f"slug, title: {slug}, as the sample's folder is named")
+    unsure.append(f"n_images: {count}, the sample's; a hidden set may be larger")
+    if competition.any_class is not None:
+        unsure.append("classes: the sample names none, take them from train.csv")
+    elif "{class}" not in "".join(found["layouts"][0].values()):
+        unsure.append("classes: one, which the sample does not name")
+    if not any(len(row[_mask_column(sample, header)].split()) < 2 for row in rows):
+        unsure.append('empty: "", for the sample has no empty mask')
+    return Proposal(Competition(**found | {"n_images": count}), unsure)
+
+
+def write_description(sample: Path, images: Path, path: Path) -> Proposal:
+    """Write the proposed description; ValueError where a file is there, or as `propose`."""
+    if path.exists():
+        raise ValueError(f"{path}: is there already; move it away")
+    proposal = propose(sample, images)
+    text = json.dumps(asdict(proposal.competition), indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return proposal
+
+
+# --- the sample -----------------------------------------------------------------------------------
+
+
+def _read_table(sample: Path) -> tuple[list[str], list[list[str]]]:
+    with sample.open(encoding="utf-8-sig", newline="") as file:
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    if len(header) < 2 or not rows:
+        raise ValueError(f"{sample}: line 1: {','.join(header)!r}: no header and rows of two cells")
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise ValueError(f"{sample}: line {number}: {len(row)} cells, not {len(header)}")
+    return header, rows
+
+
+def _mask_column(sample: Path, header: Sequence[str]) -> int:
+    """The last column that is named as masks are."""
+    named = [i for i, name in enumerate(header) if any(word in name.lower() for word in MASKS)]
+    if not named:
+        raise ValueError(
+            f"{sample}: line 1: {','.join(header)}: no column is named like a mask "
+            f"({', '.join(MASKS)}); write the description by hand, see docs/competitions.md"
+        )
+    return named[-1]
+
+
+def _find_layout(
+    sample: Path, header: list[str], rows: list[list[str]], names: list[str]
+) -> dict[str, Any]:
+    """Find what the layout says: templates, classes, suffix and empty token."""
+    mask = _mask_column(sample, header)
+    others = [column for column in range(len(header)) if column != mask]
+    for suffix in ("", *sorted({Path(name).suffix for name in names})):
+        known = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+        for column in others:
+            cells = [row[column] for row in rows]
+            template, classes = _split_cells(cells, known)
+            if template:
+                layout = {header[column]: template, header[mask]: "{mask}"}
+                found = {"suffix": suffix, "classes": classes or ("mask",)}
+                for other in set(others) - {column}:
+                    found |= _read_other(header[other], [row[other] for row in rows], layout)
+                tokens = Counter(row[mask] for row in rows if len(row[mask].split()) < 2)
+                found["empty"] = tokens.most_common(1)[0][0] if tokens else ""
+                return found | {"layouts": ({name: layout[name] for name in header},)}
+    raise ValueError(
+        f"{sample}: line 2: {','.join(rows[0])[:60]} names no image of the folder, which has "
+        f"{names[0]!r}; give a folder with some of the sample's images, each one file"
+    )
+
+
+def _split_cells(cells: list[str], known: set[str]) -> tuple[str, tuple[str, ...]]:
+    """The template of cells that hold known images, and the classes beside them; "" for none."""
+    if any(cell in known for cell in cells):
+        return "{image}", ()
+    for sign in SEPARATORS:
+        before, after = dict[str, None](), dict[str, None]()  # ordered sets
+        for cell in cells:
+            for cut in (i for i, letter in enumerate(cell) if letter == sign):
+                if cell[:cut] in known:
+                    after[cell[cut + 1 :]] = None
+                if cell[cut + 1 :] in known:
+                    before[cell[:cut]] = None
+        if after or before:
+            template = f"{{image}}{sign}{{class}}" if after else f"{{class}}{sign}{{image}}"
+            return template, tuple(after or before)
+    return "", ()
+
+
+def _read_other(name: str, cells: list[str], layout: dict[str, str]) -> dict[str, Any]:
+    """Add a column that names no image to the layout; return what it says of the classes."""
+    values = tuple(dict.fromkeys(cells))
+    if len(values) == 1 and "class" not in name.lower():
+        layout[name] = values[0]  # the same in every row
+        return {}
+    layout[name] = "{class}"
+    if len(values) > 1:
+        return {"classes": values}
+    return {"classes": ("1",) if values[0] != "1" else ("2",), "any_class": values[0]}
+
+
+# --- the images -----------------------------------------------------------------------------------
+
+
+def _look_at_images(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Return channels, bits and the most frequent size of some images."""
+    sizes, colour, deep = Counter[tuple[int, int]](), False, False
+    for name in names[:: max(len(names) // SEEN, 1)]:
+        pixels = cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED)
+        if pixels is None:
+            continue
+        sizes[pixels.shape[0], pixels.shape[1]] += 1
+        deep |= pixels.dtype == np.uint16
+        colour |= pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > 8).any())
+    if not sizes:
+        raise ValueError(f"{folder}: OpenCV reads none of its images, like {names[0]}")
+    size = sizes.most_common(1)[0][0]
+    return {"channels": 3 if colour else 1, "bits": 16 if deep else 8, "image_size": size}

@@ -1,0 +1,100 @@
+"""A new competition: what a sample file and a few images show, and what they do not."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from helpers import draw_image, error_of, exit_code
+
+import build_kernel
+from kernel.competition import find_competition, shipped_names
+from packing.new_competition import propose
+
+CLOUDS = ("Fish", "Flower", "Gravel", "Sugar")
+ORGANS = ("large_bowel", "small_bowel", "stomach")
+SAMPLES = {
+    "severstal": "ImageId,EncodedPixels,ClassId\n{0}.jpg,1 409600,0\n{1}.jpg,1 409600,0\n",
+    "clouds": "Image_Label,EncodedPixels\n"
+    + "".join(f"{{{i}}}.jpg_{c},1 1\n" for i in (0, 1) for c in CLOUDS),
+    "salt": "id,rle_mask\n{0},1 1\n{1},1 1\n",
+    "carvana": "img,rle_mask\n{0}.jpg,1 1\n{1}.jpg,1 1\n",
+    "uw-madison": "id,class,predicted\n"
+    + "".join(f"{{{i}}},{c},\n" for i in (0, 1) for c in ORGANS),
+}
+
+
+def draw(folder: Path, name: str) -> tuple[Path, Path]:
+    """A sample of two images of a shipped competition, of which the folder has the first."""
+    competition = find_competition(name)
+    images, sample = folder / "images", folder / "a-new-one" / "sample_submission.csv"
+    images.mkdir()
+    sample.parent.mkdir()
+    grey = draw_image(0)
+    image = grey.astype(np.uint16) * 99 if competition.bits == 16 else grey
+    if competition.channels == 3:
+        image = np.dstack([draw_image(seed) for seed in range(3)])
+    cv2.imwrite(str(images / f"a_1{competition.suffix or '.jpg'}"), image)
+    sample.write_text(SAMPLES[name].format("a_1", "b_2"))
+    return sample, images
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_sample_and_an_image_show_what_a_shipped_description_says(
+    name: str, tmp_path: Path
+) -> None:
+    shipped, proposal = find_competition(name), propose(*draw(tmp_path, name))
+    found = proposal.competition
+    assert found.layouts == shipped.layouts[-1:]
+    for field in ("suffix", "empty", "channels", "bits", "any_class"):
+        assert getattr(found, field) == getattr(shipped, field), field
+    assert (found.slug, found.image_size, found.n_images) == ("a-new-one", (64, 96), 2)
+    unsure = " ".join(proposal.unsure)
+    if found.any_class is None and len(shipped.classes) > 1:
+        assert found.classes == shipped.classes
+        assert "classes" not in unsure
+    else:
+        assert "classes" in unsure
+    assert "run_order" in unsure and "mask_size" in unsure
+
+
+def test_every_shipped_competition_is_proposed_here() -> None:
+    assert shipped_names() == sorted(SAMPLES)
+
+
+def test_the_command_writes_a_description_that_is_read_and_never_writes_over_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample, images = draw(tmp_path, "clouds")
+    out = tmp_path / "mine.json"
+    arguments = ("--new-competition", sample, "--images", images, "--out", out)
+    assert exit_code(build_kernel.main, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "run_order, first_index: down the columns" in printed
+    assert find_competition(str(out)).classes == CLOUDS
+    assert exit_code(build_kernel.main, *arguments) == 2
+    assert "is there already" in error_of(capsys.readouterr().err)
+
+
+REFUSED = {
+    "no column of masks": ("id,x\na_1,1 1\n", "line 1: id,x: no column is named like a mask"),
+    "no image of the folder": ("id,rle\nc_3,1 1\n", "line 2: c_3,1 1 names no image"),
+    "another number of cells": ("id,rle\na_1,1 1,2\n", "line 2: 3 cells, not 2"),
+    "several rows of an image": ("id,rle\na_1,1 1\na_1,5 1\n", "a_1.png has 2 rows of one class"),
+    "no rows": ("id,rle\n", "line 1: 'id,rle': no header and rows"),
+    "a row of its own kind": (
+        "id,rle\na_1_x,1 1\na_1_y,1 1\nb_2,1 1\n",
+        "line 4: names no class: b_2,1 1; expected one of x, y",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_sample_is_refused_with_its_line_for(case: str, tmp_path: Path) -> None:
+    text, message = REFUSED[case]
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text(text)
+    with pytest.raises(ValueError) as error:
+        propose(sample, images)
+    assert message in str(error.value)
+    assert str(sample) in str(error.value)
