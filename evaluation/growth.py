@@ -102,7 +102,7 @@ def record_strips(ensemble: Ensemble, paths: Sequence[Path], flips: Sequence[str
     replays = Replays(list_choices(ensemble, flips))
     bundle = ("members", len(ensemble.manifest.members))
     for path in progress(paths, "growth", "strip"):
-        recorded = RecordedPasses(ensemble, read_image(path))
+        recorded = RecordedPasses(ensemble, read_image(path, ensemble.manifest.competition))
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
         replays.add(recorded, bundle)

@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure on the strips that are drawn, and write what was found."""
     manifest = load_manifest(args.bundle)
     paths = sample_strips(args.images, args.strips, args.seed)
-    images = [read_image(path) for path in paths]
+    images = [read_image(path, manifest.competition) for path in paths]
     images = [highest_contrast_crop(image) for image in images] if args.crop else images
     results = measure(args.bundle, manifest, args.way, images)
     args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
