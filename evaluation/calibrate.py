@@ -33,7 +33,7 @@ from training.heads import shift_checkpoint
 from training.metrics import Floats, Masks, dice_of
 
 MASK_SHIFTS = tuple(step / 2 for step in range(-4, 11))  # added to every mask logit
-GATE_SHIFTS = tuple(step / 2 for step in range(-8, 11))  # and to every presence logit
+GATE_SHIFTS = tuple(float(step) for step in range(-4, 6))  # and to every presence logit
 SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 
 EXAMPLE = """\
@@ -53,18 +53,16 @@ class ShiftCounts:
     def add(self, gates: Tensor, probabilities: Tensor, truth: Masks, threshold: float) -> None:
         """Add a strip: every pass's gates (passes, classes) and probabilities (…, H, W)."""
         mask_logits = torch.logit(probabilities / gates.clamp_min(1e-30)[..., None, None], SURE)
-        gate_logits, wanted = torch.logit(gates, SURE), torch.from_numpy(truth)
+        shifted = torch.logit(gates, SURE) + torch.tensor(GATE_SHIFTS)[:, None, None]
+        weights, wanted = torch.sigmoid(shifted) / len(gates), torch.from_numpy(truth)
         areas, both = [], []
         for mask_shift in MASK_SHIFTS:
             masks = torch.sigmoid(mask_logits + mask_shift)
-            for gate_shift in GATE_SHIFTS:
-                weights = torch.sigmoid(gate_logits + gate_shift) / len(gates)
-                found = torch.einsum("pchw,pc->chw", masks, weights) > threshold
-                areas.append(found.sum(dim=(1, 2)))
-                both.append((found & wanted).sum(dim=(1, 2)))
-        shape = len(MASK_SHIFTS), len(GATE_SHIFTS), -1
-        self.areas.append(torch.stack(areas).view(shape).numpy())
-        self.both.append(torch.stack(both).view(shape).numpy())
+            found = torch.einsum("pchw,bpc->bchw", masks, weights) > threshold
+            areas.append(found.sum(dim=(2, 3)))
+            both.append((found & wanted).sum(dim=(2, 3)))
+        self.areas.append(torch.stack(areas).numpy())
+        self.both.append(torch.stack(both).numpy())
         self.truth.append(truth.sum(axis=(1, 2)))
 
     def dice(self) -> Floats:

@@ -45,10 +45,10 @@ def shift_bundle(dataset: Path, mask_shift: float, gate_shift: float) -> None:
 def test_a_pair_of_shifts_finds_what_the_shifted_checkpoints_find(
     dataset: Path, labelled_strips: Path
 ) -> None:
-    row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2.5)
+    row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2)
     found = masks_of(dataset, labelled_strips)
     before = masks_of(dataset, labelled_strips).dice()[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
-    shift_bundle(dataset, 1, 2.5)
+    shift_bundle(dataset, 1, 2)
     zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
     shifted = masks_of(dataset, labelled_strips)
     for counted, expected in zip(found.areas, shifted.areas, strict=True):
