@@ -41,6 +41,7 @@ from kernel.images import Size, image_to_tensor, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
+from kernel.mounts import Options
 from kernel.predict import decode_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
@@ -108,13 +109,13 @@ def as_public_kernels(bundle: Path, manifest: Manifest) -> Candidate:
     return Candidate("(a) eager, as public kernels", run)
 
 
-def from_scheduler(name: str, scheduler: Scheduler) -> Candidate:
-    """An ensemble behind this project's own loading and scheduling."""
+def from_scheduler(name: str, scheduler: Scheduler, streams: int = 1) -> Candidate:
+    """An ensemble behind this project's own loading and scheduling, so many strips at once."""
 
     def run(paths: list[Path]) -> dict[str, Masks]:
         strips = decode_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
         masks = {}
-        for state in scheduler.predict_strips(strips):
+        for state in scheduler.predict_strips(strips, len(paths), streams):
             if state.fault:
                 raise RuntimeError(f"{name}: {state.strip.name}: {state.fault}")
             masks[state.strip.name] = state.masks
@@ -248,12 +249,11 @@ def exported(
     return every_pass(name, manifest, members)
 
 
-def candidates(bundle: Path, manifest: Manifest, size: Size) -> list[Candidate]:
-    """All of them, ready to run on strips of `size`."""
+def candidates(bundle: Path, manifest: Manifest, size: Size, streams: int) -> list[Candidate]:
+    """All of them, ready to run on strips of `size`; ours on so many streams."""
+    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), streams=streams)
     ours = [
-        from_scheduler(
-            name, Scheduler(load_ensemble(bundle, manifest, CPU, Stages()), early_exit=early)
-        )
+        from_scheduler(name, Scheduler(ensemble, early_exit=early), streams)
         for name, early in (("(e) ours, every pass", False), ("(e) ours, early exit", True))
     ]
     return [
@@ -439,10 +439,12 @@ def summarise(
     }
 
 
-def measure_race(dataset: Path, paths: list[Path], rounds: int, real: list[Path]) -> dict[str, Any]:
+def measure_race(
+    dataset: Path, paths: list[Path], rounds: int, real: list[Path], streams: int
+) -> dict[str, Any]:
     """What all candidates must run for, in turns; of the drawn strips every other one is clean."""
     manifest = load_manifest(dataset)
-    field = candidates(dataset, manifest, size_of(read_image(paths[0])))
+    field = candidates(dataset, manifest, size_of(read_image(paths[0])), streams)
     result = race(field, paths, rounds)
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     rate = median(result["rates"])
@@ -562,6 +564,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, default=Path("dist"), help="what build_kernel wrote")
     parser.add_argument("--strips", type=int, default=8, help="half of them clean")
     parser.add_argument("--rounds", type=int, default=5)
+    about = "strips at once, ours (default: the kernel's, %(default)s)"
+    parser.add_argument("--streams", type=int, default=Options.streams, help=about)
     about = "a folder of real strips: as many are drawn, for a second race"
     parser.add_argument("--real", type=Path, help=about)
     parser.add_argument("--seed", type=int, default=2020, help="of that draw")
@@ -583,7 +587,7 @@ def measure(args: argparse.Namespace) -> int:
             results = json.loads(kept.read_text(encoding="utf-8"))
         else:
             real = sample_strips(args.real, args.strips, args.seed) if args.real else []
-            results = measure_race(dataset, paths, args.rounds, real)
+            results = measure_race(dataset, paths, args.rounds, real, args.streams)
             write_results(results, args.out)  # a quarter of an hour, which --keep-race goes on from
         results |= measure_processes(dataset, paths, Path(scratch))
     write_results(results, args.out)

@@ -110,11 +110,7 @@ def predict_task(
     rules = task.layout.competition
     strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
     coming, count, stages.threads = timed(strips, stages, "decode"), len(task.names), streams
-    states = (
-        scheduler.predict_in_threads(coming, count, streams)
-        if streams > 1
-        else scheduler.predict_strips(coming, count)
-    )
+    states = scheduler.predict_strips(coming, count, streams)
     before = time.monotonic()
     with progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:

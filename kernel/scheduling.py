@@ -174,22 +174,23 @@ class Scheduler:
         self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
 
-    @torch.inference_mode()
     def predict_strips(
-        self, strips: Iterable[Strip], count: int = 1
+        self, strips: Iterable[Strip], count: int = 1, threads: int = 1
     ) -> Generator[StripState, None, None]:
         """Yield every strip when it is done, in completion order.
 
-        The deadline expects `count` strips.
+        The deadline expects `count` strips. With more `threads` as many strips are predicted at
+        once, each in one thread from first to last.
         """
         self.deadline.start_strips(count)
-        yield from self._predict_started(strips)
+        if threads == 1:
+            yield from self._predict_started(strips)
+        else:
+            yield from self._predict_in_threads(strips, threads)
 
-    def predict_in_threads(
-        self, strips: Iterable[Strip], count: int, threads: int
+    def _predict_in_threads(
+        self, strips: Iterable[Strip], threads: int
     ) -> Generator[StripState, None, None]:
-        """The same with so many strips at once, each in a thread of its own from first to last."""
-        self.deadline.start_strips(count)
         shared, done = SharedIterator(strips), queue.SimpleQueue[StripState | Exception | None]()
 
         def run() -> None:
