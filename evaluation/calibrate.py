@@ -1,12 +1,14 @@
-"""Calibrate an ensemble's two heads: by how much to shift their logits, all members alike.
+"""Calibrate an ensemble: shift the logits of its heads, and choose the area from which masks count.
 
 A member's Dice alone says little of what it adds to a mean that has to pass a threshold: members
 that keep to what they are sure of lose recall together. So both heads are shifted by the kernel's
 own arithmetic: the mean of every pass of sigmoid(mask + A) × sigmoid(presence + B), cut at the
-manifest's threshold. The shifts are searched for on strips that no member has seen, and scored by
-leaving one strip out: what is chosen on some strips looks better on them than it is.
+manifest's threshold, masks of fewer than M pixels left empty. All three are searched for on strips
+that no member has seen, and scored by leaving one strip out: what is chosen on some strips looks
+better on them than it is.
 
-`--write FOLDER` copies the checkpoints of `--weights` there with the shifts in their biases.
+`--write FOLDER` copies the checkpoints of `--weights` there with the shifts in their biases, and
+ensemble.json with M as its `min_area`.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import torch
 from torch import Tensor
 
 from evaluation.recorded import RecordedPasses
+from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image, size_of
 from kernel.logs import Stages, log, progress
-from kernel.manifest import load_manifest
+from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import list_images
 from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.heads import shift_checkpoint
@@ -34,6 +37,7 @@ from training.metrics import Floats, Masks, dice_of
 
 MASK_SHIFTS = tuple(step / 2 for step in range(-4, 11))  # added to every mask logit
 GATE_SHIFTS = tuple(float(step) for step in range(-4, 6))  # and to every presence logit
+MIN_AREAS = (0, 500, 1000, 2000, 3000, 4000, 6000, 8000)  # pixels of a class, fewer are left empty
 SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 
 EXAMPLE = """\
@@ -66,21 +70,25 @@ class ShiftCounts:
         self.truth.append(truth.sum(axis=(1, 2)))
 
     def dice(self) -> Floats:
-        """Return Dice (A, B, strips, classes)."""
+        """Return Dice (A, B, M, strips, classes)."""
         areas, both = np.stack(self.areas, axis=2), np.stack(self.both, axis=2)
+        kept = np.stack([areas >= area for area in MIN_AREAS], axis=2)
+        areas, both = areas[:, :, None] * kept, both[:, :, None] * kept
         return dice_of(both, areas + np.stack(self.truth))
 
 
-def best_shifts(dice: Floats) -> tuple[int, int]:
-    """Return the position of the highest mean of Dice (A, B, strips, classes), smoothed.
+Position = tuple[int, int, int]  # in MASK_SHIFTS, GATE_SHIFTS and MIN_AREAS
 
-    A few strips give a jagged surface, so a position counts with its eight neighbours.
+
+def best_position(dice: Floats) -> Position:
+    """Return the position of the highest mean of Dice (A, B, M, strips, classes), smoothed.
+
+    A few strips give a jagged surface, so a position counts with its neighbours.
     """
-    padded = np.pad(dice.mean(axis=(2, 3)), 1, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
-    smooth = windows.mean(axis=(2, 3))
-    row, column = np.unravel_index(smooth.argmax(), smooth.shape)
-    return int(row), int(column)
+    padded = np.pad(dice.mean(axis=(3, 4)), 1, mode="edge")
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, (3, 3, 3)).mean(axis=(3, 4, 5))
+    row, column, area = np.unravel_index(smooth.argmax(), smooth.shape)
+    return int(row), int(column), int(area)
 
 
 def describe(dice: Floats, truth: npt.NDArray[np.int64]) -> dict[str, float]:
@@ -95,20 +103,24 @@ def describe(dice: Floats, truth: npt.NDArray[np.int64]) -> dict[str, float]:
 
 
 def summarise(counts: ShiftCounts) -> dict[str, object]:
-    """Return the shifts to take, and the figures without them, with them, and left one out."""
+    """Return what to take, and the figures without it, with it, and left one out.
+
+    "as it is" leaves the manifest's own `min_area` out of account.
+    """
     dice, truth = counts.dice(), np.stack(counts.truth)
-    row, column = best_shifts(dice)
+    row, column, area = best_position(dice)
     left_out = [
-        dice[*best_shifts(np.delete(dice, strip, axis=2)), strip] for strip in range(len(truth))
+        dice[*best_position(np.delete(dice, strip, axis=3)), strip] for strip in range(len(truth))
     ]
-    now = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
+    now = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0), MIN_AREAS.index(0)
     return {
         "strips": len(truth),
         "mask_shift": MASK_SHIFTS[row],
         "gate_shift": GATE_SHIFTS[column],
+        "min_area": MIN_AREAS[area],
         "as it is": describe(dice[now], truth),
-        "shifted": describe(dice[row, column], truth),
-        "shifted, chosen without the strip": describe(np.stack(left_out), truth),
+        "calibrated": describe(dice[row, column, area], truth),
+        "calibrated without the strip": describe(np.stack(left_out), truth),
     }
 
 
@@ -143,28 +155,42 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, help="folder of strips that no member has seen")
     add("--truth", type=Path, help="a train.csv of these strips, either layout")
     about = "take these instead of searching, as found on other strips by the same recipe"
-    add("--shifts", type=float, nargs=2, metavar=("A", "B"), help=about)
-    add("--weights", type=Path, default=Path("weights"), help="the checkpoints (default weights)")
-    add("--write", type=Path, metavar="FOLDER", help="where the shifted checkpoints go")
+    add("--take", type=float, nargs=3, metavar=("A", "B", "M"), help=about)
+    about = "the checkpoints and their ensemble.json (default weights)"
+    add("--weights", type=Path, default=Path("weights"), help=about)
+    add("--write", type=Path, metavar="FOLDER", help="where both go, calibrated")
     args = parser.parse_args(arguments)
-    if args.shifts is None and not (args.images and args.truth):
-        parser.error("either --images and --truth, or --shifts")
+    if args.take is None and not (args.images and args.truth):
+        parser.error("either --images and --truth, or --take")
     return args
 
 
+def write_calibrated(
+    source: Path, target: Path, mask_shift: float, gate_shift: float, min_area: int
+) -> None:
+    """Copy the checkpoints and ensemble.json of `source`, calibrated."""
+    entries = read_json(source / MANIFEST)
+    for path in sorted(source.glob("*.safetensors")):
+        shift_checkpoint(path, target / path.name, mask_shift, gate_shift)
+        shifts = f"mask logits {mask_shift:+g}, presence logits {gate_shift:+g}"
+        log.info("%s: %s", target / path.name, shifts)
+    text = json.dumps(entries | {"min_area": min_area}, indent=2, ensure_ascii=False)
+    (target / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    log.info("%s: masks of fewer than %d pixels stay empty", target / MANIFEST, min_area)
+
+
 def calibrate(args: argparse.Namespace) -> int:
-    """Find the shifts, print them and what they score; write the checkpoints if asked."""
-    shifts = args.shifts
-    if shifts is None:
+    """Find what to take, print it and what it scores; write the checkpoints if asked."""
+    taken = args.take
+    if taken is None:
         manifest = load_manifest(args.bundle)
         ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
         found = summarise(count_strips(ensemble, args.images, args.truth))
         print(json.dumps(found, indent=2))
-        shifts = found["mask_shift"], found["gate_shift"]
+        taken = found["mask_shift"], found["gate_shift"], found["min_area"]
     if args.write:
-        for path in sorted(args.weights.glob("*.safetensors")):
-            shift_checkpoint(path, args.write / path.name, *shifts)
-            log.info("%s: mask logits %+g, presence logits %+g", args.write / path.name, *shifts)
+        mask_shift, gate_shift, min_area = taken
+        write_calibrated(args.weights, args.write, mask_shift, gate_shift, int(min_area))
     return 0
 
 

@@ -20,11 +20,19 @@ from helpers import (
 from safetensors.torch import load_file
 
 from evaluation import calibrate
-from evaluation.calibrate import GATE_SHIFTS, MASK_SHIFTS, ShiftCounts, best_shifts, count_strips
+from evaluation.calibrate import (
+    GATE_SHIFTS,
+    MASK_SHIFTS,
+    MIN_AREAS,
+    ShiftCounts,
+    best_position,
+    count_strips,
+)
+from kernel.checks import read_json
 from kernel.device import pick_device
 from kernel.ensemble import load_ensemble
 from kernel.logs import Stages
-from kernel.manifest import load_manifest
+from kernel.manifest import MANIFEST, load_manifest
 from training.heads import shift_checkpoint
 
 
@@ -47,9 +55,9 @@ def test_a_pair_of_shifts_finds_what_the_shifted_checkpoints_find(
 ) -> None:
     row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2)
     found = masks_of(dataset, labelled_strips)
-    before = masks_of(dataset, labelled_strips).dice()[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
-    shift_bundle(dataset, 1, 2)
     zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
+    before = found.dice()[zero]
+    shift_bundle(dataset, 1, 2)
     shifted = masks_of(dataset, labelled_strips)
     for counted, expected in zip(found.areas, shifted.areas, strict=True):
         assert counted[row, column].sum() > 0
@@ -71,11 +79,23 @@ def test_without_shifts_the_counts_are_the_kernels(dataset: Path, labelled_strip
     assert np.sum(expected) > 0
 
 
-def test_the_best_shifts_are_those_of_a_plateau_and_not_of_a_spike() -> None:
-    dice = np.zeros((len(MASK_SHIFTS), len(GATE_SHIFTS), 2, 4))
-    dice[1, 1] = 1  # alone
-    dice[6:9, 4:7] = 0.8
-    assert best_shifts(dice) == (7, 5)
+def test_a_mask_below_the_area_counts_as_an_empty_one() -> None:
+    """Two strips of one class: 700 pixels of 1,000 found, and 700 found where nothing is."""
+    found, shape = ShiftCounts(), (len(MASK_SHIFTS), len(GATE_SHIFTS), 1)
+    found.areas, found.both = [np.full(shape, 700)] * 2, [np.full(shape, 700), np.zeros(shape)]
+    found.truth = [np.array([1000]), np.array([0])]
+    dice = found.dice()
+    assert dice.shape == (*shape[:2], len(MIN_AREAS), 2, 1)
+    for position, area in enumerate(MIN_AREAS):
+        expected = [1400 / 1700, 0] if area <= 700 else [0, 1]
+        np.testing.assert_allclose(dice[0, 0, position, :, 0], expected)
+
+
+def test_the_best_is_that_of_a_plateau_and_not_of_a_spike() -> None:
+    dice = np.zeros((len(MASK_SHIFTS), len(GATE_SHIFTS), len(MIN_AREAS), 2, 4))
+    dice[1, 1, 1] = 1  # alone
+    dice[6:9, 4:7, 3:6] = 0.8
+    assert best_position(dice) == (7, 5, 4)
 
 
 def test_shifted_checkpoints_keep_all_but_two_biases(session_weights: Path, tmp_path: Path) -> None:
@@ -108,10 +128,13 @@ def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
     assert exit_code(calibrate.main, *options, *written) == 0
     out = capsys.readouterr().out
     found = json.loads(out[out.index("{") :])
-    assert found["shifted"]["dice"] >= found["as it is"]["dice"] - 0.05
+    assert found["calibrated"]["dice"] >= found["as it is"]["dice"] - 0.05
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        p.name for p in session_weights.glob("*.safetensors")
+        "ensemble.json",
+        *(p.name for p in session_weights.glob("*.safetensors")),
     }
+    before, after = (read_json(folder / MANIFEST) for folder in (session_weights, tmp_path / "out"))
+    assert after == before | {"min_area": found["min_area"]}
     key = "segmentation_head.0.bias"
     before = load_file(session_weights / "unet-a.safetensors")[key]
     after = load_file(tmp_path / "out" / "unet-a.safetensors")[key]
@@ -121,7 +144,10 @@ def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
 def test_a_checkpoint_that_is_none_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = ["--take", 1, 1, 0, "--weights", tmp_path, "--write", tmp_path / "out"]
+    assert exit_code(calibrate.main, *options) == 2
+    assert "ensemble.json: no such file" in error_of(capsys.readouterr().err)
+    (tmp_path / MANIFEST).write_text("{}")
     (tmp_path / "a.safetensors").write_text("no weights")
-    options = ["--shifts", 1, 1, "--weights", tmp_path, "--write", tmp_path / "out"]
     assert exit_code(calibrate.main, *options) == 2
     assert "a.safetensors" in error_of(capsys.readouterr().err)
