@@ -73,7 +73,7 @@ EXAMPLE = "  python training/folds.py --data severstal --folds 3 --fold 0 --out 
 
 
 def write_strips(strips: Strips, folder: Path) -> None:
-    """Copy strips and their ground truth into a folder like the competition's."""
+    """Copy strips and their ground truth into a folder like the competition's, and say how many."""
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
     layout = list(layouts_of(strips.competition).values())[-1]
     rows = [csv_line(layout.columns)]
@@ -82,6 +82,10 @@ def write_strips(strips: Strips, folder: Path) -> None:
         labels = sorted(strips.truth.get(name, {}).items())
         rows += [layout.line(name, label, rle) for label, rle in labels]
     (folder / "train.csv").write_text("".join(rows), encoding="utf-8", newline="")
+    counts = [len(strips.with_class(label)) for label in range(1, strips.classes + 1)]
+    classes = ", ".join(strips.competition.classes)
+    found = f"{len(strips.names)} strips, {len(strips.clean())} clean"
+    print(f"{folder}: {found}, with class {classes}: {counts}")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,10 +114,6 @@ def split(args: argparse.Namespace) -> int:
     parts = split_folds(read_strips(args.data, competition), args.folds, args.fold)
     for strips, name in zip(parts, ("train", "held_out"), strict=True):
         write_strips(strips, args.out / name)
-        counts = [len(strips.with_class(label)) for label in range(1, strips.classes + 1)]
-        names = ", ".join(strips.competition.classes)
-        found = f"{len(strips.names)} strips, {len(strips.clean())} clean"
-        print(f"{args.out / name}: {found}, with class {names}: {counts}")
     names = "".join(f"{name}\n" for name in parts[1].names)
     (args.out / "held_out.txt").write_text(names, encoding="utf-8")
     return 0

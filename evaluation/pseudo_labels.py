@@ -1,0 +1,118 @@
+"""Label strips without truth by what an ensemble is sure of, to train on them.
+
+A strip is judged class by class, by the mean of every pass of sigmoid(mask) × sigmoid(presence + B)
+over the manifest's threshold. A class is there where that area reaches `--min-area` with the first
+of the two `--gate-shifts`; it is not there where even with the second, wider one it does not.
+A strip with a class between the two is left out. The mask of a class that is there is the mean of
+the mask heads alone, over a half: how far a defect reaches is no question of whether it is there.
+
+Writes `--out`/train.csv and train_images/, which `train.py --extra` takes.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation.recorded import RecordedPasses
+from kernel.command import run_command
+from kernel.device import pick_device
+from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import read_image
+from kernel.logs import Stages, progress
+from kernel.manifest import load_manifest
+from kernel.rle import encode_rle
+from training.folds import write_strips
+from training.metrics import Masks
+from training.strips import Strips, image_names
+
+SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
+EXAMPLE = """\
+  python evaluation/pseudo_labels.py --images severstal/test_images --out data/pseudo
+"""
+
+
+def mean_with_gates(recorded: RecordedPasses, gate_shift: float) -> Tensor:
+    """Return the mean probabilities (classes, H, W) with every presence logit shifted."""
+    means = []
+    for pass_id, (gates,) in recorded.encoded.items():
+        gates, found = gates.float(), recorded.probabilities[pass_id]
+        shifted = torch.sigmoid(torch.logit(gates, SURE) + gate_shift)
+        means.append(found * (shifted / gates.clamp_min(1e-30))[..., None, None])
+    return torch.cat(means).mean(dim=0)
+
+
+def label_strip(
+    recorded: RecordedPasses, gate_shifts: tuple[float, float], min_area: int
+) -> Masks | None:
+    """Return the masks (classes, H, W) of a strip; None where it is not sure of a class."""
+    threshold = recorded.manifest.threshold
+    sure, open_ = (
+        (mean_with_gates(recorded, shift) > threshold).sum(dim=(1, 2)) >= min_area
+        for shift in gate_shifts
+    )
+    if not bool((sure == open_).all()):
+        return None
+    masks = (mean_with_gates(recorded, math.inf) > 0.5) & sure[:, None, None]
+    return masks.cpu().numpy()
+
+
+def label_strips(
+    ensemble: Ensemble, folder: Path, gate_shifts: tuple[float, float], min_area: int
+) -> Strips:
+    """Return the strips of a folder of whose classes the ensemble is sure, with their masks."""
+    competition = ensemble.manifest.competition
+    truth: dict[str, dict[int, str]] = {}
+    for name in progress(image_names(folder), "strips", "strip"):
+        recorded = RecordedPasses(ensemble, read_image(folder / name, competition))
+        for pass_id in range(len(ensemble.passes)):
+            recorded.record(pass_id)
+        masks = label_strip(recorded, gate_shifts, min_area)
+        if masks is not None:
+            found = {label: encode_rle(mask, competition) for label, mask in enumerate(masks, 1)}
+            truth[name] = {label: rle for label, rle in found.items() if rle}
+    return Strips(folder, sorted(truth), truth, competition)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
+    add("--images", type=Path, required=True, help="folder of strips without truth")
+    about = "to be sure that a class is there, and that it is not (default %(default)s)"
+    add("--gate-shifts", type=float, nargs=2, default=(2.0, 3.0), metavar="B", help=about)
+    about = "pixels from which a mask counts (default %(default)s)"
+    add("--min-area", type=int, default=3000, help=about)
+    add("--out", type=Path, required=True, help="folder to write; must not be there")
+    return parser.parse_args(arguments)
+
+
+def label(args: argparse.Namespace) -> int:
+    """Label the strips, and write those that are sure."""
+    sure, wide = args.gate_shifts
+    if sure > wide:
+        raise ValueError(f"--gate-shifts {sure:g} {wide:g}: expected the wider one last")
+    if args.out.exists():
+        raise ValueError(f"{args.out}: is there already")
+    manifest = load_manifest(args.bundle)
+    ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+    write_strips(label_strips(ensemble, args.images, (sure, wide), args.min_area), args.out)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: label(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()
