@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 import reprlib
 from pathlib import Path
 
@@ -17,17 +16,16 @@ short = _REPR.repr  # a value as Python writes it, cut where it is long
 
 def one_line(error: BaseException) -> str:
     """Return what an error says as one line, its kind where it says nothing."""
-    named = isinstance(error, OSError) and error.filename is not None
-    text = _file_fault(error) if named else str(error)
+    file = error.filename if isinstance(error, OSError) else None
+    text = str(error) if file is None else _file_fault(error, str(file))
     text = " ".join(text.split()) or type(error).__name__
     if len(text) <= MAX_LINE:
         return text
     return f"{text[: MAX_LINE // 2]} … {text[-MAX_LINE // 2 + 3 :]}"
 
 
-def _file_fault(error: OSError) -> str:
-    """Say which file or folder an error of the system is about, and what to do."""
-    path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+def _file_fault(error: BaseException, path: str) -> str:
+    """Say what is wrong with a file or folder by an error of the system, and what to do."""
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file or folder; {_nearest_files(Path(path))}"
     if isinstance(error, IsADirectoryError):
@@ -36,7 +34,8 @@ def _file_fault(error: OSError) -> str:
         return f"{path}: a file stands where a folder is expected; name a folder"
     if isinstance(error, PermissionError):
         return f"{path}: this user may not read or write it; change its permissions or name another"
-    return f"{path}: {str(error.strerror).lower()}; correct the path or the option that gives it"
+    fault = str(getattr(error, "strerror", error)).lower()
+    return f"{path}: {fault}; correct the path or the option that gives it"
 
 
 def _nearest_files(path: Path) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, SLOT, Competition
+from kernel.faults import short
 from kernel.logs import log
 
 
@@ -175,7 +176,7 @@ def _header_fault(header: list[str], competition: Competition) -> str:
 def _cell_fault(cell: str, template: str, cells: list[str], competition: Competition) -> str:
     """What a cell that does not fit its template lacks."""
     if "{class}" not in template:
-        return f"{cell!r} does not fit {template!r}: {_short(cells)}"
+        return f"{short(cell)} does not fit {template!r}: {_short(cells)}"
     wanted = ", ".join(competition.classes)
     return f"names no class: {_short(cells)}; expected one of {wanted} as in {template!r}"
 

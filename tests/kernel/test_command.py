@@ -105,7 +105,7 @@ FAULTS = {
     "no right to it": (PermissionError(13, "Permission denied", "/a/b"), "change its permissions"),
     "a file as folder": (NotADirectoryError(20, "Not a directory", "/a/b"), "name a folder"),
     "a long name": (OSError(36, "File name too long", "/a/b"), "file name too long; correct the"),
-    "a link to itself": (OSError(40, "Too many levels", b"/a/b"), "too many levels"),
+    "a link to itself": (OSError(40, "Too many levels", "/a/b"), "too many levels"),
     "no name at all": (OSError(28, "No space left on device"), "No space left on device"),
     "nothing said": (ValueError(), "ValueError"),
 }
