@@ -17,15 +17,21 @@ from torch import Tensor, nn
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import to_device
-from kernel.jpeg import check_jpeg
+from kernel.jpeg import check_height, check_jpeg
 from kernel.logs import log
 
 Image = npt.NDArray[np.uint8 | np.uint16]  # grey (H, W) or RGB (H, W, 3), all values of the type
 Mask = npt.NDArray[np.bool_]  # (H, W)
 Size = tuple[int, int]  # (H, W)
 
+JPEG = b"\xff\xd8"  # its first bytes
 ORIENTATION = 0x112  # EXIF's and TIFF's tag
 MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
+
+
+def size_of(image: npt.NDArray[Any]) -> Size:
+    """(H, W) of an image."""
+    return image.shape[0], image.shape[1]
 
 
 def read_image(path: Path, competition: Competition = SEVERSTAL) -> Image:
@@ -56,6 +62,8 @@ def decode_image(data: bytes, name: str, competition: Competition = SEVERSTAL) -
         if pixels is None:
             raise ValueError(f"{len(data)} bytes that OpenCV does not decode")
         _check_whole(data, colour)
+        if data.startswith(JPEG) and competition.image_size not in (None, size_of(pixels)):
+            check_height(data)
         if colour and mode in GREY_MODES:
             _log_other(name, "grey", "channels 3", "its grey stands for each")
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
@@ -89,7 +97,7 @@ def _check_header(data: bytes) -> str:
 
 def _check_whole(data: bytes, colour: bool) -> None:
     """Refuse a file with data missing: OpenCV fills it up, and a network may see anything there."""
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(JPEG):
         check_jpeg(data, colour)
         return
     try:
@@ -140,11 +148,6 @@ def _log_depth(bits: int) -> None:  # once, not for every image
 
 
 # --- strips ---------------------------------------------------------------------------------------
-
-
-def size_of(image: Image) -> Size:
-    """(H, W) of an image."""
-    return image.shape[0], image.shape[1]
 
 
 @dataclass(frozen=True)
