@@ -1,9 +1,11 @@
 """Images: a file → pixels, grey or RGB → the tensor that every network reads."""
 
+import contextlib
 import functools
 import io
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ def decode_image(data: bytes, name: str, competition: Competition = SEVERSTAL) -
             _log_other(name, "grey", "channels 3", "its grey stands for each")
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
         if competition.bits == 8:
+            if pixels.dtype == np.uint16:
+                _log_other(name, "of 16 bits", "bits 8", "its values are scaled to 8")
             return _to_8_bits(pixels)
         if pixels.dtype == np.uint8:
             _log_other(name, "of 8 bits", "bits 16", "its white stays white")
@@ -126,6 +130,49 @@ def _to_8_bits(pixels: npt.NDArray[Any]) -> Image:
     bits = next(bits for bits in (10, 12, 14, 16) if highest < 2**bits)
     _log_depth(bits)
     return (pixels >> (bits - 8)).astype(np.uint8)
+
+
+# --- colour and depth, as a competition says ------------------------------------------------------
+
+LOOKED_AT = 8  # images, before a run
+
+
+def is_coloured(pixels: npt.NDArray[Any]) -> bool:
+    """Whether pixels as a file stores them have colours, more than a JPEG's noise."""
+    noise = 8 * np.iinfo(pixels.dtype).max // 255
+    return pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > noise).any())
+
+
+def check_kinds(folder: Path, names: Sequence[str], competition: Competition) -> None:
+    """Look at some images of a folder before a run; those that cannot be read are left to it.
+
+    Raises:
+        ValueError: one is of another colour or depth than the competition's; names it.
+    """
+    for name in names[:: max(len(names) // LOOKED_AT, 1)]:
+        with contextlib.suppress(OSError):
+            fault = _kind_fault((folder / name).read_bytes(), competition)
+            if fault:
+                raise ValueError(
+                    f"{folder / name}: {fault}: correct it there, or save the images so"
+                )
+
+
+def _kind_fault(data: bytes, competition: Competition) -> str:
+    """How an image is of another kind than a competition's; nothing where it is as said."""
+    try:
+        mode = _check_header(data)
+    except ValueError:
+        return ""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+        return ""
+    says, bits = f"{competition.slug}'s competition.json says", 8 * pixels.dtype.itemsize
+    if competition.channels == 1 and is_coloured(pixels):
+        return f"in colour, {says} channels 1"
+    if competition.channels == 3 and mode in GREY_MODES:
+        return f"grey, {says} channels 3"
+    return "" if bits == competition.bits else f"of {bits} bits, {says} bits {competition.bits}"
 
 
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # of Pillow

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from kernel.competition import Competition, check_competition
+from kernel.images import is_coloured
 from kernel.mounts import list_images
 from kernel.rows import read_rows
 from packing.metadata import slugify
@@ -173,7 +174,7 @@ def _look_at_images(folder: Path, names: list[str]) -> dict[str, Any]:
             continue
         sizes[pixels.shape[0], pixels.shape[1]] += 1
         deep |= pixels.dtype == np.uint16
-        colour |= pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > 8).any())
+        colour |= is_coloured(pixels)
     if not sizes:
         raise ValueError(f"{folder}: OpenCV reads none of its images, like {names[0]}")
     size = sizes.most_common(1)[0][0]

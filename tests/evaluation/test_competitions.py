@@ -1,6 +1,8 @@
 """The whole way for every competition that ships: pack, mount, run, validate, and count by hand."""
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from helpers import (
     SMALL,
     change_manifest,
     draw_image,
+    error_of,
     exit_code,
     random_network,
     tiny_entry,
@@ -25,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import build_kernel
-from evaluation import dry_run, validate
+from evaluation import calibrate, dry_run, score, validate
 from evaluation.dry_run import make_kaggle_tree
 from kernel.competition import SEVERSTAL, Competition, find_competition, shipped_names
 from kernel.images import Mask, Size
@@ -240,6 +243,45 @@ def test_a_colour_competition_is_drawn_fitted_packed_and_rehearsed_by_its_descri
     other = ("--bundle", out, *truth, "--competition", "salt")
     assert exit_code(dry_run.main, *other) == 2
     assert "was built for understanding_cloud_organization" in capfd.readouterr().err
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {
+    "a score": (score.main, "--bundle BUNDLE/dataset --images IMAGES --truth TRUTH"),
+    "a calibration": (calibrate.main, "--bundle BUNDLE/dataset --images IMAGES --truth TRUTH"),
+    "a dry run": (dry_run.main, "--bundle BUNDLE --images IMAGES"),
+    "a fit": (train.main, "--competition salt --data DATA --name a --encoder tu-test_resnet"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_images_of_another_kind_than_the_description_says_are_refused_before_a_run_by(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, words = COMMANDS[case]
+    clouds, salt = replace(small("clouds"), suffix=".png"), small("salt")
+    build(write_weights(tmp_path / "weights", salt), tmp_path / "dist", "me", competition=salt)
+    (tmp_path / "data").mkdir()
+    draw_images(tmp_path / "data" / "train_images", clouds)
+    truth = tmp_path / "data" / "train.csv"
+    truth.write_text("id,rle_mask\nimage_0,1 2\n")
+    given = {"BUNDLE": "dist", "IMAGES": "data/train_images", "TRUTH": "data/train.csv"}
+    for name, path in {**given, "DATA": "data"}.items():
+        words = words.replace(name, str(tmp_path / path))
+    assert exit_code(main, *words.split()) == 2
+    error = error_of(capsys.readouterr().err)
+    assert re.search(r"image_\d\.png: in colour, tgs-salt-.* says channels 1: correct it", error)
+
+
+def test_the_scored_run_predicts_images_of_another_kind_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    salt = small("salt")
+    build(write_weights(tmp_path / "weights", salt), tmp_path / "dist", "me", competition=salt)
+    draw_images(tmp_path / "images", replace(small("clouds"), suffix=".png"))
+    bundle, output = tmp_path / "dist" / "dataset", tmp_path / "submission.csv"
+    record = run(Options(bundle=bundle, images=tmp_path / "images", output=output))
+    assert (record["faults"], record["rows"]) == ({}, 3)
+    assert re.search(r"image_0\.png: in colour, .* says channels 1.*read all the same", caplog.text)
 
 
 def test_openvino_takes_colour_and_gives_the_same_masks(
