@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import check_kinds, read_image, size_of
-from kernel.mounts import list_images
+from kernel.mounts import list_images, no_images
 from training.augmentation import Pair
 from training.ground_truth import check_names, decode_masks, read_truth
 
@@ -61,7 +61,7 @@ def image_names(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: no such folder")
     names = list_images(folder)
     if not names:
-        raise ValueError(f"{folder}: no images")
+        raise ValueError(no_images(folder))
     return names
 
 
