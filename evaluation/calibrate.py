@@ -27,7 +27,7 @@ from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import read_image, size_of
+from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import list_images
@@ -130,6 +130,7 @@ def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
     manifest, counts = ensemble.manifest, ShiftCounts()
     named, names = read_truth(truth, manifest.competition), list_images(images)
     check_names(named, names, truth, images)
+    check_kinds(images, names, manifest.competition)
     for name in progress(names, "strips", "strip"):
         image = read_image(images / name, manifest.competition)
         recorded = RecordedPasses(ensemble, image)

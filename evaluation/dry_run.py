@@ -39,8 +39,9 @@ from evaluation.report import (
 from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.competition import Competition, add_competition_option, find_competition
+from kernel.images import check_kinds
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, list_images, read_sample
+from kernel.mounts import SAMPLE, list_images, no_images, read_sample
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import check_names, read_truth
@@ -263,7 +264,9 @@ def dry_run(args: argparse.Namespace) -> int:
             "build it again with the same --competition"
         )
     if args.images and not list_images(args.images):
-        raise ValueError(f"{args.images}: no images in it; name the folder that has them")
+        raise ValueError(no_images(args.images))
+    if args.images:
+        check_kinds(args.images, list_images(args.images), built)
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
         log.info("%s has the rate of %s from now on", machine, args.calibrate)

@@ -10,7 +10,7 @@ from evaluation.recorded import RecordedPasses
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, read_image, size_of
+from kernel.images import Image, check_kinds, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import list_images
@@ -55,6 +55,7 @@ def score(args: argparse.Namespace) -> int:
     competition, names = manifest.competition, list_images(args.images)
     truth = read_truth(args.truth, competition)
     check_names(truth, names, args.truth, args.images)
+    check_kinds(args.images, names, competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):

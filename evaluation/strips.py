@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.mounts import list_images
+from kernel.mounts import list_images, no_images
 
 
 def sample_strips(folder: Path, count: int, seed: int) -> list[Path]:
@@ -15,6 +15,6 @@ def sample_strips(folder: Path, count: int, seed: int) -> list[Path]:
     """
     names = list_images(folder)
     if not names:
-        raise ValueError(f"{folder}: no images; name a folder of strips")
+        raise ValueError(no_images(folder))
     drawn = np.random.default_rng(seed).permutation(len(names))[:count]
     return [folder / names[index] for index in sorted(drawn)]

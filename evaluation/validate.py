@@ -5,15 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
-from kernel.competition import (
-    Competition,
-    add_competition_option,
-    find_competition,
-    shipped_names,
-)
-from kernel.mounts import read_sample
-from kernel.rows import Layout, read_rows
-from kernel.validator import Pair, check_submission
+from kernel.competition import add_competition_option, find_competition
+from kernel.mounts import check_instances, read_sample
+from kernel.rows import read_rows
+from kernel.validator import check_submission
 
 EXAMPLE = "  python evaluation/validate.py submission.csv --sample sample_submission.csv"
 
@@ -30,27 +25,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_named_sample(sample: Path, competition: Competition) -> tuple[Layout, list[Pair]]:
-    """Read a sample; ValueError where it is another competition's names those that it fits."""
-    try:
-        return read_sample(sample, None, competition)
-    except ValueError as error:
-        fitting = [name for name in shipped_names() if _fits(sample, find_competition(name))]
-        hint = f"; it fits --competition {' or '.join(fitting)}" if fitting else ""
-        raise ValueError(f"{error}{hint}") from None
-
-
-def _fits(sample: Path, competition: Competition) -> bool:
-    try:
-        return bool(read_rows(sample, competition=competition)[1])
-    except ValueError:
-        return False
-
-
 def validate(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where Kaggle would refuse the submission."""
     competition = find_competition(args.competition)
-    layout, pairs = read_named_sample(args.sample, competition)
+    layout, pairs = read_sample(args.sample, None, competition)
+    check_instances(args.sample, read_rows(args.sample, competition=competition)[1], competition)
     columns = layout.columns
     findings = check_submission(args.submission, columns, pairs, args.images, competition)
     print("\n".join(findings.lines()))

@@ -9,11 +9,13 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from kernel.faults import one_line, short
+
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
     if times > 1:
-        raise ValueError(f"{name!r} is there {times} times")
+        raise ValueError(f"{short(name)} is there {times} times")
     return dict(pairs)
 
 
@@ -22,8 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         entries = json.loads(text, object_pairs_hook=_object_of)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+    except FileNotFoundError as error:
+        raise ValueError(one_line(error)) from None
     except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested too deep
         raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(entries, dict):
@@ -36,7 +38,7 @@ def check_fields(entries: dict[str, Any], kind: type, where: str) -> None:
     known = {each.name: each for each in fields(kind)}
     for key in entries:
         if key not in known:
-            raise ValueError(f"{where}: unknown field {key!r}; {nearest_of(key, known)}")
+            raise ValueError(f"{where}: unknown field {short(key)}; {nearest_of(key, known)}")
     for name, each in known.items():
         if each.default is MISSING and each.default_factory is MISSING and name not in entries:
             raise ValueError(f"{where}: lacks {name}")
@@ -52,7 +54,7 @@ def nearest_of(word: str, known: Iterable[str]) -> str:
 def expect(holds: bool, name: str, value: object, expected: str) -> None:
     """Raise ValueError unless a field's value is what was expected."""
     if not holds:
-        raise ValueError(f"{name} {value!r:.200}, expected {expected}")
+        raise ValueError(f"{name} {short(value)}, expected {expected}")
 
 
 def is_whole(value: object, least: int | None = None) -> bool:

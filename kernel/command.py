@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from kernel.faults import one_line
 from kernel.logs import start_log
 
 BAD_INPUT = 2  # the exit code, as argparse's
@@ -17,7 +18,7 @@ Failures = tuple[type[Exception], ...]
 def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSError)) -> None:
     """Run `main`, which parses the command line and returns an exit code; exit unless it is 0.
 
-    `failures` are what bad input raises: their message goes to stderr as one line.
+    `failures` are what bad input raises: `one_line` of it goes to stderr.
     """
     _prepare_streams()
     start_log()
@@ -28,7 +29,7 @@ def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSErr
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         code = 1
     except failures as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)

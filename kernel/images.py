@@ -1,9 +1,11 @@
 """Images: a file → pixels, grey or RGB → the tensor that every network reads."""
 
+import contextlib
 import functools
 import io
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,21 @@ from torch import Tensor, nn
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import to_device
-from kernel.jpeg import check_jpeg
+from kernel.jpeg import check_height, check_jpeg
 from kernel.logs import log
 
 Image = npt.NDArray[np.uint8 | np.uint16]  # grey (H, W) or RGB (H, W, 3), all values of the type
 Mask = npt.NDArray[np.bool_]  # (H, W)
 Size = tuple[int, int]  # (H, W)
 
+JPEG = b"\xff\xd8"  # its first bytes
 ORIENTATION = 0x112  # EXIF's and TIFF's tag
 MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
+
+
+def size_of(image: npt.NDArray[Any]) -> Size:
+    """(H, W) of an image."""
+    return image.shape[0], image.shape[1]
 
 
 def read_image(path: Path, competition: Competition = SEVERSTAL) -> Image:
@@ -56,10 +64,14 @@ def decode_image(data: bytes, name: str, competition: Competition = SEVERSTAL) -
         if pixels is None:
             raise ValueError(f"{len(data)} bytes that OpenCV does not decode")
         _check_whole(data, colour)
+        if data.startswith(JPEG) and competition.image_size not in (None, size_of(pixels)):
+            check_height(data)
         if colour and mode in GREY_MODES:
             _log_other(name, "grey", "channels 3", "its grey stands for each")
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
         if competition.bits == 8:
+            if pixels.dtype == np.uint16:
+                _log_other(name, "of 16 bits", "bits 8", "its values are scaled to 8")
             return _to_8_bits(pixels)
         if pixels.dtype == np.uint8:
             _log_other(name, "of 8 bits", "bits 16", "its white stays white")
@@ -89,7 +101,7 @@ def _check_header(data: bytes) -> str:
 
 def _check_whole(data: bytes, colour: bool) -> None:
     """Refuse a file with data missing: OpenCV fills it up, and a network may see anything there."""
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(JPEG):
         check_jpeg(data, colour)
         return
     try:
@@ -120,6 +132,49 @@ def _to_8_bits(pixels: npt.NDArray[Any]) -> Image:
     return (pixels >> (bits - 8)).astype(np.uint8)
 
 
+# --- colour and depth, as a competition says ------------------------------------------------------
+
+LOOKED_AT = 8  # images, before a run
+
+
+def is_coloured(pixels: npt.NDArray[Any]) -> bool:
+    """Whether pixels as a file stores them have colours, more than a JPEG's noise."""
+    noise = 8 * np.iinfo(pixels.dtype).max // 255
+    return pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > noise).any())
+
+
+def check_kinds(folder: Path, names: Sequence[str], competition: Competition) -> None:
+    """Look at some images of a folder before a run; those that cannot be read are left to it.
+
+    Raises:
+        ValueError: one is of another colour or depth than the competition's; names it.
+    """
+    for name in names[:: max(len(names) // LOOKED_AT, 1)]:
+        with contextlib.suppress(OSError):
+            fault = _kind_fault((folder / name).read_bytes(), competition)
+            if fault:
+                raise ValueError(
+                    f"{folder / name}: {fault}: correct it there, or save the images so"
+                )
+
+
+def _kind_fault(data: bytes, competition: Competition) -> str:
+    """How an image is of another kind than a competition's; nothing where it is as said."""
+    try:
+        mode = _check_header(data)
+    except ValueError:
+        return ""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+        return ""
+    says, bits = f"{competition.slug}'s competition.json says", 8 * pixels.dtype.itemsize
+    if competition.channels == 1 and is_coloured(pixels):
+        return f"in colour, {says} channels 1"
+    if competition.channels == 3 and mode in GREY_MODES:
+        return f"grey, {says} channels 3"
+    return "" if bits == competition.bits else f"of {bits} bits, {says} bits {competition.bits}"
+
+
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # of Pillow
 _OTHERS = set[str]()  # kinds of other images that were logged
 
@@ -140,11 +195,6 @@ def _log_depth(bits: int) -> None:  # once, not for every image
 
 
 # --- strips ---------------------------------------------------------------------------------------
-
-
-def size_of(image: Image) -> Size:
-    """(H, W) of an image."""
-    return image.shape[0], image.shape[1]
 
 
 @dataclass(frozen=True)

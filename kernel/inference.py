@@ -19,6 +19,7 @@ from typing import Any
 
 from kernel.command import run_command
 from kernel.contact_sheet import draw_submission  # noqa: F401 - for the notebook's last cell
+from kernel.images import check_kinds
 from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, Options, Task, find_one, find_task
@@ -73,6 +74,14 @@ def open_submission(options: Options, task: Task) -> Submission:
     submission = Submission(output, task.layout, task.pairs)
     submission.save()
     return submission
+
+
+def log_kinds(task: Task) -> None:
+    """Log an image of another colour or depth than the competition says; it is predicted too."""
+    try:
+        check_kinds(task.images, task.names, task.layout.competition)
+    except ValueError as error:
+        log.warning("%s; read all the same", error)
 
 
 def predict(context: RunContext, task: Task) -> Outcome:
@@ -157,6 +166,7 @@ def run(options: Options) -> dict[str, Any]:
         number, count = map(int, options.shard.split("/"))
         task = task.shard(number - 1, count)
     submission = open_submission(options, task)
+    log_kinds(task)
     budget_s = options.budget_s or competition.time_limit_s
     options = replace(options, budget_s=budget_s)
     context = RunContext(options, bundle, manifest, submission, stages, start + budget_s)

@@ -47,8 +47,34 @@ def _decode(data: bytes, colour: bool) -> npt.NDArray[np.uint8]:
     return np.asarray(picture)
 
 
+def check_height(data: bytes) -> None:
+    """Raise ValueError for a JPEG whose data go on below the last row that its header gives.
+
+    With a header that gives more rows a decoder that is out of data makes them of one value, but
+    for the first rows of units, which it may smooth.
+    """
+    frame, _ = walk_markers(data)
+    unit = 8 * max(vertical for _, vertical in frame.sampling.values())
+    end = -(-frame.height // unit) * unit  # of the last unit, which the header's last row is in
+    taller = min(end + 6 * unit, 2**16 - 1).to_bytes(2)
+    try:
+        picture = _decode(data[: frame.height_at] + taller + data[frame.height_at + 2 :], False)
+    except (OSError, SyntaxError):
+        return
+    below = picture.reshape(len(picture), frame.width, -1)[end + 3 * unit :]
+    if (below != below[:, :1]).any():
+        raise ValueError(
+            f"a JPEG whose header gives {frame.height} rows and whose data have more: damaged"
+        )
+
+
 def find_data_ends(data: bytes) -> list[int]:
-    """Walk a JPEG's markers; return where each piece of entropy-coded data ends.
+    """Return where each piece of a JPEG's entropy-coded data ends; raise as `walk_markers`."""
+    return walk_markers(data)[1]
+
+
+def walk_markers(data: bytes) -> tuple["Frame", list[int]]:
+    """Walk a JPEG's markers; return its headers, and where each piece of its data ends.
 
     A piece ends at a restart marker or with its scan. What follows the end marker is padding.
 
@@ -62,7 +88,7 @@ def find_data_ends(data: bytes) -> list[int]:
         if kind == END_OF_IMAGE:
             if not ends or any(frame.missing.values()):
                 raise ValueError(DAMAGED)
-            return ends
+            return frame, ends
         segment = data[position + 2 : position + int.from_bytes(data[position : position + 2])]
         position += len(segment) + 2
         try:
@@ -73,6 +99,7 @@ def find_data_ends(data: bytes) -> list[int]:
                 )
             if kind in FRAMES:
                 frame.read_header(segment)
+                frame.height_at = position - len(segment) + 1
             if kind == RESTART_INTERVAL:
                 frame.interval = int.from_bytes(segment)
             if kind == START_OF_SCAN:
@@ -94,6 +121,7 @@ class Frame:
     height: int = 0
     sampling: dict[int, tuple[int, int]] = field(default_factory=dict)  # component → (H, V)
     missing: dict[int, int] = field(default_factory=dict)  # → coefficients that no scan completes
+    height_at: int = 0  # where the file has its two bytes
     interval: int = 0  # minimum coded units between restart markers; 0: there are none
 
     def read_header(self, segment: bytes) -> None:

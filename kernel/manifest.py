@@ -18,9 +18,11 @@ from kernel.checks import (
     with_tuples,
 )
 from kernel.competition import SEVERSTAL, Competition, load_competition
+from kernel.faults import short
 from kernel.tta import FLIPS
 
 MANIFEST = "ensemble.json"
+MAX_NAME = 100  # characters of a member's name and file; a file system takes 255 bytes
 LISTS = ("flips", "image_size")  # fields that are tuples
 
 
@@ -65,7 +67,7 @@ class Manifest:
 def check_manifest(manifest: Manifest) -> None:
     """Raise ValueError for the first rule that is broken, naming the field and the value."""
     if manifest.format != 1:
-        raise ValueError(f"format {manifest.format!r}, this kernel reads format 1")
+        raise ValueError(f"format {short(manifest.format)}, this kernel reads format 1")
     if not manifest.members:
         raise ValueError("no members")
     _check_unique("two members named", [member.name for member in manifest.members])
@@ -86,7 +88,7 @@ def check_manifest(manifest: Manifest) -> None:
     expect(fits, "min_area", min_area, f"a whole number from 0 to {most}")
     expect(bool(flips) and all(map(is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
-        raise ValueError(f"flips {list(flips)}, expected some of {list(FLIPS)}, each once")
+        raise ValueError(f"flips {short(list(flips))}, expected some of {list(FLIPS)}, each once")
     check_size(manifest.image_size)
     expect(isinstance(manifest.empty_rows, bool), "empty_rows", manifest.empty_rows, "true, false")
     for member in manifest.members:
@@ -97,15 +99,16 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _check_unique(what: str, values: list[str]) -> None:
-    expect(all(map(is_text, values)), "names and files", values, "text")
+    fits = all(is_text(value) and len(value) <= MAX_NAME for value in values)
+    expect(fits, "names and files", values, f"text of at most {MAX_NAME} characters")
     value, times = Counter(values).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{what} {value!r}")
+        raise ValueError(f"{what} {short(value)}")
 
 
 def _check_member(member: MemberSpec, classes: int) -> None:
     if Path(member.file).name != member.file or member.file in ("", ".."):
-        raise ValueError(f"file {member.file!r} is not beside the manifest")
+        raise ValueError(f"file {short(member.file)} is not beside the manifest")
     fits = re.fullmatch("([0-9a-fA-F]{64})?", str(member.sha256)) is not None
     expect(fits, "sha256", member.sha256, "64 hexadecimal digits, or none")
     check_size(member.image_size)
@@ -118,7 +121,7 @@ def _check_member(member: MemberSpec, classes: int) -> None:
 
 def _check_model(model: dict[str, Any]) -> None:
     if not isinstance(model, dict) or not {"arch", "encoder_name"} <= set(model):
-        raise ValueError(f"model {model!r} lacks arch or encoder_name")
+        raise ValueError(f"model {short(model)} lacks arch or encoder_name")
     for key in ("arch", "encoder_name"):
         expect(is_text(model[key]), f"model's {key}", model[key], "text")
     aux = model.get("aux_params")
@@ -130,9 +133,9 @@ def _check_model(model: dict[str, Any]) -> None:
                 expect(is_whole(value) and value > 0, f"{where}'s {key}", value, "a whole number")
         if options.get("activation") is not None:
             raise ValueError(
-                f"{where}'s activation {options['activation']!r}: the kernel applies the sigmoid, "
-                "so a packed network gives logits; remove it where the network was trained through "
-                "a sigmoid, else train it so"
+                f"{where}'s activation {short(options['activation'])}: the kernel applies the "
+                "sigmoid, so a packed network gives logits; remove it where the network was "
+                "trained through a sigmoid, else train it so"
             )
 
 
@@ -152,7 +155,9 @@ def _check_channels(member: MemberSpec, classes: int) -> None:
     found = member.channels
     fits = isinstance(found, list) and all(is_whole(c) and 0 <= c < outputs for c in found)
     if not fits or len(set(found)) != len(found) or len(found) != classes:
-        raise ValueError(f"channels {found!r}, expected {classes} different of 0 to {outputs - 1}")
+        raise ValueError(
+            f"channels {short(found)}, expected {classes} different of 0 to {outputs - 1}"
+        )
 
 
 def _check_normalisation(member: MemberSpec) -> None:
@@ -160,7 +165,9 @@ def _check_normalisation(member: MemberSpec) -> None:
     for name, values in (("mean", member.mean), ("std", member.std)):
         fits = isinstance(values, list) and len(values) == channels and channels in (1, 3)
         if not fits or not all(map(is_number, values)):
-            raise ValueError(f"{name} {values!r} for {channels} channels, expected 1 or 3 numbers")
+            raise ValueError(
+                f"{name} {short(values)} for {channels} channels, expected 1 or 3 numbers"
+            )
         if max(values) > 1:
             divided = [round(value / 255, 4) for value in values]
             raise ValueError(
@@ -204,7 +211,8 @@ def _with_slug(competition: Competition, slug: str) -> Competition:
     """The competition under the manifest's slug, which only a description's own may be."""
     if slug != competition.slug and competition != SEVERSTAL:
         raise ValueError(
-            f"competition {slug!r}, its description is of {competition.slug!r}: make them agree"
+            f"competition {short(slug)}, its description is of {short(competition.slug)}: "
+            "make them agree"
         )
     return replace(competition, slug=slug)
 
@@ -216,10 +224,12 @@ def manifest_entries(manifest: Manifest) -> dict[str, Any]:
 
 def _parse_member(entry: object) -> MemberSpec:
     if not isinstance(entry, dict):
-        raise ValueError(f"member {entry!r}, expected an object")
+        raise ValueError(f"member {short(entry)}, expected an object")
     check_fields(entry, MemberSpec, f"member {entry.get('name')}")
     if not isinstance(entry.get("flops", []), list):
-        raise ValueError(f"member {entry['name']}: flops {entry['flops']!r}, expected two numbers")
+        raise ValueError(
+            f"member {entry['name']}: flops {short(entry['flops'])}, expected two numbers"
+        )
     return MemberSpec(**with_tuples(entry, LISTS))
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kernel.faults import one_line, short
 from kernel.manifest import MemberSpec
 
 # --- two halves -----------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def build_network(model: dict[str, Any]) -> nn.Module:
     try:
         network: nn.Module = smp.create_model(**{**model, "encoder_weights": None})
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"SMP builds no network of {model}: {error}") from error
+        raise ValueError(f"SMP builds no network of {short(model)}: {one_line(error)}") from error
     return network.eval()
 
 
@@ -196,5 +197,7 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]  # PyTorch lists every key
-        raise ValueError(f"{path}: not of the declared model {spec.model}: {reason}") from error
+        raise ValueError(
+            f"{path}: not of the declared model {short(spec.model)}: {reason}"
+        ) from error
     return split_network(network.float(), spec, device)

@@ -1,13 +1,14 @@
 """Mounts: finding the bundle, the sample and its images."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.logs import log
-from kernel.rows import Layout, layouts_of, read_rows
+from kernel.rows import Layout, Row, layouts_of, read_rows
 
 SAMPLE = "sample_submission.csv"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
@@ -83,6 +84,20 @@ def list_images(folder: Path) -> list[str]:
     return sorted(path.name for path in paths if not path.name.startswith(".") and path.is_file())
 
 
+def no_images(folder: Path, suffix: str = "") -> str:
+    """Say that a folder has no images, or none with a suffix, and where below it one is."""
+    if list_images(folder):
+        return f"{folder}: no image in it ends in {suffix!r}; correct `suffix`"
+    for below, files in _walk(folder):
+        names = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        if names:
+            return (
+                f"{folder}: no images in it; {below / min(names)} is in a folder below: name that, "
+                "or link all images into one folder under the csv's names"
+            )
+    return f"{folder}: no images in it; name the folder that has them"
+
+
 def find_images(sample: Path, names: set[str], root: Path) -> Path:
     """Find the folder with most of a sample's images: below the sample's own, else below `root`.
 
@@ -96,7 +111,8 @@ def find_images(sample: Path, names: set[str], root: Path) -> Path:
             return best
     raise ValueError(
         f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
-        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`"
+        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; images in "
+        "folders of their own are linked into one first (docs/competitions.md)"
     )
 
 
@@ -144,10 +160,25 @@ def read_sample(
     asked = choose_layout(competition, layout)
     found, rows = read_rows(sample, competition=competition)
     pairs = [(name, label) for name, label, _ in rows]
-    twice = len(pairs) - len(set(pairs))
-    if twice:
-        log.warning("%s names %d rows twice: each is written once", sample, twice)
+    try:
+        check_instances(sample, rows, competition)
+    except ValueError as error:  # every row is written all the same
+        log.warning("%s; each is written once", error)
     return asked or found, expand_rows(pairs, len(competition.classes))
+
+
+def check_instances(sample: Path, rows: Iterable[Row], competition: Competition) -> None:
+    """Raise ValueError for a sample with several rows of an image and class."""
+    counts = Counter((name, label) for name, label, _ in rows)
+    several = [pair for pair, times in counts.items() if times > 1]
+    if several:
+        (name, label), more = several[0], len(several) - 1
+        others = f", and {more} others have several" if more else ""
+        raise ValueError(
+            f"{sample}: {name} has {counts[several[0]]} rows of class {competition.name_of(label)}"
+            f"{others}: it scores instances, or is no sample; this pipeline writes one mask of "
+            "each class"
+        )
 
 
 def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
@@ -171,8 +202,10 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         layout, pairs = read_sample(sample, options.layout, competition)
         known = {name for name, _ in pairs}
         task = Task(images or find_images(sample, known, options.input), layout, pairs)
+    if not task.pairs and sample:
+        raise ValueError(f"{sample}: names no image")
     if not task.pairs:
-        raise ValueError(f"{sample or images}: names no image")
+        raise ValueError(no_images(task.images, competition.suffix))
     others = set(list_images(task.images)) - set(task.names)
     if others:
         log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))

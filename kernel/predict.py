@@ -15,7 +15,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, Strip, decode_strip, size_of
+from kernel.images import Image, Size, Strip, decode_strip, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
 from kernel.mounts import Options, Task
@@ -102,6 +102,29 @@ class RunContext:
         return 1 if self.options.shard else min(asked, len(task.names))
 
 
+class OtherSizes:
+    """Logs images of another size than a competition's usual one; without it, than the first's."""
+
+    def __init__(self, usual: Size | None) -> None:
+        self.usual, self.counts = usual, Counter[Size]()
+
+    def add(self, name: str, size: Size) -> None:
+        """Count an image, and log the first of each other size."""
+        self.usual = self.usual or size
+        self.counts[size] += 1
+        if size != self.usual and self.counts[size] == 1:
+            log.warning(
+                "%s is %d×%d, others are %d×%d: predicted as it is; see whether the file is whole",
+                *(name, *size, *self.usual),
+            )
+
+    def log_counts(self) -> None:
+        """Log how many there were of each other size, if there were more than one."""
+        for size, count in self.counts.items():
+            if size != self.usual and count > 1:
+                log.warning("%d images are %d×%d", count, *size)
+
+
 def predict_task(
     scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome, streams: int = 1
 ) -> None:
@@ -111,7 +134,7 @@ def predict_task(
     strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
     coming, count, stages.threads = timed(strips, stages, "decode"), len(task.names), streams
     states = scheduler.predict_strips(coming, count, streams)
-    before = time.monotonic()
+    before, sizes = time.monotonic(), OtherSizes(rules.image_size)
     with progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
             name = state.strip.name
@@ -119,6 +142,7 @@ def predict_task(
                 outcome.faults[name] = state.fault
                 log.warning("%s stays empty: %s", name, state.fault)
             else:
+                sizes.add(name, state.size)
                 outcome.work[name] = scheduler.work(state)
                 with stages("rle"):
                     masks = enumerate(state.masks, 1)
@@ -129,6 +153,7 @@ def predict_task(
             before, since = time.monotonic(), before
             outcome.strip_s[name] = before - since
             bar.update()
+    sizes.log_counts()
 
 
 def log_resizing(ensemble: Ensemble, image: Image | None) -> None:

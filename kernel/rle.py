@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.faults import short
 from kernel.images import Mask, Size
 
 
@@ -39,7 +40,7 @@ def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> 
     words = rle.split()
     wrong = next((word for word in words if not re.fullmatch("-?[0-9]+", word)), None)
     if wrong is not None:
-        return f"{wrong!r} is no number"
+        return f"{short(wrong)} is no number"
     if len(words) % 2:
         return f"{len(words)} numbers, expected pairs of start and length"
     last = first - 1  # pixel of the run before

@@ -1,6 +1,7 @@
 """Rows of a csv: sample, ground truth and submission, in the layouts of a competition."""
 
 import csv
+import difflib
 import gzip
 import io
 import re
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competition import SEVERSTAL, SLOT, Competition
+from kernel.competition import SEVERSTAL, SLOT, Competition, find_competition, shipped_names
+from kernel.faults import short
 from kernel.logs import log
 
 
@@ -169,13 +171,31 @@ def _header_fault(header: list[str], competition: Competition) -> str:
         return f"no csv: bytes that are no text, expected {expected}"
     separator = next((each for each in ";\t|" if each in text), "")
     remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
+    remedy = remedy or f"; {_nearest_description(header, competition)}"
     return f"header {_short(header)}, expected {expected}{remedy}"
+
+
+def _nearest_description(header: list[str], competition: Competition) -> str:
+    """Which description that ships has a header, or one like it; else how one is made."""
+    others = [(name, find_competition(name)) for name in shipped_names()]
+    headers = {
+        ",".join(sorted(layout)): name
+        for name, other in others
+        for layout in other.layouts
+        if other.slug != competition.slug
+    }
+    columns = ",".join(sorted(cell.strip() for cell in header))
+    if columns in headers:
+        return f"it fits --competition {headers[columns]}"
+    close = difflib.get_close_matches(columns[:200], headers, n=1, cutoff=0.7)
+    nearest = f"the nearest that ships is {headers[close[0]]}; " if close else ""
+    return f"{nearest}build_kernel.py --new-competition proposes a description for it"
 
 
 def _cell_fault(cell: str, template: str, cells: list[str], competition: Competition) -> str:
     """What a cell that does not fit its template lacks."""
     if "{class}" not in template:
-        return f"{cell!r} does not fit {template!r}: {_short(cells)}"
+        return f"{short(cell)} does not fit {template!r}: {_short(cells)}"
     wanted = ", ".join(competition.classes)
     return f"names no class: {_short(cells)}; expected one of {wanted} as in {template!r}"
 

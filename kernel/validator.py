@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.faults import one_line
 from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
 from kernel.rows import Layout, read_rows
@@ -235,7 +236,7 @@ def check_submission(
     try:
         layout, rows = read_rows(path, competition=competition)
     except (OSError, ValueError) as error:
-        return Findings([str(error)], [], [])
+        return Findings([one_line(error)], [], [])
     header = ",".join(layout.columns)
     errors = [] if header == ",".join(columns) else [f"header {header}, not {','.join(columns)}"]
     errors += row_faults(layout, rows, pairs)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernel.engines import openvino_files
+from kernel.faults import one_line
 from kernel.images import pad_to_multiple
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import Member, load_member
@@ -23,7 +24,6 @@ from packing.models import (
     check_layers,
     check_normalisation,
     load_into_model,
-    one_line,
     saved_configs,
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kernel.checks import read_json
 from kernel.competition import Competition
+from kernel.faults import short
 from kernel.manifest import MANIFEST, Manifest
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS
@@ -36,7 +37,7 @@ def _slug_of(meta: dict[str, Any]) -> str:
     ref = meta.get("id")
     if not re.fullmatch(f"{NAME}/{NAME}", str(ref)):
         raise ValueError(
-            f"id {ref!r} is not owner/slug in small letters, digits and hyphens; "
+            f"id {short(ref)} is not owner/slug in small letters, digits and hyphens; "
             "write your Kaggle name, a slash and a slug, or give --owner"
         )
     return str(ref).split("/")[1]
@@ -46,7 +47,7 @@ def _check_length(what: str, text: object, shortest: int, longest: int) -> None:
     length = len(text) if isinstance(text, str) else 0
     if not shortest <= length <= longest:
         raise ValueError(
-            f"{what} {text!r} has {length} characters, not {shortest} to {longest}; reword it"
+            f"{what} {short(text)} has {length} characters, not {shortest} to {longest}; reword it"
         )
 
 
@@ -59,11 +60,11 @@ def check_dataset(meta: dict[str, Any], files: list[str]) -> None:
     licences = meta.get("licenses")
     if not isinstance(licences, list) or len(licences) != 1:
         raise ValueError(
-            f'licenses {licences!r} is not exactly one licence; write [{{"name": "CC0-1.0"}}]'
+            f'licenses {short(licences)} is not exactly one licence; write [{{"name": "CC0-1.0"}}]'
         )
     licence = licences[0].get("name")
     if licence not in LICENCES:
-        raise ValueError(f"unknown licence {licence!r}; choose of {', '.join(LICENCES)}")
+        raise ValueError(f"unknown licence {short(licence)}; choose of {', '.join(LICENCES)}")
     paths = [resource.get("path") for resource in meta.get("resources") or []]
     absent = [path for path in paths if path not in files]
     if absent:
@@ -76,14 +77,15 @@ def _check_kernel_names(meta: dict[str, Any]) -> None:
     slug, title = _slug_of(meta), str(meta.get("title", ""))
     for what, text in (("title", title), ("slug", slug)):
         if len(text) < 5:
-            raise ValueError(f"{what} {text!r} has fewer than 5 characters; reword it")
+            raise ValueError(f"{what} {short(text)} has fewer than 5 characters; reword it")
     if not re.fullmatch("[A-Za-z0-9 -]*", title):  # `slugify` and Kaggle may differ for others
         raise ValueError(
-            f"title {title!r} is not of letters, digits, spaces and hyphens; reword it"
+            f"title {short(title)} is not of letters, digits, spaces and hyphens; reword it"
         )
     if slugify(title) != slug:
         raise ValueError(
-            f"title {title!r} resolves to {slugify(title)!r}, the id says {slug!r}; make them agree"
+            f"title {short(title)} resolves to {short(slugify(title))}, the id says {short(slug)}; "
+            "make them agree"
         )
 
 
@@ -107,10 +109,10 @@ def check_kernel(
         found = meta.get(key)
         if json.dumps(found) != json.dumps(value):  # 0 is not false
             line = json.dumps({key: value})[1:-1]
-            raise ValueError(f"{key} {found!r} is not {value!r}; write {line}")
+            raise ValueError(f"{key} {short(found)} is not {value!r}; write {line}")
     pinning = meta.get("docker_image_pinning_type", "latest")
     if pinning not in ("original", "latest"):
-        raise ValueError(f"docker_image_pinning_type {pinning!r}; write original or latest")
+        raise ValueError(f"docker_image_pinning_type {short(pinning)}; write original or latest")
 
 
 def check_fit_kernel(meta: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernel.faults import one_line, short
 from kernel.manifest import MemberSpec
 from kernel.members import build_network
 from packing.checkpoints import Checkpoint, is_outside_layer, is_plain, normalisation_of
@@ -106,7 +107,7 @@ def _class_of(model: Mapping[str, Any]) -> Any:
 
     known, arch = smp.MODEL_ARCHITECTURES_MAPPING, str(model["arch"])
     if arch.lower() not in known:
-        raise ValueError(f"unknown architecture {arch!r}; {nearest(arch, sorted(known))}")
+        raise ValueError(f"unknown architecture {short(arch)}; {nearest(arch, sorted(known))}")
     return known[arch.lower()]
 
 
@@ -127,14 +128,14 @@ def check_options(model: dict[str, Any]) -> None:
     if others and not _timm_takes(model, others):
         key = next(iter(others))
         raise ValueError(
-            f"model's {key!r} is no option of SMP's {kind.__name__}, which would drop it unsaid; "
-            f"{nearest(key, known)}; correct or remove it"
+            f"model's {short(key)} is no option of SMP's {kind.__name__}, which would drop it "
+            f"unsaid; {nearest(key, known)}; correct or remove it"
         )
     head = _head_options()
     for key in model.get("aux_params") or {}:
         if key not in head:
             raise ValueError(
-                f"aux_params's {key!r} is no option of SMP's ClassificationHead; "
+                f"aux_params's {short(key)} is no option of SMP's ClassificationHead; "
                 f"{nearest(key, head)}; correct or remove it"
             )
 
@@ -166,7 +167,7 @@ def _build_declared(model: dict[str, Any]) -> nn.Module:
     encoder = str(model["encoder_name"])
     if ":" in encoder:
         raise ValueError(
-            f"encoder {encoder!r} is read from another place, which Kaggle's machine has not; "
+            f"encoder {short(encoder)} is read from another place, which Kaggle's machine has not; "
             "name a model of timm's own, tu-NAME"
         )
     try:
@@ -176,13 +177,8 @@ def _build_declared(model: dict[str, Any]) -> nn.Module:
         fault = one_line(error)
         renamed = smp.encoders.is_equivalent_to_timm_universal(encoder)
         if encoder.split(".")[0] not in encoders and not renamed:
-            fault = f"unknown encoder {encoder!r}; {nearest(encoder, encoders)}"
+            fault = f"unknown encoder {short(encoder)}; {nearest(encoder, encoders)}"
         raise ValueError(fault) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says as one line, its kind where it says nothing."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 # --- held against saved configurations ------------------------------------------------------------
@@ -215,8 +211,8 @@ def check_config(config: Mapping[str, Any], model: dict[str, Any], where: str) -
             continue  # another program's word, such as the classes' names; the weights' shapes tell
         if saved != declared[key]:
             raise ValueError(
-                f"model's {key} is {declared[key]!r}, {where} says {saved!r}; correct `model`, "
-                "or take that configuration away if it is not of these weights"
+                f"model's {key} is {short(declared[key])}, {where} says {short(saved)}; correct "
+                "`model`, or take that configuration away if it is not of these weights"
             )
 
 

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 
 from kernel.competition import Competition, check_competition
-from kernel.mounts import list_images
+from kernel.images import is_coloured
+from kernel.mounts import check_instances, list_images, no_images
 from kernel.rows import read_rows
 from packing.metadata import slugify
 
@@ -43,7 +44,7 @@ def propose(sample: Path, images: Path) -> Proposal:
     """
     names = list_images(images) if images.is_dir() else []
     if not names:
-        raise ValueError(f"{images}: no images; give a folder with some of the sample's")
+        raise ValueError(no_images(images))
     header, rows = _read_table(sample)
     slug = slugify(sample.resolve().parent.name) or "my-competition"
     found = _find_layout(sample, header, rows, names)
@@ -51,14 +52,9 @@ def propose(sample: Path, images: Path) -> Proposal:
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
     competition = Competition(**found)
     check_competition(competition)
-    pairs = [(image, label) for image, label, _ in read_rows(sample, competition=competition)[1]]
-    (image, _), times = Counter(pairs).most_common(1)[0]
-    if times > 1:
-        raise ValueError(
-            f"{sample}: {image} has {times} rows of one class: it scores instances, and this "
-            "pipeline writes one mask of each class"
-        )
-    count = len({image for image, _ in pairs})
+    found_rows = read_rows(sample, competition=competition)[1]
+    check_instances(sample, found_rows, competition)
+    count = len({image for image, *_ in found_rows})
     unsure = [f"{name}: {taken}" for name, taken in ASK.items()]
     unsure.append(f"slug, title: {slug}, as the sample's folder is named")
     unsure.append(f"n_images: {count}, the sample's; a hidden set may be larger")
@@ -173,7 +169,7 @@ def _look_at_images(folder: Path, names: list[str]) -> dict[str, Any]:
             continue
         sizes[pixels.shape[0], pixels.shape[1]] += 1
         deep |= pixels.dtype == np.uint16
-        colour |= pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > 8).any())
+        colour |= is_coloured(pixels)
     if not sizes:
         raise ValueError(f"{folder}: OpenCV reads none of its images, like {names[0]}")
     size = sizes.most_common(1)[0][0]

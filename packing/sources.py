@@ -7,6 +7,7 @@ from typing import Any
 
 from kernel.checks import read_json
 from kernel.competition import Competition, load_competition
+from kernel.faults import short
 from kernel.manifest import MANIFEST, Manifest, parse_manifest
 from kernel.members import check_sha256
 from packing.models import read_model, with_todays_options, without_activation
@@ -17,7 +18,7 @@ def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
     path = Path(weights, entry["file"])
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(weights)):
         raise ValueError(
-            f"member {entry['name']}: file {entry['file']!r} leaves {weights}; copy it there"
+            f"member {entry['name']}: file {short(entry['file'])} leaves {weights}; copy it there"
         )
     if not weights_file(path).is_file():
         raise ValueError(f"member {entry['name']}: {no_such_checkpoint(weights_file(path))}")

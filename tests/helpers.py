@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from kernel.competition import Competition
 from kernel.images import Mask, Size
 from kernel.inference import run
 from kernel.members import build_network
@@ -249,6 +250,49 @@ def write_light_bundle(folder: Path) -> Path:
     save_file(random_network(model, 1).state_dict(), folder / "fpn.safetensors")
     write_manifest(folder, [tiny_entry("fpn", model)], flips=["none"], image_size=None)
     (folder / SCRIPT.name).write_text(join_modules(SCRIPT), encoding="utf-8")
+    return folder
+
+
+# --- any competition, by its description ----------------------------------------------------------
+
+TWO_FLIPS = ["none", "vertical"]
+
+
+def shrunk(competition: Competition) -> Competition:
+    """The competition with images and masks of a few pixels."""
+    mask_size = competition.mask_size and (SMALL[0] // 4, SMALL[1] // 4)
+    return replace(competition, image_size=SMALL, mask_size=mask_size)
+
+
+def draw_described(folder: Path, competition: Competition) -> dict[str, npt.NDArray[Any]]:
+    """Three images as the competition has them; name → (channels, H, W) in [0, 1]."""
+    folder.mkdir()
+    drawn = {}
+    for number in range(3):
+        name = f"image_{number}" + (competition.suffix or ".png")
+        grey = [draw_image(3 * number + channel) for channel in range(competition.channels)]
+        image: npt.NDArray[Any] = np.dstack(grey).squeeze()
+        if competition.bits == 16:
+            image = image.astype(np.uint16) * 200 + 7
+        drawn[name] = np.atleast_3d(image).transpose(2, 0, 1) / np.iinfo(image.dtype).max
+        written = image[..., ::-1] if image.ndim == 3 else image  # OpenCV writes BGR
+        cv2.imwrite(str(folder / name), written)
+    return drawn
+
+
+def write_described(folder: Path, competition: Competition) -> Path:
+    """One member of the images' channels and one of a single channel, both gated."""
+    folder.mkdir()
+    entries = []
+    for seed, channels in enumerate((competition.channels, 1)):
+        heads = {"classes": len(competition.classes)}
+        model = tiny_model("FPN", channels) | heads
+        model["aux_params"] = heads | {"pooling": "max"}
+        name = f"fpn-{seed}"
+        save_file(random_network(model, seed).state_dict(), folder / f"{name}.safetensors")
+        entries.append(tiny_entry(name, model) | {"image_size": [32, 64] if seed else None})
+    manifest = {"members": entries, "flips": TWO_FLIPS}
+    (folder / "ensemble.json").write_text(json.dumps(manifest))
     return folder
 
 

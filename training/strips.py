@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.images import read_image, size_of
-from kernel.mounts import list_images
+from kernel.images import check_kinds, read_image, size_of
+from kernel.mounts import list_images, no_images
 from training.augmentation import Pair
 from training.ground_truth import check_names, decode_masks, read_truth
 
@@ -61,7 +61,7 @@ def image_names(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: no such folder")
     names = list_images(folder)
     if not names:
-        raise ValueError(f"{folder}: no images")
+        raise ValueError(no_images(folder))
     return names
 
 
@@ -69,7 +69,8 @@ def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
     """Read what train.csv says of every image of `data`/train_images.
 
     Raises:
-        ValueError: train.csv is missing, cannot be read, or names an image that is not there.
+        ValueError: train.csv is missing, cannot be read, or names an image that is not there; or an
+            image is of another colour or depth than the competition's.
     """
     path, folder = data / "train.csv", data / "train_images"
     if not path.is_file():
@@ -77,6 +78,7 @@ def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
     truth = read_truth(path, competition)
     names = image_names(folder)
     check_names(truth, names, path, folder)
+    check_kinds(folder, names, competition)
     missing = sorted(set(truth) - set(names))
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""

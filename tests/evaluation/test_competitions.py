@@ -1,6 +1,8 @@
 """The whole way for every competition that ships: pack, mount, run, validate, and count by hand."""
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,19 @@ import pytest
 import torch
 from helpers import (
     SMALL,
+    TWO_FLIPS,
     change_manifest,
-    draw_image,
+    draw_described,
+    error_of,
     exit_code,
-    random_network,
-    tiny_entry,
-    tiny_model,
+    shrunk,
+    write_described,
 )
 from oracle import TTACH, load_networks
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import build_kernel
-from evaluation import dry_run, validate
+from evaluation import calibrate, dry_run, score, validate
 from evaluation.dry_run import make_kaggle_tree
 from kernel.competition import SEVERSTAL, Competition, find_competition, shipped_names
 from kernel.images import Mask, Size
@@ -36,7 +38,6 @@ from packing.bundle import build
 from training import synthetic, train
 
 Pixels = npt.NDArray[Any]
-FLIPS = ["none", "vertical"]
 ALSO = {  # what no shipped description has
     "rows-from-0": Competition(
         slug="rows-from-0",
@@ -58,41 +59,7 @@ ALL = [*shipped_names(), *ALSO]
 
 def small(name: str) -> Competition:
     """The competition with images and masks of a few pixels."""
-    found = ALSO.get(name) or find_competition(name)
-    mask_size = found.mask_size and (SMALL[0] // 4, SMALL[1] // 4)
-    return replace(found, image_size=SMALL, mask_size=mask_size)
-
-
-def draw_images(folder: Path, competition: Competition) -> dict[str, Pixels]:
-    """Three images as the competition has them; name → (channels, H, W) in [0, 1]."""
-    folder.mkdir()
-    drawn = {}
-    for number in range(3):
-        name = f"image_{number}" + (competition.suffix or ".png")
-        grey = [draw_image(3 * number + channel) for channel in range(competition.channels)]
-        image: Pixels = np.dstack(grey).squeeze()
-        if competition.bits == 16:
-            image = image.astype(np.uint16) * 200 + 7
-        drawn[name] = np.atleast_3d(image).transpose(2, 0, 1) / np.iinfo(image.dtype).max
-        written = image[..., ::-1] if image.ndim == 3 else image  # OpenCV writes BGR
-        cv2.imwrite(str(folder / name), written)
-    return drawn
-
-
-def write_weights(folder: Path, competition: Competition) -> Path:
-    """One member of the images' channels and one of a single channel, both gated."""
-    folder.mkdir()
-    entries = []
-    for seed, channels in enumerate((competition.channels, 1)):
-        heads = {"classes": len(competition.classes)}
-        model = tiny_model("FPN", channels) | heads
-        model["aux_params"] = heads | {"pooling": "max"}
-        name = f"fpn-{seed}"
-        save_file(random_network(model, seed).state_dict(), folder / f"{name}.safetensors")
-        entries.append(tiny_entry(name, model) | {"image_size": [32, 64] if seed else None})
-    manifest = {"members": entries, "flips": FLIPS}
-    (folder / "ensemble.json").write_text(json.dumps(manifest))
-    return folder
+    return shrunk(ALSO.get(name) or find_competition(name))
 
 
 def resize(planes: Pixels, size: Size) -> Pixels:
@@ -109,7 +76,7 @@ def mean_by_hand(weights: Path, planes: Pixels, size: Size) -> Pixels:
             own = np.tensordot([0.299, 0.587, 0.114], planes, 1)[None]
         own = resize(own, entry["image_size"] or planes.shape[1:])
         own = (own - np.reshape(entry["mean"], (-1, 1, 1))) / np.reshape(entry["std"], (-1, 1, 1))
-        for flip in FLIPS:
+        for flip in TWO_FLIPS:
             images = torch.from_numpy(own)[None].float()
             for turn in TTACH[flip]:
                 images = turn.apply_aug_image(images, apply=True)
@@ -172,8 +139,9 @@ def test_a_description_alone_carries_a_competition_to_a_valid_submission(
     competition, images = small(name), tmp_path / "images"
     (tmp_path / "mine.json").write_text(json.dumps(asdict(competition)))
     assert find_competition(str(tmp_path / "mine.json")) == competition
-    drawn = draw_images(images, competition)
-    weights, size = write_weights(tmp_path / "weights", competition), competition.mask_size or SMALL
+    drawn = draw_described(images, competition)
+    size = competition.mask_size or SMALL
+    weights = write_described(tmp_path / "weights", competition)
     threshold = np.median([mean_by_hand(weights, planes, size) for planes in drawn.values()])
     change_manifest(weights, threshold=round(float(threshold), 4))
 
@@ -242,14 +210,53 @@ def test_a_colour_competition_is_drawn_fitted_packed_and_rehearsed_by_its_descri
     assert "was built for understanding_cloud_organization" in capfd.readouterr().err
 
 
+COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {
+    "a score": (score.main, "--bundle BUNDLE/dataset --images IMAGES --truth TRUTH"),
+    "a calibration": (calibrate.main, "--bundle BUNDLE/dataset --images IMAGES --truth TRUTH"),
+    "a dry run": (dry_run.main, "--bundle BUNDLE --images IMAGES"),
+    "a fit": (train.main, "--competition salt --data DATA --name a --encoder tu-test_resnet"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_images_of_another_kind_than_the_description_says_are_refused_before_a_run_by(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, words = COMMANDS[case]
+    clouds, salt = replace(small("clouds"), suffix=".png"), small("salt")
+    build(write_described(tmp_path / "weights", salt), tmp_path / "dist", "me", competition=salt)
+    (tmp_path / "data").mkdir()
+    draw_described(tmp_path / "data" / "train_images", clouds)
+    truth = tmp_path / "data" / "train.csv"
+    truth.write_text("id,rle_mask\nimage_0,1 2\n")
+    given = {"BUNDLE": "dist", "IMAGES": "data/train_images", "TRUTH": "data/train.csv"}
+    for name, path in {**given, "DATA": "data"}.items():
+        words = words.replace(name, str(tmp_path / path))
+    assert exit_code(main, *words.split()) == 2
+    error = error_of(capsys.readouterr().err)
+    assert re.search(r"image_\d\.png: in colour, tgs-salt-.* says channels 1: correct it", error)
+
+
+def test_the_scored_run_predicts_images_of_another_kind_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    salt = small("salt")
+    build(write_described(tmp_path / "weights", salt), tmp_path / "dist", "me", competition=salt)
+    draw_described(tmp_path / "images", replace(small("clouds"), suffix=".png"))
+    bundle, output = tmp_path / "dist" / "dataset", tmp_path / "submission.csv"
+    record = run(Options(bundle=bundle, images=tmp_path / "images", output=output))
+    assert (record["faults"], record["rows"]) == ({}, 3)
+    assert re.search(r"image_0\.png: in colour, .* says channels 1.*read all the same", caplog.text)
+
+
 def test_openvino_takes_colour_and_gives_the_same_masks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setattr(bundle, "OPENVINO_WHEEL", {})  # 59 MB
     competition, found = small("clouds"), {}
-    names = list(draw_images(tmp_path / "images", competition))
-    weights = write_weights(tmp_path / "weights", competition)
+    names = list(draw_described(tmp_path / "images", competition))
+    weights = write_described(tmp_path / "weights", competition)
     for openvino in (False, True):
         build(weights, tmp_path / "dist", "somebody", openvino, competition=competition)
         options = Options(bundle=tmp_path / "dist" / "dataset", images=tmp_path / "images")

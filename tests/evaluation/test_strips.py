@@ -17,5 +17,5 @@ def test_strips_are_drawn_with_a_seed(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_strips_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no images; name a folder of strips"):
+    with pytest.raises(ValueError, match="no images in it; name the folder"):
         sample_strips(tmp_path, 4, 1)

@@ -1,5 +1,6 @@
 """The command that checks a submission: its verdict is its exit code."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,33 @@ def test_a_sample_that_is_missing_is_one_line_and_code_2(
     assert "gone.csv" in error_of(capsys.readouterr().err)
 
 
-def test_a_sample_of_another_competition_names_the_description_that_fits_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+HEADERS = {
+    "id,class,predicted": "it fits --competition uw-madison",
+    "EncodedPixels,Image_Label": "it fits --competition clouds",
+    "Image_Labels,EncodedPixels": "the nearest that ships is clouds; build_kernel.py --new-compet",
+    "what,ever": "EncodedPixels,ClassId; build_kernel.py --new-competition proposes a description",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_sample_of_another_competition_names_the_description_that_is_nearest(
+    header: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "s.csv").write_text("id,class,predicted\na_1,stomach,\n")
+    (tmp_path / "s.csv").write_text(f"{header}\na_1,stomach,\n")
     assert exit_code(validate.main, tmp_path / "s.csv", "--sample", tmp_path / "s.csv") == 2
     message = error_of(capsys.readouterr().err)
-    assert "line 1: header id,class,predicted, expected" in message
-    assert message.endswith("it fits --competition uw-madison")
+    assert f"line 1: header {header}, expected" in message
+    assert HEADERS[header] in message
+
+
+def test_a_sample_of_instances_is_refused_whatever_its_description_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample, mine = tmp_path / "sample.csv", tmp_path / "mine.json"
+    layout = {"ImageId": "{image}", "EncodedPixels": "{mask}"}
+    mine.write_text(json.dumps({"slug": "ships", "layouts": [layout], "classes": ["ship"]}))
+    sample.write_text("ImageId,EncodedPixels\na.jpg,1 2\nb.jpg,\na.jpg,9 2\na.jpg,5 2\n")
+    words = (sample, "--sample", sample, "--competition", mine)
+    assert exit_code(validate.main, *words) == 2
+    message = error_of(capsys.readouterr().err)
+    assert f"{sample}: a.jpg has 3 rows of class ship: it scores instances" in message

@@ -1,16 +1,22 @@
 """The boundary of every command: one line and an exit code for whatever ends it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, error_of
+from helpers import ROOT, error_of, exit_code, save_strips, write_sample
 
+import build_kernel
+from evaluation import calibrate, score, validate
+from kernel import inference
 from kernel.command import run_command
+from kernel.faults import MAX_LINE, one_line
+from training import folds, train
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,72 @@ def test_bad_input_is_code_2_and_one_line_on_stderr(
     assert code_of(error) == 2
     out, err = capsys.readouterr()
     assert (out, error_of(err)) == ("", "a b")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {  # with what they are given
+    "the kernel": (inference.main, "--bundle BUNDLE --images IMAGES --sample FILE"),
+    "a build": (build_kernel.main, "--weights EMPTY --competition clouds --fit --members FILE"),
+    "a description": (build_kernel.main, "--new-competition FILE --images IMAGES --out m.json"),
+    "the validator": (validate.main, "FILE --sample SAMPLE"),
+    "the validator's sample": (validate.main, "SAMPLE --sample FILE"),
+    "a score": (score.main, "--bundle BUNDLE --images IMAGES --truth FILE"),
+    "a calibration": (calibrate.main, "--bundle BUNDLE --images IMAGES --truth FILE"),
+    "calibrated weights": (calibrate.main, "--bundle EMPTY --images IMAGES --truth FILE"),
+    "a fit": (train.main, "--data FILE --name a --encoder tu-test_resnet"),
+    "folds": (folds.main, "--data FILE --out new"),
+}
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "in no folder"])
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_file_that_is_not_there_is_named_with_what_to_do(
+    case: str, kind: str, session_light: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, words = COMMANDS[case]
+    save_strips(tmp_path / "images", ["a.jpg"])
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"])
+    (tmp_path / "empty").mkdir()
+    path = {"missing": "sampel.csv", "a folder": "images", "in no folder": "gone/sample.csv"}[kind]
+    given = {
+        "BUNDLE": session_light,
+        "IMAGES": tmp_path / "images",
+        "SAMPLE": sample,
+        "EMPTY": tmp_path / "empty",
+        "FILE": tmp_path / path,
+    }
+    assert exit_code(main, *(given.get(word, word) for word in words.split())) != 0
+    out, err = capsys.readouterr()
+    [line] = [each for each in (out + err).splitlines() if each.startswith("error: ")]
+    assert "Errno" not in line and " None" not in line
+    assert str(given["EMPTY" if "EMPTY" in words and "--fit" not in words else "FILE"]) in line
+    assert re.search("; |name |expected ", line)
+    if "no such file or folder" in line:
+        assert ("has sample.csv" if kind == "missing" else f"{tmp_path} has ") in line
+
+
+FAULTS = {
+    "no right to it": (PermissionError(13, "Permission denied", "/a/b"), "change its permissions"),
+    "a file as folder": (NotADirectoryError(20, "Not a directory", "/a/b"), "name a folder"),
+    "a long name": (OSError(36, "File name too long", "/a/b"), "file name too long; correct the"),
+    "a link to itself": (OSError(40, "Too many levels", "/a/b"), "too many levels"),
+    "no name at all": (OSError(28, "No space left on device"), "No space left on device"),
+    "nothing said": (ValueError(), "ValueError"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_of_the_system_is_one_line_with_the_file_and_the_remedy(case: str) -> None:
+    error, said = FAULTS[case]
+    line = one_line(error)
+    assert said in line
+    assert line.startswith("/a/b: ") or case in ("no name at all", "nothing said")
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "\nx" * 500_000])
+def test_a_long_line_keeps_its_start_and_its_remedy(text: str) -> None:
+    line = one_line(ValueError(f"ensemble.json: name {text}; shorten it"))
+    assert len(line) <= MAX_LINE and "\n" not in line
+    assert line.startswith("ensemble.json: name x") and line.endswith("x; shorten it")
 
 
 def test_what_is_no_bad_input_keeps_its_traceback() -> None:

@@ -1,6 +1,7 @@
 """The csv reader beside pandas', and what it refuses that pandas lets pass."""
 
 import gzip
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ RLES = st.sampled_from(["", "1 3", "5 2 9 4", "nan", "1 409600"])
 ROWS = st.lists(st.tuples(NAMES, st.integers(0, 4), RLES), max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ", "300")), deadline=None)
 @given(
     ROWS,
     st.sampled_from(["two-column", "three-column"]),

@@ -1,6 +1,8 @@
 """Damaged image files: refused, or read with every pixel right, and never a third outcome."""
 
 import io
+import os
+import re
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ KINDS = {
     "restart markers": [cv2.IMWRITE_JPEG_RST_INTERVAL, 7],
     "optimized": [cv2.IMWRITE_JPEG_OPTIMIZE, 1],
 }
+FUZZ = int(os.environ.get("FUZZ", "300"))
 EOI = b"\xff\xd9"
 
 
@@ -80,7 +83,7 @@ jpegs = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=FUZZ, deadline=None)
 @given(jpegs, st.floats(0, 1), st.booleans())
 def test_a_jpeg_that_is_cut_is_refused_or_loses_no_pixel(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, place: float, closed: bool
@@ -103,7 +106,7 @@ def test_a_hole_in_a_baseline_jpeg_is_refused(tmp_path: Path) -> None:
     assert seen >= 97
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=FUZZ, deadline=None)
 @given(jpegs, st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20))
 def test_what_pillow_cannot_decode_is_refused_too(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, changes: list[tuple[float, int]]
@@ -116,6 +119,52 @@ def test_what_pillow_cannot_decode_is_refused_too(
         PIL.Image.open(io.BytesIO(bytes(damaged))).load()
     except (OSError, SyntaxError, ValueError):
         assert isinstance(found, str)
+
+
+def with_height(data: bytes, height: int) -> bytes:
+    """The file with another height in its frame header (ITU T.81, B.2.2)."""
+    place = min(data.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in data) + 5
+    return data[:place] + height.to_bytes(2) + data[place + 2 :]
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("height", [8, 16])
+def test_a_header_of_fewer_rows_than_the_data_have_is_refused(
+    kind: str, colours: int, height: int, tmp_path: Path
+) -> None:
+    """It decodes to an image of the upper rows alone, whose run lengths fit no mask."""
+    found = read(with_height(jpeg(kind, colours), height), tmp_path)
+    assert re.search(
+        f"header gives {height} rows and whose data have more|damaged or cut", str(found)
+    )
+
+
+@settings(max_examples=FUZZ, deadline=None)
+@given(
+    st.sampled_from(list(KINDS)),
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.sampled_from(["noise", "smooth", "flat"]),
+    st.sampled_from([0x411111, 0x111111, 0x221111, 0x211111, 0]),
+    st.integers(5, 100),
+    st.integers(0, 99),
+)
+def test_a_whole_jpeg_of_another_size_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    size: tuple[int, int],
+    content: str,
+    sampling: int,
+    quality: int,
+    seed: int,
+) -> None:
+    image = {"noise": grey(seed, size), "smooth": grey(seed, size) // 9}.get(content)
+    image = np.full(size, seed, np.uint8) if image is None else image
+    colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling] if sampling else []
+    pixels = cv2.merge([image, image.T.reshape(size), image]) if sampling else image
+    options = [*KINDS[kind], *colour, cv2.IMWRITE_JPEG_QUALITY, quality]
+    data = cv2.imencode(".jpg", pixels, options)[1].tobytes()
+    np.testing.assert_array_equal(read(data, tmp_path_factory.getbasetemp()), pixels_of(data))
 
 
 def test_a_missing_restart_interval_is_refused(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_rows_named_twice_and_strips_in_no_row_are_told(
     predict(session_light, images, output, sample=sample)
     expected = [(name, label) for name in ("2.jpg", "1.jpg") for label in LABELS]
     assert list(read_submission(output)) == expected
-    assert any("names 1 rows twice" in line for line in caplog.messages)
+    assert any("2.jpg has 2 rows of class 0" in line for line in caplog.messages)
     assert any("4 images are in no row, '0.jpg'" in line for line in caplog.messages)
 
 

@@ -1,5 +1,7 @@
 """Members with an image_size of their own, and members with more outputs than classes."""
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 from helpers import (
     CPU,
+    LABELS,
     SMALL,
     change_manifest,
+    decode_by_hand,
     draw_image,
     predict,
     random_network,
@@ -23,6 +27,7 @@ from helpers import (
 from safetensors.torch import save_file
 from torch import nn
 
+from kernel.competition import SEVERSTAL
 from kernel.ensemble import load_ensemble
 from kernel.images import Image
 from kernel.logs import Stages
@@ -142,3 +147,25 @@ def test_a_members_own_image_size_changes_the_submission(
     predict(light_bundle, tmp_path / "images", tmp_path / "resized.csv")
     texts = [read_submission(tmp_path / name) for name in ("as_it_is.csv", "resized.csv")]
     assert texts[0].keys() == texts[1].keys() and texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("usual", [None, SMALL])
+def test_images_of_another_size_than_the_others_are_named_and_predicted_as_they_are(
+    usual: tuple[int, int] | None,
+    light_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mine = asdict(replace(SEVERSTAL, image_size=usual))
+    (light_bundle / "competition.json").write_text(json.dumps(mine))
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    save_strips(tmp_path / "images", names, [SMALL, (32, 96), SMALL, (32, 96)])
+    record = predict(light_bundle, tmp_path / "images", tmp_path / "s.csv")
+    assert not record["faults"]
+    said = [line for line in caplog.messages if "32×96" in line]
+    assert said[0].startswith("b.png is 32×96, others are 64×96: predicted as it is")
+    assert said[1:] == ["2 images are 32×96"]
+    assert not any("a.png" in line or "c.png" in line for line in caplog.messages)
+    rows = read_submission(tmp_path / "s.csv")
+    for label in LABELS:
+        decode_by_hand(rows["b.png", label], (32, 96))

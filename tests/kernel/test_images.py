@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL, draw_image, encode_image, save_image
 
 from kernel.competition import Competition
-from kernel.images import decode_strip, image_to_tensor, pad_to_multiple, read_image
+from kernel.images import check_kinds, decode_strip, image_to_tensor, pad_to_multiple, read_image
 
 # --- what is read ---------------------------------------------------------------------------------
 
@@ -146,6 +146,39 @@ def test_16_bits_are_scaled_by_their_type_and_not_by_what_they_hold(tmp_path: Pa
     np.testing.assert_array_equal(image, deep)
     tensor = image_to_tensor(image)
     np.testing.assert_allclose(tensor[0, 0].numpy(), deep / 65535, rtol=1e-6)
+
+
+GREY = draw_image(0, (8, 12))
+COLOURS = np.dstack([draw_image(seed, (8, 12)) for seed in range(3)])
+TINTED = np.dstack([GREY, np.clip(GREY, 8, 255) - 8, GREY])  # as a JPEG may
+DEEP_GREY = GREY.astype(np.uint16) * 257
+KINDS: dict[str, tuple[np.ndarray, Competition, str]] = {
+    "grey": (GREY, Competition(), ""),
+    "grey in three channels": (np.dstack([GREY] * 3), Competition(), ""),
+    "all but grey": (TINTED, Competition(), ""),
+    "colour": (COLOURS, RGB, ""),
+    "a colour file without colours": (np.dstack([GREY] * 3), RGB, ""),
+    "16 bits": (DEEP_GREY, DEEP, ""),
+    "16 bits in colour": (COLOURS.astype(np.uint16) * 257, Competition(channels=3, bits=16), ""),
+    "colour for grey": (COLOURS, Competition(), "in colour, .* says channels 1"),
+    "grey for colour": (GREY, RGB, "grey, .* says channels 3"),
+    "16 bits for 8": (DEEP_GREY, Competition(), "of 16 bits, .* says bits 8"),
+    "8 bits for 16": (GREY, DEEP, "of 8 bits, .* says bits 16"),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_look_at_the_images_tells_another_colour_or_depth(case: str, tmp_path: Path) -> None:
+    image, competition, fault = KINDS[case]
+    names = [f"{number:02}.png" for number in range(40)]
+    for name in names[:-2]:
+        save_image(tmp_path / name, image)
+    (tmp_path / names[-1]).write_text("no image: the run names it")
+    if fault:
+        with pytest.raises(ValueError, match=rf"00\.png: {fault}: correct it there"):
+            check_kinds(tmp_path, names, competition)
+    else:
+        check_kinds(tmp_path, names, competition)
 
 
 @pytest.mark.parametrize(

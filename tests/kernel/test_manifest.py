@@ -1,12 +1,14 @@
 """The manifest: what a bundle says of itself is read as it stands, or refused by its path."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import SMALL, tiny_entry, tiny_model, write_manifest
 
-from kernel.manifest import MemberSpec, load_manifest
+from kernel.faults import MAX_LINE, one_line
+from kernel.manifest import Manifest, MemberSpec, load_manifest
 
 
 def member(**changes: Any) -> dict[str, Any]:
@@ -147,3 +149,44 @@ def test_a_member_of_other_outputs_says_which_are_the_classes(tmp_path: Path) ->
     write_manifest(tmp_path, [entry])
     [found] = load_manifest(tmp_path).members
     assert (found.channels, found.image_size) == ([1, 2, 3, 4], (128, 800))
+
+
+# --- values that are too long to show -------------------------------------------------------------
+
+LONG = {"a long text": "x" * 1_000_000, "a long list": [7.5] * 10_000}
+FIELDS = [("", each.name) for each in fields(Manifest)]
+FIELDS += [("member", each.name) for each in fields(MemberSpec)]
+FIELDS += [("model", name) for name in ("arch", "classes", "in_channels", "activation")]
+
+
+@pytest.mark.parametrize("value", LONG)
+@pytest.mark.parametrize(("where", "name"), FIELDS)
+def test_a_long_value_is_cut_in_the_line_that_refuses_it(
+    where: str, name: str, value: str, tmp_path: Path
+) -> None:
+    changes = {name: LONG[value]}
+    entry = {"member": member(**changes), "model": member(model=model(**changes))}.get(where)
+    entries: dict[str, Any] = {"members": [entry or member()], **({} if entry else changes)}
+    write_manifest(tmp_path, **entries)
+    try:
+        load_manifest(tmp_path)
+    except ValueError as error:
+        line = one_line(error)
+        assert len(line) < MAX_LINE, line
+        assert str(tmp_path) in line and name.removesuffix("s") in line
+        assert "xxx" in line or "7.5, " in line
+    else:
+        assert (where, name, value) in [
+            ("", "competition", "a long text"),
+            ("model", "arch", "a long text"),  # SMP's to refuse
+        ]
+
+
+@pytest.mark.parametrize(
+    "entries", [{"x" * 1_000_000: 1}, {"members": [member(**{"y" * 10**6: 1})]}]
+)
+def test_a_long_name_of_a_field_is_cut(entries: dict[str, Any], tmp_path: Path) -> None:
+    write_manifest(tmp_path, **{"members": [member()], **entries})
+    with pytest.raises(ValueError, match=r"unknown field '(xxx|yyy)") as error:
+        load_manifest(tmp_path)
+    assert len(str(error.value)) < MAX_LINE

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from helpers import LABELS, write_sample
 
-from kernel.competition import Competition
-from kernel.mounts import Options, Task, find_images, find_one, find_task, read_sample
+from kernel.competition import Competition, find_competition
+from kernel.mounts import SAMPLE, Options, Task, find_images, find_one, find_task, read_sample
 from kernel.rows import LAYOUTS
 
 # --- the sample's rows ----------------------------------------------------------------------------
@@ -111,9 +111,30 @@ def test_a_sample_without_rows_names_no_image(layout: str, tmp_path: Path) -> No
         find_task(Options(images=tmp_path, sample=sample))
 
 
-def test_a_folder_without_images_names_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: names no image"):
+def test_a_folder_without_images_says_where_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: no images in it; name the folder"):
         find_task(Options(images=tmp_path))
+    scans = tmp_path / "case1" / "scans"
+    scans.mkdir(parents=True)
+    (scans / "slice_2.png").touch()
+    with pytest.raises(
+        ValueError, match=r"case1/scans/slice_2\.png is in a folder below: name tha"
+    ):
+        find_task(Options(images=tmp_path))
+    with pytest.raises(
+        ValueError, match=r"scans: no image in it ends in '\.tif'; correct `suffix`"
+    ):
+        find_task(Options(images=scans), Competition(suffix=".tif"))
+
+
+def test_images_in_folders_of_their_own_are_not_found_and_that_is_said(tmp_path: Path) -> None:
+    scans = tmp_path / "test" / "case1" / "case1_day2" / "scans"
+    scans.mkdir(parents=True)
+    (scans / "slice_0001_266_266_1.50_1.50.png").touch()
+    (tmp_path / SAMPLE).write_text("id,class,predicted\ncase1_day2_slice_0001,stomach,\n")
+    said = r"no folder .* 'case1_day2_slice_0001\.png'; .*folders of their own are linked into one"
+    with pytest.raises(ValueError, match=said):
+        find_task(Options(input=tmp_path), find_competition("uw-madison"))
 
 
 def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path) -> None:

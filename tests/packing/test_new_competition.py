@@ -80,7 +80,7 @@ REFUSED = {
     "no column of masks": ("id,x\na_1,1 1\n", "line 1: id,x: no column is named like a mask"),
     "no image of the folder": ("id,rle\nc_3,1 1\n", "line 2: c_3,1 1 names no image"),
     "another number of cells": ("id,rle\na_1,1 1,2\n", "line 2: 3 cells, not 2"),
-    "several rows of an image": ("id,rle\na_1,1 1\na_1,5 1\n", "a_1.png has 2 rows of one class"),
+    "several rows of an image": ("id,rle\na_1,1 1\na_1,5 1\n", "a_1.png has 2 rows of class mask"),
     "no rows": ("id,rle\n", "line 1: 'id,rle': no header and rows"),
     "a row of its own kind": (
         "id,rle\na_1_x,1 1\na_1_y,1 1\nb_2,1 1\n",

@@ -13,9 +13,10 @@ import cv2
 import nbformat
 import numpy as np
 import pytest
-from helpers import SMALL, save_strips, write_sample
+from helpers import SMALL, draw_described, save_strips, shrunk, write_described, write_sample
 from kaggle_stub import run_client, serve
 
+from kernel.competition import find_competition
 from kernel.mounts import SAMPLE, read_sample
 from kernel.validator import check_submission
 from packing.bundle import build, write_json
@@ -75,6 +76,15 @@ def execute(notebook: Path, folder: Path) -> list[dict[str, Any]]:
     return cells
 
 
+def write_pushed(text: str, folder: Path) -> Path:
+    """A pushed notebook that takes its input from `folder`/input."""
+    arguments = json.dumps(["--input", str(folder / "input")]).replace('"', '\\"')
+    assert text.count("ARGUMENTS: list[str] = []") == 1
+    path = folder / "pushed.ipynb"
+    path.write_text(text.replace("list[str] = []", f"list[str] = {arguments}"))
+    return path
+
+
 def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     session_weights: Path, tmp_path: Path
 ) -> None:
@@ -96,12 +106,7 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     save_strips(images, names)
     sample = write_sample(images.with_name(SAMPLE), names)
     (tmp_path / "working").mkdir()
-    arguments = ["--input", str(mounted)]
-    text = json.dumps(arguments).replace('"', '\\"')
-    assert pushed["text"].count("ARGUMENTS: list[str] = []") == 1
-    path = tmp_path / "pushed.ipynb"
-    path.write_text(pushed["text"].replace("list[str] = []", f"list[str] = {text}"))
-    cells = execute(path, tmp_path / "working")
+    cells = execute(write_pushed(pushed["text"], tmp_path), tmp_path / "working")
 
     layout, pairs = read_sample(sample)
     submission = tmp_path / "working" / "submission.csv"
@@ -112,3 +117,41 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     sheet = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR)
     assert sheet is not None and sheet.shape[1] == SMALL[1]
     assert (np.ptp(sheet.astype(int), axis=2) > 60).any()  # colour on grey steel
+
+
+def test_another_competition_goes_through_the_client_and_jupyter_by_its_description(
+    tmp_path: Path,
+) -> None:
+    clouds, dist = shrunk(find_competition("clouds")), tmp_path / "dist"
+    weights = write_described(tmp_path / "weights", clouds)
+    build(weights, dist, "somebody", notebook=True, competition=clouds)
+    with serve() as kaggle:
+        said = run_client(kaggle, tmp_path, "datasets", "create", "-p", dist / "dataset")
+        said += run_client(kaggle, tmp_path, "kernels", "push", "-p", dist / "kernel")
+    assert "being created" in said and "successfully pushed" in said
+    assert "kipping" not in said and "not valid" not in said
+    [(dataset, files)] = kaggle.datasets.items()
+    assert dataset == "somebody/understanding-cloud-ensemble"
+    [(name, pushed)] = kaggle.kernels.items()
+    assert name == "somebody/understanding-cloud-ensemble-submission"
+    assert pushed["competitionDataSources"] == ["understanding_cloud_organization"]
+    assert pushed["datasetDataSources"] == [dataset]
+    assert clouds.title in pushed["text"] and "Severstal" not in pushed["text"].split("# --- ")[0]
+
+    mounted = tmp_path / "input"
+    (mounted / "bundle").mkdir(parents=True)
+    for file, content in files.items():
+        (mounted / "bundle" / file).write_bytes(content)
+    (mounted / "clouds").mkdir()
+    names = list(draw_described(mounted / "clouds" / "test_images", clouds))
+    rows = [f"{each}_{label},1 1" for each in names for label in clouds.classes]
+    sample = mounted / "clouds" / SAMPLE
+    sample.write_text("\n".join(["Image_Label,EncodedPixels", *rows, ""]))
+    (tmp_path / "working").mkdir()
+    cells = execute(write_pushed(pushed["text"], tmp_path), tmp_path / "working")
+
+    said = "".join(output.get("text", "") for output in cells[-2]["outputs"])
+    assert " INFO valid\n" in said
+    text = (tmp_path / "working" / "submission.csv").read_text()
+    assert [line.split(",")[0] for line in text.splitlines()[1:]] == [r.split(",")[0] for r in rows]
+    assert any(line.split(",")[1] for line in text.splitlines()[1:])

@@ -273,7 +273,7 @@ def spoil(weights: Weights, key: str) -> None:
 
 
 def exceed(weights: Weights, key: str) -> None:
-    weights[key] = torch.full_like(weights[key], 1e6)
+    weights[key] = torch.full(weights[key].shape, 1e6)  # what half precision does not hold
 
 
 def add_layer(weights: Weights, key: str) -> None:
