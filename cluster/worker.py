@@ -5,6 +5,7 @@ Ray Data calls it for one part of the images after another, on whichever machine
 
 import atexit
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -75,6 +76,7 @@ class Worker:
         self, bundle: str, sha256: str, image: Image, batch_size: int, early_exit: bool, cpus: int
     ) -> None:
         if cpus:
+            os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too
             torch.set_num_threads(cpus)
         scratch = tempfile.mkdtemp(prefix="bundle-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)

@@ -33,6 +33,12 @@ from kernel.images import read_image
 NAMES = [f"{index}.jpg" for index in range(7)]
 
 
+@pytest.fixture(autouse=True)
+def threads_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker says in its process's environment how many threads it has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def part_of(folder: Path, names: list[str], competition: Competition = SEVERSTAL) -> pa.Table:
     """A part's strips, as the tasks beside the workers read them."""
     return read_strips(pa.table({"image": names}), ImageSet(f"file://{folder}", [], competition))
