@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ def predict_parts(
     readers = TaskPoolStrategy(READERS * workers.count)
     sink = Parts(output)
     ray.data.from_arrow(parts).map_batches(
-        partial(read_strips, images=ImageSet(images.root, [])),
+        partial(read_strips, images=replace(images, names=[])),
         batch_size=None,
         batch_format="pyarrow",
         compute=readers,

@@ -11,7 +11,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from fsspec.core import url_to_fs
 
-from kernel.images import Strip, decode_image
+from kernel.competition import SEVERSTAL, Competition
+from kernel.images import Image, Strip, decode_image
 from kernel.mounts import IMAGE_SUFFIXES
 
 COLUMN = "image"  # of a list
@@ -48,20 +49,25 @@ class ImageSet:
 
     root: str  # absolute; names are below it
     names: Sequence[str]  # each once
+    competition: Competition = SEVERSTAL  # says how they are read
+
+    def load(self, name: str) -> Image:
+        """Return one image; each store raises its own where it cannot be read."""
+        fs, path = url_to_fs(self.root)
+        path = posixpath.join(path, name)
+        if "://" in name:
+            fs, path = url_to_fs(name)
+        return decode_image(fs.cat_file(path), path, self.competition)
 
     def read(self, name: str) -> Strip:
         """Read one image; a bad one costs its own rows, never the run."""
         try:
-            fs, path = url_to_fs(self.root)
-            path = posixpath.join(path, name)
-            if "://" in name:
-                fs, path = url_to_fs(name)
-            return Strip(name, decode_image(fs.cat_file(path), path))
+            return Strip(name, self.load(name))
         except Exception as error:  # one bad strip must not cost the run
             return Strip(name, None, str(error) or repr(error))
 
 
-def find_images(address: str) -> ImageSet:
+def find_images(address: str, competition: Competition = SEVERSTAL) -> ImageSet:
     """Return the images below a folder, at any depth, or those that a list names.
 
     A list is a .csv or .parquet with a column `image`: addresses, or paths beside the list.
@@ -77,7 +83,7 @@ def find_images(address: str) -> ImageSet:
         root, names = address.rstrip("/"), reach(address, _list_folder)
     if not names:
         raise ValueError(f"{address}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return ImageSet(root, list(dict.fromkeys(names)))
+    return ImageSet(root, list(dict.fromkeys(names)), competition)
 
 
 def _list_folder(fs: Any, path: str) -> list[str]:

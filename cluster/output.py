@@ -22,7 +22,19 @@ from cluster.images import absolute, reach
 from kernel.rows import Layout, Submission
 
 RECORD = "output.json"  # what the parts are of
+ROWS = pa.schema(
+    {
+        "image": pa.string(),
+        "class": pa.int32(),  # from 1
+        "rle": pa.large_string(),
+        "pixels": pa.int64(),  # of the mask
+        "fault": pa.string(),  # why the image's masks are empty; else empty
+        "seconds": pa.float64(),  # since the image before
+        "share": pa.float64(),  # of the passes' work that ran
+    }
+)
 FIRST_CLASS = pyarrow.dataset.field("class") == 1  # a row an image
+MASK = pyarrow.dataset.field("pixels") > 0
 
 
 def write_whole(fs: Any, path: str, data: bytes) -> None:
@@ -41,6 +53,11 @@ class Totals:
     faults: int = 0
     masks: int = 0  # that are not empty
     share: float = 0.0  # the images' sum
+
+    @property
+    def mean_share(self) -> float:
+        """The mean over the images that could be predicted."""
+        return self.share / max(self.images - self.faults, 1)
 
     def add(self, other: "Totals") -> None:
         """Add those of other images."""
@@ -100,24 +117,41 @@ class Output:
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
         write_whole(self.fs, posixpath.join(self.path, RECORD), text.encode())
 
-    def rows(self, columns: list[str], rule: Any = None) -> pa.Table:
-        """Columns of all rows so far, of those that `rule` chooses."""
+    def _rows(self) -> Any:
+        """All rows so far, a dataset of pyarrow's."""
         self.fs.invalidate_cache()
         parts = sorted(self.fs.glob(posixpath.join(self.path, "part-*.parquet")))
-        if not parts:
-            return pa.table({name: [] for name in columns})
-        found = pyarrow.dataset.dataset(parts, filesystem=self.fs, format="parquet")
-        return found.to_table(columns=columns, filter=rule)
+        return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
 
     def done(self) -> set[str]:
         """The images that have their rows."""
-        return set(self.rows(["image"], FIRST_CLASS)["image"].to_pylist())
+        found = self._rows().to_table(columns=["image"], filter=FIRST_CLASS)
+        return set(found["image"].to_pylist())
+
+    def totals(self) -> Totals:
+        """Those of all rows, a batch of them at a time."""
+        totals = Totals()
+        for batch in self._rows().to_batches(columns=["class", "pixels", "fault", "share"]):
+            totals.add(Totals.of(pa.table(batch)))
+        return totals
+
+    def faults(self, most: int) -> dict[str, str]:
+        """Image → why its rows are empty, of the first that have a fault."""
+        rule = FIRST_CLASS & (pyarrow.dataset.field("fault") != "")
+        found = self._rows().head(most, columns=["image", "fault"], filter=rule)
+        return dict(zip(found["image"].to_pylist(), found["fault"].to_pylist(), strict=True))
+
+    def masks(self, most: int) -> list[dict[str, Any]]:
+        """The first rows whose mask is not empty: image, class, rle."""
+        columns = ["image", "class", "rle"]
+        found = self._rows().head(most, columns=columns, filter=MASK)
+        return list(found.to_pylist())
 
     def write_submission(
         self, layout: Layout, pairs: Iterable[tuple[str, int]], empty_rows: bool
     ) -> str:
         """Write submission.csv beside the parts, as the kernel does; return its address."""
-        found = self.rows(["image", "class", "rle"], pyarrow.dataset.field("pixels") > 0)
+        found = self._rows().to_table(columns=["image", "class", "rle"], filter=MASK)
         with tempfile.TemporaryDirectory() as scratch:
             submission = Submission(Path(scratch, "submission.csv"), layout, pairs)
             for row in found.to_pylist():

@@ -7,16 +7,19 @@ it stood when it is started again; images whose rows are there are left out.
 
 import argparse
 import itertools
+import posixpath
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ray.exceptions import RayError
 
-from cluster.engine import Workers, connect, plan_workers, predict_parts
+from cluster.engine import connect, plan_workers, predict_parts
 from cluster.images import ImageSet, absolute, find_images, open_local
-from cluster.output import Output, Totals
+from cluster.output import Output
+from cluster.report import Run, check_writable, write_page
 from cluster.worker import manifest_hash
 from kernel.command import run_command
 from kernel.images import Image
@@ -68,18 +71,21 @@ def check_args(args: argparse.Namespace) -> None:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def log_summary(totals: Totals, workers: Workers, seconds: float) -> None:
-    """Log what was done, and how fast."""
-    share = totals.share / max(totals.images - totals.faults, 1)
-    log.info(
-        f"{totals.images} images in {seconds:.1f} s, {totals.images / seconds:.2f} images/s, "
-        f"{totals.faults} faults, {totals.masks} non-empty masks, {share:.0%} of the full work, "
-        f"{workers}"
-    )
+def check_sample(pairs: Iterable[tuple[str, int]], images: ImageSet) -> None:
+    """Raise ValueError where a row may be of two images; log which have none."""
+    asked, found = {name for name, _ in pairs}, dict[str, str]()
+    for name in images.names:
+        base = posixpath.basename(name)
+        if base in asked and base in found:
+            raise ValueError(f"{images.root}: {found[base]} and {name} are both {base!r} in a csv")
+        found[base] = name
+    lacking = asked - found.keys()
+    if lacking:
+        log.warning("%d of the sample's images are not there, %r…", len(lacking), min(lacking))
 
 
-def predict_rest(args: argparse.Namespace, rest: ImageSet, record: dict[str, str]) -> Totals:
-    """Predict the images that have no rows yet; return what was found in them."""
+def predict_rest(args: argparse.Namespace, rest: ImageSet, record: dict[str, str]) -> Run:
+    """Predict the images that have no rows yet; return what was done."""
     image = first_image(rest)
     connect(args.address)
     workers = plan_workers(args.gpus, args.workers, args.cpus_per_worker)
@@ -100,8 +106,9 @@ def predict_rest(args: argparse.Namespace, rest: ImageSet, record: dict[str, str
     except RayError as error:
         reason = " ".join(str(getattr(error, "cause", None) or error).split())
         raise RuntimeError(f"the run stopped: {reason}; start it again to go on") from error
-    log_summary(totals, workers, time.monotonic() - start)
-    return totals
+    run = Run(totals, workers, time.monotonic() - start)
+    log.info("%s", run)
+    return run
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,22 +119,20 @@ def run(args: argparse.Namespace) -> int:
         RuntimeError: Ray gave up, or images have no rows in the end.
     """
     check_args(args)
+    if args.report:
+        check_writable(args.report)
     manifest, sha256 = read_bundle(args.bundle)
-    competition = manifest.competition
-    if (competition.channels, competition.bits) != (1, 8):
-        raise ValueError(
-            f"{args.bundle}: {competition.slug} has images of {competition.channels} "
-            f"channels and {competition.bits} bits: only grey ones of 8 bits run here"
-        )
     sample = args.submission and read_sample(args.submission, None, manifest.competition)
-    images, output = find_images(args.images), Output(args.output)
+    images, output = find_images(args.images, manifest.competition), Output(args.output)
+    if sample:
+        check_sample(sample[1], images)
     record = {"manifest": sha256, "images": images.root}
     output.check(record)
     done = output.done()
     rest = [name for name in images.names if name not in done]
     log.info("%d images, %d of them have their rows", len(images.names), len(done))
-    if rest:
-        predict_rest(args, ImageSet(images.root, rest), record)
+    last = predict_rest(args, replace(images, names=rest), record) if rest else None
+    if last:
         lacking = set(rest) - output.done()
         if lacking:
             raise RuntimeError(f"{len(lacking)} images have no rows, {min(lacking)!r}: start again")
@@ -135,6 +140,9 @@ def run(args: argparse.Namespace) -> int:
         layout, pairs = sample
         empty_rows = manifest.empty_rows or not layout.may_omit_empty
         log.info("%s", output.write_submission(layout, pairs, empty_rows))
+    if args.report:
+        write_page(args.report, output, images, last)
+        log.info("%s", args.report)
     return 0
 
 
@@ -158,6 +166,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, help="folder of the rows")
     about = "a sample submission: its rows are written to submission.csv in the output"
     add("--submission", type=Path, metavar="SAMPLE", help=about)
+    about = "an HTML page of what was found, with some of the masks"
+    add("--report", type=Path, metavar="PAGE", help=about)
     about = "of a cluster to join (default: RAY_ADDRESS, or a cluster that is started here)"
     add("--address", help=about)
     add("--gpus", type=int, help="workers, each with one GPU; default all there are")

@@ -5,6 +5,7 @@ Ray Data calls it for one part of the images after another, on whichever machine
 
 import atexit
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -17,6 +18,8 @@ import pyarrow as pa
 import torch
 
 from cluster.images import ImageSet, open_local
+from cluster.output import ROWS
+from kernel.competition import COMPETITION
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import load_ensemble
 from kernel.images import Image, Strip
@@ -28,33 +31,21 @@ from kernel.scheduling import Scheduler, StripState
 STRIPS = pa.schema(
     {
         "image": pa.string(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "pixels": pa.large_binary(),  # grey, uint8; none of a bad image
+        "shape": pa.list_(pa.int32()),  # (H, W) or (H, W, 3)
+        "dtype": pa.string(),
+        "pixels": pa.large_binary(),  # none of a bad image
         "fault": pa.string(),
-    }
-)
-ROWS = pa.schema(
-    {
-        "image": pa.string(),
-        "class": pa.int32(),  # from 1
-        "rle": pa.large_string(),
-        "pixels": pa.int64(),  # of the mask
-        "fault": pa.string(),  # why the image's masks are empty; else empty
-        "seconds": pa.float64(),  # since the image before
-        "share": pa.float64(),  # of the passes' work that ran
     }
 )
 
 
 def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
     """Read and decode the images of a part; runs beside the workers."""
-    strips = [images.read(name) for name in part["image"].to_pylist()]
     rows = []
-    for strip in strips:
-        height, width = (0, 0) if strip.image is None else strip.image.shape
-        pixels = None if strip.image is None else strip.image.tobytes()
-        rows.append((strip.name, height, width, pixels, strip.fault))
+    for strip in map(images.read, part["image"].to_pylist()):
+        image = strip.image
+        pixels = (None,) * 3 if image is None else (image.shape, image.dtype.name, image.tobytes())
+        rows.append((strip.name, *pixels, strip.fault))
     columns = zip(*rows, strict=True)
     arrays = [pa.array(values, field.type) for values, field in zip(columns, STRIPS, strict=True)]
     return pa.Table.from_arrays(arrays, schema=STRIPS)
@@ -66,14 +57,16 @@ def unpack_strips(strips: pa.Table) -> Iterator[Strip]:
         (strip,) = row.to_pylist()
         image = None
         if strip["pixels"] is not None:
-            flat = np.frombuffer(bytearray(strip["pixels"]), np.uint8)
-            image = flat.reshape(strip["height"], strip["width"])
+            flat = np.frombuffer(bytearray(strip["pixels"]), strip["dtype"])
+            image = flat.reshape(strip["shape"])
         yield Strip(strip["image"], image, strip["fault"])
 
 
 def manifest_hash(bundle: Path) -> str:
-    """The sha256 of a bundle's manifest, which holds the members' own."""
-    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+    """The sha256 of a bundle's manifest, which holds the members' own, and of its competition."""
+    described = bundle / COMPETITION
+    competition = described.read_bytes() if described.is_file() else b""
+    return hashlib.sha256((bundle / MANIFEST).read_bytes() + competition).hexdigest()
 
 
 class Worker:
@@ -83,6 +76,7 @@ class Worker:
         self, bundle: str, sha256: str, image: Image, batch_size: int, early_exit: bool, cpus: int
     ) -> None:
         if cpus:
+            os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too
             torch.set_num_threads(cpus)
         scratch = tempfile.mkdtemp(prefix="bundle-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)

@@ -375,22 +375,31 @@ def as_lines(report: dict[str, Any]) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def as_page(report: dict[str, Any], pictures: list[AnnotatedStrip]) -> str:
-    """Return the report as one HTML page that needs nothing but itself."""
+def render_page(template: Path, pictures: list[AnnotatedStrip], **values: Any) -> str:
+    """Fill in a template that extends page.html: one HTML page that needs nothing but itself."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["zip"] = zip
+    return environment.get_template(template.name).render(
+        pictures=pictures,
+        colours=[f"rgb({red}, {green}, {blue})" for blue, green, red in COLOURS],
+        **values,
+    )
+
+
+def as_page(report: dict[str, Any], pictures: list[AnnotatedStrip]) -> str:
+    """Return the report as a page."""
     per_class = report["dice"]["per_class"] if report["dice"] else {}
-    return environment.get_template("report.html").render(
+    return render_page(
+        Path(__file__).with_suffix(".html"),
+        pictures,
         report=report,
         run=report["run"],
         sums={key: sum_by(report["passes"], key) for key in ("member", "flip")},
         named_classes=[(f"class {label}", value) for label, value in per_class.items()],
-        pictures=pictures,
-        colours=[f"rgb({red}, {green}, {blue})" for blue, green, red in COLOURS],
     )

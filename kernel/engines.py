@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +42,8 @@ class OpenVino:
     """A network on OpenVINO's CPU device, compiled once for every input shape.
 
     A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped. All
-    cores work on one batch; with more `streams` as many threads may call at once, and share them.
+    cores, or as many as OMP_NUM_THREADS says, work on one batch; with more `streams` as many
+    threads may call at once, and share them.
     """
 
     def __init__(self, core: Any, model: Any, streams: int = 1) -> None:
@@ -81,6 +83,8 @@ class OpenVino:
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if self.streams > 1:
             hints["NUM_STREAMS"] = self.streams
+        if "OMP_NUM_THREADS" in os.environ:  # PyTorch has as few, and OpenVINO does not read it
+            hints["INFERENCE_NUM_THREADS"] = max(torch.get_num_threads(), self.streams)
         return self.core.compile_model(self.model, "CPU", hints)
 
     def release_memory(self) -> None:

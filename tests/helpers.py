@@ -5,11 +5,13 @@ Fixtures made of them stand in conftest.py, the oracle of an ensemble's masks in
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,40 @@ def decode_by_hand(rle: str, size: Size) -> Mask:
     for start, length in zip(numbers[::2], numbers[1::2], strict=True):
         pixels[start - 1 : start - 1 + length] = True
     return pixels.reshape(size, order="F")
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, in order, and the text under each tag's name and class."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attributes}))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag  # a tag that is never closed, or twice
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1], " ".join(data.split())))
+
+    def said(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    def widths(self, kind: str) -> list[float]:
+        """Per cent, of the bars of a class."""
+        styles = [a.get("style", "") for tag, a in self.tags if tag == "i" and kind in a.values()]
+        return [float(re.search(r"width: ([\d.]+)%", style)[1]) for style in styles]  # type: ignore[index]
 
 
 # --- tiny members ---------------------------------------------------------------------------------

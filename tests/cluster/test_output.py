@@ -10,8 +10,7 @@ from helpers import LABELS, all_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
-from cluster.output import Output, Parts, Totals, write_whole
-from cluster.worker import ROWS
+from cluster.output import ROWS, Output, Parts, Totals, write_whole
 from kernel.rows import LAYOUTS
 
 RECORD = {"manifest": "abc", "images": "file:///strips"}

@@ -3,24 +3,30 @@
 Runs on several nodes are in test_nodes.py.
 """
 
+import json
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import (
     LABELS,
     ROOT,
+    SMALL,
+    Page,
     all_bytes,
     change_manifest,
+    draw_image,
     error_of,
     exit_code,
     predict,
     run_script,
+    save_image,
     save_strips,
     write_sample,
 )
@@ -28,9 +34,12 @@ from helpers import (
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
 from cluster.predict import main
+from kernel.competition import find_competition, load_competition
+from training import synthetic
 
 NAMES = [f"{index:02}.jpg" for index in range(10)]
 BAD = NAMES[4]
+MASKS = (SMALL[0] // 4, SMALL[1] // 4)  # (H, W), smaller than their images as clouds' are
 
 
 def options_of(folder: Path) -> list[str]:
@@ -49,15 +58,22 @@ class Run:
 
 @pytest.fixture(scope="module")
 def done(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Ten strips, one of them broken, in parts of three: the one worker takes every processor."""
+    """Ten colour images, one broken, in parts of three: the one worker takes every processor."""
     folder = tmp_path_factory.mktemp("cluster")
     no_wheels = shutil.ignore_patterns("*.whl")  # what is installed imports faster
     shutil.copytree(tiny_bundle / "dataset", folder / "dataset", ignore=no_wheels)
-    save_strips(folder / "images", NAMES)
+    clouds = replace(find_competition("clouds"), image_size=SMALL, mask_size=MASKS)
+    (folder / "dataset" / "competition.json").write_text(json.dumps(asdict(clouds)))
+    change_manifest(folder / "dataset", competition=clouds.slug)
+    for seed, name in enumerate(NAMES):
+        planes = [draw_image(3 * seed + channel) for channel in range(3)]
+        save_image(folder / "images" / name, np.dstack(planes))
     (folder / "images" / BAD).write_bytes(b"no image")
-    sample = write_sample(folder / "sample.csv", sorted(NAMES, reverse=True))
+    sample = folder / "sample.csv"
+    synthetic.write_sample(sample, sorted(NAMES, reverse=True), clouds, SMALL)
     predict(folder / "dataset", folder / "images", folder / "kernel.csv", sample=sample)
     words = [*options_of(folder), "--address", "local", "--images-per-part", "3"]
+    words += ["--report", str(folder / "page.html")]
     process = run_script(ROOT / "cluster" / "predict.py", *words)
     assert process.returncode == 0, process.stdout + process.stderr
     return Run(folder, process, (folder / "kernel.csv").read_bytes())
@@ -66,6 +82,28 @@ def done(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_submission_is_the_kernels_to_the_byte(done: Run) -> None:
     assert (done.folder / "out" / "submission.csv").read_bytes() == done.kernel
     assert done.kernel.count(b"\n") == 1 + len(LABELS) * len(NAMES)
+
+
+def test_masks_are_as_large_as_the_competition_says_and_see_colour(done: Run) -> None:
+    rows = pd.concat(map(pd.read_parquet, (done.folder / "out").glob("part-*.parquet")))
+    assert 0 < rows["pixels"].max() <= MASKS[0] * MASKS[1]
+    grey = replace(load_competition(done.folder / "dataset"), channels=1)
+    described = done.folder / "dataset" / "competition.json"
+    before = described.read_bytes()
+    described.write_text(json.dumps(asdict(grey)))
+    options = {"sample": done.folder / "sample.csv"}
+    predict(done.folder / "dataset", done.folder / "images", done.folder / "grey.csv", **options)
+    described.write_bytes(before)
+    assert (done.folder / "grey.csv").read_bytes() != done.kernel
+
+
+def test_the_report_shows_the_images_that_have_a_mask(done: Run) -> None:
+    page = Page((done.folder / "page.html").read_text())
+    assert page.said("h1") == ["10 images have their rows; 1 of them could not be predicted"]
+    rows = pd.concat(map(pd.read_parquet, (done.folder / "out").glob("part-*.parquet")))
+    shown = [found["alt"].split()[0] for tag, found in page.tags if tag == "img"]
+    assert sorted(shown) == sorted(set(rows[rows["pixels"] > 0]["image"]))
+    assert page.said("td")[0] == BAD
 
 
 def test_every_row_is_there_once_and_the_bad_image_is_named(done: Run) -> None:
@@ -139,6 +177,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         lambda folder: save_strips(folder / "out", ["thesis.jpg"]),
         [],
         "out: holds other things (thesis.jpg); name another",
+    ),
+    "a page without a folder": (
+        lambda _: None,
+        ["--report", "gone/page.html"],
+        "--report gone/page.html: cannot be written: No such file",
+    ),
+    "two images of a name": (
+        lambda folder: save_strips(folder / "images" / "2024", ["b.jpg"]),
+        [],
+        "images: 2024/b.jpg and b.jpg are both 'b.jpg' in a csv",
     ),
     "no sample": (lambda folder: (folder / "sample.csv").unlink(), [], "sample.csv"),
     "no cluster answers": (

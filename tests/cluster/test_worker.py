@@ -1,5 +1,7 @@
 """A worker, called here as Ray Data calls it: the kernel's masks, whatever the parts are."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +11,37 @@ import pytest
 from helpers import (
     CPU,
     LABELS,
+    ROOT,
     SMALL,
     change_manifest,
     decode_by_hand,
+    draw_image,
     predict,
     read_submission,
+    save_image,
     save_strips,
 )
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
 from cluster.images import ImageSet
-from cluster.worker import Worker, manifest_hash, read_strips
+from cluster.worker import Worker, manifest_hash, read_strips, unpack_strips
+from kernel.competition import SEVERSTAL, Competition
 from kernel.device import DeviceLost
 from kernel.images import read_image
 
 NAMES = [f"{index}.jpg" for index in range(7)]
 
 
-def part_of(folder: Path, names: list[str]) -> pa.Table:
+@pytest.fixture(autouse=True)
+def threads_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker says in its process's environment how many threads it has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def part_of(folder: Path, names: list[str], competition: Competition = SEVERSTAL) -> pa.Table:
     """A part's strips, as the tasks beside the workers read them."""
-    return read_strips(pa.table({"image": names}), ImageSet(f"file://{folder}", []))
+    return read_strips(pa.table({"image": names}), ImageSet(f"file://{folder}", [], competition))
 
 
 def make_worker(bundle: Path, images: Path, batch_size: int = 0, early_exit: bool = True) -> Worker:
@@ -108,10 +120,19 @@ def test_a_device_that_is_lost_half_way_costs_no_image(
     assert worker.scheduler.source.device == CPU  # loaded anew
 
 
-def test_a_bundle_that_changed_under_way_is_refused(light_bundle: Path, tmp_path: Path) -> None:
+def describe(bundle: Path) -> None:
+    (bundle / "competition.json").write_text((ROOT / "competitions" / "severstal.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda bundle: change_manifest(bundle, threshold=0.7), describe]
+)
+def test_a_bundle_that_changed_under_way_is_refused(
+    change: Callable[[Path], object], light_bundle: Path, tmp_path: Path
+) -> None:
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0]), manifest_hash(light_bundle)
-    change_manifest(light_bundle, threshold=0.7)
+    change(light_bundle)
     with pytest.raises(ValueError, match="another bundle than the one this run began with"):
         Worker(str(light_bundle), sha256, image, 0, True, 1)
 
@@ -128,12 +149,22 @@ def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -
     assert rows == rles_of(make_worker(light_bundle, tmp_path)(part_of(tmp_path, NAMES[:1])))
 
 
-def test_an_image_reaches_the_worker_as_the_kernel_reads_it(tmp_path: Path) -> None:
-    from cluster.worker import unpack_strips
-
-    images = save_strips(tmp_path, NAMES[:2], [SMALL, (50, 70)])
-    strips = list(unpack_strips(part_of(tmp_path, NAMES[:2])))
-    assert [strip.name for strip in strips] == NAMES[:2]
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_image_reaches_the_worker_as_the_kernel_reads_it(
+    channels: int, bits: int, tmp_path: Path
+) -> None:
+    images, sizes = dict[str, Any](), (SMALL, (50, 70))
+    for seed, (name, size) in enumerate(zip(NAMES, sizes, strict=False)):
+        image: Any = np.dstack([draw_image(3 * seed + plane, size) for plane in range(channels)])
+        images[name] = (
+            image.squeeze().astype(np.uint16) * 200 + 7 if bits == 16 else image.squeeze()
+        )
+        save_image(tmp_path / name, images[name][..., ::-1] if channels == 3 else images[name])
+    competition = replace(SEVERSTAL, channels=channels, bits=bits)
+    strips = list(unpack_strips(part_of(tmp_path, list(images), competition)))
+    assert [strip.name for strip in strips] == list(images)
     for strip in strips:
         assert strip.image is not None and strip.image.flags.writeable
+        assert strip.image.dtype == images[strip.name].dtype
         np.testing.assert_array_equal(strip.image, images[strip.name])

@@ -3,12 +3,12 @@
 import base64
 import json
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from helpers import Page
 from run_records import a_run, run_json
 
 from evaluation.drawing import AnnotatedStrip
@@ -55,37 +55,6 @@ def a_report(
 def a_picture() -> AnnotatedStrip:
     canvas = np.random.default_rng(1).integers(0, 255, (64, 96, 3), np.uint8)
     return AnnotatedStrip("2.jpg", canvas, [3], 0.5)
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, in order, and the text under each tag's name and class."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.open: list[str] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attributes}))
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag  # a tag that is never closed, or twice
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self.open[-1], " ".join(data.split())))
-
-    def said(self, tag: str) -> list[str]:
-        return [text for name, text in self.texts if name == tag]
-
-    def widths(self, kind: str) -> list[float]:
-        """Per cent, of the bars of a class."""
-        styles = [a.get("style", "") for tag, a in self.tags if tag == "i" and kind in a.values()]
-        return [float(re.search(r"width: ([\d.]+)%", style)[1]) for style in styles]  # type: ignore[index]
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -170,6 +170,29 @@ def test_what_an_engine_gave_stays_when_it_runs_again(openvino_dataset: Path) ->
     assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
 
 
+@pytest.mark.parametrize(("limit", "streams", "threads"), [("1", 1, 1), ("1", 2, 2), (None, 1, 0)])
+def test_an_engine_takes_no_more_threads_than_pytorch_was_given(
+    limit: str | None,
+    streams: int,
+    threads: int,
+    openvino_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as it says where it is limited
+    if limit:
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    spec = specs_of(openvino_dataset)[0]
+    plain = load_member(openvino_dataset, spec, CPU)
+    engine = compile_member(plain, openvino_dataset, CPU, streams).encoder
+    assert isinstance(engine, OpenVino)
+    engine(greys(1, 1, 64, 96))
+    [(request, *_)] = (list(found.values()) for found in engine.requests.values())
+    found = request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
+    default = engine.core.compile_model(engine.model, "CPU")
+    assert found == (threads or default.get_property("INFERENCE_NUM_THREADS"))
+
+
 def test_engines_that_meet_many_sizes_keep_few_of_them_ready(openvino_dataset: Path) -> None:
     spec = specs_of(openvino_dataset)[0]
     plain, engine = load_member(openvino_dataset, spec, CPU), engine_of(openvino_dataset, spec)
