@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.images import decode_strip, read_image
+from kernel.images import _check_whole, decode_strip, read_image
 from kernel.jpeg import find_data_ends
 
 KINDS = {
@@ -173,6 +173,24 @@ def test_a_missing_restart_interval_is_refused(tmp_path: Path) -> None:
     assert len(ends) > 8
     fault = read(data[: ends[2]] + data[ends[3] :], tmp_path)
     assert "damaged or cut" in str(fault)
+
+
+def test_a_progressive_jpeg_that_lacks_its_last_scans_is_refused(tmp_path: Path) -> None:
+    """Each scan that is there is whole: a decoder gives a picture that is only less sharp."""
+    data = jpeg("progressive", 1)
+    scans = [found.start() for found in re.finditer(b"\xff\xda", data)]
+    assert len(scans) > 3
+    for scan in scans[1:]:
+        assert "damaged or cut" in str(read(data[:scan] + EOI, tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])
+def test_other_files_that_break_off_are_refused_whatever_opencv_makes_of_them(suffix: str) -> None:
+    """Some versions of OpenCV refuse them, others fill them up."""
+    data = cv2.imencode(suffix, grey(1))[1].tobytes()
+    _check_whole(data, False)
+    with pytest.raises(ValueError, match="damaged: image file is truncated"):
+        _check_whole(data[: len(data) // 2], False)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])

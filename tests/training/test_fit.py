@@ -225,6 +225,31 @@ def test_a_loader_process_makes_the_same_batches_and_its_error_is_one_line(
             fit_it(config, broken, elsewhere)
 
 
+LOADER_ERRORS = {  # what PyTorch raises for a loader process → the line
+    "its own error": (
+        ValueError(
+            "Caught ValueError in DataLoader worker\nTraceback:\nValueError: a.jpg: damaged"
+        ),
+        "^a.jpg: damaged$",
+    ),
+    "its end": (
+        RuntimeError("DataLoader worker (pid 7) exited unexpectedly"),
+        "^the loader processes failed, try --workers 0: DataLoader worker",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOADER_ERRORS)
+def test_an_error_of_a_loader_process_is_one_line_with_what_to_do(
+    case: str, tmp_path: Path
+) -> None:
+    error, line = LOADER_ERRORS[case]
+    with pytest.raises(ValueError, match=line), fit.one_line_errors(tmp_path / "crops.ckpt"):
+        raise error
+    with pytest.raises(RuntimeError, match="a fault of ours"), fit.one_line_errors(tmp_path):
+        raise RuntimeError("a fault of ours")
+
+
 @pytest.mark.parametrize(("free", "expected"), [(10**9, 4), (10**6, 0)])
 def test_loader_processes_that_shared_memory_does_not_hold_are_left_out(
     free: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
