@@ -70,7 +70,9 @@ test-cluster: .venv/installed  ## several Ray nodes here, and what dies half-way
 	$(BIN)/python -m pytest tests/cluster -m 'nodes or not nodes'
 
 bench-cluster: .venv/installed  ## one worker against the plain kernel, two against one, the engine's overhead
-	$(BIN)/python bench/cluster_overhead.py
+	@echo "== packing with OpenVINO's halves: minutes"
+	$(BIN)/python build_kernel.py --openvino --out dist
+	$(BIN)/python bench/cluster_overhead.py kernel workers overhead
 
 mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"

@@ -1,89 +1,405 @@
-"""Ray Data against the plain kernel: one worker, two, each of one thread.
+"""What Ray Data costs beside the plain kernel, in parts that can be asked for by name.
 
-    python bench/cluster_overhead.py --bundle dist/dataset --strips 200
+    python bench/cluster_overhead.py kernel workers overhead
+    python bench/cluster_overhead.py million
 
-Each way runs over few strips and over all: the difference is what a strip takes, without what a
-run starts. Ratios of one run count, and a machine that does nothing else.
+- kernel: seconds a strip with one worker on all processors, and with the plain kernel
+- workers: seconds a strip with one worker of one thread, and with two
+- overhead: ms that the engine adds to a strip of stub members, by strips a part
+- million: as many images through stub members, and the memory after each tenth of them
+
+A strip's seconds are taken while a run is under way, not from its start; what a run takes before
+is told apart. Figures are added to cluster.json beside this file, and cluster.md is their table.
+Ratios of one run count, on a machine that does nothing else.
 """
 
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
+import ray
+import torch
+from torch import Tensor
 
+from cluster.engine import READERS, Workers, predict_parts
+from cluster.images import ImageSet
+from cluster.output import Output
+from cluster.worker import Worker, manifest_hash
 from kernel.command import run_command
+from kernel.images import Image, Size
+from kernel.logs import log
+from kernel.manifest import MANIFEST, MemberSpec
+from kernel.members import Member
+from kernel.scheduling import Scheduler
 from training import synthetic
 
-ROOT = Path(__file__).resolve().parents[1]
-FEW = 8  # of the strips
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PER_PART = 2  # strips of real members: one clean, one not, so that parts take equally long
+SMALL = (64, 96)  # (H, W) of the million
+STORE_BYTES = 300_000_000  # Ray's object store
+Figures = dict[str, Any]
+
+# --- a run's seconds a strip ----------------------------------------------------------------------
 
 
-def repeat_strips(folder: Path, count: int) -> Path:
-    """Make a folder of `count` names for 20 synthetic strips, every other one clean."""
+def draw_strips(folder: Path, count: int) -> Path:
+    """Make a folder of `count` names for two synthetic strips, a clean one and one that is not."""
     folder.mkdir()
-    for index in range(min(count, 20)):
-        labels = (1 + index % 4,) if index % 2 else ()
-        image, _ = synthetic.synthesize_strip(np.random.default_rng([2020, index]), labels)
-        cv2.imwrite(str(folder / f"{index:07}.png"), image)
-    for index in range(20, count):
-        (folder / f"{index:07}.png").symlink_to(folder / f"{index % 20:07}.png")
+    for index in range(count):
+        path, first = folder / f"{index:07}.png", folder / f"{index % 2:07}.png"
+        if index > 1:
+            path.symlink_to(first)
+            continue
+        rng = np.random.default_rng([2020, index])
+        image, _ = synthetic.synthesize_strip(rng, (3,) if index else ())
+        cv2.imwrite(str(path), image)
     return folder
 
 
-def time_command(*words: object) -> float:
-    """Seconds of a script of this project, on one thread."""
+def written(output: Path) -> list[float]:
+    """When each part was written, in seconds and in order."""
+    return sorted(path.stat().st_mtime for path in output.glob("part-*.parquet"))
+
+
+def strip_seconds(times: Sequence[float], workers: int, per_part: int) -> float:
+    """Seconds a strip between the time when each worker has written a part and the last one's."""
+    return (times[-1] - times[workers - 1]) / ((len(times) - workers) * per_part)
+
+
+def run_command_line(words: Sequence[object]) -> float:
+    """Seconds of a script of this project."""
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
     start = time.monotonic()
     command = [sys.executable, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=environment | {"PYTHONPATH": str(ROOT)})
     return time.monotonic() - start
 
 
-def time_run(workers: int, bundle: Path, images: Path, scratch: Path) -> float:
-    """Seconds of the kernel (no workers), or of so many workers."""
-    paths = ["--bundle", bundle, "--images", images]
-    if not workers:
-        return time_command(bundle / "inference.py", *paths, "--output", scratch / "kernel.csv")
+def time_kernel(bundle: Path, images: Path, scratch: Path) -> Figures:
+    """The plain kernel."""
+    places = ["--bundle", bundle, "--images", images, "--output", scratch / "submission.csv"]
+    record = scratch / "run.json"
+    seconds = run_command_line([bundle / "inference.py", *places, "--report", record])
+    each = [s for _, s in sorted(json.loads(record.read_text())["strip_s"].items())]
+    strip_s = sum(each[PER_PART:]) / len(each[PER_PART:])
+    return {"strip_s": strip_s, "before_s": seconds - strip_s * len(each)}
+
+
+def time_workers(
+    bundle: Path, images: Path, scratch: Path, workers: int, cpus: int | None = None
+) -> Figures:
+    """So many workers on a cluster that is started here."""
     output = Path(tempfile.mkdtemp(dir=scratch), "out")
-    options = ["--address", "local", "--workers", workers, "--cpus-per-worker", 1]
-    script = ROOT / "cluster" / "predict.py"
-    return time_command(script, *paths, "--output", output, *options)
+    words = [ROOT / "cluster" / "predict.py", "--address", "local", "--workers", workers]
+    words += ["--bundle", bundle, "--images", images, "--output", output]
+    words += ["--images-per-part", PER_PART, *(["--cpus-per-worker", cpus] if cpus else [])]
+    seconds, times = run_command_line(words), written(output)
+    strip_s = strip_seconds(times, workers, PER_PART)
+    return {"strip_s": strip_s, "before_s": seconds - strip_s * len(times) * PER_PART}
 
 
-def measure(bundle: Path, strips: int) -> dict[str, float]:
-    """Seconds that one strip adds, each way."""
+def _race(args: argparse.Namespace, first: Figures, second: Figures) -> Figures:
+    """Both ways in turn, `rounds` times: medians of both, and first ÷ second."""
+    found: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        few = repeat_strips(scratch / "few", FEW)
-        every = repeat_strips(scratch / "all", strips)
-        return {
-            name: (time_run(n, bundle, every, scratch) - time_run(n, bundle, few, scratch))
-            / (strips - FEW)
-            for name, n in (("kernel", 0), ("one worker", 1), ("two workers", 2))
+        images = draw_strips(scratch / "images", args.strips)
+        for _ in range(args.rounds):
+            for name, options in (first | second).items():
+                run = time_workers if options else time_kernel
+                found.setdefault(name, []).append(run(args.bundle, images, scratch, **options))
+    medians: Figures = {
+        name: {key: median(run[key] for run in runs) for key in runs[0]}
+        for name, runs in found.items()
+    }
+    one, other = (medians[name]["strip_s"] for name in medians)
+    return {"strips": args.strips, "rounds": args.rounds, "ratio": one / other} | medians
+
+
+def measure_kernel(args: argparse.Namespace) -> Figures:
+    """One worker against the plain kernel, each on all processors: at most 1.05 is asked."""
+    return _race(args, {"one worker": {"workers": 1}}, {"kernel": {}})
+
+
+def measure_workers(args: argparse.Namespace) -> Figures:
+    """One worker of one thread against two: at least 1.8 is asked."""
+    one, two = ({"workers": workers, "cpus": 1} for workers in (1, 2))
+    return _race(args, {"one worker": one}, {"two workers": two})
+
+
+# --- stub members ---------------------------------------------------------------------------------
+
+
+def encode(images: Tensor) -> tuple[Tensor, ...]:
+    """Gates as bright as the brightest pixel, and the images as features."""
+    return images.amax(dim=(-2, -1)).expand(-1, 4), images
+
+
+def decode(gates: Tensor, images: Tensor) -> Tensor:
+    """The brighter a pixel, the surer a defect there."""
+    return images.expand(-1, 4, -1, -1) * gates[:, :, None, None]
+
+
+class StubWorker(Worker):
+    """A worker whose one member is a stub; all else is as it is."""
+
+    def _load(self, device: torch.device) -> Scheduler:
+        def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> list[Member]:
+            return [Member(spec, encode, decode, stride=32) for spec in specs]
+
+        with mock.patch("kernel.ensemble.load_members", stubs):
+            return super()._load(device)
+
+
+class StubImages(ImageSet):
+    """Any number of names for two files."""
+
+    def load(self, name: str) -> Image:
+        """One of the two."""
+        return super().load(f"{int(name) % 2:07}.png")
+
+
+def write_stub_bundle(folder: Path) -> dict[str, Any]:
+    """Write a bundle whose member is never read; return what `Worker` takes."""
+    folder.mkdir()
+    model = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
+    model["aux_params"] = {"classes": 4}
+    member = {"name": "stub", "file": "stub.safetensors", "model": model}
+    manifest = {"members": [member | {"mean": [0.0], "std": [1.0]}], "flips": ["none"]}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    blank = np.zeros((32, 32), np.uint8)
+    return {"bundle": str(folder), "sha256": manifest_hash(folder), "image": blank} | {
+        "batch_size": 1,
+        "early_exit": True,
+    }
+
+
+def stub_set(scratch: Path, count: int, size: Size) -> StubImages:
+    """So many names for two images of a size, a dark one and one with a bright rectangle."""
+    folder, (height, width) = scratch / "images", size
+    folder.mkdir()
+    for index in range(2):
+        image = np.random.default_rng(index).integers(20, 90, size, np.uint8)
+        image[height // 4 : height // 2, width // 4 : width // 2] += 160 * index
+        cv2.imwrite(str(folder / f"{index:07}.png"), image)
+    return StubImages(f"file://{folder}", [f"{index:07}" for index in range(count)])
+
+
+def start_ray() -> None:
+    """Start a small cluster in this process."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    ray.init(
+        num_cpus=2,
+        object_store_memory=STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+
+
+def run_stubs(images: StubImages, per_part: int, workers: Workers, scratch: Path) -> list[float]:
+    """The images through the engine; return when each part was written."""
+    constructor = write_stub_bundle(scratch / "bundle")
+    output = Output(str(scratch / "out"))
+    output.begin({})
+    with mock.patch("cluster.engine.Worker", StubWorker):
+        totals = predict_parts(images, per_part, workers, constructor, output)
+    assert (totals.images, totals.faults) == (len(images.names), 0), totals
+    assert totals.masks > 0
+    return written(scratch / "out")
+
+
+# --- the engine's overhead ------------------------------------------------------------------------
+
+
+def time_stub_alone(images: StubImages, scratch: Path) -> float:
+    """Seconds a strip of a stub worker in this process, strips decoded beside it."""
+    torch.set_num_threads(1)
+    worker, names = StubWorker(**write_stub_bundle(scratch / "bundle"), cpus=1), images.names
+    with ThreadPoolExecutor(READERS) as pool:
+        chunks = (names[i : i + 16] for i in range(0, len(names), 16))
+        start = time.monotonic()
+        for chunk in chunks:
+            worker._predict(pool.map(images.read, chunk), {})
+        return (time.monotonic() - start) / len(names)
+
+
+def measure_overhead(args: argparse.Namespace) -> Figures:
+    """Milliseconds a strip of full size: the worker alone, and what Ray adds by strips a part."""
+    count, found = args.stub_strips, {}
+    with tempfile.TemporaryDirectory() as folder:
+        images = stub_set(Path(folder), count, synthetic.IMAGE_SIZE)
+        alone = time_stub_alone(images, Path(folder))
+    start_ray()
+    for per_part in (16, max(count // 8, 1)):
+        with tempfile.TemporaryDirectory() as folder:
+            images = stub_set(Path(folder), count, synthetic.IMAGE_SIZE)
+            times = run_stubs(images, per_part, Workers(1, cpus=1), Path(folder))
+            found[str(per_part)] = 1000 * (strip_seconds(times, 1, per_part) - alone)
+    ray.shutdown()
+    return {"strips": count, "alone_ms": 1000 * alone, "added_ms": found}
+
+
+# --- a million images -----------------------------------------------------------------------------
+
+
+def _descendants() -> Iterator[tuple[str, int]]:
+    """Command line and private memory, bytes, of this process and those below it, on Linux."""
+    children: dict[int, list[int]] = {}
+    found: dict[int, tuple[str, int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = dict(
+                line.split(":", 1) for line in (folder / "status").read_text().splitlines()
+            )
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            private = 1024 * int(status["RssAnon"].split()[0])
+        except (OSError, KeyError):  # it has ended, or is the system's
+            continue
+        children.setdefault(int(status["PPid"]), []).append(int(folder.name))
+        found[int(folder.name)] = command, private
+    waiting = [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        waiting += children.get(pid, [])
+        if pid in found:
+            yield found[pid]
+
+
+def private_mb() -> dict[str, float]:
+    """MB that are not shared: of the driver, the workers, Ray's other tasks, and its services."""
+    sums = Counter[str](driver=0, workers=0, tasks=0, services=0)
+    for index, (command, private) in enumerate(_descendants()):
+        kind = "tasks" if command.startswith("ray::") else "services"
+        kind = "workers" if command.startswith("ray::MapWorker") else kind
+        sums["driver" if index == 0 else kind] += private
+    return {kind: round(private / 1e6, 1) for kind, private in sums.items()}
+
+
+def watch(output: Path, parts: int, samples: list[Figures], ended: threading.Event) -> None:
+    """Sample the memory after each tenth of the parts."""
+    start = time.monotonic()
+    for tenth in range(1, 10):
+        while len(written(output)) < parts * tenth / 10:
+            if ended.wait(1):
+                return
+        samples.append({"done": tenth / 10, "s": round(time.monotonic() - start, 1)} | private_mb())
+        log.info("%s", samples[-1])
+
+
+def measure_million(args: argparse.Namespace) -> Figures:
+    """Small images through stub members: images/s, and the memory on the way."""
+    count, per_part, samples = args.images, args.images_per_part, list[Figures]()
+    start_ray()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch, ended = Path(folder), threading.Event()
+        images, parts = stub_set(scratch, count, SMALL), -(-count // per_part)
+        watcher = threading.Thread(target=watch, args=(scratch / "out", parts, samples, ended))
+        watcher.start()
+        try:
+            times = run_stubs(images, per_part, Workers(args.workers, cpus=1), scratch)
+        finally:
+            ended.set()
+            watcher.join()
+    ray.shutdown()
+    rate = 1 / strip_seconds(times, args.workers, per_part)
+    return {"images": count, "per_part": per_part, "images_per_s": rate, "memory_mb": samples}
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def table(results: Figures) -> str:
+    """The figures there are, in Markdown."""
+    rows = []
+    for name, words in (("kernel", "the plain kernel"), ("workers", "two workers of one thread")):
+        if name in results:
+            found = results[name]
+            one, other = (each["strip_s"] for each in found.values() if isinstance(each, dict))
+            rows.append(
+                f"| one worker ÷ {words}, seconds a strip | {one:.2f} ÷ {other:.2f} = "
+                f"{found['ratio']:.2f} |"
+            )
+    for per_part, added in results.get("overhead", {}).get("added_ms", {}).items():
+        alone = results["overhead"]["alone_ms"]
+        words = f"the engine adds, stub members, {per_part} strips a part"
+        rows.append(f"| {words} | {added:.1f} ms to {alone:.1f} ms |")
+    if "million" in results:
+        found = results["million"]
+        words = f"{found['images']:,} small images, stub members, {found['per_part']} a part"
+        rows.append(f"| {words} | {found['images_per_s']:,.0f} images/s |")
+        for kind in ("driver", "workers", "tasks", "services"):
+            tenths = ", ".join(f"{sample[kind]:.0f}" for sample in found["memory_mb"])
+            rows.append(f"| private memory after each tenth: {kind} | {tenths} MB |")
+    return "\n".join(["| | |", "|---|---|", *rows, ""])
+
+
+PARTS = {
+    "kernel": measure_kernel,
+    "workers": measure_workers,
+    "overhead": measure_overhead,
+    "million": measure_million,
+}
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("parts", nargs="+", choices=PARTS, help="what is measured")
+    add("--bundle", type=Path, default=ROOT / "dist" / "dataset", help="of kernel and workers")
+    add("--strips", type=int, default=12, help="of kernel and workers, even")
+    add("--rounds", type=int, default=2, help="of kernel and workers")
+    add("--stub-strips", type=int, default=1600, help="of overhead")
+    add("--images", type=int, default=1_000_000, help="of million")
+    add("--images-per-part", type=int, default=256, help="of million")
+    add("--workers", type=int, default=1, help="of million")
+    add("--out", type=Path, default=HERE, help="folder of cluster.json and cluster.md")
+    return parser.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure the parts that were asked for, and write after each."""
+    args.bundle, path = args.bundle.resolve(), args.out / "cluster.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in args.parts:
+        log.info("%s", name)
+        machine = {
+            "cpus": os.cpu_count(),
+            "ray": ray.__version__,
+            "python": platform.python_version(),
         }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and print what a strip takes and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=ROOT / "dist" / "dataset")
-    parser.add_argument("--strips", type=int, default=200)
-    args = parser.parse_args(arguments)
-    found = measure(args.bundle.resolve(), args.strips)
-    found["one worker / kernel"] = found["one worker"] / found["kernel"]
-    found["one worker / two"] = found["one worker"] / found["two workers"]
-    found["overhead, ms a strip"] = 1000 * (found["one worker"] - found["kernel"])
-    print(json.dumps({"strips": args.strips, **found}, indent=2))
+        results[name] = PARTS[name](args) | {"machine": machine}
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (args.out / "cluster.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
     return 0
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(
+        lambda: measure(parse_args(arguments)), (ValueError, OSError, subprocess.CalledProcessError)
+    )
+
+
 if __name__ == "__main__":
-    run_command(main, (ValueError, OSError, subprocess.CalledProcessError))
+    main()

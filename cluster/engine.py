@@ -94,9 +94,9 @@ def predict_parts(
     """
     context = DataContext.get_current()
     context.target_max_block_size = None  # a part is not to be cut between an image's rows
-    names = pa.array(images.names, pa.string())
-    parts = [
-        pa.table({"image": names.slice(start, per_part)})
+    names = images.names
+    parts = [  # each of its own: a slice of one array is pickled with all of it
+        pa.table({"image": pa.array(names[start : start + per_part], pa.string())})
         for start in range(0, len(names), per_part)
     ]
     readers = TaskPoolStrategy(READERS * workers.count)

@@ -174,6 +174,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_stood(job: Job, tmp_path: Path
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A bucket `mill` of moto's server, where s3:// leads in this process and those it starts."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: make test-cluster does it")
+    pytest.importorskip("moto", reason="moto is not installed: make test-cluster does it")
     pytest.importorskip("flask", reason="moto's server is not installed: make test-cluster does it")
     import s3fs
     from moto.server import ThreadedMotoServer
