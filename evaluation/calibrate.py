@@ -13,6 +13,7 @@ ensemble.json with M as its `min_area`.
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,14 +55,20 @@ class ShiftCounts:
     both: list[npt.NDArray[np.int64]] = field(default_factory=list)
     truth: list[npt.NDArray[np.int64]] = field(default_factory=list)  # (classes,)
 
-    def add(self, gates: Tensor, probabilities: Tensor, truth: Masks, threshold: float) -> None:
-        """Add a strip: every pass's gates (passes, classes) and probabilities (…, H, W)."""
+    def add(
+        self, gates: Tensor, probabilities: Tensor, moved: Tensor, truth: Masks, threshold: float
+    ) -> None:
+        """Add a strip: every pass's gates (passes, classes) and probabilities (…, H, W).
+
+        `moved` (passes,) says of which passes the logits are shifted.
+        """
         mask_logits = torch.logit(probabilities / gates.clamp_min(1e-30)[..., None, None], SURE)
-        shifted = torch.logit(gates, SURE) + torch.tensor(GATE_SHIFTS)[:, None, None]
+        gate_shifts = torch.tensor(GATE_SHIFTS)[:, None, None] * moved[:, None]
+        shifted = torch.logit(gates, SURE) + gate_shifts
         weights, wanted = torch.sigmoid(shifted) / len(gates), torch.from_numpy(truth)
         areas, both = [], []
         for mask_shift in MASK_SHIFTS:
-            masks = torch.sigmoid(mask_logits + mask_shift)
+            masks = torch.sigmoid(mask_logits + mask_shift * moved[:, None, None, None])
             found = torch.einsum("pchw,bpc->bchw", masks, weights) > threshold
             areas.append(found.sum(dim=(2, 3)))
             both.append((found & wanted).sum(dim=(2, 3)))
@@ -125,9 +132,15 @@ def summarise(counts: ShiftCounts) -> dict[str, object]:
 
 
 @torch.inference_mode()
-def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
-    """Run every pass of every strip, and count under every pair of shifts."""
+def count_strips(
+    ensemble: Ensemble, images: Path, truth: Path, members: Sequence[str] = ()
+) -> ShiftCounts:
+    """Run every pass of every strip, and count under every pair of shifts of these members.
+
+    Without names all are shifted.
+    """
     manifest, counts = ensemble.manifest, ShiftCounts()
+    moved = torch.tensor([not members or each.member in members for each in ensemble.passes])
     named, names = read_truth(truth, manifest.competition), list_images(images)
     check_names(named, names, truth, images)
     check_kinds(images, names, manifest.competition)
@@ -139,7 +152,7 @@ def count_strips(ensemble: Ensemble, images: Path, truth: Path) -> ShiftCounts:
         gates = torch.cat([recorded.encoded[i][0].float().cpu() for i in recorded.encoded])
         found = torch.cat([recorded.probabilities[i].cpu() for i in recorded.encoded])
         masks = decode_scored_masks(named, name, size_of(image), manifest.competition)
-        counts.add(gates, found, masks, manifest.threshold)
+        counts.add(gates, found, moved, masks, manifest.threshold)
     return counts
 
 
@@ -157,6 +170,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--truth", type=Path, help="a train.csv of these strips, either layout")
     about = "take these instead of searching, as found on other strips by the same recipe"
     add("--take", type=float, nargs=3, metavar=("A", "B", "M"), help=about)
+    about = "shift these alone, by the names of their files without suffix (default: all)"
+    add("--members", nargs="+", default=[], metavar="NAME", help=about)
     about = "the checkpoints and their ensemble.json (default weights)"
     add("--weights", type=Path, default=Path("weights"), help=about)
     add("--write", type=Path, metavar="FOLDER", help="where both go, calibrated")
@@ -166,12 +181,28 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_members(asked: Sequence[str], there: Sequence[str]) -> None:
+    """Raise ValueError for a member that is not there."""
+    for name in asked:
+        if name not in there:
+            raise ValueError(f"--members {name}: there are {', '.join(sorted(there)) or 'none'}")
+
+
 def write_calibrated(
-    source: Path, target: Path, mask_shift: float, gate_shift: float, min_area: int
+    source: Path,
+    target: Path,
+    members: Sequence[str],
+    mask_shift: float,
+    gate_shift: float,
+    min_area: int,
 ) -> None:
-    """Copy the checkpoints and ensemble.json of `source`, calibrated."""
+    """Copy the checkpoints and ensemble.json of `source`, these members' shifted (all without)."""
     entries = read_json(source / MANIFEST)
+    target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.safetensors")):
+        if members and path.stem not in members:
+            shutil.copyfile(path, target / path.name)
+            continue
         shift_checkpoint(path, target / path.name, mask_shift, gate_shift)
         shifts = f"mask logits {mask_shift:+g}, presence logits {gate_shift:+g}"
         log.info("%s: %s", target / path.name, shifts)
@@ -185,13 +216,16 @@ def calibrate(args: argparse.Namespace) -> int:
     taken = args.take
     if taken is None:
         manifest = load_manifest(args.bundle)
+        check_members(args.members, [spec.name for spec in manifest.members])
         ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
-        found = summarise(count_strips(ensemble, args.images, args.truth))
+        found = summarise(count_strips(ensemble, args.images, args.truth, args.members))
         print(json.dumps(found, indent=2))
         taken = found["mask_shift"], found["gate_shift"], found["min_area"]
     if args.write:
         mask_shift, gate_shift, min_area = taken
-        write_calibrated(args.weights, args.write, mask_shift, gate_shift, int(min_area))
+        check_members(args.members, [path.stem for path in args.weights.glob("*.safetensors")])
+        shifts = mask_shift, gate_shift
+        write_calibrated(args.weights, args.write, args.members, *shifts, int(min_area))
     return 0
 
 

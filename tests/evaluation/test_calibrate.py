@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,13 @@ def masks_of(dataset: Path, labelled_strips: Path) -> ShiftCounts:
     return count_strips(ensemble, labelled_strips / "test_images", labelled_strips / "test.csv")
 
 
-def shift_bundle(dataset: Path, mask_shift: float, gate_shift: float) -> None:
+def shift_bundle(
+    dataset: Path, mask_shift: float, gate_shift: float, names: Sequence[str] = ()
+) -> None:
     entries = read_manifest(dataset)
     for member in entries["members"]:
+        if names and member["name"] not in names:
+            continue
         path = dataset / member["file"]
         shift_checkpoint(path, path, mask_shift, gate_shift)
         member["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -63,6 +68,26 @@ def test_a_pair_of_shifts_finds_what_the_shifted_checkpoints_find(
         assert counted[row, column].sum() > 0
         np.testing.assert_allclose(counted[row, column], expected[zero], rtol=0.01, atol=3)
     assert not np.allclose(found.dice()[row, column], before)  # the shifts do something
+
+
+def test_members_that_are_not_named_keep_their_logits(
+    dataset: Path, labelled_strips: Path, tmp_path: Path
+) -> None:
+    """The same as a bundle in which the checkpoints of the named ones alone are shifted."""
+    entries = read_manifest(dataset)["members"]
+    first = entries[0]["name"]
+    ensemble = load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
+    folder = labelled_strips / "test_images", labelled_strips / "test.csv"
+    found = count_strips(ensemble, *folder, [first])
+    everyone = count_strips(ensemble, *folder)
+    row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2)
+    assert not np.array_equal(found.areas, everyone.areas)
+    shift_bundle(dataset, 1, 2, [first])
+    zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
+    for counted, expected in zip(
+        found.areas, masks_of(dataset, labelled_strips).areas, strict=True
+    ):
+        np.testing.assert_allclose(counted[row, column], expected[zero], rtol=0.01, atol=3)
 
 
 def test_without_shifts_the_counts_are_the_kernels(dataset: Path, labelled_strips: Path) -> None:
@@ -151,3 +176,15 @@ def test_a_checkpoint_that_is_none_is_one_line(
     (tmp_path / "a.safetensors").write_text("no weights")
     assert exit_code(calibrate.main, *options) == 2
     assert "a.safetensors" in error_of(capsys.readouterr().err)
+
+
+def test_a_member_that_is_not_there_is_one_line_and_the_others_keep_their_bytes(
+    session_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--take", 1, 1, 64, "--weights", session_weights, "--write", tmp_path / "out"]
+    assert exit_code(calibrate.main, *options, "--members", "nobody") == 2
+    assert "--members nobody: there are " in error_of(capsys.readouterr().err)
+    assert exit_code(calibrate.main, *options, "--members", "unet-a") == 0
+    for path in session_weights.glob("*.safetensors"):
+        same = (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        assert same == (path.stem != "unet-a")
