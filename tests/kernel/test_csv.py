@@ -147,3 +147,49 @@ def test_what_a_caller_objects_to_is_refused_with_its_line(tmp_path: Path) -> No
     (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,1 3\n\nb.jpg,4,1 3\n")
     with pytest.raises(ValueError, match=r"rows\.csv: line 4: class 4"):
         read_rows(tmp_path / "rows.csv", lambda row: f"class {row[1]}" if row[1] > 3 else None)
+
+
+@pytest.mark.parametrize("length", [32_766, 32_767, 32_768])
+def test_only_a_mask_of_a_spreadsheets_cell_is_taken_for_cut(length: int, tmp_path: Path) -> None:
+    path, rle = tmp_path / "rows.csv", "1" * length
+    path.write_text(f"{HEAD}a.jpg,1,{rle}\n")
+    if length != 32_767:
+        assert read_rows(path)[1] == [("a.jpg", 1, rle)]
+        return
+    with pytest.raises(ValueError) as error:
+        read_rows(path)
+    assert str(error.value) == (
+        f"{path}: line 2: a mask of 32767 characters, where spreadsheets cut a cell off: "
+        f"take the file that no spreadsheet has saved: a.jpg,1,{'1' * 52}…"
+    )
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_line_of_more_than_60_characters_is_named_by_its_start(more: int, tmp_path: Path) -> None:
+    path, line = tmp_path / "rows.csv", f"{'a' * (58 + more)},1"
+    path.write_text(f"{HEAD}{line}\n")
+    with pytest.raises(ValueError) as error:
+        read_rows(path)
+    shown = f"{line[:60]}…" if more else line
+    assert str(error.value) == f"{path}: line 2: 2 cells, the header has 3: {shown}"
+
+
+@pytest.mark.parametrize("index", ["", "Unnamed: 0", " "])
+def test_an_index_is_a_first_column_of_no_name(index: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{index}, ImageId,EncodedPixels ,ClassId\n7,a.jpg,1 3,2\n")
+    layout, rows = read_rows(path)
+    assert rows == [("a.jpg", 2, "1 3")]
+    assert layout.columns == ("ImageId", "EncodedPixels", "ClassId")
+    path.write_text(f"ImageId,EncodedPixels,ClassId,{index}\na.jpg,1 3,2,7\n")
+    with pytest.raises(ValueError, match=f"line 1: header ImageId,EncodedPixels,ClassId,{index}, "):
+        read_rows(path)
+
+
+def test_a_header_of_bars_is_told_how_to_be_saved(tmp_path: Path) -> None:
+    path, header = tmp_path / "rows.csv", "ImageId|ClassId|EncodedPixels"
+    path.write_text(header)
+    with pytest.raises(ValueError) as error:
+        read_rows(path)
+    remedy = "save the file with commas in the place of '|'"
+    assert str(error.value) == f"{path}: line 1: header {header}, {EXPECTED}: {remedy}"

@@ -1,13 +1,16 @@
 """Rows as they are written: a submission is always whole. How they are read: test_csv.py."""
 
+import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel.rows import LAYOUTS, Submission, write_submission
+from kernel.competition import SEVERSTAL, Competition
+from kernel.rows import LAYOUTS, Submission, layouts_of, write_submission
 
 
 def test_writing_leaves_no_part_behind_and_keeps_every_row_in_order(tmp_path: Path) -> None:
@@ -66,3 +69,62 @@ def test_the_next_save_waits_for_a_hundred_times_what_the_last_one_took(
     monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
     submission.save()
     assert submission.next_s == 1050.5
+
+
+def submission_of(folder: Path, competition: Competition = SEVERSTAL) -> Submission:
+    """Two rows, the second with a mask."""
+    pairs = [("a.jpg", 1), ("b.jpg", 2)]
+    made = Submission(folder / "out.csv", layouts_of(competition)["two-column"], pairs)
+    made.set_masks("b.jpg", {2: "3 4"})
+    return made
+
+
+def test_rows_of_empty_masks_are_left_out_where_asked_or_where_the_competition_has_none(
+    tmp_path: Path,
+) -> None:
+    full, sparse = "ImageId_ClassId,EncodedPixels\na.jpg_1,\nb.jpg_2,3 4\n", "b.jpg_2,3 4\n"
+    made, without = submission_of(tmp_path), submission_of(tmp_path, replace(SEVERSTAL, empty=None))
+    for submission, asked, rows in ((made, True, 2), (made, False, 1), (without, True, 1)):
+        assert submission.save(asked) == rows
+        text = submission.path.read_text()
+        assert text == (full if rows == 2 else full.splitlines(keepends=True)[0] + sparse)
+    made.set_masks("b.jpg", {2: ""})  # no mask takes none away
+    assert made.save() == 2 and made.path.read_text() == full
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    made = submission_of(tmp_path)
+    made.path = Path(os.devnull)
+    assert made.save() == 2
+    assert not made.path.is_file() and not list(tmp_path.iterdir())
+
+
+def test_rows_are_saved_from_the_moment_on_that_the_last_save_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, now = submission_of(tmp_path), [99.9]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    made.next_s = 100.0
+    made.save_throttled()
+    assert not made.path.exists()
+    now[0] = 100.0
+    made.save_throttled()
+    assert made.path.read_text().endswith("b.jpg_2,3 4\n")
+    made.path = tmp_path / "nowhere" / "out.csv"
+    made.save_throttled()
+    assert made.next_s == 110.0
+    [line] = caplog.messages
+    assert line.startswith("cannot save the rows so far, going on: [Errno 2]")
+
+
+def test_layouts_are_named_by_the_number_of_their_columns() -> None:
+    named = tuple(dict.fromkeys(map(str, range(count)), "{mask}") for count in (2, 6, 7, 2, 2))
+    expected = ["two-column", "six-column", "7-column", "two-column-4", "two-column-5"]
+    assert list(layouts_of(replace(SEVERSTAL, layouts=named))) == expected
+
+
+def test_a_suffix_and_an_empty_token_are_the_competitions() -> None:
+    own = replace(SEVERSTAL, suffix=".tif", empty="-1")
+    assert LAYOUTS["three-column"].line("a.tif", 3, "1 2") == "a.tif,1 2,3\n"
+    assert layouts_of(own)["three-column"].line("a.tif", 3, "") == "a,-1,3\n"
+    assert layouts_of(replace(own, empty=None))["two-column"].line("a.tif", 1, "") == "a_1,\n"

@@ -1,6 +1,7 @@
 """The validator: what it refuses, what it warns of, and that it never costs a submission."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,22 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from kernel import inference
-from kernel.competition import SEVERSTAL
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask
 from kernel.rle import decode_rle
 from kernel.rows import LAYOUTS, read_rows
-from kernel.validator import Findings, check_submission
+from kernel.validator import (
+    Findings,
+    MaskStats,
+    check_image,
+    check_submission,
+    class_table,
+    first_few,
+    mask_stats,
+    unlikely_areas,
+    unlikely_counts,
+    unlikely_masks,
+)
 
 IMAGE_SIZE = SEVERSTAL.image_size or (0, 0)
 
@@ -275,6 +287,162 @@ def test_a_class_is_missed_once_five_images_should_have_it(
     rles |= {(n, 4): "1 9 257 9" for n, c in pairs}
     warnings = check(tmp_path, filled(rles, pairs), pairs=pairs).warnings
     assert any(f"class 4 is on {images} images" in warning for warning in warnings)
+
+
+# --- measurements and verdicts, to the number -----------------------------------------------------
+
+ODD = Competition(
+    classes=("a", "Gravel"),
+    n_training_images=100,
+    images_with_class=(50, 50),
+    median_areas=(800, 800),
+)
+
+
+def stats_of(label: int, area: int = 800, **changes: Any) -> MaskStats:
+    return replace(MaskStats(label, area, 1.0, 0.0, 0, 0), **changes)
+
+
+@pytest.mark.parametrize("run_order", ["columns", "rows"])
+def test_a_mask_is_measured_as_it_is_by_hand(run_order: str) -> None:
+    down = run_order == "columns"
+    competition = Competition(run_order=run_order, first_index=int(down))
+    rle = "1 2 5 1 12 1" if down else "0 2 4 1 11 1"  # starts on the first line twice, on the last
+    black = np.zeros((4, 3), bool)
+    black[3, 2] = True  # under one of its four pixels
+    shape, outside = ((4, 3), black) if down else ((3, 4), black.T)
+    found = mask_stats(2, rle, shape, outside, competition)
+    assert found == MaskStats(2, 4, 0.25, 0.25, 2, 1)
+    assert np.isnan(mask_stats(2, rle, shape, None, competition).black)
+
+
+def test_the_table_has_the_counts_shares_and_medians_of_an_own_count() -> None:
+    masks = [stats_of(1, 1000), stats_of(1, 3001), stats_of(1, 2001), *[stats_of(2, 9)] * 1200]
+    widths = (6, 7, 7, 9, 12)
+
+    def line(*cells: str) -> str:
+        return " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+    head = line("class", "masks", "share", "training", "median area")
+    one, two = line("a", "3", "0.1%", "50.0%", "2,001 px"), "9 px"
+    assert class_table(masks, [1, 2], 2400, ODD) == [
+        head, one, line("Gravel", "1,200", "50.0%", "50.0%", two),
+    ]  # fmt: skip
+    unknown = replace(ODD, n_training_images=None, images_with_class=None)
+    assert class_table([], [2], 8, unknown) == [head, line("Gravel", "0", "0.0%", "?", "-")]
+    assert class_table([], [], 8)[0] == head[1:]  # as wide as the widest name
+
+
+def test_a_few_faults_stand_and_the_others_are_counted() -> None:
+    faults = [str(number) for number in range(1234)]
+    assert first_few(faults[:3]) == ["0", "1", "2"]
+    assert first_few(faults[:4]) == ["0", "1", "2", "… and 1 more like this"]
+    assert first_few(faults) == ["0", "1", "2", "… and 1,231 more like this"]
+    assert first_few([]) == []
+
+
+def test_a_report_is_table_errors_warnings_and_the_verdict() -> None:
+    report = Findings(["e"], ["w"], ["t"])
+    invalid = "INVALID: Kaggle would refuse it"
+    assert report.lines() == ["t", "error: e", "warning: w", invalid]
+    assert replace(report, errors=[]).lines() == ["t", "warning: w", "valid"]
+
+
+@pytest.mark.parametrize(
+    ("images", "found", "said"),
+    [
+        (16, 2, None),
+        (16, 1, "class a is on 1 images; training's share would be 8 of 16"),
+        (16, 0, "class a is missing; training's share would be 8 of 16"),
+        (16, 32, None),
+        (16, 33, "class a is on 33 images; training's share would be 8 of 16"),
+        (10, 0, "class a is missing; training's share would be 5 of 10"),
+        (9, 0, None),  # fewer than five are expected
+        (4000, 400, "class a is on 400 images; training's share would be 2,000 of 4,000"),
+    ],
+)
+def test_a_class_is_unlikely_beyond_four_times_more_or_less(
+    images: int, found: int, said: str | None
+) -> None:
+    masks = [stats_of(1)] * found + [stats_of(2)] * (images // 2)
+    assert list(unlikely_counts(masks, images, ODD)) == ([said] if said else [])
+    assert not list(unlikely_counts(masks, images, replace(ODD, n_training_images=None)))
+
+
+def test_masks_that_are_all_empty_are_told_with_their_score_where_it_is_known() -> None:
+    all_empty = "all masks are empty, which scores 0.856: did the run fail?"
+    assert list(unlikely_counts([], 99)) == [all_empty]
+    assert list(unlikely_counts([], 99, ODD)) == ["all masks are empty: did the run fail?"]
+
+
+@pytest.mark.parametrize(("area", "odd"), [(99, True), (100, False), (6400, False), (6401, True)])
+def test_areas_are_unlikely_beyond_eight_times_more_or_less(area: int, odd: bool) -> None:
+    masks = [stats_of(1, 1), *[stats_of(1, area)] * 3, stats_of(1, 9999), stats_of(2)]
+    said = f"class a's median mask has {area:,} px, in training 800"
+    assert list(unlikely_areas(masks, ODD)) == ([said] if odd else [])
+    assert not list(unlikely_areas(masks[1:], ODD))  # four are too few
+
+
+THIN = "above 90 % in real ones; is the RLE written along the"
+ACROSS = replace(ODD, run_order="rows", first_index=0)
+SIGNS: dict[str, tuple[dict[str, Any], Competition, str | None]] = {
+    "joined": ({"joined": 0.6}, ODD, None),
+    "thin": (
+        {"joined": 0.59},
+        ODD,
+        "masks fall into thin pieces: 59% of the median mask's pixels go on to the right, "
+        f"{THIN} rows, or is it noise?",
+    ),
+    "thin along the rows": (
+        {"joined": 0.5},
+        ACROSS,
+        "masks fall into thin pieces: 50% of the median mask's pixels go on below, "
+        f"{THIN} columns, or is it noise?",
+    ),
+    "a little on black": ({"black": 0.05}, ODD, None),
+    "on black": (
+        {"black": 0.06},
+        ODD,
+        "6% of a mask lies on black, beside the steel: are the masks mirrored?",
+    ),
+    "without images": ({"black": float("nan")}, ODD, None),
+    "as many in the first row": ({"first_row": 5, "last_row": 5}, ODD, None),
+    "few in the last row": ({"last_row": 4}, ODD, None),
+    "in the last row": (
+        {"first_row": 4, "last_row": 5},
+        ODD,
+        "5 runs start in the last row and 4 in the first: pixels are counted from 1",
+    ),
+    "in the last column": (
+        {"last_row": 6},
+        ACROSS,
+        "6 runs start in the last column and 0 in the first: pixels are counted from 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIGNS)
+def test_a_sign_of_spoilt_masks_starts_at_its_bound(case: str) -> None:
+    changes, competition, said = SIGNS[case]
+    found = list(unlikely_masks([stats_of(1, **changes)], competition))
+    assert found == ([said] if said else [])
+    assert not list(unlikely_masks([], competition))
+
+
+def test_what_is_black_beside_the_steel_is_darker_than_12(tmp_path: Path) -> None:
+    """Only where images have such a place, and masks their image's size."""
+    image = np.full((4, 6), 99, np.uint8)
+    image[0], image[1] = 11, 12
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    light, small = replace(SEVERSTAL, dark_outside=False), replace(SEVERSTAL, mask_size=(8, 3))
+    for competition, expected in ((SEVERSTAL, 0.5), (light, None), (small, None)):
+        words, [stats] = check_image(tmp_path, "a.png", {3: "1 2"}, competition)
+        assert not words
+        assert stats.label == 3 and stats.area == 2
+        assert np.isnan(stats.black) if expected is None else stats.black == expected
+    assert check_image(None, "a.png", {1: "5 1"}, Competition()) == ([], [])  # of no known size
+    faults, _ = check_image(None, "a.png", {1: "409600 2"})
+    assert faults == ["row a.png, class 1: run 409600 2 leaves an image of 409600 pixels"]
 
 
 # --- the end of a run -----------------------------------------------------------------------------
