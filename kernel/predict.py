@@ -113,6 +113,7 @@ class OtherSizes:
         self.usual = self.usual or size
         self.counts[size] += 1
         if size != self.usual and self.counts[size] == 1:
+            name = name.encode(errors="backslashreplace").decode()  # it may be no UTF-8
             log.warning(
                 "%s is %d×%d, others are %d×%d: predicted as it is; see whether the file is whole",
                 *(name, *size, *self.usual),
