@@ -211,7 +211,7 @@ def decode_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) 
     try:
         return Strip(name, read_image(folder / name, competition))
     except Exception as error:  # one bad strip must not cost the submission
-        return Strip(name, None, str(error))
+        return Strip(name, None, str(error) or repr(error))  # MemoryError says nothing
 
 
 def planes_of(image: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -253,17 +253,15 @@ class Scheduler:
 
     def _admit(self, strip: Strip) -> StripState:
         """A strip before its first pass; one that could not be read is done."""
-        source = self.source
-        if strip.image is None:
-            tally = Tally(len(self.pass_ids), source.manifest, self.early_exit)
-            return StripState(strip, torch.empty(0), tally, fault=strip.fault)
-        passes = [source.passes[i] for i in self.pass_ids]
-        selected = self.deadline.select_passes(passes, self.deadline.strips_left)
-        pass_ids = [self.pass_ids[index] for index in selected]
+        source, pass_ids, images, size = self.source, list[int](), torch.empty(0), (0, 0)
+        if strip.image is not None:
+            passes = [source.passes[i] for i in self.pass_ids]
+            selected = self.deadline.select_passes(passes, self.deadline.strips_left)
+            pass_ids, size = [self.pass_ids[index] for index in selected], size_of(strip.image)
+            with source.stages("prepare"):
+                images = source.prepare(strip.image)
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
-        with source.stages("prepare"):
-            images = source.prepare(strip.image)
-        return StripState(strip, images, tally, pass_ids, size_of(strip.image))
+        return StripState(strip, images, tally, pass_ids, size, fault=strip.fault)
 
     def _run_next_step(self, states: list[StripState]) -> None:
         """Run the step that most strips need next, and of equals the one furthest behind."""

@@ -107,6 +107,16 @@ def test_a_strip_that_cannot_be_read_carries_the_reason(tmp_path: Path) -> None:
     assert "0 bytes that are no image" in strip.fault
 
 
+def test_a_decoder_that_runs_out_of_memory_leaves_a_reason_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("kernel.images.read_image", decode)
+    assert decode_strip(tmp_path, "a.jpg").fault == "MemoryError()"
+
+
 # --- padding --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import (
@@ -21,7 +22,7 @@ from helpers import (
     read_submission,
     run_script,
 )
-from kaggle_stub import run_client, serve
+from kaggle_stub import Kaggle, run_client, serve
 
 from build_kernel import main
 from evaluation import dry_run
@@ -137,52 +138,32 @@ def steps_of(folder: Path) -> list[int]:
     return [int(line.split(",")[3]) for line in (folder / "metrics.csv").read_text().split()[1:]]
 
 
-@pytest.mark.skipif(not find_spec("kaggle"), reason="Kaggle's client is not installed")
-def test_from_an_account_to_an_ensemble_with_a_kill_between(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Push, run what arrived, kill it, run it again on its output, fetch, build, rehearse."""
-    members, dist, root = tmp_path / "members.txt", tmp_path / "dist", tmp_path / "kaggle"
-    members.write_text(
-        f"--name a --fold 0 --crop-steps 30 {TINY}\n--name b --fold 1 --crop-steps 1 {TINY}\n"
-    )
-    data = root / "input" / "competitions" / COMPETITION
-    synthetic.write_competition(data, 24, 3, 5, shares=(1.0, 1.0, 1.0, 1.0), size=SMALL)
-    build = ["--fit", "--owner", "somebody", "--out", dist, "--members", members]
-    with serve() as kaggle:
-        assert exit_code(main, *build) == 0
-        assert f"kaggle kernels output {NAME} -p my_weights" in capsys.readouterr().out
-        said = run_client(kaggle, tmp_path, "kernels", "push", "-p", dist / "fit")
-        assert "successfully pushed" in said and "not valid" not in said
-        request = kaggle.kernels[NAME]
-        assert request["enableInternet"] is request["enableGpu"] is True
-        assert "kernelDataSources" not in request
+def push(kaggle: Kaggle, folder: Path, scratch: Path) -> dict[str, Any]:
+    """What arrives when the client pushes a kernel."""
+    said = run_client(kaggle, scratch, "kernels", "push", "-p", folder)
+    assert "successfully pushed" in said and "not valid" not in said
+    request: dict[str, Any] = kaggle.kernels[NAME]
+    assert request["enableInternet"] is request["enableGpu"] is True
+    return request
 
-        process = start_as_kaggle(root, request["text"])
-        kill_after_a_state(process, root / "working" / "runs" / "a" / "crops.ckpt")
-        earlier = root / "input" / "notebooks" / NAME
-        earlier.parent.mkdir(parents=True)
-        (root / "working").rename(earlier)
-        before = all_bytes(earlier)
-        assert exit_code(main, *build, "--resume") == 0
-        run_client(kaggle, tmp_path, "kernels", "push", "-p", dist / "fit")
-        assert kaggle.kernels[NAME]["kernelDataSources"] == [NAME]
-        process = start_as_kaggle(root, kaggle.kernels[NAME]["text"])
-        assert process.wait(timeout=300) == 0, (root / "log.txt").read_text()
-        assert all_bytes(earlier) == before
 
-        kaggle.outputs[NAME] = root / "working"
-        weights = tmp_path / "my_weights"
-        run_client(kaggle, tmp_path, "kernels", "output", NAME, "-p", weights)
-    assert (weights / "severstal-steel-ensemble-fit.log").read_text() == "its log"
+def mount_output(root: Path) -> Path:
+    """Make the working folder of a session the input of the next; return it."""
+    earlier = root / "input" / "notebooks" / NAME
+    earlier.parent.mkdir(parents=True)
+    return (root / "working").rename(earlier)
+
+
+def check_output(weights: Path) -> None:
+    """What a user fetched: the two members, what they score, and logs of a resumed fit."""
     left = {path.name for path in weights.iterdir() if path.is_file()}
     assert left == {
         "a.safetensors", "b.safetensors", "ensemble.json", "out_of_fold.json", "experiments.csv",
         "curves.png", "severstal-steel-ensemble-fit.log",
     }  # fmt: skip
     assert not list(weights.rglob("*.ckpt"))
-    logs = [weights / "runs/a/crops" / f"version_{number}" for number in (0, 1)]
-    resumed = steps_of(logs[1])
+    assert (weights / "severstal-steel-ensemble-fit.log").read_text() == "its log"
+    resumed = steps_of(weights / "runs" / "a" / "crops" / "version_1")
     assert resumed[0] > 0 and resumed[-1] == 29
     scores = json.loads((weights / "out_of_fold.json").read_text())
     assert [(scores[name]["fold"], scores[name]["strips"]) for name in "ab"] == [(0, 3), (1, 3)]
@@ -193,17 +174,49 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
     rows = (weights / "experiments.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["name", "a", "b"]
 
-    assert exit_code(main, "--weights", weights, "--owner", "somebody", "--out", dist) == 0
-    assert (dist / "fit" / "fit.py").is_file()
-    words = [
-        "--bundle",
-        dist,
-        "--images",
-        data / "test_images",
-        "--ground-truth",
-        data / "test.csv",
-    ]
-    assert exit_code(dry_run.main, *words) in (0, 1)  # whether a T4 would take too long is unknown
+
+def rehearse(dist: Path, data: Path) -> None:
+    """The dry run of what was built of them ends well."""
+    words = ["--bundle", dist, "--images", data / "test_images", "--ground-truth"]
+    code = exit_code(dry_run.main, *words, data / "test.csv")
+    assert code in (0, 1)  # whether a T4 would take too long is unknown
     report = json.loads((dist / "report" / "report.json").read_text())
     assert report["run"]["exit_code"] == 0
     assert len(read_submission(dist / "report" / "submission.csv")) == 12
+
+
+@pytest.mark.skipif(not find_spec("kaggle"), reason="Kaggle's client is not installed")
+def test_from_an_account_to_an_ensemble_with_a_kill_between(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Push, run what arrived, kill it, run it again on its output, fetch, build, rehearse."""
+    members, dist, root = tmp_path / "members.txt", tmp_path / "dist", tmp_path / "kaggle"
+    members.write_text(
+        f"--name a --fold 0 --crop-steps 30 {TINY}\n--name b --fold 1 --crop-steps 1 {TINY}\n"
+    )
+    data, weights = root / "input" / "competitions" / COMPETITION, tmp_path / "my_weights"
+    synthetic.write_competition(data, 24, 3, 5, shares=(1.0, 1.0, 1.0, 1.0), size=SMALL)
+    build = ["--fit", "--owner", "somebody", "--out", dist, "--members", members]
+    with serve() as kaggle:
+        assert exit_code(main, *build) == 0
+        assert f"kaggle kernels output {NAME} -p my_weights" in capsys.readouterr().out
+        request = push(kaggle, dist / "fit", tmp_path)
+        assert "kernelDataSources" not in request
+        process = start_as_kaggle(root, request["text"])
+        kill_after_a_state(process, root / "working" / "runs" / "a" / "crops.ckpt")
+
+        earlier = mount_output(root)
+        before = all_bytes(earlier)
+        assert exit_code(main, *build, "--resume") == 0
+        request = push(kaggle, dist / "fit", tmp_path)
+        assert request["kernelDataSources"] == [NAME]
+        process = start_as_kaggle(root, request["text"])
+        assert process.wait(timeout=300) == 0, (root / "log.txt").read_text()
+        assert all_bytes(earlier) == before
+
+        kaggle.outputs[NAME] = root / "working"
+        run_client(kaggle, tmp_path, "kernels", "output", NAME, "-p", weights)
+    check_output(weights)
+    assert exit_code(main, "--weights", weights, "--owner", "somebody", "--out", dist) == 0
+    assert (dist / "fit" / "fit.py").is_file()
+    rehearse(dist, data)

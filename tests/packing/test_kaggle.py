@@ -69,6 +69,53 @@ def commands_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> list[list
     return [shlex.split(line)[1:] for line in lines if line.startswith("  kaggle ")]
 
 
+def check_created(kaggle: Kaggle, bundle: Path) -> str:
+    """The dataset that arrived is the one that was built; returns its name."""
+    [(dataset, files)] = kaggle.datasets.items()
+    built = all_bytes(bundle / "dataset")
+    metadata = json.loads(built.pop("dataset-metadata.json"))  # the client's own, never uploaded
+    assert files == built
+    assert dataset == metadata["id"] == "somebody/severstal-steel-ensemble"
+    created = kaggle.requests["CreateDataset"]
+    assert (created["title"], created["licenseName"]) == (metadata["title"], "other")
+    assert created["isPrivate"] is True
+    return dataset
+
+
+def check_pushed(kaggle: Kaggle, dataset: str) -> str:
+    """The kernel that arrived runs offline, on a T4, from that dataset; returns its script."""
+    kernel = kaggle.kernels["somebody/severstal-steel-ensemble-submission"]
+    assert kernel["datasetDataSources"] == [dataset]
+    assert kernel["competitionDataSources"] == [COMPETITION]
+    assert not {"kernelDataSources", "modelDataSources"} & set(kernel)  # empty ones are not sent
+    assert (kernel["kernelType"], kernel["language"]) == ("script", "python")
+    assert kernel["enableInternet"] is False
+    assert kernel["enableGpu"] is kernel["isPrivate"] is True
+    assert kernel["machineShape"] == "NvidiaTeslaT4"
+    return str(kernel["text"])
+
+
+def check_submitted(kaggle: Kaggle) -> None:
+    """What was submitted is the kernel's only version."""
+    [name], submitted = kaggle.kernels, kaggle.requests["CreateCodeSubmission"]
+    assert submitted["competitionName"] == COMPETITION
+    assert f"{submitted['kernelOwner']}/{submitted['kernelSlug']}" == name
+    assert (submitted["kernelVersion"], submitted["fileName"]) == (1, "submission.csv")
+
+
+def check_ran(root: Path, sample: Path) -> None:
+    """The run left a whole submission with masks, run.json, and nothing else."""
+    left = {path.name for path in (root / "working").iterdir()}
+    assert left == {"submission.csv", "run.json"}
+    assert not list((root / "site").glob("segmentation_models_pytorch*"))
+    layout, pairs = read_sample(sample)
+    submission = root / "working" / "submission.csv"
+    findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
+    assert findings.errors == []
+    assert len(pairs) == 12
+    assert any(read_submission(submission).values())
+
+
 def test_what_the_client_sends_runs_on_kaggle(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,45 +128,17 @@ def test_what_the_client_sends_runs_on_kaggle(
         assert "successfully pushed" in said
         assert "title" not in said and "not valid" not in said
         run_client(kaggle, tmp_path, *submit)
-    [(dataset, files)] = kaggle.datasets.items()
-    built = all_bytes(tiny_bundle / "dataset")
-    metadata = json.loads(built.pop("dataset-metadata.json"))  # the client's own, never uploaded
-    assert files == built
-    assert dataset == metadata["id"] == "somebody/severstal-steel-ensemble"
-    created = kaggle.requests["CreateDataset"]
-    assert (created["title"], created["licenseName"]) == (metadata["title"], "other")
-    assert created["isPrivate"] is True
-
-    [(name, kernel)] = kaggle.kernels.items()
-    assert name == "somebody/severstal-steel-ensemble-submission"
-    assert kernel["datasetDataSources"] == [dataset]
-    assert kernel["competitionDataSources"] == [COMPETITION]
-    assert not {"kernelDataSources", "modelDataSources"} & set(kernel)  # empty ones are not sent
-    assert (kernel["kernelType"], kernel["language"]) == ("script", "python")
-    assert kernel["enableInternet"] is False
-    assert kernel["enableGpu"] is kernel["isPrivate"] is True
-    assert kernel["machineShape"] == "NvidiaTeslaT4"
-
-    submitted = kaggle.requests["CreateCodeSubmission"]
-    assert submitted["competitionName"] == COMPETITION
-    assert f"{submitted['kernelOwner']}/{submitted['kernelSlug']}" == name
-    assert (submitted["kernelVersion"], submitted["fileName"]) == (1, "submission.csv")
+    dataset = check_created(kaggle, tiny_bundle)
+    script = check_pushed(kaggle, dataset)
+    check_submitted(kaggle)
 
     sample = mount_arrived(kaggle, dataset, tmp_path)
     before = all_bytes(tmp_path / "input")
-    ended = run_as_kaggle(tmp_path, kernel["text"])
+    ended = run_as_kaggle(tmp_path, script)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert all_bytes(tmp_path / "input") == before
     assert " INFO valid\n" in ended.stdout
-    left = {path.name for path in (tmp_path / "working").iterdir()}
-    assert left == {"submission.csv", "run.json"}
-    assert not list((tmp_path / "site").glob("segmentation_models_pytorch*"))
-    layout, pairs = read_sample(sample)
-    submission = tmp_path / "working" / "submission.csv"
-    findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
-    assert findings.errors == []
-    assert len(pairs) == 12
-    assert any(read_submission(submission).values())
+    assert all_bytes(tmp_path / "input") == before
+    check_ran(tmp_path, sample)
 
 
 def test_a_later_version_replaces_the_files(tiny_bundle: Path, tmp_path: Path) -> None:
