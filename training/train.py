@@ -331,10 +331,11 @@ def train(args: argparse.Namespace) -> int:
              len(held_out.names), device, config.precision)  # fmt: skip
     pairs, scored = choose_head_pairs(args, config, sources, held_out)
     weights, start_from = read_start(args.start_from)
-    statistics = [train_strips.folder / name for name in train_strips.names]
+    unlabelled = list[Strips]()
     if args.unlabelled:
-        statistics += [args.unlabelled / name for name in image_names(args.unlabelled)]
-    data = hash_of([own, *sources[1:]])
+        unlabelled = [Strips(args.unlabelled, image_names(args.unlabelled), {}, competition)]
+    statistics = [each.folder / name for each in (train_strips, *unlabelled) for name in each.names]
+    data = hash_of([own, *sources[1:], *unlabelled])
     crops = config.crops or find_crops(config, device)
     if args.minutes:
         strips, fitted = 2 * len(pairs) + len(scored.names), replace(config, crops=crops)

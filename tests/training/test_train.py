@@ -211,6 +211,14 @@ def test_a_state_of_other_strips_is_refused(
     assert "state of another experiment (data " in error_of(capsys.readouterr().err)
 
 
+def test_a_state_with_other_unlabelled_strips_is_refused(
+    again: Path, steel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batch-norm statistics come from them."""
+    assert run_train(steel, again, "--unlabelled", steel / "train_images") == 2
+    assert "state of another experiment (data " in error_of(capsys.readouterr().err)
+
+
 # --- what it refuses ------------------------------------------------------------------------------
 
 
