@@ -1,0 +1,43 @@
+"""What the cluster costs: its figures from times that are known, and one small run of stubs."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_script
+
+pytestmark = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed")
+
+
+@pytest.mark.parametrize(
+    ("times", "workers", "seconds"),
+    [([10.0, 12.0, 14.0, 16.0], 1, 1.0), ([10.0, 10.5, 12.0, 12.5], 2, 0.5)],
+)
+def test_a_strips_seconds_begin_when_every_worker_has_written(
+    times: list[float], workers: int, seconds: float
+) -> None:
+    from bench.cluster_overhead import strip_seconds
+
+    assert strip_seconds(times, workers, per_part=2) == seconds
+
+
+def test_a_few_images_go_through_stub_members_and_are_told_in_a_table(tmp_path: Path) -> None:
+    words = ["million", "--images", 120, "--images-per-part", 12, "--out", tmp_path]
+    ended = run_script(ROOT / "bench" / "cluster_overhead.py", *words)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "cluster.json").read_text())["million"]
+    assert (found["images"], found["per_part"]) == (120, 12)
+    assert found["images_per_s"] > 0
+    table = (tmp_path / "cluster.md").read_text()
+    assert "| 120 small images, stub members, 12 a part |" in table
+    assert "| one worker ÷" not in table  # was not asked for
+
+
+def test_private_memory_is_that_of_this_process_and_those_below_it() -> None:
+    from bench.cluster_overhead import private_mb
+
+    before = private_mb()["driver"]
+    held = bytearray(b"x") * 80_000_000
+    assert 70 < private_mb()["driver"] - before < 120
+    del held
