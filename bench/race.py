@@ -109,13 +109,13 @@ def as_public_kernels(bundle: Path, manifest: Manifest) -> Candidate:
     return Candidate("(a) eager, as public kernels", run)
 
 
-def from_scheduler(name: str, scheduler: Scheduler, streams: int = 1) -> Candidate:
-    """An ensemble behind this project's own loading and scheduling, so many strips at once."""
+def from_scheduler(name: str, scheduler: Scheduler) -> Candidate:
+    """An ensemble behind this project's own loading and scheduling."""
 
     def run(paths: list[Path]) -> dict[str, Masks]:
         strips = decode_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
         masks = {}
-        for state in scheduler.predict_strips(strips, len(paths), streams):
+        for state in scheduler.predict_strips(strips, len(paths)):
             if state.fault:
                 raise RuntimeError(f"{name}: {state.strip.name}: {state.fault}")
             masks[state.strip.name] = state.masks
@@ -253,7 +253,7 @@ def candidates(bundle: Path, manifest: Manifest, size: Size, streams: int) -> li
     """All of them, ready to run on strips of `size`; ours on so many streams."""
     ensemble = load_ensemble(bundle, manifest, CPU, Stages(), streams=streams)
     ours = [
-        from_scheduler(name, Scheduler(ensemble, early_exit=early), streams)
+        from_scheduler(name, Scheduler(ensemble, early_exit=early, threads=ensemble.streams))
         for name, early in (("(e) ours, every pass", False), ("(e) ours, early exit", True))
     ]
     return [

@@ -27,9 +27,15 @@ class Ensemble:
     """Every member under every flip, the one with the cheapest gates first."""
 
     def __init__(
-        self, manifest: Manifest, members: Sequence[Member], device: torch.device, stages: Stages
+        self,
+        manifest: Manifest,
+        members: Sequence[Member],
+        device: torch.device,
+        stages: Stages,
+        streams: int = 1,
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
+        self.streams = streams  # threads that may run passes at once
         members = sorted(members, key=_proof_cost)
         specs = [(member.spec.name, member.spec.flops) for member in members]
         self.passes = list_passes(specs, manifest.flips)
@@ -187,4 +193,4 @@ def load_ensemble(
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
     members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
-    return Ensemble(manifest, members, device, stages)
+    return Ensemble(manifest, members, device, stages, streams)

@@ -127,14 +127,14 @@ class OtherSizes:
 
 
 def predict_task(
-    scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome, streams: int = 1
+    scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome
 ) -> None:
     """Every image of a task through the scheduler and into the submission."""
     stages = scheduler.source.stages
     rules = task.layout.competition
     strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
-    coming, count, stages.threads = timed(strips, stages, "decode"), len(task.names), streams
-    states = scheduler.predict_strips(coming, count, streams)
+    stages.threads = scheduler.threads
+    states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)
     with progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
@@ -173,7 +173,6 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
     """
     options, on_gpu = run.options, device.type == "cuda"
     outcome.device = str(device)
-    streams = 1 if on_gpu else options.streams
     deadline, image = Deadline(run.left_s(), time.monotonic()), first_image(task)
     ensemble = load_ensemble(
         run.bundle,
@@ -182,15 +181,16 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
         run.stages,
         allow_missing=options.allow_missing_members,
         image=image,
-        streams=streams,
+        streams=1 if on_gpu else options.streams,
     )
     outcome.passes = list(ensemble.passes)
     log_resizing(ensemble, image)
     batch_size = options.batch_size or (8 if on_gpu else 1)
-    scheduler = Scheduler(ensemble, batch_size, options.early_exit, deadline)
+    threads, early_exit = ensemble.streams, options.early_exit
+    scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
     log.info("%d images of %s on %s", len(task.names), task.images, device)
     try:
-        predict_task(scheduler, task, run.submission, outcome, streams)
+        predict_task(scheduler, task, run.submission, outcome)
     finally:
         outcome.dropped += deadline.dropped
         outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0

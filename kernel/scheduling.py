@@ -159,7 +159,8 @@ class Scheduler:
     """Runs the passes of strips that come one after another.
 
     Strips that need the same half of the same pass go through it together. `pass_ids` are the
-    source's passes to run, in this order; all of them if it is None.
+    source's passes to run, in this order; all of them if it is None. With more `threads` as many
+    batches are under way at once, each strip in one thread from first to last.
     """
 
     def __init__(
@@ -169,28 +170,24 @@ class Scheduler:
         early_exit: bool = True,
         deadline: Deadline | None = None,
         pass_ids: Sequence[int] | None = None,
+        threads: int = 1,
     ) -> None:
         self.source, self.batch_size, self.early_exit = source, batch_size, early_exit
+        self.threads = threads
         self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
 
     def predict_strips(
-        self, strips: Iterable[Strip], count: int = 1, threads: int = 1
+        self, strips: Iterable[Strip], count: int = 1
     ) -> Generator[StripState, None, None]:
-        """Yield every strip when it is done, in completion order.
-
-        The deadline expects `count` strips. With more `threads` as many strips are predicted at
-        once, each in one thread from first to last.
-        """
+        """Yield every strip when it is done, in completion order; the deadline expects `count`."""
         self.deadline.start_strips(count)
-        if threads == 1:
+        if self.threads == 1:
             yield from self._predict_started(strips)
         else:
-            yield from self._predict_in_threads(strips, threads)
+            yield from self._predict_in_threads(strips)
 
-    def _predict_in_threads(
-        self, strips: Iterable[Strip], threads: int
-    ) -> Generator[StripState, None, None]:
+    def _predict_in_threads(self, strips: Iterable[Strip]) -> Generator[StripState, None, None]:
         shared, done = SharedIterator(strips), queue.SimpleQueue[StripState | Exception | None]()
 
         def run() -> None:
@@ -201,8 +198,8 @@ class Scheduler:
                 done.put(error)
             done.put(None)
 
-        with ThreadPoolExecutor(threads) as pool:
-            running = len([pool.submit(run) for _ in range(threads)])
+        with ThreadPoolExecutor(self.threads) as pool:
+            running = len([pool.submit(run) for _ in range(self.threads)])
             try:
                 while running:
                     given = done.get()

@@ -213,8 +213,8 @@ def test_predict_masks_keeps_the_order_of_its_images(source: DrawnPasses) -> Non
 def test_strips_in_threads_get_the_masks_that_they_get_alone(
     early_exit: bool, source: DrawnPasses
 ) -> None:
-    scheduler = Scheduler(source, early_exit=early_exit)
-    states = list(scheduler.predict_strips(numbered(), N_STRIPS, threads=3))
+    scheduler = Scheduler(source, early_exit=early_exit, threads=3)
+    states = list(scheduler.predict_strips(numbered(), N_STRIPS))
     assert sorted(int(state.strip.name) for state in states) == list(range(N_STRIPS))
     for state in states:
         np.testing.assert_array_equal(state.masks, source.masks(int(state.strip.name)))
@@ -223,7 +223,7 @@ def test_strips_in_threads_get_the_masks_that_they_get_alone(
 
 def test_threads_that_are_no_longer_wanted_end_after_their_step(source: DrawnPasses) -> None:
     source.takes_s, before = 0.002, threading.active_count()
-    states = Scheduler(source, early_exit=False).predict_strips(numbered(), N_STRIPS, 2)
+    states = Scheduler(source, early_exit=False, threads=2).predict_strips(numbered(), N_STRIPS)
     next(states)
     states.close()
     assert len(source.encoded) < N_PASSES * N_STRIPS
@@ -236,7 +236,7 @@ def test_an_error_in_a_thread_is_raised_where_strips_are_taken(
     source.refused = {1}
     monkeypatch.setattr("kernel.scheduling.device_usable", lambda device: device != CPU)
     with pytest.raises(DeviceLost):
-        list(Scheduler(source).predict_strips(numbered(), N_STRIPS, 2))
+        list(Scheduler(source, threads=2).predict_strips(numbered(), N_STRIPS))
 
 
 # --- what fails -----------------------------------------------------------------------------------
