@@ -370,7 +370,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="of kernel and workers")
     add("--stub-strips", type=int, default=1600, help="of overhead")
     add("--images", type=int, default=1_000_000, help="of million")
-    add("--images-per-part", type=int, default=256, help="of million")
+    add("--images-per-part", type=int, default=2048, help="of million")
     add("--workers", type=int, default=1, help="of million")
     add("--out", type=Path, default=HERE, help="folder of cluster.json and cluster.md")
     return parser.parse_args(arguments)

@@ -27,7 +27,8 @@ UPDATES = (
     "initted",
     "updates",
 )  # 0: the network it began as
-LOSSES = {"loss", "losses", "criterion", "metric", "metrics"}
+# Words of what only training needs.
+TRAINING = {"loss", "losses", "criterion", "metric", "metrics", "optimizer", "optimizers"}
 MAX_LISTED = 3  # tensors of one group by name
 
 
@@ -146,7 +147,9 @@ def _enters(name: str, tensor: Tensor, home: str, owner: str) -> bool:
     """
     if name.split(".")[0] in SMP_PREFIXES:
         return True
-    beside = len(home) > len(owner) or bool(words_of(name) & LOSSES) or normalisation_of(name) != ""
+    beside = (
+        len(home) > len(owner) or bool(words_of(name) & TRAINING) or normalisation_of(name) != ""
+    )
     counts = tensor.numel() == 1 and not tensor.is_floating_point()
     return not beside and not counts
 
@@ -154,7 +157,7 @@ def _enters(name: str, tensor: Tensor, home: str, owner: str) -> bool:
 def normalisation_of(name: str) -> str:
     """Return "mean" or "std" where a tensor's name says that it normalises images, else ""."""
     words = words_of(name.rpartition(".")[2])
-    if "running" in words or words_of(name) & LOSSES:
+    if "running" in words or words_of(name) & TRAINING:
         return ""
     return next((kind for kind in ("mean", "std") if words & {kind, f"{kind}s"}), "")
 
@@ -164,7 +167,7 @@ def is_outside_layer(name: str) -> bool:
     return (
         name.rpartition(".")[2] == "weight"
         and not list(_prefixes(name))
-        and not words_of(name) & LOSSES
+        and not words_of(name) & TRAINING
     )
 
 

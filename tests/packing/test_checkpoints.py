@@ -124,6 +124,17 @@ def test_the_old_pickle_layout_is_read(network: nn.Module, tmp_path: Path) -> No
     assert_same(read_checkpoint(tmp_path / "old.pth").weights, network.state_dict())
 
 
+def test_an_optimizers_state_among_bare_names_is_left_out(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    """A file of names alone does not tell which dictionary a tensor was in."""
+    weights = network.state_dict()
+    save_file(weights | {"optimizer.state.0.exp_avg": torch.ones(2)}, tmp_path / "m.safetensors")
+    found = read_checkpoint(tmp_path / "m.safetensors")
+    assert_same(found.weights, weights)
+    assert set(found.left_out) == {"optimizer.state.0.exp_avg"}
+
+
 def test_safetensors_with_a_prefix(network: nn.Module, tmp_path: Path) -> None:
     save_file(renamed(network.state_dict(), "module."), tmp_path / "member.safetensors")
     assert_same(read_checkpoint(tmp_path / "member.safetensors").weights, network.state_dict())
