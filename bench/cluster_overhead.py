@@ -9,7 +9,7 @@
 - million: as many images through stub members, and the memory after each tenth of them
 
 A strip's seconds are taken while a run is under way, not from its start; what a run takes before
-is told apart. Figures are added to cluster.json beside this file, and cluster.md is their table.
+is a figure of its own. All are added to cluster.json beside this file; cluster.md is their table.
 Ratios of one run count, on a machine that does nothing else.
 """
 
@@ -129,7 +129,7 @@ def _race(args: argparse.Namespace, first: Figures, second: Figures) -> Figures:
         for name, runs in found.items()
     }
     one, other = (medians[name]["strip_s"] for name in medians)
-    return {"strips": args.strips, "rounds": args.rounds, "ratio": one / other} | medians
+    return {"strips": args.strips, "rounds": args.rounds, "ratio": one / other, "ways": medians}
 
 
 def measure_kernel(args: argparse.Namespace) -> Figures:
@@ -331,7 +331,7 @@ def table(results: Figures) -> str:
     for name, words in (("kernel", "the plain kernel"), ("workers", "two workers of one thread")):
         if name in results:
             found = results[name]
-            one, other = (each["strip_s"] for each in found.values() if isinstance(each, dict))
+            one, other = (each["strip_s"] for each in found["ways"].values())
             rows.append(
                 f"| one worker ÷ {words}, seconds a strip | {one:.2f} ÷ {other:.2f} = "
                 f"{found['ratio']:.2f} |"

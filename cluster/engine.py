@@ -40,6 +40,8 @@ def connect(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_worker_niceness", "0")  # of what starts here; by itself it is 15
+    # Readers and writers idle while a part is predicted; new ones would import all of it again.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     try:
         _knock(address)
         dashboard = False if address == "local" else None  # one that is joined has its own
@@ -101,6 +103,7 @@ def predict_parts(
     ]
     readers = TaskPoolStrategy(READERS * workers.count)
     sink = Parts(output)
+    waiting = 2 if workers.gpus else 1  # parts a worker has: one that waits may end the run late
     ray.data.from_arrow(parts).map_batches(
         partial(read_strips, images=replace(images, names=[])),
         batch_size=None,
@@ -111,7 +114,7 @@ def predict_parts(
         Worker,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=workers.count),
+        compute=ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=waiting),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
         fn_constructor_kwargs=constructor | {"cpus": workers.cpus},

@@ -155,7 +155,8 @@ class Output:
         with tempfile.TemporaryDirectory() as scratch:
             submission = Submission(Path(scratch, "submission.csv"), layout, pairs)
             for row in found.to_pylist():
-                submission.set_masks(posixpath.basename(row["image"]), {row["class"]: row["rle"]})
+                name = layout.competition.name_of_file(row["image"])
+                submission.set_masks(name, {row["class"]: row["rle"]})
             submission.save(empty_rows)
             name = posixpath.join(self.path, submission.path.name)
             write_whole(self.fs, name, submission.path.read_bytes())

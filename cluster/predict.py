@@ -7,7 +7,6 @@ it stood when it is started again; images whose rows are there are left out.
 
 import argparse
 import itertools
-import posixpath
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -75,7 +74,7 @@ def check_sample(pairs: Iterable[tuple[str, int]], images: ImageSet) -> None:
     """Raise ValueError where a row may be of two images; log which have none."""
     asked, found = {name for name, _ in pairs}, dict[str, str]()
     for name in images.names:
-        base = posixpath.basename(name)
+        base = images.competition.name_of_file(name)
         if base in asked and base in found:
             raise ValueError(f"{images.root}: {found[base]} and {name} are both {base!r} in a csv")
         found[base] = name

@@ -31,7 +31,7 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import list_images
+from kernel.mounts import list_images, one_folder
 from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.heads import shift_checkpoint
 from training.metrics import Floats, Masks, dice_of
@@ -141,6 +141,7 @@ def count_strips(
     """
     manifest, counts = ensemble.manifest, ShiftCounts()
     moved = torch.tensor([not members or each.member in members for each in ensemble.passes])
+    images = one_folder(images, manifest.competition)
     named, names = read_truth(truth, manifest.competition), list_images(images)
     check_names(named, names, truth, images)
     check_kinds(images, names, manifest.competition)

@@ -41,7 +41,7 @@ from kernel.command import run_command
 from kernel.competition import Competition, add_competition_option, find_competition
 from kernel.images import check_kinds
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, list_images, no_images, read_sample
+from kernel.mounts import SAMPLE, list_images, no_images, one_folder, read_sample
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import check_names, read_truth
@@ -64,7 +64,8 @@ def make_kaggle_tree(root: Path, bundle: Path, images: Path) -> Path:
     shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
     sample = competition / SAMPLE
     size = manifest.competition.image_size or (1, 1)
-    synthetic.write_sample(sample, list_images(images), manifest.competition, size)
+    names = list_images(one_folder(images, manifest.competition))
+    synthetic.write_sample(sample, names, manifest.competition, size)
     (root / "working").mkdir()
     return sample
 
@@ -103,7 +104,7 @@ def run_kernel(root: Path, script: Path) -> ProcessResult:
 def check_answer(submission: Path, sample: Path, competition: Competition) -> Check:
     """Return the validator's verdict; its table and warnings stand in the kernel's log."""
     layout, pairs = read_sample(sample, None, competition)
-    images = sample.parent / IMAGES
+    images = one_folder(sample.parent / IMAGES, competition)
     errors = check_submission(submission, layout.columns, pairs, images, competition).errors
     if errors:
         return Check(False, f"{submission.name} is invalid: {'; '.join(errors)}")
@@ -233,10 +234,10 @@ def _run_bundle(args: argparse.Namespace, root: Path) -> int:
             size=competition.image_size or synthetic.IMAGE_SIZE,
         )  # fmt: skip
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    truth = read_truth(truth_csv, competition) if truth_csv else None
+    truth, flat = read_truth(truth_csv, competition) if truth_csv else None, one_folder(images, competition)
     if truth and truth_csv:
-        check_names(truth, list_images(images), truth_csv, images)
-    run = DryRun(args.bundle, images, truth, args.budget_s, bool(args.ground_truth))
+        check_names(truth, list_images(flat), truth_csv, images)
+    run = DryRun(args.bundle, flat, truth, args.budget_s, bool(args.ground_truth))
     run.out.mkdir(exist_ok=True)
     for name in (*RESULTS, MANIFEST):  # an earlier run's
         (run.out / name).unlink(missing_ok=True)
@@ -263,10 +264,12 @@ def dry_run(args: argparse.Namespace) -> int:
             f"--competition {args.competition}: {args.bundle} was built for {built.slug}; "
             "build it again with the same --competition"
         )
-    if args.images and not list_images(args.images):
-        raise ValueError(no_images(args.images))
     if args.images:
-        check_kinds(args.images, list_images(args.images), built)
+        images = one_folder(args.images, built)
+        names = list_images(images)
+        if not names:
+            raise ValueError(no_images(args.images))
+        check_kinds(images, names, built)
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
         log.info("%s has the rate of %s from now on", machine, args.calibrate)

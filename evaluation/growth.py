@@ -228,7 +228,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Record the strips that are drawn, replay them, and write what was found."""
     manifest = load_manifest(args.bundle)
-    paths = sample_strips(args.images, args.strips, args.seed)
+    paths = sample_strips(args.images, args.strips, args.seed, manifest.competition)
     all_flips = replace(manifest, flips=tuple(FLIPS))
     ensemble = load_ensemble(args.bundle, all_flips, pick_device(), Stages())
     results = summarise(record_strips(ensemble, paths, manifest.flips), ensemble, SIZES)

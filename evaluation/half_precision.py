@@ -176,7 +176,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Measure on the strips that are drawn, and write what was found."""
     manifest = load_manifest(args.bundle)
-    paths = sample_strips(args.images, args.strips, args.seed)
+    paths = sample_strips(args.images, args.strips, args.seed, manifest.competition)
     images = [read_image(path, manifest.competition) for path in paths]
     images = [highest_contrast_crop(image) for image in images] if args.crop else images
     results = measure(args.bundle, manifest, args.way, images)

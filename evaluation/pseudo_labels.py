@@ -24,6 +24,7 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image
 from kernel.logs import Stages, progress
 from kernel.manifest import load_manifest
+from kernel.mounts import one_folder
 from kernel.rle import encode_rle
 from training.folds import write_strips
 from training.metrics import Masks
@@ -65,6 +66,7 @@ def label_strips(
 ) -> Strips:
     """Return the strips of a folder of whose classes the ensemble is sure, with their masks."""
     competition = ensemble.manifest.competition
+    folder = one_folder(folder, competition)
     truth: dict[str, dict[int, str]] = {}
     for name in progress(image_names(folder), "strips", "strip"):
         recorded = RecordedPasses(ensemble, read_image(folder / name, competition))

@@ -13,7 +13,7 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, check_kinds, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import load_manifest
-from kernel.mounts import list_images
+from kernel.mounts import list_images, one_folder
 from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.metrics import Masks, Scores
 
@@ -52,14 +52,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def score(args: argparse.Namespace) -> int:
     """Score every strip of `--images`; those that `--truth` does not name are clean."""
     manifest = load_manifest(args.bundle)
-    competition, names = manifest.competition, list_images(args.images)
+    competition = manifest.competition
+    images = one_folder(args.images, competition)
+    names = list_images(images)
     truth = read_truth(args.truth, competition)
-    check_names(truth, names, args.truth, args.images)
-    check_kinds(args.images, names, competition)
+    check_names(truth, names, args.truth, images)
+    check_kinds(images, names, competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):
-        image = read_image(args.images / name, competition)
+        image = read_image(images / name, competition)
         masks = decode_scored_masks(truth, name, size_of(image), competition)
         score_strip(ensemble, image, masks, scores)
         summary = {

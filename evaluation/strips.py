@@ -4,15 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.mounts import list_images, no_images
+from kernel.competition import SEVERSTAL, Competition
+from kernel.mounts import list_images, no_images, one_folder
 
 
-def sample_strips(folder: Path, count: int, seed: int) -> list[Path]:
+def sample_strips(
+    folder: Path, count: int, seed: int, competition: Competition = SEVERSTAL
+) -> list[Path]:
     """Strips of a folder, drawn with a seed; all of them where there are no more than `count`.
 
     Raises:
         ValueError: the folder holds none.
     """
+    folder = one_folder(folder, competition)
     names = list_images(folder)
     if not names:
         raise ValueError(no_images(folder))

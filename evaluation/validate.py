@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kernel.command import run_command
 from kernel.competition import add_competition_option, find_competition
-from kernel.mounts import check_instances, read_sample
+from kernel.mounts import check_instances, one_folder, read_sample
 from kernel.rows import read_rows
 from kernel.validator import check_submission
 
@@ -30,8 +30,8 @@ def validate(args: argparse.Namespace) -> int:
     competition = find_competition(args.competition)
     layout, pairs = read_sample(args.sample, None, competition)
     check_instances(args.sample, read_rows(args.sample, competition=competition)[1], competition)
-    columns = layout.columns
-    findings = check_submission(args.submission, columns, pairs, args.images, competition)
+    images, columns = args.images and one_folder(args.images, competition), layout.columns
+    findings = check_submission(args.submission, columns, pairs, images, competition)
     print("\n".join(findings.lines()))
     return 1 if findings.errors else 0
 

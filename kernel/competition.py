@@ -1,6 +1,7 @@
 """The competition: what is one competition's alone, and stands in `competition.json`."""
 
 import argparse
+import posixpath
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ class Competition:
     classes: tuple[str, ...] = ("1", "2", "3", "4")  # as the csv names them, in channel order
     any_class: str | None = None  # stands in a sample's row for every class of its image
     suffix: str = ""  # of image files, that the csv's names lack
+    image_path: str | None = None  # how images that lie in folders of their own are named, a regex
     empty: str | None = ""  # in the row of an empty mask; None: such rows are left out
     run_order: str = "columns"  # pixels are counted down the columns, or along the "rows"
     first_index: int = 1  # number of the first pixel
@@ -64,6 +66,17 @@ class Competition:
     def name_of(self, label: int) -> str:
         """Return the name of a class, from 1; of 0, `any_class`."""
         return self.classes[label - 1] if label else str(self.any_class)
+
+    def name_of_file(self, path: str) -> str:
+        """Return what an image is called whose file lies at a path below the images' folder.
+
+        Where the path matches `image_path`, the regex's groups joined by _, and the suffix; else as
+        the file.
+        """
+        match = re.fullmatch(f"(?:.*/)?(?:{self.image_path})", path) if self.image_path else None
+        if not match:
+            return posixpath.basename(path)
+        return "_".join(filter(None, match.groups())) + self.suffix
 
     def size_of_mask(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return the (H, W) of the csv's masks of an image of a size."""
@@ -97,6 +110,7 @@ def check_competition(competition: Competition) -> None:
         value = getattr(competition, name)
         optional = value is None and name != "suffix"
         expect(optional or isinstance(value, str), name, value, "text")
+    _check_image_path(competition.image_path)
     for name, allowed in CHOICES.items():
         value = getattr(competition, name)
         fits = value in allowed and type(value) is type(allowed[0])
@@ -143,6 +157,15 @@ def _check_layouts(competition: Competition) -> None:
         expect(fits, "layout", layout, "{class} in one cell: there are several classes")
         fits = not any("{image}{class}" in cell or "{class}{image}" in cell for cell in cells)
         expect(fits, "layout", layout, "a separator between {image} and {class}")
+
+
+def _check_image_path(pattern: object) -> None:
+    expected = r'a regular expression with groups, like "(case\\d+)/(slice_\\d+)\\.png"'
+    try:
+        fits = pattern is None or (isinstance(pattern, str) and re.compile(pattern).groups > 0)
+    except re.error as error:
+        expected, fits = f"{expected}: {error}", False
+    expect(fits, "image_path", pattern, expected)
 
 
 def _check_counts(competition: Competition) -> None:

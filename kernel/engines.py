@@ -80,7 +80,10 @@ class OpenVino:
 
     def _compile(self, shapes: tuple[torch.Size, ...]) -> Any:
         self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
-        hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        hints: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,  # two processes would pin themselves to the same cores
+        }
         if self.streams > 1:
             hints["NUM_STREAMS"] = self.streams
         if "OMP_NUM_THREADS" in os.environ:  # PyTorch has as few, and OpenVINO does not read it

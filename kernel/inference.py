@@ -92,7 +92,7 @@ def predict(context: RunContext, task: Task) -> Outcome:
     for name in task.names:
         if name not in outcome.work:
             outcome.faults.setdefault(name, "was not predicted")
-    if not outcome.work:
+    if task.names and not outcome.work:
         log.error(
             "none of %d strips could be predicted: the submission is valid, and all empty",
             len(task.names),

@@ -1,8 +1,11 @@
 """Mounts: finding the bundle, the sample and its images."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,26 +96,64 @@ def no_images(folder: Path, suffix: str = "") -> str:
         if names:
             return (
                 f"{folder}: no images in it; {below / min(names)} is in a folder below: name that, "
-                "or link all images into one folder under the csv's names"
+                "or say in the description's `image_path` how paths make the csv's names"
             )
     return f"{folder}: no images in it; name the folder that has them"
 
 
-def find_images(sample: Path, names: set[str], root: Path) -> Path:
+def image_paths(folder: Path, competition: Competition) -> dict[str, Path]:
+    """Return name → path of the images below a folder, at any depth; of two of a name the first."""
+    found: dict[str, Path] = {}
+    for below, files in _walk(folder):
+        for path in (below / file for file in sorted(files) if not file.startswith(".")):
+            name = competition.name_of_file(path.relative_to(folder).as_posix())
+            if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(name, path) != path:
+                log.warning("%s and %s are both %r: the first is taken", found[name], path, name)
+    return found
+
+
+def link_images(paths: Mapping[str, Path]) -> Path:
+    """Return a folder of links to images, under their names, that goes when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="images_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, path in paths.items():
+        (folder / name).symlink_to(path.absolute())
+    return folder
+
+
+def one_folder(folder: Path, competition: Competition) -> Path:
+    """Return the folder that has the images below `folder` side by side, under the csv's names.
+
+    It is `folder` itself, but for a competition whose images lie in folders of their own.
+    """
+    if competition.image_path is None or not folder.is_dir() or list_images(folder):
+        return folder
+    paths = image_paths(folder, competition)
+    return link_images(paths) if paths else folder
+
+
+def find_images(
+    sample: Path, names: set[str], root: Path, competition: Competition = SEVERSTAL
+) -> Path:
     """Find the folder with most of a sample's images: below the sample's own, else below `root`.
 
     Raises:
         ValueError: no folder holds any.
     """
     for top in (sample.parent, root):
+        if competition.image_path:
+            paths = image_paths(top, competition)
+            if not names.isdisjoint(paths):
+                return link_images({name: paths[name] for name in paths.keys() & names})
+            continue
         shares = {folder: len(names.intersection(files)) for folder, files in _walk(top)}
         best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
         if shares.get(best):
             return best
     raise ValueError(
         f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
-        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; images in "
-        "folders of their own are linked into one first (docs/competitions.md)"
+        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; of images in "
+        "folders of their own `image_path` says the names (docs/competitions.md)"
     )
 
 
@@ -184,12 +225,16 @@ def check_instances(sample: Path, rows: Iterable[Row], competition: Competition)
 def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
     """Return the sample's rows, or, where only `--images` is given, every image of that folder.
 
+    A sample that names no image is one that is filled in for the scored run only; its task is
+    empty.
+
     Raises:
         ValueError: nothing to predict is found, or a row names a class the members do not know.
     """
     images, sample = options.images, options.sample
     if images and not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
+    images = images and one_folder(images, competition)
     if images and not sample:
         layout = choose_layout(competition, options.layout)
         layout = layout or next(iter(layouts_of(competition).values()))
@@ -201,9 +246,12 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
         layout, pairs = read_sample(sample, options.layout, competition)
         known = {name for name, _ in pairs}
-        task = Task(images or find_images(sample, known, options.input), layout, pairs)
-    if not task.pairs and sample:
-        raise ValueError(f"{sample}: names no image")
+        if not known:
+            log.warning("%s: names no image: the submission is its header alone", sample)
+            return Task(images or sample.parent, layout, [])
+        task = Task(
+            images or find_images(sample, known, options.input, competition), layout, pairs
+        )
     if not task.pairs:
         raise ValueError(no_images(task.images, competition.suffix))
     others = set(list_images(task.images)) - set(task.names)

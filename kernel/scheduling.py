@@ -85,7 +85,7 @@ class StripState:
         return to_host(self.tally.masks(self.size)) if self.ended is None else self.ended
 
     def launch(self, encoded: tuple[Tensor, ...], probabilities: Tensor | None) -> Tensor:
-        """Queue what its next step gave, gates first; return what `settle` is to be told."""
+        """Queue what its next step gave, gates first; return what `settle` takes."""
         self.arrived = encoded
         return self.tally.launch(encoded[0][0] if encoded else None, probabilities)
 
@@ -305,7 +305,7 @@ class Scheduler:
             self.deadline.half_done(member, half, share * seconds, strips)
 
     def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
-        """Queue a step; the tensor (B, 4, classes) that its strips are to be told."""
+        """Queue a step; return what its strips' `settle` takes, (B, 4, classes)."""
         encoded, probabilities = self._run_networks(step, pass_id, states)
         with self.source.stages("tally"):
             launched = [

@@ -84,7 +84,10 @@ def _read_table(sample: Path) -> tuple[list[str], list[list[str]]]:
     with sample.open(encoding="utf-8-sig", newline="") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[]]
     if len(header) < 2 or not rows:
-        raise ValueError(f"{sample}: line 1: {','.join(header)!r}: no header and rows of two cells")
+        raise ValueError(
+            f"{sample}: line 1: {','.join(header)!r}: no header and rows of two cells; where the "
+            "sample is filled in for the scored run only, give train.csv in its place"
+        )
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise ValueError(f"{sample}: line {number}: {len(row)} cells, not {len(header)}")

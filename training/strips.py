@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import check_kinds, read_image, size_of
-from kernel.mounts import list_images, no_images
+from kernel.mounts import list_images, no_images, one_folder
 from training.augmentation import Pair
 from training.ground_truth import check_names, decode_masks, read_truth
 
@@ -72,7 +72,7 @@ def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
         ValueError: train.csv is missing, cannot be read, or names an image that is not there; or an
             image is of another colour or depth than the competition's.
     """
-    path, folder = data / "train.csv", data / "train_images"
+    path, folder = data / "train.csv", one_folder(data / "train_images", competition)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data is a folder with train.csv, train_images/")
     truth = read_truth(path, competition)

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_script
+from helpers import ROOT, exit_code, run_script
 
 pytestmark = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed")
 
@@ -22,7 +22,7 @@ def test_a_strips_seconds_begin_when_every_worker_has_written(
     assert strip_seconds(times, workers, per_part=2) == seconds
 
 
-def test_a_few_images_go_through_stub_members_and_are_told_in_a_table(tmp_path: Path) -> None:
+def test_a_few_images_go_through_stub_members_and_are_a_line_of_the_table(tmp_path: Path) -> None:
     words = ["million", "--images", 120, "--images-per-part", 12, "--out", tmp_path]
     ended = run_script(ROOT / "bench" / "cluster_overhead.py", *words)
     assert ended.returncode == 0, ended.stderr
@@ -32,6 +32,23 @@ def test_a_few_images_go_through_stub_members_and_are_told_in_a_table(tmp_path: 
     table = (tmp_path / "cluster.md").read_text()
     assert "| 120 small images, stub members, 12 a part |" in table
     assert "| one worker ÷" not in table  # was not asked for
+
+
+def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import cluster_overhead
+
+    kernel, worker = iter([2.0, 9.0, 2.5]), iter([5.0, 4.0, 6.0])
+    for name, seconds in (("time_kernel", kernel), ("time_workers", worker)):
+        timed = lambda *_, seconds=seconds, **__: {"strip_s": next(seconds), "before_s": 1.0}  # noqa: E731
+        monkeypatch.setattr(cluster_overhead, name, timed)
+    words = ["kernel", "--rounds", "3", "--strips", "2", "--out", str(tmp_path)]
+    assert exit_code(cluster_overhead.main, *words) == 0
+    found = json.loads((tmp_path / "cluster.json").read_text())["kernel"]
+    assert found["ratio"] == 5.0 / 2.5
+    line = "| one worker ÷ the plain kernel, seconds a strip | 5.00 ÷ 2.50 = 2.00 |"
+    assert line in (tmp_path / "cluster.md").read_text().splitlines()
 
 
 def test_private_memory_is_that_of_this_process_and_those_below_it() -> None:

@@ -133,7 +133,7 @@ def test_an_empty_mask_has_its_token_or_no_row(tmp_path: Path) -> None:
 def test_rows_of_empty_masks_may_be_missing_only_where_a_sample_does_not_name_them() -> None:
     omit = {name: layout.may_omit_empty for name, layout in layouts_of(SEVERSTAL).items()}
     assert omit == {"two-column": False, "three-column": True}
-    [organs] = layouts_of(find_competition("uw-madison")).values()
+    organs, _ = layouts_of(find_competition("uw-madison")).values()
     assert not organs.may_omit_empty
 
 
@@ -192,6 +192,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no mask": ({"layouts": [{"a": "{image}_{class}"}]}, "{mask} alone in one"),
     "a mask in a text": ({"layouts": [{"a": "{image}_{class}", "b": "x{mask}"}]}, "alone in one"),
     "a misspelt slot": ({"layouts": [{"a": "{images}", "b": "{mask}"}]}, "layout '{images}'"),
+    "a path without groups": ({"image_path": "scans/.*"}, "image_path 'scans/.*', expected a regu"),
+    "a path that is no regex": ({"image_path": "(a"}, "image_path .*unterminated subpattern"),
+    "a path as a number": ({"image_path": 7}, "image_path 7, expected a regular expression"),
     "no separator": ({"layouts": [{"a": "{image}{class}", "b": "{mask}"}]}, "a separator"),
     "another order": ({"run_order": "column"}, "run_order 'column', expected columns or rows"),
     "a first index of 2": ({"first_index": 2}, "first_index 2, expected 1 or 0"),

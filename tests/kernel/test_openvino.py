@@ -65,6 +65,17 @@ def answers(member: Member, images: Tensor) -> tuple[Tensor, Tensor]:
         return gates, member.decoder(gates, *features)
 
 
+def test_a_network_is_bound_to_no_core_for_another_process_may_choose_the_same(
+    openvino_dataset: Path,
+) -> None:
+    encoder = engine_of(openvino_dataset, specs_of(openvino_dataset)[0]).encoder
+    assert isinstance(encoder, OpenVino)
+    encoder(greys(0, 1, 32, 64))
+    [requests] = encoder.requests.values()
+    [request] = requests.values()
+    assert request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
+
+
 # --- the answers ----------------------------------------------------------------------------------
 
 

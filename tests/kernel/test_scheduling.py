@@ -431,25 +431,25 @@ def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: Draw
 
 
 def test_the_deadline_learns_what_each_half_and_strip_took(source: DrawnPasses) -> None:
-    told = list[tuple[Any, ...]]()
+    heard = list[tuple[Any, ...]]()
 
     class Spied(Deadline):
         def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
             assert 0 <= seconds < 10
-            told.append((member, half, strips))
+            heard.append((member, half, strips))
 
         def strip_done(self, passes: Sequence[Any]) -> None:
-            told.append(tuple(map(str, passes)))
+            heard.append(tuple(map(str, passes)))
 
         def select_passes(self, passes: Sequence[Any], strips: int) -> list[int]:
-            told.append(("of", strips))
+            heard.append(("of", strips))
             return list(range(len(passes)))
 
     scheduler = Scheduler(source, 1, False, Spied(1e6, 0.0, clock=lambda: 0.0), [1, 2])
     run(scheduler, numbered(2))
     halves = [(m, half, 1) for m in ("m0", "m1") for half in Half]
     done = ("m0/vertical", "m1/none")
-    assert told == [("of", 2), *halves, done, ("of", 1), *halves, done]
+    assert heard == [("of", 2), *halves, done, ("of", 1), *halves, done]
 
 
 # --- through networks -----------------------------------------------------------------------------

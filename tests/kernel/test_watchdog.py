@@ -65,7 +65,7 @@ def test_a_budget_that_is_spent_at_once_ends_with_every_row_empty(
 # --- in this process, which `os._exit` does not end -----------------------------------------------
 
 
-class Ended:
+class ProcessEnd:
     """Stands in for `os._exit`: remembers its exit code, and when it came."""
 
     def __init__(self) -> None:
@@ -77,8 +77,8 @@ class Ended:
 
 
 @pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
-    instead = Ended()
+def ended(monkeypatch: pytest.MonkeyPatch) -> ProcessEnd:
+    instead = ProcessEnd()
     monkeypatch.setattr(os, "_exit", instead)
     monkeypatch.setattr(logging, "shutdown", lambda: None)
     return instead
@@ -94,7 +94,7 @@ def submission(tmp_path: Path) -> Submission:
 
 
 def test_the_rows_are_saved_before_the_process_ends(
-    submission: Submission, ended: Ended, caplog: pytest.LogCaptureFixture
+    submission: Submission, ended: ProcessEnd, caplog: pytest.LogCaptureFixture
 ) -> None:
     with watchdog(submission, WATCHDOG_MARGIN_S + 0.1):
         assert ended.called.wait(timeout=30)
@@ -121,7 +121,7 @@ def test_it_waits_until_three_seconds_before_the_budget(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_that_ends_by_itself_is_left_alone(
-    fails: bool, submission: Submission, ended: Ended
+    fails: bool, submission: Submission, ended: ProcessEnd
 ) -> None:
     before = submission.path.read_bytes()
     try:
