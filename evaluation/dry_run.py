@@ -234,7 +234,10 @@ def _run_bundle(args: argparse.Namespace, root: Path) -> int:
             size=competition.image_size or synthetic.IMAGE_SIZE,
         )  # fmt: skip
         images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    truth, flat = read_truth(truth_csv, competition) if truth_csv else None, one_folder(images, competition)
+    truth, flat = (
+        read_truth(truth_csv, competition) if truth_csv else None,
+        one_folder(images, competition),
+    )
     if truth and truth_csv:
         check_names(truth, list_images(flat), truth_csv, images)
     run = DryRun(args.bundle, flat, truth, args.budget_s, bool(args.ground_truth))

@@ -30,7 +30,7 @@ class Competition:
     """A competition's description; its defaults are Severstal's, but for what was counted there.
 
     A layout is one way in which the csv may be written: column → template of its cells, in which
-    {image}, {class} and {mask} are filled in.
+    {image}, {class} and {mask} are filled in. The last is the sample's.
     """
 
     slug: str = "severstal-steel-defect-detection"  # kaggle.com/c/SLUG

@@ -237,7 +237,8 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
     images = images and one_folder(images, competition)
     if images and not sample:
         layout = choose_layout(competition, options.layout)
-        layout = layout or next(iter(layouts_of(competition).values()))
+        layouts = list(layouts_of(competition).values())
+        layout = layout or layouts[0 if competition.slug == SEVERSTAL.slug else -1]
         names = [name for name in list_images(images) if name.endswith(competition.suffix)]
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)
@@ -249,9 +250,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         if not known:
             log.warning("%s: names no image: the submission is its header alone", sample)
             return Task(images or sample.parent, layout, [])
-        task = Task(
-            images or find_images(sample, known, options.input, competition), layout, pairs
-        )
+        task = Task(images or find_images(sample, known, options.input, competition), layout, pairs)
     if not task.pairs:
         raise ValueError(no_images(task.images, competition.suffix))
     others = set(list_images(task.images)) - set(task.names)

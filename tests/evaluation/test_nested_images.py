@@ -29,7 +29,7 @@ PATHS = {  # the csv's name → the file below train/ or test/
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Path:
-    """The bundle and a competition's folder whose test set is nested, and beside it one that is not."""
+    """A bundle, a competition with a nested test set, and the same images side by side."""
     build(write_described(tmp_path / "weights", UW_MADISON), tmp_path / "dist", "me",
           competition=UW_MADISON)  # fmt: skip
     drawn, flat = draw_described(tmp_path / "drawn", UW_MADISON), tmp_path / "flat"
@@ -72,7 +72,14 @@ def test_the_rehearsal_and_scores_take_the_nested_folder(
     assert [line.split(",")[0] for line in lines[1::3]] == sorted(PATHS)
     found = {}
     for folder in (images, mounted / "flat"):
-        words = ("--images", folder, "--truth", truth, "--out", mounted / "scores.json")
+        words: tuple[str | Path, ...] = (
+            "--images",
+            folder,
+            "--truth",
+            truth,
+            "--out",
+            mounted / "scores.json",
+        )
         assert exit_code(score.main, "--bundle", mounted / "dist" / "dataset", *words) == 0
         found[folder] = (mounted / "scores.json").read_text()
     assert found[images] == found[mounted / "flat"]
@@ -117,6 +124,12 @@ def test_of_two_files_of_one_name_the_first_is_taken_and_both_are_named(
     assert re.search(said, caplog.text)
 
 
+def test_without_a_sample_the_rows_are_the_samples(mounted: Path) -> None:
+    task = find_task(Options(images=mounted / "input" / "uw" / "test"), UW_MADISON)
+    assert task.layout.columns == ("id", "class", "predicted")
+    assert task.names == [f"{name}.png" for name in sorted(PATHS)]
+
+
 def test_links_are_made_only_where_images_are_nested(tmp_path: Path) -> None:
     assert one_folder(tmp_path / "gone", UW_MADISON) == tmp_path / "gone"
     assert one_folder(tmp_path, UW_MADISON) == tmp_path  # nothing below it
@@ -138,7 +151,9 @@ PART = st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True)
 
 
 @given(st.lists(PART, min_size=1, max_size=3), PART, st.lists(PART, max_size=3))
-def test_the_groups_of_a_path_make_the_name(folders: list[str], stem: str, above: list[str]) -> None:
+def test_the_groups_of_a_path_make_the_name(
+    folders: list[str], stem: str, above: list[str]
+) -> None:
     pattern = "/".join(["([a-z0-9]+)"] * (len(folders) + 1)) + r"\.tif"
     competition = Competition(suffix=".tif", image_path=pattern)
     path = "/".join([*above, *folders, f"{stem}.tif"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import LABELS, write_sample
 
-from kernel.competition import Competition, find_competition
+from kernel.competition import Competition
 from kernel.mounts import SAMPLE, Options, Task, find_images, find_one, find_task, read_sample
 from kernel.rows import LAYOUTS
 
