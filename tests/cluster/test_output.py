@@ -11,7 +11,8 @@ from helpers import LABELS, all_bytes
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
 from cluster.output import ROWS, Output, Parts, Totals, write_whole
-from kernel.rows import LAYOUTS
+from kernel.competition import find_competition
+from kernel.rows import LAYOUTS, layouts_of
 
 RECORD = {"manifest": "abc", "images": "file:///strips"}
 
@@ -128,3 +129,12 @@ def test_the_submission_has_the_samples_rows_in_its_order(layout: str, tmp_path:
     lines = [LAYOUTS[layout].line(*pair, expected.get(pair, "")) for pair in pairs]
     found = Path(address.removeprefix("file://")).read_text()
     assert found == ",".join(LAYOUTS[layout].columns) + "\n" + "".join(lines)
+
+
+def test_the_submission_names_nested_images_as_the_csv_does(tmp_path: Path) -> None:
+    competition, output = find_competition("uw-madison"), begin(tmp_path / "out")
+    write(output, rows_of("case1/case1_day2/scans/slice_0003_266_266_1.50_1.50.png", rle="5 2"))
+    layout = layouts_of(competition)["three-column-2"]
+    output.write_submission(layout, [("case1_day2_slice_0003.png", 1)], empty_rows=True)
+    written = (tmp_path / "out" / "submission.csv").read_text()
+    assert written == "id,class,predicted\ncase1_day2_slice_0003,large_bowel,5 2\n"
