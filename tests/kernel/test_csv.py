@@ -119,6 +119,7 @@ def test_a_csv_is_refused_with_its_line_for(case: str, tmp_path: Path) -> None:
         (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "line 1: no csv: bytes that are no text, expected Im"),
         (gzip.compress(HEAD.encode()), r"line \d: no csv: compressed by gzip, name it \.csv\.gz"),
     ],
+    ids=["UTF-16", "a workbook", "a JPEG", "gzip"],  # its bytes hold the time
 )
 def test_a_file_of_another_format_is_named_for_what_it_is(
     data: bytes, message: str, tmp_path: Path
