@@ -163,6 +163,8 @@ def test_the_sample_of_a_shipped_competition_is_understood(name: str, tmp_path: 
 def test_every_shipped_description_has_a_sample_here_and_severstals_is_the_default() -> None:
     assert shipped_names() == sorted(SAMPLES)
     assert find_competition("severstal") == find_competition(None) == SEVERSTAL
+    written = [json.dumps(asdict(find_competition(name))) for name in ("severstal", None)]
+    assert written[0] == written[1]  # so that both give the same bundle
 
 
 def test_a_name_that_does_not_ship_is_refused_with_the_nearest() -> None:
