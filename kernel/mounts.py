@@ -137,6 +137,8 @@ def find_images(
 ) -> Path:
     """Find the folder with most of a sample's images: below the sample's own, else below `root`.
 
+    Of images in folders of their own it is a new one, of links to those that the sample names.
+
     Raises:
         ValueError: no folder holds any.
     """
@@ -238,6 +240,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
     if images and not sample:
         layout = choose_layout(competition, options.layout)
         layouts = list(layouts_of(competition).values())
+        # the sample's; Severstal's is that of 2019, as it has been from the first version on
         layout = layout or layouts[0 if competition.slug == SEVERSTAL.slug else -1]
         names = [name for name in list_images(images) if name.endswith(competition.suffix)]
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))

@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    Path("mutants", "weights").mkdir(
-        parents=True, exist_ok=True
-    )  # mutmut copies files, not folders
+    # mutmut copies the manifest there, and makes no folder for it
+    Path("mutants", "weights").mkdir(parents=True, exist_ok=True)
     mutmut("kernel.rows.x_csv_line__mutmut_1")
     names = [name for name in read_codes() if not re.search(ELSEWHERE, name)]
     drawn = random.Random(args.seed).sample(sorted(names), min(args.sample, len(names)))
