@@ -27,10 +27,10 @@ from kernel.manifest import load_manifest
 from kernel.mounts import one_folder
 from kernel.rle import encode_rle
 from training.folds import write_strips
+from training.losses import SURE
 from training.metrics import Masks
 from training.strips import Strips, image_names
 
-SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 EXAMPLE = """\
   python evaluation/pseudo_labels.py --images severstal/test_images --out data/pseudo
 """

@@ -40,6 +40,7 @@ class Config:
     encoder: str
     arch: str = "FPN"
     encoder_weights: str = ""  # what SMP downloads, "imagenet"; empty: drawn at random
+    teacher: str = ""  # a member's checkpoint, whose masks are learnt beside the truth
     channels: int = 1  # of the network's input, 1 or 3; images are grey
     fold: int = 0  # NO_FOLD: every strip is trained on
     folds: int = 5

@@ -4,11 +4,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import segmentation_models_pytorch as smp
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MASK_WEIGHT = 4.0  # of the masks' BCE
 PRESENCE_POS_WEIGHT = 4.0  # a gate wrongly shut loses a mask, one wrongly open leaves it to the
 # mask head
+TEMPERATURE = 2.0  # of a teacher's masks: what it is not sure of counts too
+SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 DICE = smp.losses.DiceLoss("multilabel", smooth=0.5)  # 0.5 on half the sizes: 1 on the sizes
 BCE = smp.losses.SoftBCEWithLogitsLoss(ignore_index=None)
 
@@ -58,6 +62,16 @@ def presence_loss(logits: Tensor, present: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, present, pos_weight=weight)
 
 
+def taught_loss(logits: Tensor, taught: Tensor) -> Tensor:
+    """BCE of mask logits against a teacher's probabilities, both softened (Hinton et al., 2015).
+
+    The temperature squared keeps the gradient's size.
+    """
+    soft = torch.sigmoid(torch.logit(taught, SURE) / TEMPERATURE)
+    loss: Tensor = TEMPERATURE**2 * BCE(logits / TEMPERATURE, soft)
+    return loss
+
+
 def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
     """BCE and soft Dice of the masks (B, C, H, W); BCE of the presence by cell, image and batch.
 
@@ -71,6 +85,6 @@ def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
     cells = F.adaptive_max_pool2d(masks, outputs.cells.shape[-2:])
     presence = presence_loss(outputs.presence, present)
     presence = presence + presence_loss(outputs.together, present.amax(dim=0))
-    mask_loss = 4 * BCE(outputs.masks, own) + dice_loss(outputs.masks, own)
+    mask_loss = MASK_WEIGHT * BCE(outputs.masks, own) + dice_loss(outputs.masks, own)
     loss: Tensor = mask_loss + presence + 2 * BCE(outputs.cells, cells)
     return loss

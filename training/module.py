@@ -1,6 +1,7 @@
 """The member in Lightning's form: one step, its optimiser and its learning rate."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,8 @@ from kernel.images import pad_to_multiple
 from kernel.members import build_network, to_channels
 from training.batch_norm import freeze_statistics
 from training.config import Config, Part
-from training.losses import Outputs, member_loss, run_network
+from training.losses import MASK_WEIGHT, Outputs, member_loss, run_network, taught_loss
+from training.teacher import mask_probabilities, read_teacher
 
 
 def new_network(config: Config) -> Any:
@@ -71,6 +73,9 @@ class MemberModule(L.LightningModule):
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         self.stride = int(network.encoder.output_stride)
+        self.teachers = (
+            [read_teacher(Path(config.teacher), config.classes)] if config.teacher else []
+        )  # in a list: no part of the member
         self.frozen = part.name == "strips"  # whether batch-norm statistics stay as they are
 
     def autocast(self) -> torch.autocast:
@@ -107,7 +112,11 @@ class MemberModule(L.LightningModule):
     def batch_loss(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return the loss of images (B, channels, H, W) and their masks."""
         outputs = self(images).float()
-        return member_loss(outputs, pad_to_multiple(masks.float(), self.stride))
+        loss = member_loss(outputs, pad_to_multiple(masks.float(), self.stride))
+        for teacher in self.teachers:
+            taught = mask_probabilities(teacher, images)
+            loss = loss + MASK_WEIGHT * taught_loss(outputs.masks, taught)
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with the part's cycle of the learning rate."""

@@ -1,5 +1,6 @@
 """Saved states: what a killed run goes on from, and what must not be mixed up."""
 
+import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -42,13 +43,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"{path}: not saved, {free} MB free, {kept}: {reason}") from error
 
 
+def hash_file(path: Path) -> str:
+    """Return a file's sha256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def describe_experiment(config: Config, data: str, start_from: str) -> dict[str, Any]:
     """Return what two runs must share for one to go on from the other's state.
 
-    `data` and `start_from` are hashes. The number of crops may shrink on the way.
+    `data` and `start_from` are hashes, and so is a teacher. The number of crops may shrink on the
+    way.
     """
-    described = asdict(config) | {"data": data, "start_from": start_from}
-    described = {k: v for k, v in described.items() if v or k not in ("means", "stds")}
+    teacher = hash_file(Path(config.teacher)) if config.teacher else ""
+    described = asdict(config) | {"data": data, "start_from": start_from, "teacher": teacher}
+    described = {k: v for k, v in described.items() if v or k not in ("means", "stds", "teacher")}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
 
 

@@ -51,8 +51,9 @@ from training.module import MemberModule
 from training.moved_defects import METHODS
 from training.pace import choose_steps
 from training.results import SCORES, add_experiment, validate, write_checkpoint, write_scores
-from training.states import describe_experiment
+from training.states import describe_experiment, hash_file
 from training.strips import Strips, image_names, read_strips
+from training.teacher import read_teacher
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -119,6 +120,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--encoder-weights", default=Config.encoder_weights, metavar="NAME", help=about)
     about = "a checkpoint whose weights to begin with, all that fit"
     add("--start-from", type=Path, help=about)
+    about = "a member that train.py wrote, whose masks are learnt beside the truth (distillation)"
+    add("--teacher", type=Path, help=about)
     about = "of the network's input (default %(default)s)"
     add("--channels", type=int, choices=(1, 3), default=Config.channels, help=about)
     about = (
@@ -256,10 +259,13 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         classes=strips.classes,
         seed=args.seed, learning_rate=args.learning_rate, precision=precision,
         evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
+        teacher=str(args.teacher or ""),
         **choose_normalisation(args, strips), crops=args.crops, moved_share=args.moved_share,
         moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
     )  # fmt: skip
     check_config(config)
+    if config.teacher:
+        read_teacher(Path(config.teacher), config.classes)
     rules = strips.competition
     if config.moved_share and (rules.channels, rules.bits) != (1, 8):
         raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
@@ -290,7 +296,7 @@ def read_start(path: Path | None) -> tuple[dict[str, Tensor], str]:
     if path is None:
         return {}, ""
     try:
-        return load_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        return load_file(path), hash_file(path)
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"--start-from {path}: no safetensors file: {error}") from error
 

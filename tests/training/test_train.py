@@ -231,6 +231,7 @@ def test_a_state_with_other_unlabelled_strips_is_refused(
         (["--data", "gone"], "gone/train.csv: no such file; --data is a folder with"),
         (["--start-from", "old.pth"], "--start-from old.pth: no safetensors file"),
         (["--start-from", "gone.safetensors"], "--start-from gone.safetensors"),
+        (["--teacher", "old.pth"], "--teacher old.pth: no checkpoint of train.py"),
         (["--unlabelled", "gone"], "gone: no such folder"),
         (["--extra", "gone=0.5"], "gone/train.csv: no such file"),
         (["--heads-on", "gone"], "gone/train.csv: no such file"),

@@ -1,0 +1,43 @@
+"""A teacher: a fitted member whose masks another one learns beside the truth (distillation)."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kernel.images import pad_to_multiple
+from kernel.manifest import MemberSpec
+from kernel.members import Member, load_member
+
+
+@functools.cache
+def read_teacher(path: Path, classes: int) -> Member:
+    """Load a checkpoint that `train.py` wrote, on the CPU.
+
+    Raises:
+        ValueError: it is no such checkpoint, or knows another number of classes.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            spec = MemberSpec(**json.loads(file.metadata()["member"]))
+        member = load_member(path.parent, replace(spec, file=path.name), torch.device("cpu"))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--teacher {path}: no checkpoint of train.py: {error}") from error
+    if spec.model["classes"] != classes:
+        raise ValueError(f"--teacher {path}: {spec.model['classes']} classes, expected {classes}")
+    return member
+
+
+@torch.no_grad()
+def mask_probabilities(teacher: Member, images: Tensor) -> Tensor:
+    """Return masks (B, classes, H, W) of images (B, channels, H, W) in [0, 1], gates held open."""
+    for half in (teacher.encoder, teacher.decoder):
+        half.to(images.device)
+    height, width = images.shape[-2:]
+    gates, *features = teacher.encoder(pad_to_multiple(images, teacher.stride))
+    masks: Tensor = teacher.decoder(torch.ones_like(gates), *features)
+    return masks[..., :height, :width].float()
