@@ -39,6 +39,9 @@ class MemberSpec:
     flops: list[int] = field(default_factory=lambda: [1, 1])  # of encoder and decoder, counted
     image_size: tuple[int, int] | None = None  # (H, W) of its own; None: the manifest's
     channels: list[int] | None = None  # the network's output of each class; None: in order
+    mask_shift: float = 0.0  # added to every mask logit; evaluation/calibrate.py finds both
+    gate_scale: float = 1.0  # by which every presence logit is multiplied
+    gate_shift: float = 0.0  # then added to it
 
     @property
     def gated(self) -> bool:
@@ -117,6 +120,7 @@ def _check_member(member: MemberSpec, classes: int) -> None:
     _check_model(member.model)
     _check_channels(member, classes)
     _check_normalisation(member)
+    _check_shifts(member)
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -176,6 +180,18 @@ def _check_normalisation(member: MemberSpec) -> None:
     if min(member.mean) < 0 or min(member.std) <= 0:
         raise ValueError(
             f"mean {member.mean}, std {member.std}: expected a mean from 0, a std above 0"
+        )
+
+
+def _check_shifts(member: MemberSpec) -> None:
+    for name in ("mask_shift", "gate_shift"):
+        value = getattr(member, name)
+        expect(is_number(value), name, value, "a number, of logits")
+    scale, shift = member.gate_scale, member.gate_shift
+    expect(is_number(scale) and scale > 0, "gate_scale", scale, "a number above 0")
+    if (scale, shift) != (1, 0) and not member.gated:
+        raise ValueError(
+            f"gate_scale {scale}, gate_shift {shift}: without aux_params it has no presence head"
         )
 
 

@@ -42,6 +42,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, memory_format=torch.channels_last if half else torch.contiguous_format)
 
 
+def _move(logits: Tensor, scale: float, shift: float) -> Tensor:
+    return logits if (scale, shift) == (1, 0) else scale * logits + shift
+
+
 class Encoder(nn.Module):
     """The first half: images (B, channels, H, W) in [0, 1] → gates (B, classes), features.
 
@@ -58,7 +62,7 @@ class Encoder(nn.Module):
     def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
         self.network, self.gated, self.monolithic = network, spec.gated, monolithic
-        self.channels = spec.channels
+        self.channels, self.scale, self.shift = spec.channels, spec.gate_scale, spec.gate_shift
         self.classes = len(spec.channels or range(spec.model.get("classes", 1)))  # SMP's default
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
@@ -77,7 +81,7 @@ class Encoder(nn.Module):
             presence = self.network.classification_head(features[-1]) if self.gated else None
         if self.gated:
             presence = _cast(_select(presence, self.channels), torch.float32)
-            return torch.sigmoid(presence), *features
+            return torch.sigmoid(_move(presence, self.scale, self.shift)), *features
         return images.new_ones(images.shape[0], self.classes), *features
 
 
@@ -87,7 +91,7 @@ class Decoder(nn.Module):
     def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
         self.network, self.monolithic = network, monolithic
-        self.channels = spec.channels
+        self.channels, self.shift = spec.channels, spec.mask_shift
 
     def forward(self, gates: Tensor, *features: Tensor) -> Tensor:
         """Return the soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate."""
@@ -96,7 +100,7 @@ class Decoder(nn.Module):
         else:
             logits = self.network.segmentation_head(self.network.decoder(list(features)))
         logits = _cast(_select(logits, self.channels), torch.float32)
-        return torch.sigmoid(logits) * gates[:, :, None, None]
+        return torch.sigmoid(_move(logits, 1, self.shift)) * gates[:, :, None, None]
 
 
 def _keep_memory() -> None:

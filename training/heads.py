@@ -1,13 +1,10 @@
 """The last fit: both heads once more, the network in front of them as it is."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -154,28 +151,6 @@ def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
     bias = [m for m in head if isinstance(m, nn.Conv2d)][-1].bias
     assert bias is not None  # SMP's heads have one
     bias.data += (module.config.level - levels).to(bias)
-
-
-def shift_checkpoint(source: Path, target: Path, mask_shift: float, gate_shift: float) -> None:
-    """Copy a checkpoint that `train.py` wrote, its heads' logits shifted by their biases.
-
-    Raises:
-        ValueError: it is no such checkpoint.
-    """
-    try:
-        weights = load_file(source)
-        with safe_open(source, "pt") as file:
-            about = file.metadata()
-    except SafetensorError as error:
-        raise ValueError(f"{source}: no safetensors file: {error}") from error
-    for head, shift in (("segmentation_head", mask_shift), ("classification_head", gate_shift)):
-        layers = [key for key in weights if key.startswith(head) and key.endswith(".bias")]
-        for key in layers[-1:]:  # an ungated member has no presence head
-            weights[key] = (weights[key].float() + shift).to(weights[key].dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    save_file(weights, part, about)
-    part.replace(target)
 
 
 def refit_heads(module: MemberModule, pairs: Pairs, present_weight: float = PRESENT_WEIGHT) -> None:

@@ -1,12 +1,12 @@
-"""Calibration: what a shift finds is what the kernel finds with shifted checkpoints."""
+"""Calibration: what a shift finds is what the kernel finds with the shifts in its manifest."""
 
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     LABELS,
     SMALL,
@@ -18,120 +18,145 @@ from helpers import (
     read_manifest,
     read_submission,
 )
-from safetensors.torch import load_file
 
 from evaluation import calibrate
 from evaluation.calibrate import (
+    GATE_SCALES,
     GATE_SHIFTS,
     MASK_SHIFTS,
     MIN_AREAS,
-    ShiftCounts,
+    Counts,
+    Levels,
+    add_found,
     best_position,
     count_strips,
+    find_levels,
+    level_gates,
+    shift_to_mean,
 )
 from kernel.checks import read_json
 from kernel.device import pick_device
-from kernel.ensemble import load_ensemble
+from kernel.ensemble import Ensemble, load_ensemble
 from kernel.logs import Stages
 from kernel.manifest import MANIFEST, load_manifest
-from training.heads import shift_checkpoint
+from kernel.mounts import list_images
 
 
-def masks_of(dataset: Path, labelled_strips: Path) -> ShiftCounts:
-    ensemble = load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
-    return count_strips(ensemble, labelled_strips / "test_images", labelled_strips / "test.csv")
+def ensemble_of(dataset: Path) -> Ensemble:
+    return load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
 
 
-def shift_bundle(
-    dataset: Path, mask_shift: float, gate_shift: float, names: Sequence[str] = ()
-) -> None:
-    entries = read_manifest(dataset)
-    for member in entries["members"]:
-        if names and member["name"] not in names:
-            continue
-        path = dataset / member["file"]
-        shift_checkpoint(path, path, mask_shift, gate_shift)
-        member["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    change_manifest(dataset, members=entries["members"])
+def count(dataset: Path, labelled: Path) -> tuple[list[Levels], Counts]:
+    return count_strips(ensemble_of(dataset), labelled / "test_images", labelled / "test.csv")
 
 
-def test_a_pair_of_shifts_finds_what_the_shifted_checkpoints_find(
+def move_bundle(dataset: Path, mask_shift: float, scale: float, gate_shifts: Levels) -> None:
+    entries = read_manifest(dataset)["members"]
+    for member in entries:
+        member["mask_shift"] = mask_shift
+        if member["name"] in gate_shifts:
+            member |= {"gate_scale": scale, "gate_shift": gate_shifts[member["name"]]}
+    change_manifest(dataset, members=entries)
+
+
+# --- levels ---------------------------------------------------------------------------------------
+
+
+def test_every_members_gates_are_brought_to_one_mean() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, 3, generator=draw) * 2 + torch.tensor([-4, -4, 1, 1])[:, None]
+    shifts = level_gates(logits, ["shut", "shut", "open", "open"])
+    assert shifts["shut"] > 0 > shifts["open"]
+    moved = (
+        logits + torch.tensor([shifts[name] for name in ("shut", "shut", "open", "open")])[:, None]
+    )
+    means = torch.sigmoid(moved).mean(dim=(0, 2))
+    for pair in (means[:2], means[2:]):
+        assert pair.mean().item() == pytest.approx(torch.sigmoid(logits).mean().item(), abs=2e-3)
+    assert level_gates(logits[:, :1], ["alone"]) == {"alone": 0.0}
+
+
+def test_a_mean_that_no_shift_reaches_ends_the_search_at_its_border() -> None:
+    assert shift_to_mean(torch.zeros(3), 0.0) == pytest.approx(-calibrate.WIDEST, abs=0.01)
+
+
+def test_a_level_is_the_same_however_wide_the_gates_stood_before(
     dataset: Path, labelled_strips: Path
 ) -> None:
-    row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2)
-    found = masks_of(dataset, labelled_strips)
-    zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
-    before = found.dice()[zero]
-    shift_bundle(dataset, 1, 2)
-    shifted = masks_of(dataset, labelled_strips)
-    for counted, expected in zip(found.areas, shifted.areas, strict=True):
-        assert counted[row, column].sum() > 0
-        np.testing.assert_allclose(counted[row, column], expected[zero], rtol=0.01, atol=3)
-    assert not np.allclose(found.dice()[row, column], before)  # the shifts do something
+    """One member's gates moved by 2 take a level that is 2 less, but for the common mean."""
+    images = labelled_strips / "test_images"
+    names = list_images(images)
+    gated = [m.name for m in load_manifest(dataset).members if m.gated]
+    assert len(gated) >= 2
+    at = GATE_SCALES.index(1)
+    before = find_levels(ensemble_of(dataset), images, names)[at]
+    move_bundle(dataset, 0, 1, {gated[0]: 2.0})
+    after = find_levels(ensemble_of(dataset), images, names)[at]
+    assert list(before) == gated
+    apart = [levels[gated[0]] - levels[gated[1]] for levels in (before, after)]
+    assert apart[1] == pytest.approx(apart[0] - 2, abs=0.5)
 
 
-def test_members_that_are_not_named_keep_their_logits(
-    dataset: Path, labelled_strips: Path, tmp_path: Path
+# --- what a shift finds ---------------------------------------------------------------------------
+
+
+def test_a_setting_finds_what_the_manifest_with_it_finds(
+    dataset: Path, labelled_strips: Path
 ) -> None:
-    """The same as a bundle in which the checkpoints of the named ones alone are shifted."""
-    entries = read_manifest(dataset)["members"]
-    first = entries[0]["name"]
-    ensemble = load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
-    folder = labelled_strips / "test_images", labelled_strips / "test.csv"
-    found = count_strips(ensemble, *folder, [first])
-    everyone = count_strips(ensemble, *folder)
-    row, column = MASK_SHIFTS.index(1), GATE_SHIFTS.index(2)
-    assert not np.array_equal(found.areas, everyone.areas)
-    shift_bundle(dataset, 1, 2, [first])
-    zero = MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)
-    for counted, expected in zip(
-        found.areas, masks_of(dataset, labelled_strips).areas, strict=True
-    ):
-        np.testing.assert_allclose(counted[row, column], expected[zero], rtol=0.01, atol=3)
+    at = MASK_SHIFTS.index(1), GATE_SCALES.index(0.5), GATE_SHIFTS.index(2)
+    move_bundle(dataset, 0, 1, {"unet-a": 1.5})  # of another level than the others
+    levels, found = count(dataset, labelled_strips)
+    assert any(levels[at[1]].values())
+    taken: dict[str, Any] = {"mask_shift": 1, "gate_scale": 0.5, "gate_shift": 2, "min_area": 0}
+    taken["levels"] = levels[at[1]]
+    entries = add_found(read_manifest(dataset), load_manifest(dataset), taken)
+    change_manifest(dataset, members=entries["members"])
+    _, moved = count(dataset, labelled_strips)
+    assert any(each[at].sum() for each in found.areas)
+    dice = found.dice()[*at, MIN_AREAS.index(0)]
+    np.testing.assert_allclose(dice, np.stack(moved.as_it_is), atol=0.02)
+    assert not np.allclose(found.as_it_is, moved.as_it_is)  # the setting does something
 
 
 def test_without_shifts_the_counts_are_the_kernels(dataset: Path, labelled_strips: Path) -> None:
-    """Of the submission that the kernel itself writes."""
+    """Of the submission that the kernel itself writes, by the overlap with its own masks."""
     predict(dataset, labelled_strips / "test_images", dataset / "submission.csv")
     rows = read_submission(dataset / "submission.csv")
     names = sorted({name for name, _ in rows})
-    expected = [[decode_by_hand(rows[n, c], SMALL).sum() for c in LABELS] for n in names]
-    found = [
-        each[MASK_SHIFTS.index(0), GATE_SHIFTS.index(0)]
-        for each in masks_of(dataset, labelled_strips).areas
-    ]
-    np.testing.assert_allclose(found, expected, atol=2)
-    assert np.sum(expected) > 0
+    areas = [[decode_by_hand(rows[n, c], SMALL).sum() for c in LABELS] for n in names]
+    assert np.sum(areas) > 0
+    _, found = count(dataset, labelled_strips)
+    empty = np.array(areas) == 0
+    absent = np.stack(found.truth) == 0
+    np.testing.assert_array_equal(np.stack(found.as_it_is)[absent] == 1, empty[absent])
 
 
 def test_a_mask_below_the_area_counts_as_an_empty_one() -> None:
     """Two strips of one class: 700 pixels of 1,000 found, and 700 found where nothing is."""
-    found, shape = ShiftCounts(), (len(MASK_SHIFTS), len(GATE_SHIFTS), 1)
+    found, shape = Counts(), (len(MASK_SHIFTS), len(GATE_SCALES), len(GATE_SHIFTS), 1)
     found.areas, found.both = [np.full(shape, 700)] * 2, [np.full(shape, 700), np.full(shape, 0)]
     found.truth = [np.array([1000]), np.array([0])]
     dice = found.dice()
-    assert dice.shape == (*shape[:2], len(MIN_AREAS), 2, 1)
+    assert dice.shape == (*shape[:3], len(MIN_AREAS), 2, 1)
     for position, area in enumerate(MIN_AREAS):
         expected = [1400 / 1700, 0] if area <= 700 else [0, 1]
-        np.testing.assert_allclose(dice[0, 0, position, :, 0], expected)
+        np.testing.assert_allclose(dice[0, 0, 0, position, :, 0], expected)
 
 
 def test_the_best_is_that_of_a_plateau_and_not_of_a_spike() -> None:
-    dice = np.zeros((len(MASK_SHIFTS), len(GATE_SHIFTS), len(MIN_AREAS), 2, 4))
-    dice[1, 1, 1] = 1  # alone
-    dice[6:9, 4:7, 3:6] = 0.8
-    assert best_position(dice) == (7, 5, 4)
+    grid = len(MASK_SHIFTS), len(GATE_SCALES), len(GATE_SHIFTS), len(MIN_AREAS)
+    dice = np.zeros((*grid, 2, 4))
+    dice[1, 1, 1, 1] = 1  # alone
+    dice[6:9, 2:5, 4:7, 3:6] = 0.8
+    assert best_position(dice) == (7, 3, 5, 4)
 
 
-def test_shifted_checkpoints_keep_all_but_two_biases(session_weights: Path, tmp_path: Path) -> None:
-    source = session_weights / "unet-a.safetensors"
-    shift_checkpoint(source, tmp_path / "new" / "a.safetensors", 0.5, -1.5)
-    before, after = load_file(source), load_file(tmp_path / "new" / "a.safetensors")
-    changed = {key: (after[key] - before[key]).float() for key in before}
-    moved = {key: float(value.mean()) for key, value in changed.items() if value.any()}
-    assert moved == pytest.approx(
-        {"segmentation_head.0.bias": 0.5, "classification_head.3.bias": -1.5}, abs=1e-2
-    )
+# --- the command ----------------------------------------------------------------------------------
+
+
+def options_of(dataset: Path, labelled: Path) -> list[object]:
+    images, truth = labelled / "test_images", labelled / "test.csv"
+    return ["--bundle", dataset, "--images", images, "--truth", truth]
 
 
 def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
@@ -141,50 +166,53 @@ def test_the_command_prints_what_it_chose_and_writes_what_it_prints(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = [
-        "--bundle",
-        dataset,
-        "--images",
-        labelled_strips / "test_images",
-        "--truth",
-        labelled_strips / "test.csv",
-    ]
-    written = ["--weights", session_weights, "--write", tmp_path / "out"]
-    assert exit_code(calibrate.main, *options, *written) == 0
+    written = tmp_path / "new" / "ensemble.json"
+    options = [*options_of(dataset, labelled_strips), "--weights", session_weights]
+    assert exit_code(calibrate.main, *options, "--write", written) == 0
     out = capsys.readouterr().out
     found = json.loads(out[out.index("{") :])
     assert found["calibrated"]["dice"] >= found["as it is"]["dice"] - 0.05
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "ensemble.json",
-        *(p.name for p in session_weights.glob("*.safetensors")),
-    }
-    entries = [read_json(folder / MANIFEST) for folder in (session_weights, tmp_path / "out")]
-    assert entries[1] == entries[0] | {"min_area": found["min_area"]}
-    key = "segmentation_head.0.bias"
-    before = load_file(session_weights / "unet-a.safetensors")[key]
-    after = load_file(tmp_path / "out" / "unet-a.safetensors")[key]
-    assert (after - before).float().mean() == pytest.approx(found["mask_shift"], abs=0.02)
+    before, after = read_json(session_weights / MANIFEST), read_json(written)
+    assert after["min_area"] == found["min_area"]
+    for old, new in zip(before["members"], after["members"], strict=True):
+        level = found["levels"].get(old["name"])
+        moved = {"mask_shift": found["mask_shift"]}
+        if level is not None:
+            moved["gate_scale"] = found["gate_scale"]
+            moved["gate_shift"] = pytest.approx(level + found["gate_shift"], abs=0.01)
+        assert new == old | moved
+    # and nothing is added twice: the bundle is of what was there before
+    after["members"][0]["mask_shift"] += 1
+    written.write_text(json.dumps(after))
+    again = ["--weights", written.parent, "--write", written]
+    assert exit_code(calibrate.main, *options, *again) == 2
+    assert "the bundle has" in error_of(capsys.readouterr().err)
 
 
-def test_a_checkpoint_that_is_none_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_found_comes_on_top_of_what_is_there(dataset: Path) -> None:
+    """Both ways of a presence logit through it: twice, and by the one that is written."""
+    move_bundle(dataset, 0.5, 0.7, {"unet-a": -1.0})
+    manifest = load_manifest(dataset)
+    found = {"mask_shift": 1.0, "gate_scale": 0.5, "gate_shift": 0.5, "min_area": 7}
+    written = add_found(read_manifest(dataset), manifest, found | {"levels": {"unet-a": 0.25}})
+    [entry] = [each for each in written["members"] if each["name"] == "unet-a"]
+    assert (entry["mask_shift"], written["min_area"]) == (1.5, 7)
+    for logit in (-3.0, 0.0, 4.0):
+        twice = 0.5 * (0.7 * logit - 1.0) + 0.25 + 0.5
+        assert entry["gate_scale"] * logit + entry["gate_shift"] == pytest.approx(twice)
+
+
+def test_another_ensembles_manifest_is_refused_before_the_work(
+    dataset: Path,
+    labelled_strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ["--take", 1, 1, 0, "--weights", tmp_path, "--write", tmp_path / "out"]
+    monkeypatch.setattr(calibrate, "load_ensemble", None)
+    options = [*options_of(dataset, labelled_strips), "--weights", tmp_path, "--write", tmp_path]
     assert exit_code(calibrate.main, *options) == 2
     assert "ensemble.json: no such file" in error_of(capsys.readouterr().err)
     (tmp_path / MANIFEST).write_text("{}")
-    (tmp_path / "a.safetensors").write_text("no weights")
     assert exit_code(calibrate.main, *options) == 2
-    assert "a.safetensors" in error_of(capsys.readouterr().err)
-
-
-def test_a_member_that_is_not_there_is_one_line_and_the_others_keep_their_bytes(
-    session_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--take", 1, 1, 64, "--weights", session_weights, "--write", tmp_path / "out"]
-    assert exit_code(calibrate.main, *options, "--members", "nobody") == 2
-    assert "--members nobody: there are " in error_of(capsys.readouterr().err)
-    assert exit_code(calibrate.main, *options, "--members", "unet-a") == 0
-    for path in session_weights.glob("*.safetensors"):
-        same = (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-        assert same == (path.stem != "unet-a")
+    assert "ensemble.json: " in error_of(capsys.readouterr().err)
