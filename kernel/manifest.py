@@ -39,9 +39,8 @@ class MemberSpec:
     flops: list[int] = field(default_factory=lambda: [1, 1])  # of encoder and decoder, counted
     image_size: tuple[int, int] | None = None  # (H, W) of its own; None: the manifest's
     channels: list[int] | None = None  # the network's output of each class; None: in order
-    mask_shift: float = 0.0  # added to every mask logit; evaluation/calibrate.py finds both
-    gate_scale: float = 1.0  # by which every presence logit is multiplied
-    gate_shift: float = 0.0  # then added to it
+    mask_shift: float | list[float] = 0.0  # added to the mask logits, one number or one a class
+    gate_shift: float | list[float] = 0.0  # and to the presence logits; evaluation/calibrate.py
 
     @property
     def gated(self) -> bool:
@@ -120,7 +119,7 @@ def _check_member(member: MemberSpec, classes: int) -> None:
     _check_model(member.model)
     _check_channels(member, classes)
     _check_normalisation(member)
-    _check_shifts(member)
+    _check_shifts(member, classes)
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -183,15 +182,15 @@ def _check_normalisation(member: MemberSpec) -> None:
         )
 
 
-def _check_shifts(member: MemberSpec) -> None:
+def _check_shifts(member: MemberSpec, classes: int) -> None:
     for name in ("mask_shift", "gate_shift"):
-        value = getattr(member, name)
-        expect(is_number(value), name, value, "a number, of logits")
-    scale, shift = member.gate_scale, member.gate_shift
-    expect(is_number(scale) and scale > 0, "gate_scale", scale, "a number above 0")
-    if (scale, shift) != (1, 0) and not member.gated:
+        found = getattr(member, name)
+        values = found if isinstance(found, list) else [found]
+        if not all(map(is_number, values)) or len(values) not in {1, classes}:
+            raise ValueError(f"{name} {short(found)}, expected a number of logits, or {classes}")
+    if member.gate_shift and not member.gated:
         raise ValueError(
-            f"gate_scale {scale}, gate_shift {shift}: without aux_params it has no presence head"
+            f"gate_shift {member.gate_shift}: without aux_params there is no presence head"
         )
 
 

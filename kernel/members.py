@@ -42,8 +42,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, memory_format=torch.channels_last if half else torch.contiguous_format)
 
 
-def _move(logits: Tensor, scale: float, shift: float) -> Tensor:
-    return logits if (scale, shift) == (1, 0) else scale * logits + shift
+def _shift_of(shift: float | list[float]) -> Tensor | None:
+    """One number, or one a class, as a tensor (1 or classes,); None where nothing is added."""
+    tensor = torch.tensor(shift, dtype=torch.float32).reshape(-1)
+    return tensor if tensor.any() else None
 
 
 class Encoder(nn.Module):
@@ -58,14 +60,16 @@ class Encoder(nn.Module):
 
     mean: Tensor  # (1, channels, 1, 1)
     std: Tensor
+    shift: Tensor | None  # of the presence logits, (1 or classes,)
 
     def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
         self.network, self.gated, self.monolithic = network, spec.gated, monolithic
-        self.channels, self.scale, self.shift = spec.channels, spec.gate_scale, spec.gate_shift
+        self.channels = spec.channels
         self.classes = len(spec.channels or range(spec.model.get("classes", 1)))  # SMP's default
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+        self.register_buffer("shift", _shift_of(spec.gate_shift))
         self.dtype = next((weight.dtype for weight in network.parameters()), torch.float32)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -81,17 +85,22 @@ class Encoder(nn.Module):
             presence = self.network.classification_head(features[-1]) if self.gated else None
         if self.gated:
             presence = _cast(_select(presence, self.channels), torch.float32)
-            return torch.sigmoid(_move(presence, self.scale, self.shift)), *features
+            if self.shift is not None:
+                presence = presence + self.shift
+            return torch.sigmoid(presence), *features
         return images.new_ones(images.shape[0], self.classes), *features
 
 
 class Decoder(nn.Module):
     """The second half: gates and features → probabilities (B, classes, H, W)."""
 
+    shift: Tensor | None  # of the mask logits, (1 or classes,)
+
     def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
         self.network, self.monolithic = network, monolithic
-        self.channels, self.shift = spec.channels, spec.mask_shift
+        self.channels = spec.channels
+        self.register_buffer("shift", _shift_of(spec.mask_shift))
 
     def forward(self, gates: Tensor, *features: Tensor) -> Tensor:
         """Return the soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate."""
@@ -100,7 +109,9 @@ class Decoder(nn.Module):
         else:
             logits = self.network.segmentation_head(self.network.decoder(list(features)))
         logits = _cast(_select(logits, self.channels), torch.float32)
-        return torch.sigmoid(_move(logits, 1, self.shift)) * gates[:, :, None, None]
+        if self.shift is not None:
+            logits = logits + self.shift[:, None, None]
+        return torch.sigmoid(logits) * gates[:, :, None, None]
 
 
 def _keep_memory() -> None:

@@ -308,20 +308,22 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "mean [-0.1], std [0.2]: expected a mean from 0, a std above 0",
     ),
     "a std of 0": ({"std": [0.0]}, "mean [0.3], std [0.0]: expected a mean from 0, a std above 0"),
-    "a shift that is text": ({"mask_shift": "1"}, "mask_shift '1', expected a number, of logits"),
+    "a shift that is text": (
+        {"mask_shift": "1"},
+        "mask_shift '1', expected a number of logits, or 4",
+    ),
     "a shift of NaN": (
-        {"gate_shift": float("nan")},
-        "gate_shift nan, expected a number, of logits",
+        {"gate_shift": [0, 0, 0, float("nan")]},
+        "gate_shift [0, 0, 0, nan], expected a number of logits, or 4",
+    ),
+    "shifts of three classes": (
+        {"gate_shift": [0, 0, 0]},
+        "gate_shift [0, 0, 0], expected a number of logits, or 4",
     ),
     "a shift of no gate": (
         {"model": tiny_model(presence=False), "gate_shift": 0.5},
-        "gate_scale 1.0, gate_shift 0.5: without aux_params it has no presence head",
+        "gate_shift 0.5: without aux_params there is no presence head",
     ),
-    "a scale of no gate": (
-        {"model": tiny_model(presence=False), "gate_scale": 0.5},
-        "gate_scale 0.5, gate_shift 0.0: without aux_params it has no presence head",
-    ),
-    "a scale of 0": ({"gate_scale": 0}, "gate_scale 0, expected a number above 0"),
 }
 
 

@@ -38,14 +38,15 @@ def test_a_member_whose_bytes_are_those_packed_is_loaded(session_light: Path) ->
 def test_shifts_move_both_heads_logits(dataset: Path) -> None:
     """Against the network's own logits; the gate stays the most that a probability can be."""
     plain = load_member(dataset, spec_of(dataset), CPU)
-    changes = {"mask_shift": 2, "gate_scale": 0.5, "gate_shift": -0.5}
+    shifts = torch.tensor([-0.5, 0, 1, 2.5])
+    changes = {"mask_shift": 2, "gate_shift": shifts.tolist()}
     moved = load_member(dataset, spec_of(dataset, **changes), CPU)
     images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         masks, presence = plain.encoder.network((images - plain.encoder.mean) / plain.encoder.std)
         gates, *features = moved.encoder(images)
         found = moved.decoder(gates, *features)
-    expected = torch.sigmoid(presence / 2 - 0.5)
+    expected = torch.sigmoid(presence + shifts)
     torch.testing.assert_close(gates, expected)
     torch.testing.assert_close(found, torch.sigmoid(masks + 2) * expected[..., None, None])
     assert (found <= gates[..., None, None]).all()
