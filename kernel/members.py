@@ -44,8 +44,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _shift_of(shift: float | list[float]) -> Tensor | None:
     """One number, or one a class, as a tensor (1 or classes,); None where nothing is added."""
-    tensor = torch.tensor(shift, dtype=torch.float32).reshape(-1)
-    return tensor if tensor.any() else None
+    values = shift if isinstance(shift, list) else [shift]
+    return torch.tensor(values, dtype=torch.float32) if any(values) else None
 
 
 class Encoder(nn.Module):
