@@ -212,7 +212,7 @@ def test_a_colour_competition_is_drawn_fitted_packed_and_rehearsed_by_its_descri
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {
     "a score": (score.main, "--bundle BUNDLE/dataset --images IMAGES --truth TRUTH"),
-    "a calibration": (calibrate.main, "--bundle BUNDLE/dataset --images IMAGES --truth TRUTH"),
+    "a calibration": (calibrate.main, "--bundle BUNDLE/dataset --images IMAGES --shares 0.5"),
     "a dry run": (dry_run.main, "--bundle BUNDLE --images IMAGES"),
     "a fit": (train.main, "--competition salt --data DATA --name a --encoder tu-test_resnet"),
 }

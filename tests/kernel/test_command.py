@@ -67,8 +67,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {  # with what 
     "the validator": (validate.main, "FILE --sample SAMPLE"),
     "the validator's sample": (validate.main, "SAMPLE --sample FILE"),
     "a score": (score.main, "--bundle BUNDLE --images IMAGES --truth FILE"),
-    "a calibration": (calibrate.main, "--bundle BUNDLE --images IMAGES --truth FILE"),
-    "calibrated weights": (calibrate.main, "--bundle EMPTY --images IMAGES --truth FILE"),
+    "a calibration": (calibrate.main, "--bundle BUNDLE --images IMAGES --data FILE"),
+    "a bundle to calibrate": (calibrate.main, "--bundle FILE --images IMAGES --data IMAGES"),
     "a fit": (train.main, "--data FILE --name a --encoder tu-test_resnet"),
     "folds": (folds.main, "--data FILE --out new"),
 }
