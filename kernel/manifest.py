@@ -185,8 +185,8 @@ def _check_normalisation(member: MemberSpec) -> None:
 def _check_shifts(member: MemberSpec, classes: int) -> None:
     for name in ("mask_shift", "gate_shift"):
         found = getattr(member, name)
-        values = found if isinstance(found, list) else [found]
-        if not all(map(is_number, values)) or len(values) not in {1, classes}:
+        values = found if isinstance(found, list) else [found] * classes
+        if not all(map(is_number, values)) or len(values) != classes:
             raise ValueError(f"{name} {short(found)}, expected a number of logits, or {classes}")
     if member.gate_shift and not member.gated:
         raise ValueError(

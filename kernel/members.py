@@ -44,7 +44,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _shift_of(shift: float | list[float]) -> Tensor | None:
     """One number, or one a class, as a tensor (1 or classes,); None where nothing is added."""
-    values = shift if isinstance(shift, list) else [shift]
+    values = shift if isinstance(shift, list) else [shift]  # with numbers alone: it may be meta
     return torch.tensor(values, dtype=torch.float32) if any(values) else None
 
 

@@ -73,9 +73,9 @@ class MemberModule(L.LightningModule):
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         self.stride = int(network.encoder.output_stride)
-        self.teachers = (
-            [read_teacher(Path(config.teacher), config.classes)] if config.teacher else []
-        )  # in a list: no part of the member
+        self.teachers = []  # one or none; in a list it is no part of the member
+        if config.teacher:
+            self.teachers.append(read_teacher(Path(config.teacher), config.classes))
         self.frozen = part.name == "strips"  # whether batch-norm statistics stay as they are
 
     def autocast(self) -> torch.autocast:

@@ -316,6 +316,7 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"gate_shift": [0, 0, 0, float("nan")]},
         "gate_shift [0, 0, 0, nan], expected a number of logits, or 4",
     ),
+    "a shift in a list": ({"mask_shift": [1]}, "mask_shift [1], expected a number of logits, or 4"),
     "shifts of three classes": (
         {"gate_shift": [0, 0, 0]},
         "gate_shift [0, 0, 0], expected a number of logits, or 4",
