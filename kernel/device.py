@@ -1,6 +1,8 @@
 """The device: which one works, and the copies to it and from it."""
 
+import ctypes
 import functools
+import sys
 from typing import Any
 
 import numpy.typing as npt
@@ -30,6 +32,23 @@ def pick_device() -> torch.device:
     """CUDA where it works, else the CPU."""
     cuda = torch.device("cuda")
     return cuda if torch.cuda.is_available() and device_usable(cuda) else torch.device("cpu")
+
+
+# --- memory of the host ---------------------------------------------------------------------------
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, for what is asked next.
+
+    By itself it gives a pass's hundreds of MB back to the system, and gets the next pass's page by
+    page. Other libraries than glibc have no such settings, and stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # bytes; above it a block of its own is mapped
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the most that an int can say
 
 
 # --- copies ---------------------------------------------------------------------------------------

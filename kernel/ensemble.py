@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kernel.device import keep_freed_memory
 from kernel.engines import check_engine, compile_member
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple
 from kernel.logs import Stages, log, progress
@@ -189,6 +190,8 @@ def load_ensemble(
     Raises:
         ValueError: as `load_members`.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
