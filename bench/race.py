@@ -3,9 +3,10 @@
     python bench/race.py --bundle dist --strips 8 --rounds 5 --real severstal/test_images
 
 Every candidate gets the same strips, half of them clean, and takes its turn in every round;
-medians count, and their ratios. The others run in their best mode: of the ways that an engine has
-(streams, threads, layouts) the quickest on this machine. With `--real` they race a second time, on
-real strips drawn with `--seed`. Writes results.json, chart.png and table.md beside this file.
+medians count, and their ratios. Each runs in a process of its own, for they set up their process as
+they like; the others idle meanwhile. The others run in their best mode: of the ways that an engine
+has (streams, threads, layouts) the quickest on this machine. With `--real` they race a second time,
+on real strips drawn with `--seed`. Writes results.json, chart.png and table.md beside this file.
 """
 
 import argparse
@@ -20,7 +21,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,16 +61,9 @@ CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips a
 STARTS, LONG_RUN = 3, 100  # runs of one strip, and strips of the run whose memory is measured
 
 
-# --- candidates: each takes paths and gives every image's masks (classes, H, W) ------------------
+# --- candidates -----------------------------------------------------------------------------------
 
-
-@dataclass
-class Candidate:
-    """One way to run the members."""
-
-    name: str
-    run: Callable[[list[Path]], dict[str, Masks]]
-    scheduler: Scheduler | None = None
+Predict = Callable[[Sequence[Path]], dict[str, Masks]]  # paths → every image's (classes, H, W)
 
 
 class Whole(nn.Module):
@@ -82,13 +79,14 @@ class Whole(nn.Module):
         return probabilities
 
 
-def as_public_kernels(bundle: Path, manifest: Manifest) -> Candidate:
-    """(a) Eager PyTorch: member by member, each strip decoded anew, two a batch, flips by ttach."""
+def as_public_kernels(bundle: Path) -> Predict:
+    """Eager PyTorch: member by member, each strip decoded anew, two a batch, flips by ttach."""
+    manifest = load_manifest(bundle)
     members = [load_member(bundle, spec, CPU) for spec in manifest.members]
     views = list(ttach.Compose([ttach.VerticalFlip(), ttach.HorizontalFlip()]))[:3]  # not both
 
     @torch.inference_mode()
-    def run(paths: list[Path]) -> dict[str, Masks]:
+    def run(paths: Sequence[Path]) -> dict[str, Masks]:
         sums: dict[str, Tensor] = {}
         for member in members:
             for start in range(0, len(paths), 2):
@@ -106,24 +104,32 @@ def as_public_kernels(bundle: Path, manifest: Manifest) -> Candidate:
                 encode_rle(mask)
         return masks
 
-    return Candidate("(a) eager, as public kernels", run)
+    return run
 
 
-def from_scheduler(name: str, scheduler: Scheduler) -> Candidate:
-    """An ensemble behind this project's own loading and scheduling."""
+def load_scheduler(bundle: Path, early_exit: bool, streams: int) -> Scheduler:
+    """This project's own loading and scheduling."""
+    manifest = load_manifest(bundle)
+    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), streams=streams)
+    return Scheduler(ensemble, early_exit=early_exit, threads=streams)
 
-    def run(paths: list[Path]) -> dict[str, Masks]:
+
+def ours(bundle: Path, early_exit: bool, streams: int) -> Predict:
+    """The kernel's way: strip by strip, from the file to its run lengths."""
+    scheduler = load_scheduler(bundle, early_exit, streams)
+
+    def run(paths: Sequence[Path]) -> dict[str, Masks]:
         strips = decode_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
         masks = {}
         for state in scheduler.predict_strips(strips, len(paths)):
             if state.fault:
-                raise RuntimeError(f"{name}: {state.strip.name}: {state.fault}")
+                raise RuntimeError(f"{state.strip.name}: {state.fault}")
             masks[state.strip.name] = state.masks
             for mask in masks[state.strip.name]:
                 encode_rle(mask)
         return masks
 
-    return Candidate(name, run, scheduler)
+    return run
 
 
 # --- the others, in their best mode ---------------------------------------------------------------
@@ -212,11 +218,11 @@ def in_session(session: Any) -> Infer:
     return one_by_one(lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0]))
 
 
-def every_pass(name: str, manifest: Manifest, members: Sequence[Infer]) -> Candidate:
+def every_pass(manifest: Manifest, members: Sequence[Infer]) -> Predict:
     """Member by member and flip by flip, all strips of a pass at once."""
 
     @torch.inference_mode()
-    def run(paths: list[Path]) -> dict[str, Masks]:
+    def run(paths: Sequence[Path]) -> dict[str, Masks]:
         images = [image_to_tensor(read_image(path)) for path in paths]
         totals = [torch.zeros(manifest.classes, *image.shape[-2:]) for image in images]
         for infer, flip in itertools.product(members, manifest.flips):
@@ -230,39 +236,65 @@ def every_pass(name: str, manifest: Manifest, members: Sequence[Infer]) -> Candi
                 encode_rle(mask)
         return masks
 
-    return Candidate(name, run)
+    return run
 
 
 def exported(
-    name: str,
-    bundle: Path,
-    manifest: Manifest,
-    export: Callable[[Whole, Sequence[Tensor]], Infer],
-    size: Size,
-) -> Candidate:
-    """Every member through an export, all passes."""
-    images, members = [torch.rand(1, 1, *size) for _ in range(2)], []
+    bundle: Path, export: Callable[[Whole, Sequence[Tensor]], Infer], size: Size
+) -> Predict:
+    """Every member through an export, all passes, for strips of `size`."""
+    manifest, members = load_manifest(bundle), []
+    images = [torch.rand(1, 1, *size) for _ in range(2)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # they trace in ways that PyTorch calls deprecated
-        for spec in progress(manifest.members, name, "member"):
+        for spec in progress(manifest.members, export.__name__, "member"):
             members.append(export(Whole(load_member(bundle, spec, CPU)).eval(), images))
-    return every_pass(name, manifest, members)
+    return every_pass(manifest, members)
 
 
-def candidates(bundle: Path, manifest: Manifest, size: Size, streams: int) -> list[Candidate]:
-    """All of them, ready to run on strips of `size`; ours on so many streams."""
-    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), streams=streams)
-    ours = [
-        from_scheduler(name, Scheduler(ensemble, early_exit=early, threads=ensemble.streams))
-        for name, early in (("(e) ours, every pass", False), ("(e) ours, early exit", True))
-    ]
-    return [
-        as_public_kernels(bundle, manifest),
-        exported("(b) traced", bundle, manifest, traced, size),
-        exported("(c) OpenVINO", bundle, manifest, openvino, size),
-        exported("(d) ONNX Runtime", bundle, manifest, onnx_runtime, size),
-        *ours,
-    ]
+# --- a process for each ---------------------------------------------------------------------------
+
+_running: list[Predict] = []  # in a candidate's process: it
+
+
+def _set_up(load: Callable[[], Predict]) -> None:
+    _running.append(load())
+
+
+def _take_turn(paths: Sequence[Path]) -> tuple[float, dict[str, Masks]]:
+    start = time.perf_counter()
+    found = _running[0](paths)
+    return time.perf_counter() - start, found
+
+
+@dataclass
+class Candidate:
+    """One way to run the members, in a process of its own."""
+
+    name: str
+    load: Callable[[], Predict]
+    process: ProcessPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        fresh = get_context("spawn")
+        self.process = ProcessPoolExecutor(1, fresh, initializer=_set_up, initargs=(self.load,))
+
+    def run(self, paths: Sequence[Path]) -> tuple[float, dict[str, Masks]]:
+        """Take a turn: seconds, and what was found. The first one sets the process up."""
+        return self.process.submit(_take_turn, paths).result()
+
+
+def candidates(bundle: Path, size: Size, streams: int) -> list[Candidate]:
+    """All of them, for strips of `size`; ours on so many streams."""
+    loads = {
+        "(a) eager, as public kernels": partial(as_public_kernels, bundle),
+        "(b) traced": partial(exported, bundle, traced, size),
+        "(c) OpenVINO": partial(exported, bundle, openvino, size),
+        "(d) ONNX Runtime": partial(exported, bundle, onnx_runtime, size),
+        "(e) ours, every pass": partial(ours, bundle, False, streams),
+        "(e) ours, early exit": partial(ours, bundle, True, streams),
+    }
+    return [Candidate(name, load) for name, load in loads.items()]
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -368,10 +400,9 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
     return float(np.mean([dice(found[name], masks) for name, masks in reference.items()]))
 
 
-def mean_share(
-    scheduler: Scheduler, paths: Sequence[Path], clean: Sequence[Path]
-) -> dict[str, float]:
+def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over the clean strips and over all."""
+    scheduler = load_scheduler(bundle, early_exit=True, streams=1)
     strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
     shares = {
         state.strip.name: scheduler.work(state)["share"]
@@ -381,20 +412,19 @@ def mean_share(
     return of_clean | {"all": float(np.mean(list(shares.values())))}
 
 
-def race(field: list[Candidate], paths: list[Path], rounds: int) -> dict[str, Any]:
+def race(runners: list[Candidate], paths: list[Path], rounds: int) -> dict[str, Any]:
     """Seconds a strip of every candidate in every round, and what they found."""
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in field}
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in runners}
     found: dict[str, dict[str, Masks]] = {}
     rates = []
-    for candidate in field:
+    for candidate in runners:
         candidate.run(paths[:1])  # compiled and warm
-    bar = progress(range(rounds * len(field)), "race", "turn")
+    bar = progress(range(rounds * len(runners)), "race", "turn")
     for _ in range(rounds):
         rates.append(matrix_rate())
-        for candidate in field:
-            start = time.perf_counter()
-            found[candidate.name] = candidate.run(paths)
-            seconds[candidate.name].append((time.perf_counter() - start) / len(paths))
+        for candidate in runners:
+            taken, found[candidate.name] = candidate.run(paths)
+            seconds[candidate.name].append(taken / len(paths))
             bar.update()
     bar.close()
     return {"seconds": seconds, "found": found, "rates": rates}
@@ -412,30 +442,28 @@ def rle_ms(masks: Iterable[Masks]) -> float:
 
 
 def summarise(
-    field: list[Candidate], result: dict[str, Any], paths: list[Path], clean: list[Path]
+    bundle: Path, result: dict[str, Any], paths: list[Path], clean: list[Path]
 ) -> dict[str, Any]:
     """Seconds and masks of a race, side by side."""
     seconds = {name: median(turns) for name, turns in result["seconds"].items()}
-    eager, peers, (every, early) = field[0], field[1:4], field[4:]
+    eager, *peers, every, early = seconds
     found = result["found"]
-    best = min(seconds[peer.name] for peer in peers)
-    assert early.scheduler is not None
+    best = min(seconds[peer] for peer in peers)
     return {
         "strips": len(paths),
         "seconds_a_strip": seconds,
         "turns": result["seconds"],
-        "share_of_flops": mean_share(early.scheduler, paths, clean),
+        "share_of_flops": mean_share(bundle, paths, clean),
         "same_masks_with_and_without": all(
-            np.array_equal(found[early.name][name], masks)
-            for name, masks in found[every.name].items()
+            np.array_equal(found[early][name], masks) for name, masks in found[every].items()
         ),
         "dice_against_eager": {
-            name: agreement(masks, found[eager.name]) for name, masks in found.items()
+            name: agreement(masks, found[eager]) for name, masks in found.items()
         },
-        "times_faster_than_eager": seconds[eager.name] / seconds[early.name],
-        "times_faster_than_best_peer": best / seconds[early.name],
-        "every_pass_against_best_peer": best / seconds[every.name],
-        "rle_ms_a_strip": rle_ms(found[early.name].values()),
+        "times_faster_than_eager": seconds[eager] / seconds[early],
+        "times_faster_than_best_peer": best / seconds[early],
+        "every_pass_against_best_peer": best / seconds[every],
+        "rle_ms_a_strip": rle_ms(found[early].values()),
     }
 
 
@@ -444,8 +472,8 @@ def measure_race(
 ) -> dict[str, Any]:
     """What all candidates must run for, in turns; of the drawn strips every other one is clean."""
     manifest = load_manifest(dataset)
-    field = candidates(dataset, manifest, size_of(read_image(paths[0])), streams)
-    result = race(field, paths, rounds)
+    runners = candidates(dataset, size_of(read_image(paths[0])), streams)
+    result = race(runners, paths, rounds)
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     rate = median(result["rates"])
     results = {
@@ -455,10 +483,12 @@ def measure_race(
         "matrix_gflops_a_second": rate / 1e9,
         "physical_limit_s": flops / rate,
         "gigaflops_a_strip": flops / 1e9,
-        **summarise(field, result, paths, paths[::2]),
+        **summarise(dataset, result, paths, paths[::2]),
     }
     if real:
-        results["real"] = summarise(field, race(field, real, rounds), real, [])
+        results["real"] = summarise(dataset, race(runners, real, rounds), real, [])
+    for candidate in runners:
+        candidate.process.shutdown()
     return results
 
 

@@ -16,10 +16,7 @@ from helpers import change_manifest, save_strips
 from torch import Tensor
 
 from bench import race
-from kernel.ensemble import load_ensemble
-from kernel.logs import Stages
 from kernel.manifest import load_manifest
-from kernel.scheduling import Scheduler
 from training import synthetic
 
 
@@ -77,16 +74,14 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
 ) -> None:
     """Flips by ttach, batches of two with one left over, masks that are neither empty nor full."""
     dataset = tiny_bundle / "dataset"
-    manifest = load_manifest(dataset)
     paths = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
         coarse = cv2.resize(rng.uniform(0, 255, (4, 5)).astype(np.float32), (96, 64))
         paths.append(tmp_path / f"{seed}.png")
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
-    ours = Scheduler(load_ensemble(dataset, manifest, race.CPU, Stages()))
-    found = race.as_public_kernels(dataset, manifest).run(paths)
-    expected = race.from_scheduler("ours", ours).run(paths)
+    found = race.as_public_kernels(dataset)(paths)
+    expected = race.ours(dataset, early_exit=True, streams=1)(paths)
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()
     assert race.agreement(found, expected) > 0.999
