@@ -9,8 +9,6 @@ from kernel.images import Size
 from kernel.manifest import Manifest
 from kernel.threshold import apply_threshold, drop_small_masks
 
-CLEAN_FRACTION = 0.8  # of the sum that is needed: below it a strip looks clean
-
 
 class Tally:
     """The passes of one image: their sum, and what it proves before the last of them has run.
@@ -146,19 +144,21 @@ class Tally:
 
     @property
     def looks_clean(self) -> bool:
-        """Whether gates alone may prove all open classes, if the next ones are like those seen.
+        """Whether gates alone prove all open classes, if those to come are as low as one seen.
 
-        A guess that costs or saves work and changes no mask: no decoder runs while it holds.
+        A guess that costs or saves work and changes no mask: no decoder runs while it holds. It
+        hopes for the lowest gate, for an encoder too many costs next to nothing, its pass may still
+        be needed, and a decoder too many costs a third of a pass.
         """
         if not self.early_exit or not self.gates:
             return self.early_exit
-        usual = np.mean(self.gates, axis=0)
-        for label in self.open:
-            kept = sum(gates[label] for gates in self.gates[self.decoded :])
-            rest = (self.n_passes - len(self.gates)) * usual[label]
-            if self.highest[label] + kept + rest > CLEAN_FRACTION * self.required_sum:
-                return False
-        return True
+        kept, lowest = self.gates[self.decoded :], np.min(self.gates, axis=0)
+        unknown = self.n_passes - len(self.gates)
+        return all(
+            self.highest[i] + sum(gates[i] for gates in kept) + unknown * lowest[i]
+            <= self.required_sum - self.margin
+            for i in self.open
+        )
 
     def masks(self, size: Size) -> Tensor:
         """Masks (classes, H, W), on the device, of an image of `size`; no class may be open."""
