@@ -144,18 +144,18 @@ class Tally:
 
     @property
     def looks_clean(self) -> bool:
-        """Whether gates alone prove all open classes, if those to come are as low as one seen.
+        """Whether gates alone may still prove all open classes, if those to come are low.
 
-        A guess that costs or saves work and changes no mask: no decoder runs while it holds. It
-        hopes for the lowest gate, for an encoder too many costs next to nothing, its pass may still
-        be needed, and a decoder too many costs a third of a pass.
+        A guess that costs or saves work and changes no mask: no decoder runs while it holds. An
+        encoder too many costs next to nothing, for its pass may still be needed, a decoder too many
+        a third of a pass.
         """
         if not self.early_exit or not self.gates:
             return self.early_exit
-        kept, lowest = self.gates[self.decoded :], np.min(self.gates, axis=0)
-        unknown = self.n_passes - len(self.gates)
+        kept, unknown = self.gates[self.decoded :], self.n_passes - len(self.gates)
+        shut = self.gates[-1] < 1  # else it is of a member without gates, as are those to come
         return all(
-            self.highest[i] + sum(gates[i] for gates in kept) + unknown * lowest[i]
+            self.highest[i] + sum(gates[i] for gates in kept) + unknown * (not shut[i])
             <= self.required_sum - self.margin
             for i in self.open
         )
