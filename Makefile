@@ -72,7 +72,7 @@ test-cluster: .venv/installed  ## several Ray nodes here, and what dies half-way
 bench-cluster: .venv/installed  ## one worker against the plain kernel, two against one, the engine's overhead
 	@echo "== packing with OpenVINO's halves: minutes"
 	$(BIN)/python build_kernel.py --openvino --out dist
-	$(BIN)/python bench/cluster_overhead.py kernel workers overhead
+	$(BIN)/python bench/cluster_overhead.py kernel workers kernels overhead
 
 mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"

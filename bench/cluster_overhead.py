@@ -1,10 +1,11 @@
 """What Ray Data costs beside the plain kernel, in parts that can be asked for by name.
 
-    python bench/cluster_overhead.py kernel workers overhead
+    python bench/cluster_overhead.py kernel workers kernels overhead
     python bench/cluster_overhead.py million
 
 - kernel: seconds a strip with one worker on all processors, and with the plain kernel
 - workers: seconds a strip with one worker of one thread, and with two
+- kernels: the same with plain kernels beside each other, which is what the machine allows
 - overhead: ms that the engine adds to a strip of stub members, by strips a part
 - million: as many images through stub members, and the memory after each tenth of them
 
@@ -23,8 +24,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,23 +84,36 @@ def strip_seconds(times: Sequence[float], workers: int, per_part: int) -> float:
     return (times[-1] - times[workers - 1]) / ((len(times) - workers) * per_part)
 
 
-def run_command_line(words: Sequence[object]) -> float:
-    """Seconds of a script of this project."""
+def run_command_line(words: Sequence[object], threads: int | None = None) -> float:
+    """Seconds of a script of this project, on all cores or so many threads."""
     environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     start = time.monotonic()
     command = [sys.executable, *map(str, words)]
     subprocess.run(command, check=True, env=environment | {"PYTHONPATH": str(ROOT)})
     return time.monotonic() - start
 
 
-def time_kernel(bundle: Path, images: Path, scratch: Path) -> Figures:
+def time_kernel(bundle: Path, images: Path, scratch: Path, threads: int | None = None) -> Figures:
     """The plain kernel."""
-    places = ["--bundle", bundle, "--images", images, "--output", scratch / "submission.csv"]
-    record = scratch / "run.json"
-    seconds = run_command_line([bundle / "inference.py", *places, "--report", record])
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    places = ["--bundle", bundle, "--images", images, "--output", folder / "submission.csv"]
+    record = folder / "run.json"
+    seconds = run_command_line([bundle / "inference.py", *places, "--report", record], threads)
     each = [s for _, s in sorted(json.loads(record.read_text())["strip_s"].items())]
     strip_s = sum(each[PER_PART:]) / len(each[PER_PART:])
     return {"strip_s": strip_s, "before_s": seconds - strip_s * len(each)}
+
+
+def time_kernels(bundle: Path, images: Path, scratch: Path, count: int) -> Figures:
+    """So many plain kernels of one thread beside each other, each with all the images."""
+    with ThreadPoolExecutor(count) as pool:
+        runs = [pool.submit(time_kernel, bundle, images, scratch, 1) for _ in range(count)]
+        found = [run.result() for run in runs]
+    return {
+        "strip_s": sum(each["strip_s"] for each in found) / count**2,
+        "before_s": max(each["before_s"] for each in found),
+    }
 
 
 def time_workers(
@@ -114,16 +129,18 @@ def time_workers(
     return {"strip_s": strip_s, "before_s": seconds - strip_s * len(times) * PER_PART}
 
 
-def _race(args: argparse.Namespace, first: Figures, second: Figures) -> Figures:
-    """Both ways in turn, `rounds` times: medians of both, and first ÷ second."""
-    found: Figures = {}
+Way = Callable[[Path, Path, Path], Figures]  # bundle, images, scratch → seconds
+
+
+def _race(args: argparse.Namespace, ways: dict[str, Way]) -> Figures:
+    """Two ways in turn, `rounds` times: medians of both, and first ÷ second."""
+    found: dict[str, list[Figures]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         images = draw_strips(scratch / "images", args.strips)
         for _ in range(args.rounds):
-            for name, options in (first | second).items():
-                run = time_workers if options else time_kernel
-                found.setdefault(name, []).append(run(args.bundle, images, scratch, **options))
+            for name, run in ways.items():
+                found[name].append(run(args.bundle, images, scratch))
     medians: Figures = {
         name: {key: median(run[key] for run in runs) for key in runs[0]}
         for name, runs in found.items()
@@ -134,13 +151,19 @@ def _race(args: argparse.Namespace, first: Figures, second: Figures) -> Figures:
 
 def measure_kernel(args: argparse.Namespace) -> Figures:
     """One worker against the plain kernel, each on all processors: at most 1.05 is asked."""
-    return _race(args, {"one worker": {"workers": 1}}, {"kernel": {}})
+    return _race(args, {"one worker": partial(time_workers, workers=1), "kernel": time_kernel})
 
 
 def measure_workers(args: argparse.Namespace) -> Figures:
     """One worker of one thread against two: at least 1.8 is asked."""
-    one, two = ({"workers": workers, "cpus": 1} for workers in (1, 2))
-    return _race(args, {"one worker": one}, {"two workers": two})
+    one, two = (partial(time_workers, workers=workers, cpus=1) for workers in (1, 2))
+    return _race(args, {"one worker": one, "two workers": two})
+
+
+def measure_kernels(args: argparse.Namespace) -> Figures:
+    """One plain kernel of one thread against two, without an engine."""
+    one, two = (partial(time_kernels, count=count) for count in (1, 2))
+    return _race(args, {"one kernel": one, "two kernels": two})
 
 
 # --- stub members ---------------------------------------------------------------------------------
@@ -325,16 +348,22 @@ def measure_million(args: argparse.Namespace) -> Figures:
 # --- what is written ------------------------------------------------------------------------------
 
 
+RATIOS = {
+    "kernel": "one worker ÷ the plain kernel",
+    "workers": "one worker ÷ two workers of one thread",
+    "kernels": "one plain kernel ÷ two of one thread",
+}
+
+
 def table(results: Figures) -> str:
     """The figures there are, in Markdown."""
     rows = []
-    for name, words in (("kernel", "the plain kernel"), ("workers", "two workers of one thread")):
+    for name, words in RATIOS.items():
         if name in results:
             found = results[name]
             one, other = (each["strip_s"] for each in found["ways"].values())
             rows.append(
-                f"| one worker ÷ {words}, seconds a strip | {one:.2f} ÷ {other:.2f} = "
-                f"{found['ratio']:.2f} |"
+                f"| {words}, seconds a strip | {one:.2f} ÷ {other:.2f} = {found['ratio']:.2f} |"
             )
     for per_part, added in results.get("overhead", {}).get("added_ms", {}).items():
         alone = results["overhead"]["alone_ms"]
@@ -353,6 +382,7 @@ def table(results: Figures) -> str:
 PARTS = {
     "kernel": measure_kernel,
     "workers": measure_workers,
+    "kernels": measure_kernels,
     "overhead": measure_overhead,
     "million": measure_million,
 }

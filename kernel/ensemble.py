@@ -190,10 +190,10 @@ def load_ensemble(
     Raises:
         ValueError: as `load_members`.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
     members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
+    if device.type == "cpu":
+        keep_freed_memory()  # from here on: loading leaves scraps that no pass can use
     return Ensemble(manifest, members, device, stages, streams)

@@ -51,6 +51,17 @@ def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
     assert line in (tmp_path / "cluster.md").read_text().splitlines()
 
 
+def test_of_two_kernels_beside_each_other_a_strip_takes_half_its_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import cluster_overhead
+
+    taken = iter([{"strip_s": 3.0, "before_s": 1.0}, {"strip_s": 5.0, "before_s": 2.0}])
+    monkeypatch.setattr(cluster_overhead, "time_kernel", lambda *_: next(taken))
+    found = cluster_overhead.time_kernels(tmp_path, tmp_path, tmp_path, count=2)
+    assert found == {"strip_s": 2.0, "before_s": 2.0}
+
+
 def test_private_memory_is_that_of_this_process_and_those_below_it() -> None:
     from bench.cluster_overhead import private_mb
 

@@ -164,10 +164,10 @@ class Host:
         assert (tensor.dtype, tensor.shape[1:]) == (torch.float64, (4, 4))
         self.copies["bounds"] += 1
         found = np.empty(tensor.shape)
-        found[:, 0] = self.rng.choice([0.02, 0.9], (len(tensor), 1), p=[0.7, 0.3])  # gates
-        found[:, 1] = self.rng.uniform(0, 3, (len(tensor), 1))  # the highest sum
+        found[:, 0] = self.rng.choice([0.02, 0.9], (len(tensor), 1), p=[0.1, 0.9])  # gates
+        found[:, 1] = self.rng.uniform(0, 12, (len(tensor), 1))  # the highest sum
         found[:, 2] = 9  # pixels that may be on, and those that are
-        found[:, 3] = self.rng.choice([9, 1], (len(tensor), 1))
+        found[:, 3] = self.rng.choice([9, 1], (len(tensor), 1), p=[0.1, 0.9])
         return found
 
 
