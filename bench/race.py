@@ -527,8 +527,8 @@ def process_lines(results: dict[str, Any]) -> list[str]:
         f"Outside the networks: {results['outside_networks']:.1%} of the time.",
         f"From the start to the first strip: {results['start_to_first_strip_s']:.1f} s, "
         f"{results['of_which_check_s']:.1f} s of it the check of the engines.",
-        f"Peak memory: {results['peak_gb_100_strips']:.2f} GB over {LONG_RUN} strips, "
-        f"{results['peak_gb_5506_strips_stub']:.2f} GB over {N_SCORED_IMAGES:,} of a stub member.",
+        f"Peak memory: {results['peak_gb_100_strips']:.2f} GiB over {LONG_RUN} strips, "
+        f"{results['peak_gb_5506_strips_stub']:.2f} GiB over {N_SCORED_IMAGES:,} of a stub member.",
     ]
 
 

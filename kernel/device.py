@@ -1,4 +1,4 @@
-"""The device: which one works, and the copies to it and from it."""
+"""The device: which one works, what memory of the host is kept, the copies to and fro."""
 
 import ctypes
 import functools

@@ -143,19 +143,18 @@ class Tally:
         return self.total is None or possible < self.min_area or possible == certain
 
     @property
-    def looks_clean(self) -> bool:
-        """Whether gates alone may still prove all open classes, if those to come are low.
+    def may_be_clean(self) -> bool:
+        """Whether gates alone may still prove all open classes: they do if those to come are 0.
 
-        A guess that costs or saves work and changes no mask: no decoder runs while it holds. An
-        encoder too many costs next to nothing, for its pass may still be needed, a decoder too many
-        a third of a pass.
+        It costs or saves work and changes no mask: no decoder runs while it holds. An encoder too
+        many costs little, for its pass may still be needed, a decoder too many a third of a pass.
         """
         if not self.early_exit or not self.gates:
             return self.early_exit
         kept, unknown = self.gates[self.decoded :], self.n_passes - len(self.gates)
-        shut = self.gates[-1] < 1  # else it is of a member without gates, as are those to come
+        ungated = self.gates[-1] == 1  # of a member without a presence head; so are those to come
         return all(
-            self.highest[i] + sum(gates[i] for gates in kept) + unknown * (not shut[i])
+            self.highest[i] + sum(gates[i] for gates in kept) + unknown * ungated[i]
             <= self.required_sum - self.margin
             for i in self.open
         )

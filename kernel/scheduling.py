@@ -125,10 +125,10 @@ class StripState:
         tally = self.tally
         if self.done:
             return
-        if self.encoded and (len(tally.gates) == tally.n_passes or not tally.looks_clean):
+        if self.encoded and (len(tally.gates) == tally.n_passes or not tally.may_be_clean):
             self.next_step = (DECODE, self.pass_ids[tally.decoded])
         else:
-            step = ENCODE if tally.looks_clean else WHOLE
+            step = ENCODE if tally.may_be_clean else WHOLE
             self.next_step = (step, self.pass_ids[len(tally.gates)])
 
 

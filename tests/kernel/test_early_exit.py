@@ -117,7 +117,7 @@ def play(
 @settings(max_examples=400, deadline=None)
 @given(cases())
 def test_a_tally_ends_with_the_masks_of_every_pass(case: Case) -> None:
-    tally = play(case, *[lambda tally: not tally.looks_clean] * 2)
+    tally = play(case, *[lambda tally: not tally.may_be_clean] * 2)
     np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
 
 
@@ -201,7 +201,7 @@ def test_without_the_early_exit_every_pass_is_decoded() -> None:
     for _ in range(4):
         assert tally.open == [0, 1, 2]
         add_gates(tally, np.zeros(CLASSES))
-        assert not tally.looks_clean
+        assert not tally.may_be_clean
         add_probabilities(tally, torch.zeros(CLASSES, *SIZE))
     assert not tally.open
 
