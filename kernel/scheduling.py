@@ -106,7 +106,6 @@ class StripState:
 
     def finalize(self) -> None:
         """End with the passes that are decoded, for the hour ends."""
-        self.encoded.clear()
         if self.tally.decoded:
             self.tally.finalize()
         else:
@@ -226,6 +225,7 @@ class Scheduler:
                     state.finalize()
             self._run_next_step([state for state in states if not state.done])
             for state in (state for state in states if state.done):
+                state.encoded.clear()  # hundreds of MB, and whoever gets it may keep it
                 self.deadline.strips_left -= 1
                 if state.pass_ids:
                     self.deadline.strip_done([self.source.passes[i] for i in state.pass_ids])

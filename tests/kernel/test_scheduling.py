@@ -169,6 +169,15 @@ def test_a_strip_that_is_done_is_yielded_before_those_that_need_more() -> None:
     assert runs[0] < max(runs)
 
 
+def test_a_strip_that_is_done_keeps_no_features_of_its_passes(source: DrawnPasses) -> None:
+    """Proven by gates or failed: its features are as large as all that the next strip needs."""
+    source.refused = {2}
+    states = run(Scheduler(source, batch_size=1), numbered())
+    undecoded = [s for s in states.values() if len(s.ran[Half.ENCODER]) > len(s.ran[Half.DECODER])]
+    assert undecoded
+    assert all(not state.encoded for state in states.values())
+
+
 def test_the_first_passes_of_a_strip_are_not_run_twice(source: DrawnPasses) -> None:
     states = run(Scheduler(source, 1, early_exit=False), numbered(3))
     for state in states.values():
