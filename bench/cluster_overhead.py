@@ -9,8 +9,9 @@
 - overhead: ms that the engine adds to a strip of stub members, by strips a part
 - million: as many images through stub members, and the memory after each tenth of them
 
-A strip's seconds are taken while a run is under way, not from its start; what a run takes before
-is a figure of its own. All are added to cluster.json beside this file; cluster.md is their table.
+A strip's seconds are taken while a run is under way, not from its start: the first parts wait for
+Ray's processes, which import PyTorch beside them. What a run takes before is a figure of its own.
+All are added to cluster.json beside this file; cluster.md is their table.
 Ratios of one run count, on a machine that does nothing else.
 """
 
@@ -53,6 +54,7 @@ from training import synthetic
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PER_PART = 2  # strips of real members: one clean, one not, so that parts take equally long
+WARM_UP = 3  # parts of each worker that do not count
 SMALL = (64, 96)  # (H, W) of the million
 STORE_BYTES = 300_000_000  # Ray's object store
 Figures = dict[str, Any]
@@ -79,9 +81,10 @@ def written(output: Path) -> list[float]:
     return sorted(path.stat().st_mtime for path in output.glob("part-*.parquet"))
 
 
-def strip_seconds(times: Sequence[float], workers: int, per_part: int) -> float:
-    """Seconds a strip between the time when each worker has written a part and the last one's."""
-    return (times[-1] - times[workers - 1]) / ((len(times) - workers) * per_part)
+def strip_seconds(times: Sequence[float], workers: int, per_part: int, warm_up: int = 1) -> float:
+    """Seconds a strip from when the workers have written `warm_up` parts each to the last part."""
+    first = warm_up * workers
+    return (times[-1] - times[first - 1]) / ((len(times) - first) * per_part)
 
 
 def run_command_line(words: Sequence[object], threads: int | None = None) -> float:
@@ -101,7 +104,8 @@ def time_kernel(bundle: Path, images: Path, scratch: Path, threads: int | None =
     record = folder / "run.json"
     seconds = run_command_line([bundle / "inference.py", *places, "--report", record], threads)
     each = [s for _, s in sorted(json.loads(record.read_text())["strip_s"].items())]
-    strip_s = sum(each[PER_PART:]) / len(each[PER_PART:])
+    counted = each[WARM_UP * PER_PART :]
+    strip_s = sum(counted) / len(counted)
     return {"strip_s": strip_s, "before_s": seconds - strip_s * len(each)}
 
 
@@ -125,7 +129,7 @@ def time_workers(
     words += ["--bundle", bundle, "--images", images, "--output", output]
     words += ["--images-per-part", PER_PART, *(["--cpus-per-worker", cpus] if cpus else [])]
     seconds, times = run_command_line(words), written(output)
-    strip_s = strip_seconds(times, workers, PER_PART)
+    strip_s = strip_seconds(times, workers, PER_PART, WARM_UP)
     return {"strip_s": strip_s, "before_s": seconds - strip_s * len(times) * PER_PART}
 
 
@@ -396,7 +400,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="+", choices=PARTS, help="what is measured")
     add("--bundle", type=Path, default=ROOT / "dist" / "dataset", help="of kernel and workers")
-    add("--strips", type=int, default=12, help="of kernel and workers, even")
+    add("--strips", type=int, default=32, help="of kernel and workers, even")
     add("--rounds", type=int, default=2, help="of kernel and workers")
     add("--stub-strips", type=int, default=1600, help="of overhead")
     add("--images", type=int, default=1_000_000, help="of million")

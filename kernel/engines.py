@@ -51,6 +51,8 @@ class OpenVino:
 
         self.core, self.tensor, self.model = core, openvino.Tensor, model
         self.streams, self.lock = streams, threading.Lock()
+        limited = "OMP_NUM_THREADS" in os.environ  # PyTorch has as few, OpenVINO does not read it
+        self.threads = max(torch.get_num_threads(), streams) if limited else 0  # 0: all cores
         self.requests: dict[tuple[torch.Size, ...], dict[int, Any]] = {}  # shapes → thread → one
 
     def __call__(self, *tensors: Tensor) -> Any:
@@ -86,8 +88,8 @@ class OpenVino:
         }
         if self.streams > 1:
             hints["NUM_STREAMS"] = self.streams
-        if "OMP_NUM_THREADS" in os.environ:  # PyTorch has as few, and OpenVINO does not read it
-            hints["INFERENCE_NUM_THREADS"] = max(torch.get_num_threads(), self.streams)
+        if self.threads:
+            hints["INFERENCE_NUM_THREADS"] = self.threads
         return self.core.compile_model(self.model, "CPU", hints)
 
     def release_memory(self) -> None:

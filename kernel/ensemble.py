@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel.device import keep_freed_memory
-from kernel.engines import check_engine, compile_member
+from kernel.engines import OpenVino, check_engine, compile_member
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest, MemberSpec
@@ -187,6 +187,8 @@ def load_ensemble(
 ) -> Ensemble:
     """Load the members of a bundle, ready to run in as many threads as there are `streams`.
 
+    It sets up this process for them: what memory is kept, and PyTorch's threads.
+
     Raises:
         ValueError: as `load_members`.
     """
@@ -196,4 +198,7 @@ def load_ensemble(
     members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
     if device.type == "cpu":
         keep_freed_memory()  # from here on: loading leaves scraps that no pass can use
+    if all(isinstance(member.encoder, OpenVino) for member in members):
+        torch.set_num_threads(1)  # what is left to PyTorch: its idle threads would spin beside
+        # OpenVINO's, on the same cores
     return Ensemble(manifest, members, device, stages, streams)

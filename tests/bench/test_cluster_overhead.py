@@ -11,15 +11,19 @@ pytestmark = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not install
 
 
 @pytest.mark.parametrize(
-    ("times", "workers", "seconds"),
-    [([10.0, 12.0, 14.0, 16.0], 1, 1.0), ([10.0, 10.5, 12.0, 12.5], 2, 0.5)],
+    ("times", "workers", "warm_up", "seconds"),
+    [
+        ([10.0, 12.0, 14.0, 16.0], 1, 1, 1.0),
+        ([10.0, 10.5, 12.0, 12.5], 2, 1, 0.5),
+        ([10.0, 18.0, 22.0, 24.0], 1, 2, 1.5),
+    ],
 )
-def test_a_strips_seconds_begin_when_every_worker_has_written(
-    times: list[float], workers: int, seconds: float
+def test_a_strips_seconds_begin_when_every_worker_is_warm(
+    times: list[float], workers: int, warm_up: int, seconds: float
 ) -> None:
     from bench.cluster_overhead import strip_seconds
 
-    assert strip_seconds(times, workers, per_part=2) == seconds
+    assert strip_seconds(times, workers, per_part=2, warm_up=warm_up) == seconds
 
 
 def test_a_few_images_go_through_stub_members_and_are_a_line_of_the_table(tmp_path: Path) -> None:

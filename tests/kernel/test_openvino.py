@@ -20,7 +20,7 @@ from kernel.engines import (
     compile_member,
     openvino_files,
 )
-from kernel.ensemble import Ensemble
+from kernel.ensemble import Ensemble, load_ensemble
 from kernel.logs import Stages
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
@@ -196,11 +196,27 @@ def test_an_engine_takes_no_more_threads_than_pytorch_was_given(
     plain = load_member(openvino_dataset, spec, CPU)
     engine = compile_member(plain, openvino_dataset, CPU, streams).encoder
     assert isinstance(engine, OpenVino)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # set by others, once it is loaded
     engine(greys(1, 1, 64, 96))
     [(request, *_)] = (list(found.values()) for found in engine.requests.values())
     found = request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
     default = engine.core.compile_model(engine.model, "CPU")
     assert found == (threads or default.get_property("INFERENCE_NUM_THREADS"))
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_pytorch_keeps_one_thread_unless_a_member_runs_on_it(
+    failed: bool, openvino_dataset: Path
+) -> None:
+    if failed:
+        last = specs_of(openvino_dataset)[-1]
+        (openvino_dataset / openvino_files(last.file)[0]).write_text("<net", encoding="utf-8")
+    torch.set_num_threads(3)
+    try:
+        load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+        assert torch.get_num_threads() == (3 if failed else 1)
+    finally:
+        torch.set_num_threads(1)  # as conftest has it
 
 
 def test_engines_that_meet_many_sizes_keep_few_of_them_ready(openvino_dataset: Path) -> None:
