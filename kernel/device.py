@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
@@ -36,19 +38,50 @@ def pick_device() -> torch.device:
 
 # --- memory of the host ---------------------------------------------------------------------------
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
+KEPT_UP_TO = 2**30  # bytes; a larger block is mapped alone, and given back when it is freed
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library where it is glibc: others have no such settings, and stay as they are."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
+
+
+def share_freed_memory() -> None:
+    """Have all threads allocate from one heap: what one frees, the others can use."""
+    if glibc := _glibc():
+        glibc.mallopt(M_ARENA_MAX, 1)
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for what is asked next.
+    """Have the C library keep what is freed from here on, for what is asked next.
 
     By itself it gives a pass's hundreds of MB back to the system, and gets the next pass's page by
-    page. Other libraries than glibc have no such settings, and stay as they are.
+    page.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # bytes; above it a block of its own is mapped
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the most that an int can say
+    if glibc := _glibc():
+        glibc.malloc_trim(0)
+        glibc.mallopt(M_MMAP_THRESHOLD, KEPT_UP_TO)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the most that an int can say
+
+
+@contextmanager
+def lasting_memory() -> Iterator[None]:
+    """Allocate what stays for good apart from what comes and goes, and give its scraps back.
+
+    Among what a pass frees it would leave holes that fit no other pass.
+    """
+    glibc = _glibc()
+    if glibc:
+        glibc.mallopt(M_MMAP_THRESHOLD, 2**17)
+    try:
+        yield
+    finally:
+        if glibc:
+            glibc.mallopt(M_MMAP_THRESHOLD, KEPT_UP_TO)
+            glibc.malloc_trim(0)
 
 
 # --- copies ---------------------------------------------------------------------------------------

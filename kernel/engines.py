@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kernel.device import lasting_memory
 from kernel.images import Image, image_to_tensor, pad_to_multiple
 from kernel.logs import log
 from kernel.members import Member, split_network
@@ -90,7 +91,8 @@ class OpenVino:
             hints["NUM_STREAMS"] = self.streams
         if self.threads:
             hints["INFERENCE_NUM_THREADS"] = self.threads
-        return self.core.compile_model(self.model, "CPU", hints)
+        with lasting_memory():
+            return self.core.compile_model(self.model, "CPU", hints)
 
     def release_memory(self) -> None:
         """Release the working memory; the next run allocates it again."""

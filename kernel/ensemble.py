@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kernel.device import keep_freed_memory
+from kernel.device import keep_freed_memory, share_freed_memory
 from kernel.engines import OpenVino, check_engine, compile_member
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple
 from kernel.logs import Stages, log, progress
@@ -195,6 +195,8 @@ def load_ensemble(
     with stages("import"):
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
+    if device.type == "cpu":
+        share_freed_memory()
     members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
     if device.type == "cpu":
         keep_freed_memory()  # from here on: loading leaves scraps that no pass can use

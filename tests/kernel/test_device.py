@@ -10,33 +10,60 @@ from helpers import ROOT
 
 FAULTS = """
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from kernel.device import lasting_memory
 from kernel.ensemble import load_ensemble
 from kernel.logs import Stages
 from kernel.manifest import load_manifest
 
 
-def faults() -> int:
+def faults(mib: int) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(32 << 20)
+    torch.ones(mib << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 bundle = Path({bundle!r})
 load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages())
-print(min(faults() for _ in range(5)))
+{then}
 """
 
+glibc_only = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc has these settings"
+)
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+
+def after_loading(bundle: Path, then: str) -> int:
+    """What some lines print in a process that has loaded an ensemble."""
+    words = [sys.executable, "-c", FAULTS.format(bundle=str(bundle), then=then)]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(found.stdout.split()[-1])
+
+
+@glibc_only
 def test_memory_that_a_pass_frees_is_there_for_the_next(session_light: Path) -> None:
-    """128 MB are 32,768 pages: by itself each of them is asked of the system every time.
+    """128 MiB are 32,768 pages: by itself each of them is asked of the system every time.
 
     The least of five counts, for what else is allocated may lie in the way once.
     """
-    words = [sys.executable, "-c", FAULTS.format(bundle=str(session_light))]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(found.stdout.split()[-1]) < 1000
+    assert after_loading(session_light, "print(min(faults(128) for _ in range(5)))") < 1000
+
+
+@glibc_only
+def test_memory_that_a_thread_frees_is_there_for_another(session_light: Path) -> None:
+    """32 MiB, 8,192 pages: a new thread with a heap of its own would ask for them."""
+    lines = "[faults(128), faults(128)]\nprint(ThreadPoolExecutor(1).submit(faults, 32).result())"
+    assert after_loading(session_light, lines) < 1000
+
+
+@glibc_only
+def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: Path) -> None:
+    apart = "with lasting_memory():\n    print(min(faults(128) for _ in range(5)))"
+    assert after_loading(session_light, apart) > 10_000
+    assert (
+        after_loading(session_light, f"{apart}\nprint(min(faults(128) for _ in range(5)))") < 1000
+    )
