@@ -39,7 +39,8 @@ def pick_device() -> torch.device:
 # --- memory of the host ---------------------------------------------------------------------------
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
-KEPT_UP_TO = 2**30  # bytes; a larger block is mapped alone, and given back when it is freed
+# A block of more bytes is mapped alone, and given back to the system when it is freed:
+MAPPED_BY_DEFAULT, MAPPED_AT_MOST = 2**17, 2**30  # glibc's own; so that a pass's memory is kept
 
 
 @functools.cache
@@ -58,12 +59,12 @@ def share_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed from here on, for what is asked next.
 
-    By itself it gives a pass's hundreds of MB back to the system, and gets the next pass's page by
-    page.
+    What is free already goes back first. By itself glibc gives a pass's hundreds of MB back to the
+    system, and gets the next pass's page by page.
     """
     if glibc := _glibc():
         glibc.malloc_trim(0)
-        glibc.mallopt(M_MMAP_THRESHOLD, KEPT_UP_TO)
+        glibc.mallopt(M_MMAP_THRESHOLD, MAPPED_AT_MOST)
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the most that an int can say
 
 
@@ -75,12 +76,12 @@ def lasting_memory() -> Iterator[None]:
     """
     glibc = _glibc()
     if glibc:
-        glibc.mallopt(M_MMAP_THRESHOLD, 2**17)
+        glibc.mallopt(M_MMAP_THRESHOLD, MAPPED_BY_DEFAULT)
     try:
         yield
     finally:
         if glibc:
-            glibc.mallopt(M_MMAP_THRESHOLD, KEPT_UP_TO)
+            glibc.mallopt(M_MMAP_THRESHOLD, MAPPED_AT_MOST)
             glibc.malloc_trim(0)
 
 

@@ -196,11 +196,10 @@ def load_ensemble(
         use_wheels(bundle)
         import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
     if device.type == "cpu":
-        share_freed_memory()
+        share_freed_memory()  # before there are threads that take heaps of their own
     members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
     if device.type == "cpu":
         keep_freed_memory()  # from here on: loading leaves scraps that no pass can use
     if all(isinstance(member.encoder, OpenVino) for member in members):
-        torch.set_num_threads(1)  # what is left to PyTorch: its idle threads would spin beside
-        # OpenVINO's, on the same cores
+        torch.set_num_threads(1)  # idle ones would spin on the cores that OpenVINO's run on
     return Ensemble(manifest, members, device, stages, streams)

@@ -32,6 +32,10 @@ load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages())
 {then}
 """
 
+LEAST = (
+    "print(min(faults(128) for _ in range(5)))"  # what else is allocated may lie in the way once
+)
+
 glibc_only = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc has these settings"
 )
@@ -46,11 +50,8 @@ def after_loading(bundle: Path, then: str) -> int:
 
 @glibc_only
 def test_memory_that_a_pass_frees_is_there_for_the_next(session_light: Path) -> None:
-    """128 MiB are 32,768 pages: by itself each of them is asked of the system every time.
-
-    The least of five counts, for what else is allocated may lie in the way once.
-    """
-    assert after_loading(session_light, "print(min(faults(128) for _ in range(5)))") < 1000
+    """128 MiB are 32,768 pages: by itself each of them is asked of the system every time."""
+    assert after_loading(session_light, LEAST) < 1000
 
 
 @glibc_only
@@ -62,8 +63,6 @@ def test_memory_that_a_thread_frees_is_there_for_another(session_light: Path) ->
 
 @glibc_only
 def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: Path) -> None:
-    apart = "with lasting_memory():\n    print(min(faults(128) for _ in range(5)))"
+    apart = f"with lasting_memory():\n    {LEAST}"
     assert after_loading(session_light, apart) > 10_000
-    assert (
-        after_loading(session_light, f"{apart}\nprint(min(faults(128) for _ in range(5)))") < 1000
-    )
+    assert after_loading(session_light, f"{apart}\n{LEAST}") < 1000
