@@ -187,8 +187,8 @@ class StubWorker(Worker):
     """A worker whose one member is a stub; all else is as it is."""
 
     def _load(self, device: torch.device) -> Scheduler:
-        def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> list[Member]:
-            return [Member(spec, encode, decode, stride=32) for spec in specs]
+        def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> dict[str, Member]:
+            return {spec.name: Member(spec, encode, decode, stride=32) for spec in specs}
 
         with mock.patch("kernel.ensemble.load_members", stubs):
             return super()._load(device)

@@ -4,39 +4,31 @@ import copy
 import itertools
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kernel.device import lasting_memory
 from kernel.images import Image, image_to_tensor, pad_to_multiple
 from kernel.logs import log
-from kernel.members import Member, split_network
+from kernel.manifest import MemberSpec
+from kernel.members import Member, check_sha256, split_network
 from kernel.tta import Half
 
 MAX_CACHED_SHAPES = 4  # of strips that an engine is compiled for at a time
 TOLERANCE = 1e-3  # mean difference of probabilities; fp16's is below, a wrong network's far above
+LOGIT_TOLERANCE = 1e-2  # mean difference of logits in fp32
+NEAREST = 1e-4  # a probability gets to 0 or 1 for its logit: beyond, that is mostly rounding
 
 
-def fold_batch_norm(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it: the same numbers, one step less.
-
-    Neighbours are assumed to run one after another; where they do not, `check_engine` finds out.
-    """
-    for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
-        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
-            continue
-        if type(norm) is nn.BatchNorm2d and conv.out_channels == norm.num_features:
-            setattr(module, name, fuse_conv_bn_eval(conv, norm))
-            setattr(module, norm_name, nn.Identity())
-    for child in module.children():
-        fold_batch_norm(child)
+# --- OpenVINO -------------------------------------------------------------------------------------
 
 
 class OpenVino:
@@ -121,23 +113,59 @@ def _join_halves(encoder: Any, decoder: Any) -> Any:
     return openvino.Model([gates, *decoder.get_results()], encoder.get_parameters(), "whole")
 
 
-def with_openvino(plain: Member, halves: Sequence[Path], streams: int) -> Member:
-    """Return a member whose two halves, and both in one piece, run on OpenVINO."""
-    import openvino
+@dataclass(frozen=True)
+class Reference:
+    """What plain fp32 PyTorch gave for one image where the bundle was built."""
 
-    core = openvino.Core()
-    models = [core.read_model(path) for path in halves]
-    encoder, decoder = (OpenVino(core, model, streams) for model in models)
-    joined = _join_halves(*(model.clone() for model in models))  # of the same weights
-    whole = OpenVino(core, joined, streams)
+    images: Tensor  # (1, channels, H, W) in [0, 1]
+    gates: Tensor  # (1, classes)
+    masks: Tensor  # (1, classes, H, W), with all gates open
+    stride: int  # the member's, which no network is built to ask
 
-    def release_memory() -> None:
-        for engine in (encoder, decoder, whole):
-            engine.release_memory()
+    def check(self, member: Member) -> None:
+        """Raise ValueError where a member does not give the same, gates and masks apart.
 
-    return replace(
-        plain, encoder=encoder, decoder=decoder, whole=whole, release_memory=release_memory
-    )
+        Logits are compared: a sigmoid near 0 or 1 would hide what differs.
+        """
+        answers = _answers(member, self.images)
+        apart = [
+            (torch.logit(found, NEAREST) - torch.logit(expected, NEAREST)).abs().mean().item()
+            for found, expected in zip(answers, (self.gates, self.masks), strict=True)
+        ]
+        if not all(difference <= LOGIT_TOLERANCE for difference in apart):  # which NaN is not
+            raise ValueError(f"logits of gates and masks are {apart} from the bundle's reference")
+
+
+def reference_file(file: str) -> str:
+    """Name of the reference beside a member's checkpoint `file`, where OpenVINO was packed."""
+    return f"{Path(file).stem}.reference.safetensors"
+
+
+def take_reference(member: Member, images: Tensor) -> Reference:
+    """Return what a member of plain PyTorch gives for images (1, channels, H, W)."""
+    return Reference(images, *_answers(member, images), member.stride)
+
+
+def write_reference(reference: Reference, path: Path) -> None:
+    """Write a reference as safetensors."""
+    tensors = {name: getattr(reference, name) for name in ("images", "gates", "masks")}
+    path.write_bytes(save(tensors, {"stride": str(reference.stride)}))
+
+
+def read_reference(path: Path) -> Reference:
+    """Read a reference that `write_reference` wrote."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("images", "gates", "masks")}
+        return Reference(**tensors, stride=int(file.metadata()["stride"]))
+
+
+@torch.inference_mode()
+def _answers(member: Member, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A member's gates, and its masks with all gates open; its working memory is released."""
+    gates, *features = member.encoder(images)
+    masks = member.decoder(torch.ones_like(gates), *features)
+    member.release_memory()
+    return gates, masks
 
 
 def openvino_files(file: str) -> list[str]:
@@ -145,23 +173,68 @@ def openvino_files(file: str) -> list[str]:
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
+def packed_for_openvino(folder: Path, spec: MemberSpec) -> bool:
+    """Whether a bundle has any file of a member for OpenVINO."""
+    names = [*openvino_files(spec.file), reference_file(spec.file)]
+    return any((folder / name).is_file() for name in names)
+
+
+def load_openvino(folder: Path, spec: MemberSpec, streams: int = 1) -> Member:
+    """Load a member that `build_kernel.py --openvino` packed, in halves and in one piece.
+
+    PyTorch builds no network: what it would give lies in the bundle, as the reference.
+
+    Raises:
+        Exception: whatever OpenVINO raises; ValueError where it gives something else.
+    """
+    import openvino
+
+    check_sha256(folder / spec.file, spec.sha256)  # the halves are of the checkpoint as it was
+    core, reference = openvino.Core(), read_reference(folder / reference_file(spec.file))
+    models = [core.read_model(folder / name) for name in openvino_files(spec.file)]
+    joined = _join_halves(*(model.clone() for model in models))  # of the same weights
+    engines = [OpenVino(core, model, streams) for model in (*models, joined)]
+
+    def release_memory() -> None:
+        for engine in engines:
+            engine.release_memory()
+
+    encoder, decoder, whole = engines
+    member = Member(spec, encoder, decoder, reference.stride, release_memory, whole)
+    reference.check(member)
+    for engine in engines:
+        engine.requests.clear()  # the reference's shape does not come again
+    return member
+
+
+# --- PyTorch --------------------------------------------------------------------------------------
+
+
+def fold_batch_norm(module: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it: the same numbers, one step less.
+
+    Neighbours are assumed to run one after another; where they do not, `check_engine` finds out.
+    """
+    for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if type(norm) is nn.BatchNorm2d and conv.out_channels == norm.num_features:
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
+    for child in module.children():
+        fold_batch_norm(child)
+
+
 def to_half_precision(network: nn.Module) -> nn.Module:
     """The same network with fp16 weights, channels last: what a GPU runs."""
     return network.half().to(memory_format=torch.channels_last)
 
 
-def compile_member(plain: Member, folder: Path, device: torch.device, streams: int = 1) -> Member:
-    """Return a member of the bundle `folder` on the fastest engine of this machine.
+def compile_member(plain: Member, device: torch.device) -> Member:
+    """Return a member on PyTorch with batch norm folded; on a GPU in fp16, channels last.
 
-    OpenVINO on the CPU, where it imports and `build_kernel.py --openvino` packed the halves. Else
-    PyTorch with batch norm folded; on a GPU in fp16, channels last. `plain` stays as it is.
+    `plain` stays as it is.
     """
-    halves = [folder / name for name in openvino_files(plain.spec.file)]
-    if device.type == "cpu" and halves[0].is_file():
-        try:
-            return with_openvino(plain, halves, streams)
-        except Exception as error:  # a failed engine must not cost the submission
-            log.warning("%s runs on PyTorch, not on OpenVINO: %r", plain.spec.name, error)
     network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)
     if device.type == "cuda":
@@ -176,15 +249,10 @@ def highest_contrast_crop(image: Image, width: int = 400) -> Image:
     return max(parts, key=lambda part: float(part.std()))
 
 
-@torch.inference_mode()
 def differences(member: Member, other: Member, images: Tensor) -> list[float]:
     """Mean differences of two members' gates, and of their masks with all gates open."""
-    answers = []
-    for each in (member, other):
-        gates, *features = each.encoder(images)
-        answers.append((gates, each.decoder(torch.ones_like(gates), *features)))
-        each.release_memory()
-    return [(a - b).abs().mean().item() for a, b in zip(*answers, strict=True)]
+    pairs = zip(_answers(member, images), _answers(other, images), strict=True)
+    return [(a - b).abs().mean().item() for a, b in pairs]
 
 
 def check_engine(
@@ -206,7 +274,4 @@ def check_engine(
         fault = repr(error)
     if fault:
         log.warning("%s runs on plain PyTorch, the engine fails: %s", plain.spec.name, fault)
-    for compiled in (engine.encoder, engine.decoder, engine.whole):
-        if isinstance(compiled, OpenVino):
-            compiled.requests.clear()  # a crop's shape does not come again
     return plain if fault else engine

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from kernel.device import keep_freed_memory, share_freed_memory
-from kernel.engines import OpenVino, check_engine, compile_member
+from kernel.engines import (
+    OpenVino,
+    check_engine,
+    compile_member,
+    load_openvino,
+    packed_for_openvino,
+)
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest, MemberSpec
@@ -142,6 +148,21 @@ def _resize(images: Tensor, size: Size) -> Tensor:
 # --- loading --------------------------------------------------------------------------------------
 
 
+def load_openvino_members(
+    bundle: Path, specs: Sequence[MemberSpec], streams: int
+) -> dict[str, Member]:
+    """Load the members that run on OpenVINO here, by their names: packed for it, and right."""
+    members = dict[str, Member]()
+    for spec in progress(specs, "members", "member"):
+        if not packed_for_openvino(bundle, spec):
+            continue
+        try:
+            members[spec.name] = load_openvino(bundle, spec, streams)
+        except Exception as error:  # a failed engine must not cost the submission
+            log.warning("%s runs on PyTorch, not on OpenVINO: %r", spec.name, error)
+    return members
+
+
 def load_members(
     bundle: Path,
     specs: Sequence[MemberSpec],
@@ -149,31 +170,27 @@ def load_members(
     stages: Stages,
     allow_missing: bool,
     image: Image | None,
-    streams: int,
-) -> list[Member]:
-    """Load every member of a bundle on its engine, checked on `image` if there is one.
+) -> dict[str, Member]:
+    """Load members of a bundle on PyTorch, by their names, checked on `image` if there is one.
 
     Raises:
-        ValueError: as `load_member`, unless `allow_missing`; or no member is left.
+        ValueError: as `load_member`, unless `allow_missing`.
     """
-    checks = list[Future[Member]]()
+    checks = dict[str, Future[Member]]()
     with ThreadPoolExecutor(max_workers=2) as pool:  # one is checked while the next is loaded
         for spec in progress(specs, "members", "member"):
             try:
                 with stages("load"):
                     plain = load_member(bundle, spec, device)
-                    engine = compile_member(plain, bundle, device, streams)
+                    engine = compile_member(plain, device)
             except ValueError as error:
                 if not allow_missing:
                     raise
                 log.warning("going on without member %s: %s", spec.name, error)
                 continue
-            checks.append(pool.submit(check_engine, engine, plain, image, device))
+            checks[spec.name] = pool.submit(check_engine, engine, plain, image, device)
         with stages("check"):
-            members = [check.result() for check in checks]
-    if not members:
-        raise ValueError(f"{bundle}: no member can be used")
-    return members
+            return {name: check.result() for name, check in checks.items()}
 
 
 def load_ensemble(
@@ -190,16 +207,24 @@ def load_ensemble(
     It sets up this process for them: what memory is kept, and PyTorch's threads.
 
     Raises:
-        ValueError: as `load_members`.
+        ValueError: as `load_members`, or no member is left.
     """
     with stages("import"):
         use_wheels(bundle)
-        import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
+    members = dict[str, Member]()
     if device.type == "cpu":
         share_freed_memory()  # before there are threads that take heaps of their own
-    members = load_members(bundle, manifest.members, device, stages, allow_missing, image, streams)
+        with stages("load"):
+            members = load_openvino_members(bundle, manifest.members, streams)
+    if left := [spec for spec in manifest.members if spec.name not in members]:
+        with stages("import"):
+            import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
+        members |= load_members(bundle, left, device, stages, allow_missing, image)
+    if not members:
+        raise ValueError(f"{bundle}: no member can be used")
     if device.type == "cpu":
         keep_freed_memory()  # from here on: loading leaves scraps that no pass can use
-    if all(isinstance(member.encoder, OpenVino) for member in members):
+    loaded = [members[spec.name] for spec in manifest.members if spec.name in members]
+    if all(isinstance(member.encoder, OpenVino) for member in loaded):
         torch.set_num_threads(1)  # idle ones would spin on the cores that OpenVINO's run on
-    return Ensemble(manifest, members, device, stages, streams)
+    return Ensemble(manifest, loaded, device, stages, streams)

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel.engines import openvino_files
+from kernel.engines import openvino_files, reference_file, take_reference, write_reference
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
 from kernel.manifest import Manifest, MemberSpec
@@ -112,17 +112,23 @@ def count_flops(member: Member, size: tuple[int, int], channels: int = 1) -> lis
     return [int(first.get_total_flops()), int(second.get_total_flops())]
 
 
-def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
-    """Write both halves as OpenVINO reads them, for any image size and batch; return their bytes.
+def _noise(member: Member, channels: int, rows: int, columns: int) -> Tensor:
+    """A seeded image of so many strides, (1, channels, H, W)."""
+    size = rows * member.stride, columns * member.stride
+    return torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
 
-    In fp32, twice the checkpoint's bytes: batch norm is folded here, and rounded to fp16 once more
-    the weights move 0.1 % of a mask's pixels.
+
+def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
+    """Write both halves as OpenVINO reads them, for any image size and batch, and a reference.
+
+    Returns the bytes. In fp32, twice the checkpoint's: batch norm is folded here, and rounded to
+    fp16 once more the weights move 0.1 % of a mask's pixels.
     """
     import openvino
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # OpenVINO traces in a way that PyTorch calls deprecated
-        images = torch.rand(1, channels, 2 * member.stride, 3 * member.stride)
+        images = _noise(member, channels, 2, 3)
         encoded = member.encoder(images)
         decoder = openvino.convert_model(member.decoder, example_input=encoded)
         encoder = openvino.convert_model(member.encoder, example_input=images)
@@ -136,7 +142,10 @@ def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
         for number, node in enumerate(half.get_ordered_ops()):
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
         openvino.save_model(half, path, compress_to_fp16=False)
-    return sum(path.stat().st_size + path.with_suffix(".bin").stat().st_size for path in paths)
+    reference = folder / reference_file(member.spec.file)
+    write_reference(take_reference(member, _noise(member, channels, 4, 8)), reference)
+    written = [*paths, *(path.with_suffix(".bin") for path in paths), reference]
+    return sum(path.stat().st_size for path in written)
 
 
 def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> None:

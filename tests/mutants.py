@@ -22,7 +22,7 @@ KILLED = {1, 3, 24, -24, 36}  # mutmut's exit codes of a test that failed, and o
 # What runs only in processes of their own, on a GPU or in OpenVINO; and the texts of --help.
 ELSEWHERE = (
     r"\.x(ǁOpenVinoǁ.*|_(start_worker|start_log|parse_options|in_half_precision|device_usable"
-    r"|compile_member|openvino_files|_share))__mutmut"
+    r"|load_openvino|openvino_files|_share))__mutmut"
 )
 
 

@@ -65,7 +65,7 @@ def test_folding_leaves_the_answers_and_takes_the_norms(
 def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:
     for spec in specs_of(dataset):
         plain = load_member(dataset, spec, CPU)
-        engine = compile_member(plain, dataset, CPU)
+        engine = compile_member(plain, CPU)
         counts = [
             sum(type(module) is nn.BatchNorm2d for module in member.encoder.modules())
             for member in (engine, plain)

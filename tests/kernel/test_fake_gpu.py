@@ -4,7 +4,6 @@ What needs a number (`item`), a real GPU or tensors of two devices in one operat
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,7 +109,7 @@ def member_of(spec: MemberSpec) -> Member:
     with torch.device("meta"):
         network = build_network(spec.model)
     plain = split_network(network, spec, torch.device("meta"))
-    return compile_member(plain, Path("no bundle"), CUDA)
+    return compile_member(plain, CUDA)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,6 +1,7 @@
 """OpenVINO: packed halves give what plain PyTorch gives, and where they fail PyTorch runs."""
 
 import shutil
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, draw_image, predict, save_strips
+from helpers import CPU, ROOT, draw_image, predict, save_strips
 from torch import Tensor
 
 from kernel.engines import (
     MAX_CACHED_SHAPES,
     OpenVino,
-    check_engine,
-    compile_member,
+    load_openvino,
     openvino_files,
+    reference_file,
 )
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.logs import Stages
@@ -56,7 +57,7 @@ def greys(seed: int, batch: int, height: int, width: int) -> Tensor:
 
 
 def engine_of(dataset: Path, spec: MemberSpec) -> Member:
-    return compile_member(load_member(dataset, spec, CPU), dataset, CPU)
+    return load_openvino(dataset, spec)
 
 
 def answers(member: Member, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ def test_openvino_gives_what_plain_pytorch_gives(
 ) -> None:
     for spec in specs_of(openvino_dataset):
         plain = load_member(openvino_dataset, spec, CPU)
-        engine = compile_member(plain, openvino_dataset, CPU)
+        engine = engine_of(openvino_dataset, spec)
         assert isinstance(engine.encoder, OpenVino)
         assert engine.stride == plain.stride
         images = greys(2, *shape)
@@ -193,8 +194,7 @@ def test_an_engine_takes_no_more_threads_than_pytorch_was_given(
     if limit:
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     spec = specs_of(openvino_dataset)[0]
-    plain = load_member(openvino_dataset, spec, CPU)
-    engine = compile_member(plain, openvino_dataset, CPU, streams).encoder
+    engine = load_openvino(openvino_dataset, spec, streams).encoder
     assert isinstance(engine, OpenVino)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # set by others, once it is loaded
     engine(greys(1, 1, 64, 96))
@@ -253,22 +253,8 @@ def test_an_engine_that_releases_its_memory_gives_the_same_bits_again(
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_an_openvino_that_cannot_release_its_memory_is_not_used(openvino_dataset: Path) -> None:
-    def fails() -> None:
-        raise RuntimeError("infer requests are busy")
-
-    spec = specs_of(openvino_dataset)[0]
-    plain, engine = load_member(openvino_dataset, spec, CPU), engine_of(openvino_dataset, spec)
-    stuck = replace(engine, release_memory=fails)
-    assert check_engine(stuck, plain, draw_image(6), CPU) is plain
-
-
-def test_after_the_check_nothing_stays_compiled_for_its_part_of_a_strip(
-    openvino_dataset: Path,
-) -> None:
-    spec = specs_of(openvino_dataset)[0]
-    plain, engine = load_member(openvino_dataset, spec, CPU), engine_of(openvino_dataset, spec)
-    assert check_engine(engine, plain, draw_image(6), CPU) is engine
+def test_after_the_check_nothing_stays_compiled_for_the_reference(openvino_dataset: Path) -> None:
+    engine = engine_of(openvino_dataset, specs_of(openvino_dataset)[0])
     assert not engine.encoder.requests
     assert not engine.decoder.requests
 
@@ -286,7 +272,13 @@ def test_a_member_that_is_packed_again_is_the_same_bytes(packed: Path, tmp_path:
     fpn = next(spec for spec in specs_of(packed) if spec.name == "fpn-b")
     pack_openvino(load_member(packed, fpn, CPU), tmp_path)
     again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(name.split(".")[-1] for name in again) == ["bin", "bin", "xml", "xml"]
+    assert sorted(name.split(".", 1)[1] for name in again) == [
+        "decoder.bin",
+        "decoder.xml",
+        "encoder.bin",
+        "encoder.xml",
+        "reference.safetensors",
+    ]
     assert again == {name: (packed / name).read_bytes() for name in again}
 
 
@@ -317,21 +309,100 @@ def test_two_strips_at_once_get_the_bytes_of_one_after_another(
 # --- where it fails -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["torn", "not installed"])
+def tear_a_half(dataset: Path, spec: MemberSpec, _: pytest.MonkeyPatch) -> None:
+    (dataset / openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
+
+
+def tear_the_reference(dataset: Path, spec: MemberSpec, _: pytest.MonkeyPatch) -> None:
+    (dataset / reference_file(spec.file)).write_bytes(b"torn")
+
+
+def remove_the_reference(dataset: Path, spec: MemberSpec, _: pytest.MonkeyPatch) -> None:
+    (dataset / reference_file(spec.file)).unlink()
+
+
+def remove_openvino(_: Path, __: MemberSpec, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "openvino", None)
+
+
+def keep_requests_busy(_: Path, __: MemberSpec, patch: pytest.MonkeyPatch) -> None:
+    def busy(_: OpenVino) -> None:
+        raise RuntimeError("infer requests are busy")
+
+    patch.setattr(OpenVino, "release_memory", busy)
+
+
+def scale_outputs(number: int, factor: float) -> Any:
+    """Return what scales an engine's gates, or the only output of a decoder."""
+
+    def scale(_: Path, __: MemberSpec, patch: pytest.MonkeyPatch) -> None:
+        run = OpenVino.__call__
+
+        def scaled(engine: OpenVino, *tensors: Tensor) -> Any:
+            found = run(engine, *tensors)
+            if number == 0 and isinstance(found, tuple):
+                return found[0] * factor, *found[1:]
+            return found * factor if number == 1 and isinstance(found, Tensor) else found
+
+        patch.setattr(OpenVino, "__call__", scaled)
+
+    return scale
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "a torn half": (tear_a_half, "RuntimeError"),
+    "a torn reference": (tear_the_reference, "SafetensorError"),
+    "no reference": (remove_the_reference, "No such file"),
+    "no OpenVINO": (remove_openvino, "ModuleNotFoundError"),
+    "memory that is kept": (keep_requests_busy, "infer requests are busy"),
+    "other gates": (scale_outputs(0, 0.98), "from the bundle's reference"),
+    "other masks": (scale_outputs(1, 0.98), "from the bundle's reference"),
+    "masks of NaN": (scale_outputs(1, torch.nan), "from the bundle's reference"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
 def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
-    how: str,
+    case: str,
     openvino_dataset: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     spec = specs_of(openvino_dataset)[0]
-    if how == "torn":
-        (openvino_dataset / openvino_files(spec.file)[0]).write_text("<net", encoding="utf-8")
-    else:
-        monkeypatch.setitem(sys.modules, "openvino", None)
-    engine = engine_of(openvino_dataset, spec)
-    assert isinstance(engine.encoder, Encoder)
-    assert "unet-a runs on PyTorch, not on OpenVINO" in caplog.text
+    fault, reason = FAULTS[case]
+    fault(openvino_dataset, spec, monkeypatch)
+    ensemble = load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+    assert isinstance(ensemble.members["unet-a"].encoder, Encoder)
+    [line] = [line for line in caplog.messages if line.startswith("unet-a runs on PyTorch, not")]
+    assert reason in line
+
+
+def test_a_checkpoint_that_changed_is_refused_though_its_halves_are_whole(
+    openvino_dataset: Path,
+) -> None:
+    file = specs_of(openvino_dataset)[0].file
+    with (openvino_dataset / file).open("ab") as written:
+        written.write(b" ")
+    with pytest.raises(ValueError, match="changed after it was hashed"):
+        load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+
+
+def test_a_run_on_openvino_builds_no_network_of_pytorch(openvino_dataset: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import torch
+from kernel.ensemble import load_ensemble
+from kernel.logs import Stages
+from kernel.manifest import load_manifest
+bundle = Path({str(openvino_dataset)!r})
+ensemble = load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages())
+ensemble.run_encoder(0, torch.rand(1, 1, 64, 96))
+print(sorted({{"segmentation_models_pytorch", "timm"}} & sys.modules.keys()))
+"""
+    words = [sys.executable, "-c", code]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 def test_openvino_that_is_not_installed_stops_the_build_with_the_remedy(
@@ -356,11 +427,11 @@ def test_a_run_with_a_wrong_engine_writes_the_masks_of_plain_pytorch(
         return (tmp_path / name).read_bytes()
 
     expected = submission("right.csv")
-    assert "plain PyTorch" not in caplog.text
+    assert "PyTorch" not in caplog.text
     files = {spec.name: openvino_files(spec.file) for spec in specs_of(openvino_dataset)}
     for own, other in zip(files["unet-c"], files["unet-a"], strict=True):
         for suffix in (".xml", ".bin"):
             path = openvino_dataset / own
             shutil.copy((openvino_dataset / other).with_suffix(suffix), path.with_suffix(suffix))
     assert submission("wrong.csv") == expected
-    assert "unet-c runs on plain PyTorch" in caplog.text
+    assert "unet-c runs on PyTorch, not on OpenVINO" in caplog.text

@@ -63,8 +63,8 @@ def soak(folder: Path) -> None:
     """One run; prints the peak after each tenth of the strips, and what was found."""
     peaks, set_masks = list[float](), Submission.set_masks
 
-    def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> list[Member]:
-        return [Member(spec, encode, decode, stride=32) for spec in specs]
+    def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> dict[str, Member]:
+        return {spec.name: Member(spec, encode, decode, stride=32) for spec in specs}
 
     def spied(submission: Submission, image: str, rles: dict[int, str]) -> None:
         set_masks(submission, image, rles)
