@@ -2,9 +2,10 @@
 
 import copy
 import itertools
+import json
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,17 @@ class Reference:
     gates: Tensor  # (1, classes)
     masks: Tensor  # (1, classes, H, W), with all gates open
     stride: int  # the member's, which no network is built to ask
+    entry: dict[str, Any]  # in the manifest, of which the halves are: shifts, checkpoint's hash
 
     def check(self, member: Member) -> None:
-        """Raise ValueError where a member does not give the same, gates and masks apart.
+        """Raise ValueError where a member is declared otherwise, or does not give the same.
 
-        Logits are compared: a sigmoid near 0 or 1 would hide what differs.
+        Gates and masks are compared apart, by their logits: a sigmoid near 0 or 1 would hide what
+        differs.
         """
+        if self.entry != (declared := _entry_of(member.spec)):
+            key = next(k for k in self.entry | declared if self.entry.get(k) != declared.get(k))
+            raise ValueError(f"packed with another {key} than the manifest's {declared.get(key)}")
         answers = _answers(member, self.images)
         apart = [
             (torch.logit(found, NEAREST) - torch.logit(expected, NEAREST)).abs().mean().item()
@@ -143,20 +149,28 @@ def reference_file(file: str) -> str:
 
 def take_reference(member: Member, images: Tensor) -> Reference:
     """Return what a member of plain PyTorch gives for images (1, channels, H, W)."""
-    return Reference(images, *_answers(member, images), member.stride)
+    return Reference(images, *_answers(member, images), member.stride, _entry_of(member.spec))
 
 
 def write_reference(reference: Reference, path: Path) -> None:
     """Write a reference as safetensors."""
     tensors = {name: getattr(reference, name) for name in ("images", "gates", "masks")}
-    path.write_bytes(save(tensors, {"stride": str(reference.stride)}))
+    rest = {"stride": reference.stride, "entry": reference.entry}
+    path.write_bytes(save(tensors, {"rest": json.dumps(rest, sort_keys=True)}))  # one key: several
+    # have no fixed order
 
 
 def read_reference(path: Path) -> Reference:
     """Read a reference that `write_reference` wrote."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in ("images", "gates", "masks")}
-        return Reference(**tensors, stride=int(file.metadata()["stride"]))
+        return Reference(**tensors, **json.loads(file.metadata()["rest"]))
+
+
+def _entry_of(spec: MemberSpec) -> dict[str, Any]:
+    """A member's entry in the manifest as JSON has it, without what changes no answer."""
+    entry: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
+    return {key: value for key, value in entry.items() if key != "flops"}
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, ROOT, draw_image, predict, save_strips
+from helpers import CPU, ROOT, change_member, draw_image, predict, save_strips
 from torch import Tensor
 
 from kernel.engines import (
@@ -321,6 +321,10 @@ def remove_the_reference(dataset: Path, spec: MemberSpec, _: pytest.MonkeyPatch)
     (dataset / reference_file(spec.file)).unlink()
 
 
+def shift_the_masks(dataset: Path, _: MemberSpec, __: pytest.MonkeyPatch) -> None:
+    change_member(dataset, mask_shift=0.5)
+
+
 def remove_openvino(_: Path, __: MemberSpec, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "openvino", None)
 
@@ -353,6 +357,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a torn half": (tear_a_half, "RuntimeError"),
     "a torn reference": (tear_the_reference, "SafetensorError"),
     "no reference": (remove_the_reference, "No such file"),
+    "a manifest that changed": (
+        shift_the_masks,
+        "packed with another mask_shift than the manifest's 0.5",
+    ),
     "no OpenVINO": (remove_openvino, "ModuleNotFoundError"),
     "memory that is kept": (keep_requests_busy, "infer requests are busy"),
     "other gates": (scale_outputs(0, 0.98), "from the bundle's reference"),
