@@ -43,7 +43,7 @@ def read_bundle(address: str) -> tuple[Manifest, str]:
 
 
 def first_image(images: ImageSet) -> Image:
-    """Return the first image that can be read: each worker checks its engines on it.
+    """Return the first image that can be read: what a worker runs on PyTorch is checked on it.
 
     Raises:
         ValueError: none of the first can.

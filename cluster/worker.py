@@ -88,7 +88,7 @@ class Worker:
         self.scheduler = self._load(pick_device())
 
     def _load(self, device: torch.device) -> Scheduler:
-        """The kernel's ensemble; its engines are checked on the image that the kernel takes."""
+        """The kernel's ensemble, checked on the image that the kernel takes."""
         manifest = load_manifest(self.bundle)
         ensemble = load_ensemble(self.bundle, manifest, device, Stages(), image=self.image)
         batch_size = self.batch_size or (8 if device.type == "cuda" else 1)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from training import synthetic
 from training.ground_truth import check_names, read_truth
 
 IMAGES = "test_images"  # the competition's folder of them
+OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
 RESULTS = ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html")
 
 log = logging.getLogger("kernel")
@@ -54,12 +55,17 @@ log = logging.getLogger("kernel")
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
 
-def make_kaggle_tree(root: Path, bundle: Path, images: Path) -> Path:
-    """Mount competition and dataset below `root`/input as Kaggle does; return the sample."""
+def make_kaggle_tree(
+    root: Path, bundle: Path, images: Path, ignore: Callable[..., Iterable[str]] | None = None
+) -> Path:
+    """Mount competition and dataset below `root`/input as Kaggle does; return the sample.
+
+    What `ignore`, as `shutil.copytree` takes it, names of the dataset is left out.
+    """
     manifest = load_manifest(bundle / "dataset")
     slug = read_json(bundle / "dataset" / "dataset-metadata.json")["id"]
     mounted = root / "input" / "datasets" / slug
-    shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink)
+    shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink, ignore=ignore)
     competition = root / "input" / "competitions" / manifest.competition.slug
     shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
     sample = competition / SAMPLE
@@ -109,6 +115,20 @@ def check_answer(submission: Path, sample: Path, competition: Competition) -> Ch
     if errors:
         return Check(False, f"{submission.name} is invalid: {'; '.join(errors)}")
     return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
+
+
+def check_on_pytorch(root: Path, bundle: Path, images: Path) -> Check:
+    """Run one image without OpenVINO: a machine with a GPU loads SMP and every checkpoint."""
+    name = list_images(images)[0]
+    one = root / "one" / name
+    one.parent.mkdir(parents=True)
+    one.symlink_to(images.resolve() / name)
+    log.info("one image once more, without OpenVINO, as where there is a GPU")
+    make_kaggle_tree(root, bundle, root / "one", shutil.ignore_patterns(*OPENVINO_FILES))
+    code = run_kernel(root, _find_script(bundle)).exit_code
+    if code:
+        return Check(False, f"without OpenVINO, as where there is a GPU, it ends with code {code}")
+    return Check(True, "the members load on PyTorch, too, as where there is a GPU")
 
 
 def check_ended(working: Path) -> Check:
@@ -187,6 +207,8 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     for name in ("submission.csv", "run.json"):
         shutil.copy(working / name, run.out / name)
     run_record = read_json(working / "run.json")
+    if run_record["device"] == "cpu" and any(run.dataset.glob("*.xml")):
+        checks.append(check_on_pytorch(working.parent / "pytorch", run.bundle, run.images))
     run_record["stages"]["start"] = result.seconds - run_record["seconds"]
     run_record["seconds"] = result.seconds  # with the interpreter's start
     report = _write_report(run, run_record, result, [*checks, *check_record(run_record)])

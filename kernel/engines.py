@@ -2,31 +2,26 @@
 
 import copy
 import itertools
-import json
 import os
 import threading
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kernel.device import lasting_memory
 from kernel.images import Image, image_to_tensor, pad_to_multiple
-from kernel.logs import log
+from kernel.logs import Stages, log
 from kernel.manifest import MemberSpec
-from kernel.members import Member, check_sha256, split_network
+from kernel.members import Member, split_network
+from kernel.reference import answers, read_reference, reference_file
 from kernel.tta import Half
 
 MAX_CACHED_SHAPES = 4  # of strips that an engine is compiled for at a time
 TOLERANCE = 1e-3  # mean difference of probabilities; fp16's is below, a wrong network's far above
-LOGIT_TOLERANCE = 1e-2  # mean difference of logits in fp32
-NEAREST = 1e-4  # a probability gets to 0 or 1 for its logit: beyond, that is mostly rounding
 
 
 # --- OpenVINO -------------------------------------------------------------------------------------
@@ -114,109 +109,44 @@ def _join_halves(encoder: Any, decoder: Any) -> Any:
     return openvino.Model([gates, *decoder.get_results()], encoder.get_parameters(), "whole")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What plain fp32 PyTorch gave for one image where the bundle was built."""
-
-    images: Tensor  # (1, channels, H, W) in [0, 1]
-    gates: Tensor  # (1, classes)
-    masks: Tensor  # (1, classes, H, W), with all gates open
-    stride: int  # the member's, which no network is built to ask
-    entry: dict[str, Any]  # in the manifest, of which the halves are: shifts, checkpoint's hash
-
-    def check(self, member: Member) -> None:
-        """Raise ValueError where a member is declared otherwise, or does not give the same.
-
-        Gates and masks are compared apart, by their logits: a sigmoid near 0 or 1 would hide what
-        differs.
-        """
-        if self.entry != (declared := _entry_of(member.spec)):
-            key = next(k for k in self.entry | declared if self.entry.get(k) != declared.get(k))
-            raise ValueError(f"packed with another {key} than the manifest's {declared.get(key)}")
-        answers = _answers(member, self.images)
-        apart = [
-            (torch.logit(found, NEAREST) - torch.logit(expected, NEAREST)).abs().mean().item()
-            for found, expected in zip(answers, (self.gates, self.masks), strict=True)
-        ]
-        if not all(difference <= LOGIT_TOLERANCE for difference in apart):  # which NaN is not
-            raise ValueError(f"logits of gates and masks are {apart} from the bundle's reference")
-
-
-def reference_file(file: str) -> str:
-    """Name of the reference beside a member's checkpoint `file`, where OpenVINO was packed."""
-    return f"{Path(file).stem}.reference.safetensors"
-
-
-def take_reference(member: Member, images: Tensor) -> Reference:
-    """Return what a member of plain PyTorch gives for images (1, channels, H, W)."""
-    return Reference(images, *_answers(member, images), member.stride, _entry_of(member.spec))
-
-
-def write_reference(reference: Reference, path: Path) -> None:
-    """Write a reference as safetensors."""
-    tensors = {name: getattr(reference, name) for name in ("images", "gates", "masks")}
-    rest = {"stride": reference.stride, "entry": reference.entry}
-    path.write_bytes(save(tensors, {"rest": json.dumps(rest, sort_keys=True)}))  # one key: several
-    # have no fixed order
-
-
-def read_reference(path: Path) -> Reference:
-    """Read a reference that `write_reference` wrote."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in ("images", "gates", "masks")}
-        return Reference(**tensors, **json.loads(file.metadata()["rest"]))
-
-
-def _entry_of(spec: MemberSpec) -> dict[str, Any]:
-    """A member's entry in the manifest as JSON has it, without what changes no answer."""
-    entry: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
-    return {key: value for key, value in entry.items() if key != "flops"}
-
-
-@torch.inference_mode()
-def _answers(member: Member, images: Tensor) -> tuple[Tensor, Tensor]:
-    """A member's gates, and its masks with all gates open; its working memory is released."""
-    gates, *features = member.encoder(images)
-    masks = member.decoder(torch.ones_like(gates), *features)
-    member.release_memory()
-    return gates, masks
-
-
 def openvino_files(file: str) -> list[str]:
     """Names of a member's halves beside its checkpoint `file`, where they were packed."""
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
-def packed_for_openvino(folder: Path, spec: MemberSpec) -> bool:
-    """Whether a bundle has any file of a member for OpenVINO."""
-    names = [*openvino_files(spec.file), reference_file(spec.file)]
-    return any((folder / name).is_file() for name in names)
-
-
-def load_openvino(folder: Path, spec: MemberSpec, streams: int = 1) -> Member:
+def load_openvino(folder: Path, spec: MemberSpec, stride: int, streams: int = 1) -> Member:
     """Load a member that `build_kernel.py --openvino` packed, in halves and in one piece.
 
-    PyTorch builds no network: what it would give lies in the bundle, as the reference.
-
-    Raises:
-        Exception: whatever OpenVINO raises; ValueError where it gives something else.
+    PyTorch builds no network, which would know the `stride`.
     """
     import openvino
 
-    check_sha256(folder / spec.file, spec.sha256)  # the halves are of the checkpoint as it was
-    core, reference = openvino.Core(), read_reference(folder / reference_file(spec.file))
+    core = openvino.Core()
     models = [core.read_model(folder / name) for name in openvino_files(spec.file)]
     joined = _join_halves(*(model.clone() for model in models))  # of the same weights
-    engines = [OpenVino(core, model, streams) for model in (*models, joined)]
+    encoder, decoder, whole = (OpenVino(core, model, streams) for model in (*models, joined))
 
     def release_memory() -> None:
-        for engine in engines:
+        for engine in (encoder, decoder, whole):
             engine.release_memory()
 
-    encoder, decoder, whole = engines
-    member = Member(spec, encoder, decoder, reference.stride, release_memory, whole)
-    reference.check(member)
-    for engine in engines:
+    return Member(spec, encoder, decoder, stride, release_memory, whole)
+
+
+def load_checked_openvino(
+    folder: Path, spec: MemberSpec, channels: int, stages: Stages, streams: int = 1
+) -> Member:
+    """Load a member on OpenVINO, and hold it against its reference; images have `channels`.
+
+    Raises:
+        Exception: whatever OpenVINO raises; ValueError where it is not what PyTorch would be.
+    """
+    with stages("load"):
+        reference = read_reference(folder / reference_file(spec.file))
+        member = load_openvino(folder, spec, reference.stride, streams)
+    with stages("check"):
+        reference.check(member, channels)
+    for engine in (member.encoder, member.decoder):
         engine.requests.clear()  # the reference's shape does not come again
     return member
 
@@ -265,7 +195,7 @@ def highest_contrast_crop(image: Image, width: int = 400) -> Image:
 
 def differences(member: Member, other: Member, images: Tensor) -> list[float]:
     """Mean differences of two members' gates, and of their masks with all gates open."""
-    pairs = zip(_answers(member, images), _answers(other, images), strict=True)
+    pairs = zip(answers(member, images), answers(other, images), strict=True)
     return [(a - b).abs().mean().item() for a, b in pairs]
 
 

@@ -14,13 +14,14 @@ from kernel.engines import (
     OpenVino,
     check_engine,
     compile_member,
-    load_openvino,
-    packed_for_openvino,
+    load_checked_openvino,
+    openvino_files,
 )
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest, MemberSpec
-from kernel.members import Member, load_member, use_wheels
+from kernel.members import Member, check_sha256, load_member, use_wheels
+from kernel.reference import reference_file
 from kernel.tta import Half, apply_flip, list_passes
 
 
@@ -149,15 +150,20 @@ def _resize(images: Tensor, size: Size) -> Tensor:
 
 
 def load_openvino_members(
-    bundle: Path, specs: Sequence[MemberSpec], streams: int
+    bundle: Path, manifest: Manifest, stages: Stages, streams: int
 ) -> dict[str, Member]:
     """Load the members that run on OpenVINO here, by their names: packed for it, and right."""
-    members = dict[str, Member]()
-    for spec in progress(specs, "members", "member"):
-        if not packed_for_openvino(bundle, spec):
+    members, channels = dict[str, Member](), manifest.competition.channels
+    for spec in progress(manifest.members, "members", "member"):
+        names = [*openvino_files(spec.file), reference_file(spec.file)]
+        if not any((bundle / name).is_file() for name in names):
             continue
         try:
-            members[spec.name] = load_openvino(bundle, spec, streams)
+            check_sha256(bundle / spec.file, spec.sha256)
+        except ValueError:  # that `load_member` will say
+            continue
+        try:
+            members[spec.name] = load_checked_openvino(bundle, spec, channels, stages, streams)
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", spec.name, error)
     return members
@@ -214,8 +220,7 @@ def load_ensemble(
     members = dict[str, Member]()
     if device.type == "cpu":
         share_freed_memory()  # before there are threads that take heaps of their own
-        with stages("load"):
-            members = load_openvino_members(bundle, manifest.members, streams)
+        members = load_openvino_members(bundle, manifest, stages, streams)
     if left := [spec for spec in manifest.members if spec.name not in members]:
         with stages("import"):
             import segmentation_models_pytorch  # noqa: F401 - timed apart from the members

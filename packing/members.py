@@ -13,11 +13,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel.engines import openvino_files, reference_file, take_reference, write_reference
+from kernel.engines import load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
+from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import Member, load_member
+from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
 from packing.checkpoints import Checkpoint, read_checkpoint
 from packing.models import (
     check_config,
@@ -119,10 +121,10 @@ def _noise(member: Member, channels: int, rows: int, columns: int) -> Tensor:
 
 
 def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
-    """Write both halves as OpenVINO reads them, for any image size and batch, and a reference.
+    """Write both halves as OpenVINO reads them, for any image size and batch; return their bytes.
 
-    Returns the bytes. In fp32, twice the checkpoint's: batch norm is folded here, and rounded to
-    fp16 once more the weights move 0.1 % of a mask's pixels.
+    In fp32, twice the checkpoint's bytes: batch norm is folded here, and rounded to fp16 once more
+    the weights move 0.1 % of a mask's pixels.
     """
     import openvino
 
@@ -142,10 +144,23 @@ def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
         for number, node in enumerate(half.get_ordered_ops()):
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
         openvino.save_model(half, path, compress_to_fp16=False)
-    reference = folder / reference_file(member.spec.file)
-    write_reference(take_reference(member, _noise(member, channels, 4, 8)), reference)
-    written = [*paths, *(path.with_suffix(".bin") for path in paths), reference]
-    return sum(path.stat().st_size for path in written)
+    return sum(path.stat().st_size + path.with_suffix(".bin").stat().st_size for path in paths)
+
+
+def pack_reference(member: Member, folder: Path, channels: int = 1) -> int:
+    """Write what a member of plain PyTorch gives for a seeded image; return the bytes.
+
+    Raises:
+        ValueError: the member that OpenVINO loads from `folder` gives something else.
+    """
+    path, threads = folder / reference_file(member.spec.file), torch.get_num_threads()
+    images = _noise(member, channels, 4, 8)
+    torch.set_num_threads(1)  # more add up in another order: on every build the same bytes
+    found = answers(member, images)
+    torch.set_num_threads(threads)
+    write_reference(Reference(images, *found, member.stride, entry_of(member.spec)), path)
+    load_checked_openvino(folder, member.spec, channels, Stages())
+    return path.stat().st_size
 
 
 def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> None:
@@ -177,8 +192,9 @@ def _pack(
     n_parameters = sum(weight.numel() for weight in member.encoder.network.parameters())
     n_bytes = (folder / spec.file).stat().st_size
     if openvino:
-        with _explained(checkpoint.path, "OpenVINO cannot read it", "build without --openvino"):
+        with _explained(checkpoint.path, "OpenVINO cannot run it", "build without --openvino"):
             n_bytes += pack_openvino(member, folder, channels)
+            n_bytes += pack_reference(member, folder, channels)
     with _explained(checkpoint.path, "its FLOPs cannot be counted", "correct model"):
         spec = replace(spec, flops=count_flops(member, size_of_trial(spec, manifest), channels))
     return PackedMember(spec, n_parameters, n_bytes, checkpoint.notes)

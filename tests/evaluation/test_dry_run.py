@@ -182,6 +182,25 @@ def test_the_tree_has_the_mounts_that_kaggle_makes(
     assert len(list((competition / "test_images").iterdir())) == 3
 
 
+def test_a_bundle_with_openvino_is_run_without_it_too(
+    bundle: Path, strips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny bundle's halves are torn: a run that reads them says so."""
+    for name in ("unet-a.encoder.xml", "unet-a.encoder.bin", "unet-a.reference"):
+        (bundle / "dataset" / name).write_text("torn", encoding="utf-8")
+    good = dry_run.check_on_pytorch(tmp_path / "good", bundle, strips / "test_images")
+    assert good.ok and "on PyTorch" in good.words
+    assert "not on OpenVINO" not in capfd.readouterr().err
+    [sample] = (tmp_path / "good").rglob("sample_submission.csv")
+    assert len(read_table(sample)) == 1
+    with (bundle / "dataset" / "unet-a.safetensors").open("ab") as file:
+        file.write(b" ")
+    bad = dry_run.check_on_pytorch(tmp_path / "bad", bundle, strips / "test_images")
+    assert bad.ok is False
+    assert bad.words == "without OpenVINO, as where there is a GPU, it ends with code 2"
+    assert "changed after it was hashed" in capfd.readouterr().err
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

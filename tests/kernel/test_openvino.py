@@ -1,5 +1,6 @@
 """OpenVINO: packed halves give what plain PyTorch gives, and where they fail PyTorch runs."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,21 +15,22 @@ import torch
 from helpers import CPU, ROOT, change_member, draw_image, predict, save_strips
 from torch import Tensor
 
+from kernel.competition import COMPETITION
 from kernel.engines import (
     MAX_CACHED_SHAPES,
     OpenVino,
-    load_openvino,
+    load_checked_openvino,
     openvino_files,
-    reference_file,
 )
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.logs import Stages
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
+from kernel.reference import read_reference, reference_file
 from kernel.scheduling import Scheduler, predict_masks
 from kernel.tta import Half
 from packing import bundle
-from packing.members import pack_openvino
+from packing.members import pack_openvino, pack_reference
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def greys(seed: int, batch: int, height: int, width: int) -> Tensor:
 
 
 def engine_of(dataset: Path, spec: MemberSpec) -> Member:
-    return load_openvino(dataset, spec)
+    return load_checked_openvino(dataset, spec, 1, Stages())
 
 
 def answers(member: Member, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +196,7 @@ def test_an_engine_takes_no_more_threads_than_pytorch_was_given(
     if limit:
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     spec = specs_of(openvino_dataset)[0]
-    engine = load_openvino(openvino_dataset, spec, streams).encoder
+    engine = load_checked_openvino(openvino_dataset, spec, 1, Stages(), streams).encoder
     assert isinstance(engine, OpenVino)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # set by others, once it is loaded
     engine(greys(1, 1, 64, 96))
@@ -270,14 +272,21 @@ def test_openvino_takes_tensors_that_lie_turned_in_memory(openvino_dataset: Path
 def test_a_member_that_is_packed_again_is_the_same_bytes(packed: Path, tmp_path: Path) -> None:
     """OpenVINO's own names count what the process has made before."""
     fpn = next(spec for spec in specs_of(packed) if spec.name == "fpn-b")
-    pack_openvino(load_member(packed, fpn, CPU), tmp_path)
+    member = load_member(packed, fpn, CPU)
+    pack_openvino(member, tmp_path)
+    torch.set_num_threads(2)
+    try:
+        pack_reference(member, tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)  # as conftest has it
     again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(name.split(".", 1)[1] for name in again) == [
         "decoder.bin",
         "decoder.xml",
         "encoder.bin",
         "encoder.xml",
-        "reference.safetensors",
+        "reference",
     ]
     assert again == {name: (packed / name).read_bytes() for name in again}
 
@@ -325,6 +334,11 @@ def shift_the_masks(dataset: Path, _: MemberSpec, __: pytest.MonkeyPatch) -> Non
     change_member(dataset, mask_shift=0.5)
 
 
+def call_the_images_rgb(dataset: Path, _: MemberSpec, __: pytest.MonkeyPatch) -> None:
+    path = dataset / COMPETITION
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"channels": 3}), encoding="utf-8")
+
+
 def remove_openvino(_: Path, __: MemberSpec, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "openvino", None)
 
@@ -356,16 +370,17 @@ def scale_outputs(number: int, factor: float) -> Any:
 FAULTS: dict[str, tuple[Any, str]] = {
     "a torn half": (tear_a_half, "RuntimeError"),
     "a torn reference": (tear_the_reference, "SafetensorError"),
-    "no reference": (remove_the_reference, "No such file"),
+    "no reference": (remove_the_reference, "build and upload the bundle again"),
     "a manifest that changed": (
         shift_the_masks,
-        "packed with another mask_shift than the manifest's 0.5",
+        "packed with mask_shift 0.0, the manifest says 0.5",
     ),
+    "a competition that changed": (call_the_images_rgb, "images of 1 channels, they have 3"),
     "no OpenVINO": (remove_openvino, "ModuleNotFoundError"),
     "memory that is kept": (keep_requests_busy, "infer requests are busy"),
-    "other gates": (scale_outputs(0, 0.98), "from the bundle's reference"),
-    "other masks": (scale_outputs(1, 0.98), "from the bundle's reference"),
-    "masks of NaN": (scale_outputs(1, torch.nan), "from the bundle's reference"),
+    "other gates": (scale_outputs(0, 0.98), "from PyTorch's"),
+    "other masks": (scale_outputs(1, 0.98), "from PyTorch's"),
+    "masks of NaN": (scale_outputs(1, torch.nan), "from PyTorch's"),
 }
 
 
@@ -385,14 +400,51 @@ def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
     assert reason in line
 
 
+@pytest.mark.parametrize("value", [1e-9, 0.999])
+@pytest.mark.parametrize("half", ["gates", "masks"])
+def test_what_differs_near_0_or_1_is_seen(half: str, value: float, openvino_dataset: Path) -> None:
+    """A shipped member's gates are 1e-9 for a class that is not there."""
+    spec = specs_of(openvino_dataset)[0]
+    reference = read_reference(openvino_dataset / reference_file(spec.file))
+    parts = {"gates": reference.gates, "masks": reference.masks}
+    expected = parts | {half: torch.full_like(parts[half], value)}
+    gates, masks = expected["gates"], expected["masks"]
+    other = torch.sigmoid(torch.logit(expected[half]) - 1)
+
+    def check(gates: Tensor, masks: Tensor) -> None:
+        member = Member(spec, lambda _: (gates,), lambda *_: masks, reference.stride)
+        replace(reference, gates=expected["gates"], masks=expected["masks"]).check(member, 1)
+
+    check(gates, masks)
+    with pytest.raises(ValueError, match="from PyTorch's"):
+        check(other if half == "gates" else gates, other if half == "masks" else masks)
+
+
+@pytest.mark.parametrize("changes", [{"name": "renamed"}, {"image_size": [64, 96]}], ids=str)
+def test_what_is_not_packed_may_change(changes: dict[str, Any], openvino_dataset: Path) -> None:
+    change_member(openvino_dataset, **changes)
+    assert isinstance(engine_of(openvino_dataset, specs_of(openvino_dataset)[0]).encoder, OpenVino)
+
+
+def test_halves_that_are_not_the_networks_stop_the_build(
+    session_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "OPENVINO_WHEEL", {})
+    scale_outputs(1, 0.98)(tmp_path, None, monkeypatch)
+    with pytest.raises(ValueError, match=r"OpenVINO cannot run it: .*build without --openvino"):
+        bundle.build(session_weights, tmp_path / "dist", "somebody", openvino=True)
+    assert not (tmp_path / "dist").exists()
+
+
 def test_a_checkpoint_that_changed_is_refused_though_its_halves_are_whole(
-    openvino_dataset: Path,
+    openvino_dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = specs_of(openvino_dataset)[0].file
     with (openvino_dataset / file).open("ab") as written:
         written.write(b" ")
     with pytest.raises(ValueError, match="changed after it was hashed"):
         load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+    assert "OpenVINO" not in caplog.text
 
 
 def test_a_run_on_openvino_builds_no_network_of_pytorch(openvino_dataset: Path) -> None:
