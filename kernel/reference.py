@@ -16,7 +16,7 @@ from torch import Tensor
 from kernel.manifest import MemberSpec
 from kernel.members import Member
 
-TOLERANCE = 1e-2  # mean difference of logits in fp32
+LOGIT_TOLERANCE = 1e-2  # mean difference of logits in fp32
 LEAST, MOST = 1e-12, 1 - 1e-4  # probabilities, cut off for their logits; near 1 fp32 has few digits
 PACKED = ("model", "mean", "std", "channels", "mask_shift", "gate_shift")  # into OpenVINO's files
 
@@ -49,7 +49,7 @@ class Reference:
         apart = [
             (_logits(found) - _logits(expected)).abs().mean().item() for found, expected in pairs
         ]
-        if not all(difference <= TOLERANCE for difference in apart):  # which NaN is not
+        if not all(difference <= LOGIT_TOLERANCE for difference in apart):  # NaN is not
             found = " and ".join(f"{difference:.2g}" for difference in apart)
             raise ValueError(f"logits of gates and masks are {found} from PyTorch's")
 
