@@ -103,9 +103,7 @@ def predict_parts(
     ]
     readers = TaskPoolStrategy(READERS * workers.count)
     sink = Parts(output)
-    # Parts a worker has: without one that waits it idles between two, with one that waits for it
-    # while others are idle it may end the run late.
-    waiting = 2 if workers.gpus or workers.count == 1 else 1
+    waiting = 2 if workers.gpus else 1  # parts a worker has: one that waits may end the run late
     ray.data.from_arrow(parts).map_batches(
         partial(read_strips, images=replace(images, names=[])),
         batch_size=None,
