@@ -97,14 +97,19 @@ def _find_script(bundle: Path) -> Path:
     return script if script.is_file() else bundle / "dataset" / "inference.py"
 
 
-def run_kernel(root: Path, script: Path) -> ProcessResult:
-    """Run the kernel in `root`/working, as Kaggle does."""
+def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
+    """Run the kernel in `root`/working, as Kaggle does; a `quiet` one shows its log if it fails."""
     deny = network_denial()
     log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
     start = time.perf_counter()
-    code = subprocess.run([*deny, *command], cwd=root / "working", check=False).returncode
-    return ProcessResult(code, time.perf_counter() - start, bool(deny), _peak_bytes())
+    log_to = subprocess.PIPE if quiet else None
+    done = subprocess.run(
+        [*deny, *command], cwd=root / "working", stderr=log_to, text=True, check=False
+    )
+    if done.returncode and done.stderr:
+        sys.stderr.write(done.stderr)
+    return ProcessResult(done.returncode, time.perf_counter() - start, bool(deny), _peak_bytes())
 
 
 def check_answer(submission: Path, sample: Path, competition: Competition) -> Check:
@@ -125,7 +130,7 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path) -> Check:
     one.symlink_to(images.resolve() / name)
     log.info("one image once more, without OpenVINO, as where there is a GPU")
     make_kaggle_tree(root, bundle, root / "one", shutil.ignore_patterns(*OPENVINO_FILES))
-    code = run_kernel(root, _find_script(bundle)).exit_code
+    code = run_kernel(root, _find_script(bundle), quiet=True).exit_code
     if code:
         return Check(False, f"without OpenVINO, as where there is a GPU, it ends with code {code}")
     return Check(True, "the members load on PyTorch, too, as where there is a GPU")
