@@ -176,8 +176,11 @@ def load_members(
     stages: Stages,
     allow_missing: bool,
     image: Image | None,
+    plain: bool = False,
 ) -> dict[str, Member]:
     """Load members of a bundle on PyTorch, by their names, checked on `image` if there is one.
+
+    `plain` ones stay as they are loaded, unfolded and in fp32.
 
     Raises:
         ValueError: as `load_member`, unless `allow_missing`.
@@ -187,14 +190,14 @@ def load_members(
         for spec in progress(specs, "members", "member"):
             try:
                 with stages("load"):
-                    plain = load_member(bundle, spec, device)
-                    engine = compile_member(plain, device)
+                    member = load_member(bundle, spec, device)
+                    engine = member if plain else compile_member(member, device)
             except ValueError as error:
                 if not allow_missing:
                     raise
                 log.warning("going on without member %s: %s", spec.name, error)
                 continue
-            checks[spec.name] = pool.submit(check_engine, engine, plain, image, device)
+            checks[spec.name] = pool.submit(check_engine, engine, member, image, device)
         with stages("check"):
             return {name: check.result() for name, check in checks.items()}
 
@@ -207,10 +210,12 @@ def load_ensemble(
     allow_missing: bool = False,
     image: Image | None = None,
     streams: int = 1,
+    plain: bool = False,
 ) -> Ensemble:
     """Load the members of a bundle, ready to run in as many threads as there are `streams`.
 
-    It sets up this process for them: what memory is kept, and PyTorch's threads.
+    `plain` takes no engine but fp32 PyTorch, unchecked. It sets up this process for them: what
+    memory is kept, and PyTorch's threads.
 
     Raises:
         ValueError: as `load_members`, or no member is left.
@@ -220,11 +225,12 @@ def load_ensemble(
     members = dict[str, Member]()
     if device.type == "cpu":
         share_freed_memory()  # before there are threads that take heaps of their own
-        members = load_openvino_members(bundle, manifest, stages, streams)
+        members = {} if plain else load_openvino_members(bundle, manifest, stages, streams)
     if left := [spec for spec in manifest.members if spec.name not in members]:
         with stages("import"):
             import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
-        members |= load_members(bundle, left, device, stages, allow_missing, image)
+        image = None if plain else image
+        members |= load_members(bundle, left, device, stages, allow_missing, image, plain)
     if not members:
         raise ValueError(f"{bundle}: no member can be used")
     if device.type == "cpu":

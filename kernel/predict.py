@@ -21,7 +21,7 @@ from kernel.manifest import Manifest
 from kernel.mounts import Options, Task
 from kernel.rle import encode_rle
 from kernel.rows import Submission
-from kernel.scheduling import Scheduler
+from kernel.scheduling import TOO_LATE, Scheduler
 from kernel.tta import Pass
 
 
@@ -60,6 +60,7 @@ class Outcome:
     """What became of every image; its masks are in the submission."""
 
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
+    failed: list[str] = field(default_factory=list)  # those of them that the networks failed on
     work: dict[str, dict[str, Any]] = field(default_factory=dict)  # image → `Scheduler.work`
     passes: list[Pass] = field(default_factory=list)  # that were loaded; `work` has their numbers
     dropped: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
@@ -74,7 +75,8 @@ class Outcome:
         for image, work in other.work.items():
             ids = ("passes", "encoders", "decoders", "nan")
             self.work[image] = work | {key: [number[i] for i in work[key]] for key in ids}
-        self.faults |= other.faults
+        self.faults = other.faults | self.faults
+        self.failed += other.failed
         self.dropped += other.dropped
         self.strip_s |= other.strip_s
         self.device = other.device
@@ -141,7 +143,10 @@ def predict_task(
             name = state.strip.name
             if state.fault:
                 outcome.faults[name] = state.fault
-                log.warning("%s stays empty: %s", name, state.fault)
+                if state.strip.image is None or state.fault == TOO_LATE:
+                    log.warning("%s stays empty: %s", name, state.fault)
+                else:
+                    outcome.failed.append(name)
             else:
                 sizes.add(name, state.size)
                 outcome.work[name] = scheduler.work(state)
@@ -165,8 +170,10 @@ def log_resizing(ensemble: Ensemble, image: Image | None) -> None:
             log.warning("strips are %d×%d: %s sees them resized to %s", height, width, name, own)
 
 
-def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outcome) -> None:
-    """A task in this process, on this device.
+def predict_on(
+    device: torch.device, run: RunContext, task: Task, outcome: Outcome, plain: bool = False
+) -> None:
+    """A task in this process, on this device; `plain` runs no engine but fp32 PyTorch.
 
     Raises:
         DeviceLost: the device broke down; `outcome` has the images that are done.
@@ -182,6 +189,7 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
         allow_missing=options.allow_missing_members,
         image=image,
         streams=1 if on_gpu else options.streams,
+        plain=plain,
     )
     outcome.passes = list(ensemble.passes)
     log_resizing(ensemble, image)
@@ -196,15 +204,39 @@ def predict_on(device: torch.device, run: RunContext, task: Task, outcome: Outco
         outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
+def predict_again(device: torch.device, run: RunContext, task: Task, outcome: Outcome) -> None:
+    """Run the images that the networks failed on once more, on plain PyTorch.
+
+    What failed may be the engine. Those that fail again, or that no time is left for, stay empty,
+    for the reason of the first time.
+    """
+    again, fault = Outcome(), outcome.faults[outcome.failed[0]]
+    log.warning("%d images run again, on plain PyTorch, the first: %s", len(outcome.failed), fault)
+    try:
+        rest = task.without(set(task.names) - set(outcome.failed))
+        predict_on(device, run, rest, again, plain=True)
+    except Exception as error:  # what is done stays
+        log.warning("plain PyTorch fails too: %r", error)
+    outcome.add(again)
+    outcome.faults = {
+        name: reason for name, reason in outcome.faults.items() if name not in again.work
+    }
+    for name in sorted(outcome.faults.keys() & outcome.failed):
+        log.warning("%s stays empty: %s", name, outcome.faults[name])
+
+
 def predict_here(run: RunContext, task: Task) -> Outcome:
     """A task in this process; the images that a lost GPU leaves run on the CPU."""
-    outcome = Outcome()
+    outcome, device, threads = Outcome(), pick_device(), torch.get_num_threads()
     try:
-        predict_on(pick_device(), run, task, outcome)
+        predict_on(device, run, task, outcome)
     except DeviceLost as error:
         rest = task.without(outcome.work.keys() | outcome.faults.keys())
         log.warning("%s; its last %d images run on the CPU", error, len(rest.names))
-        on_cpu = Outcome()
-        predict_on(torch.device("cpu"), run, rest, on_cpu)
+        on_cpu, device = Outcome(), torch.device("cpu")
+        predict_on(device, run, rest, on_cpu)
         outcome.add(on_cpu)
+    if outcome.failed:
+        torch.set_num_threads(threads)  # one where OpenVINO ran
+        predict_again(device, run, task, outcome)
     return outcome

@@ -47,6 +47,7 @@ class PassSource(Protocol):
 
 
 Step = tuple[Half, ...]  # the halves of a pass that run at once
+TOO_LATE = "no time was left for it"  # the one fault that no other engine could mend
 ENCODE, DECODE, WHOLE = (Half.ENCODER,), (Half.DECODER,), (Half.ENCODER, Half.DECODER)
 
 

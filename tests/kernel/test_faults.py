@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,16 @@ from helpers import (
     save_strips,
     write_sample,
 )
+from torch import Tensor
 
-from kernel import inference
+from kernel import ensemble, inference
 from kernel.deadline import Deadline
 from kernel.device import device_usable, pick_device
+from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
 from kernel.images import Image
+from kernel.members import Member
+from kernel.predict import RunContext, predict_on
 from kernel.rows import Submission
 from kernel.tta import Pass
 
@@ -120,6 +126,47 @@ def test_broken_strips_cost_their_own_rows_and_are_named(
         assert re.search(reason, faults[name])
         [line] = [line for line in warnings if name in line]
         assert line == f"{name} stays empty: {faults[name]}"
+
+
+def fail_once_checked(engine: Member, plain: Member, *check: Any) -> Member:
+    """An engine that passes its check and then fails on every strip; plain PyTorch does not."""
+
+    def encode(_: Tensor) -> Any:
+        raise RuntimeError("no memory for a strip")
+
+    checked = check_engine(engine, plain, *check)
+    return checked if checked is plain else replace(checked, encoder=encode)
+
+
+def test_an_engine_that_fails_on_every_strip_costs_none(
+    bundle: Path,
+    images: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert not record["faults"] and record["work"].keys() == set(NAMES)
+    assert read_submission(images.parent / "submission.csv") == read_submission(whole)
+    assert "6 images run again, on plain PyTorch, the first: the networks failed" in caplog.text
+
+
+def test_strips_that_no_time_is_left_to_run_again_stay_named(
+    bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
+
+    def run_late(
+        device: Any, run: RunContext, task: Any, outcome: Any, plain: bool = False
+    ) -> None:
+        run = replace(run, end=-math.inf) if plain else run
+        predict_on(device, run, task, outcome, plain)
+
+    monkeypatch.setattr("kernel.predict.predict_on", run_late)
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert record["faults"].keys() == set(NAMES) and not record["work"]
+    assert all("no memory for a strip" in fault for fault in record["faults"].values())
 
 
 def test_strips_that_are_all_broken_still_give_a_valid_submission(
