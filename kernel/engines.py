@@ -63,10 +63,11 @@ class OpenVino:
         with self.lock:
             if shapes not in self.requests and len(self.requests) == MAX_CACHED_SHAPES:
                 del self.requests[next(iter(self.requests))]
-            requests, thread = self.requests.setdefault(shapes, {}), threading.get_ident()
+            requests, thread = self.requests.get(shapes, {}), threading.get_ident()
             if thread not in requests:
                 compiled = _compiled_of(requests) or self._compile(shapes)
                 requests[thread] = compiled.create_infer_request()
+                self.requests[shapes] = requests  # not before: a shape may fail to compile
             return requests[thread]
 
     def _compile(self, shapes: tuple[torch.Size, ...]) -> Any:

@@ -1,6 +1,7 @@
 """Members: trained networks in two halves, encoder with presence head and decoder."""
 
 import atexit
+import functools
 import hashlib
 import platform
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kernel.faults import one_line, short
+from kernel.logs import log
 from kernel.manifest import MemberSpec
 
 # --- two halves -----------------------------------------------------------------------------------
@@ -148,21 +150,27 @@ def split_network(network: Any, spec: MemberSpec, device: torch.device) -> Membe
 # --- loading --------------------------------------------------------------------------------------
 
 
+@functools.cache  # a second run in this process has them
 def use_wheels(bundle: Path) -> None:
     """Put the bundle's wheels first on the import path: what was packed is what runs.
 
     Compiled code cannot be imported from inside a wheel. Such a wheel is unpacked, if it is for
-    this Python and machine, into a folder that is removed when the run ends.
+    this Python and machine, into a folder that is removed when the run ends. One that does not
+    unpack is left out: what it holds may be installed, or not be needed here.
     """
     version, machine = "-cp{}{}-".format(*sys.version_info), f"_{platform.machine()}.whl"
     for wheel in sorted(bundle.glob("*.whl"), reverse=True):
         if wheel.name.endswith("-none-any.whl"):
             sys.path.insert(0, str(wheel))
         elif version in wheel.name and wheel.name.endswith(machine) and sys.platform == "linux":
-            folder = tempfile.mkdtemp(prefix=wheel.stem)
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            shutil.unpack_archive(wheel, folder, "zip")
-            sys.path.insert(0, folder)
+            try:
+                folder = tempfile.mkdtemp(prefix=wheel.stem)
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+                shutil.unpack_archive(wheel, folder, "zip")
+            except Exception as error:  # a broken wheel must not cost the submission
+                log.warning("%s cannot be unpacked: %r", wheel, error)
+            else:
+                sys.path.insert(0, folder)
 
 
 def build_network(model: dict[str, Any]) -> nn.Module:

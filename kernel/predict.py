@@ -1,5 +1,6 @@
 """Prediction in one process: every image through the ensemble and into the submission."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.scheduling import TOO_LATE, Scheduler
 from kernel.tta import Pass
+
+MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs
 
 
 def decode_ahead(
@@ -60,7 +63,7 @@ class Outcome:
     """What became of every image; its masks are in the submission."""
 
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
-    failed: list[str] = field(default_factory=list)  # those of them that the networks failed on
+    failed: set[str] = field(default_factory=set)  # those of them that the networks failed on
     work: dict[str, dict[str, Any]] = field(default_factory=dict)  # image → `Scheduler.work`
     passes: list[Pass] = field(default_factory=list)  # that were loaded; `work` has their numbers
     dropped: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
@@ -75,8 +78,8 @@ class Outcome:
         for image, work in other.work.items():
             ids = ("passes", "encoders", "decoders", "nan")
             self.work[image] = work | {key: [number[i] for i in work[key]] for key in ids}
-        self.faults = other.faults | self.faults
-        self.failed += other.failed
+        self.faults = other.faults | self.faults  # the first reason stays
+        self.failed |= other.failed
         self.dropped += other.dropped
         self.strip_s |= other.strip_s
         self.device = other.device
@@ -98,10 +101,19 @@ class RunContext:
         """Seconds of the budget that are left."""
         return self.end - time.monotonic()
 
+    def deadline(self) -> Deadline:
+        """Return when to end: the same for all parts of a run, however late they begin."""
+        budget_s = self.options.budget_s or self.manifest.competition.time_limit_s
+        return Deadline(budget_s, self.end - budget_s)
+
     def n_workers(self, task: Task) -> int:
         """Processes that share a task: one a GPU, or as many as were asked for."""
         asked = self.options.workers or max(torch.cuda.device_count(), 1)
         return 1 if self.options.shard else min(asked, len(task.names))
+
+
+class EngineFails(Exception):
+    """The networks fail on one image after another."""
 
 
 class OtherSizes:
@@ -129,10 +141,18 @@ class OtherSizes:
 
 
 def predict_task(
-    scheduler: Scheduler, task: Task, submission: Submission, outcome: Outcome
+    scheduler: Scheduler,
+    task: Task,
+    submission: Submission,
+    outcome: Outcome,
+    patience: float = math.inf,
 ) -> None:
-    """Every image of a task through the scheduler and into the submission."""
-    stages = scheduler.source.stages
+    """Every image of a task through the scheduler and into the submission.
+
+    Raises:
+        EngineFails: the networks failed on `patience` images, one after another.
+    """
+    stages, in_a_row = scheduler.source.stages, 0
     rules = task.layout.competition
     strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
     stages.threads = scheduler.threads
@@ -146,8 +166,10 @@ def predict_task(
                 if state.strip.image is None or state.fault == TOO_LATE:
                     log.warning("%s stays empty: %s", name, state.fault)
                 else:
-                    outcome.failed.append(name)
+                    outcome.failed.add(name)
+                    in_a_row += 1
             else:
+                in_a_row = 0
                 sizes.add(name, state.size)
                 outcome.work[name] = scheduler.work(state)
                 with stages("rle"):
@@ -159,6 +181,8 @@ def predict_task(
             before, since = time.monotonic(), before
             outcome.strip_s[name] = before - since
             bar.update()
+            if in_a_row >= patience:
+                raise EngineFails(f"on {in_a_row} images in a row {state.fault}")
     sizes.log_counts()
 
 
@@ -176,67 +200,70 @@ def predict_on(
     """A task in this process, on this device; `plain` runs no engine but fp32 PyTorch.
 
     Raises:
-        DeviceLost: the device broke down; `outcome` has the images that are done.
+        DeviceLost: the GPU broke down; `outcome` has the images that are done.
+        EngineFails: so did the engine.
     """
     options, on_gpu = run.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, image = Deadline(run.left_s(), time.monotonic()), first_image(task)
-    ensemble = load_ensemble(
-        run.bundle,
-        run.manifest,
-        device,
-        run.stages,
-        allow_missing=options.allow_missing_members,
-        image=image,
-        streams=1 if on_gpu else options.streams,
-        plain=plain,
-    )
-    outcome.passes = list(ensemble.passes)
-    log_resizing(ensemble, image)
-    batch_size = options.batch_size or (8 if on_gpu else 1)
-    threads, early_exit = ensemble.streams, options.early_exit
-    scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
-    log.info("%d images of %s on %s", len(task.names), task.images, device)
+    deadline, image = run.deadline(), first_image(task)
     try:
-        predict_task(scheduler, task, run.submission, outcome)
+        ensemble = load_ensemble(
+            run.bundle,
+            run.manifest,
+            device,
+            run.stages,
+            allow_missing=options.allow_missing_members,
+            image=image,
+            streams=1 if on_gpu else options.streams,
+            plain=plain,
+        )
+        outcome.passes = list(ensemble.passes)
+        log_resizing(ensemble, image)
+        batch_size = options.batch_size or (8 if on_gpu else 1)
+        threads, early_exit = ensemble.streams, options.early_exit
+        scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
+        log.info("%d images of %s on %s", len(task.names), task.images, device)
+        patience = math.inf if plain else MAX_FAILURES
+        predict_task(scheduler, task, run.submission, outcome, patience)
+    except RuntimeError as error:
+        if not on_gpu or isinstance(error, DeviceLost):
+            raise
+        raise DeviceLost(f"{device} fails: {error!r}") from error
     finally:
         outcome.dropped += deadline.dropped
         outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def predict_again(device: torch.device, run: RunContext, task: Task, outcome: Outcome) -> None:
-    """Run the images that the networks failed on once more, on plain PyTorch.
+def predict_here(run: RunContext, task: Task) -> Outcome:
+    """A task in this process, on the GPU where there is one.
 
-    What failed may be the engine. Those that fail again, or that no time is left for, stay empty,
-    for the reason of the first time.
+    Images that a lost GPU leaves run on the CPU. Those that the networks fail on run again on plain
+    PyTorch, last of all on the CPU: what failed may be the engine, or the GPU's memory.
     """
-    again, fault = Outcome(), outcome.faults[outcome.failed[0]]
-    log.warning("%d images run again, on plain PyTorch, the first: %s", len(outcome.failed), fault)
-    try:
-        rest = task.without(set(task.names) - set(outcome.failed))
-        predict_on(device, run, rest, again, plain=True)
-    except Exception as error:  # what is done stays
-        log.warning("plain PyTorch fails too: %r", error)
-    outcome.add(again)
-    outcome.faults = {
-        name: reason for name, reason in outcome.faults.items() if name not in again.work
-    }
+    outcome, threads = Outcome(), torch.get_num_threads()
+    device, plain, rest = pick_device(), False, task
+    while True:
+        found, lost, fault = Outcome(), False, ""
+        torch.set_num_threads(threads)  # one where OpenVINO's members ran
+        try:
+            predict_on(device, run, rest, found, plain)
+        except (DeviceLost, EngineFails) as error:
+            lost, fault = isinstance(error, DeviceLost), str(error)
+        except Exception as error:
+            if rest is task:  # what is wrong from the first is the bundle
+                raise
+            log.warning("plain PyTorch fails too: %r", error)
+        outcome.add(found)
+        rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
+        last = plain and device.type == "cpu"
+        if last or not rest.names or run.deadline().over:
+            break
+        fault = fault or found.faults[min(found.failed)]
+        where = "on the CPU" if lost else "again, on plain PyTorch"
+        log.warning("%s; its last %d images run %s", fault, len(rest.names), where)
+        device = torch.device("cpu") if lost or plain else device
+        plain = plain or not lost
+    outcome.faults = {k: fault for k, fault in outcome.faults.items() if k not in outcome.work}
     for name in sorted(outcome.faults.keys() & outcome.failed):
         log.warning("%s stays empty: %s", name, outcome.faults[name])
-
-
-def predict_here(run: RunContext, task: Task) -> Outcome:
-    """A task in this process; the images that a lost GPU leaves run on the CPU."""
-    outcome, device, threads = Outcome(), pick_device(), torch.get_num_threads()
-    try:
-        predict_on(device, run, task, outcome)
-    except DeviceLost as error:
-        rest = task.without(outcome.work.keys() | outcome.faults.keys())
-        log.warning("%s; its last %d images run on the CPU", error, len(rest.names))
-        on_cpu, device = Outcome(), torch.device("cpu")
-        predict_on(device, run, rest, on_cpu)
-        outcome.add(on_cpu)
-    if outcome.failed:
-        torch.set_num_threads(threads)  # one where OpenVINO ran
-        predict_again(device, run, task, outcome)
     return outcome

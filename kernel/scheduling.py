@@ -252,14 +252,18 @@ class Scheduler:
     def _admit(self, strip: Strip) -> StripState:
         """A strip before its first pass; one that could not be read is done."""
         source, pass_ids, images, size = self.source, list[int](), torch.empty(0), (0, 0)
+        fault = strip.fault
         if strip.image is not None:
             passes = [source.passes[i] for i in self.pass_ids]
             selected = self.deadline.select_passes(passes, self.deadline.strips_left)
             pass_ids, size = [self.pass_ids[index] for index in selected], size_of(strip.image)
-            with source.stages("prepare"):
-                images = source.prepare(strip.image)
+            try:
+                with source.stages("prepare"):
+                    images = source.prepare(strip.image)
+            except RuntimeError as error:  # out of memory
+                fault = self._fault_of(error)
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
-        return StripState(strip, images, tally, pass_ids, size, fault=strip.fault)
+        return StripState(strip, images, tally, pass_ids, size, fault=fault)
 
     def _run_next_step(self, states: list[StripState]) -> None:
         """Run the step that most strips need next, and of equals the one furthest behind."""
@@ -284,18 +288,23 @@ class Scheduler:
             if isinstance(error, torch.cuda.OutOfMemoryError) and self.batch_size > 1:
                 self.batch_size //= 2  # these states are where they were, and come again
                 log.warning("out of memory: %d strips at a time from here on", self.batch_size)
-            elif not device_usable(self.source.device):
-                raise DeviceLost(f"{self.source.device} fails: {error!r}") from error
-            elif len(states) == 1:
-                states[0].fault = f"the networks failed: {error!r}"
-            else:
-                middle = len(states) // 2
+                return
+            fault, middle = self._fault_of(error), len(states) // 2
+            if middle:
                 self._run_step(step, pass_id, states[:middle])
                 self._run_step(step, pass_id, states[middle:])
+            else:
+                states[0].fault = fault
         else:
             self._count_seconds(step, pass_id, time.monotonic() - start, len(states))
             with self.source.stages("tally"):
                 self._settle(states, found)
+
+    def _fault_of(self, error: Exception) -> str:
+        """What became of a strip that raised an error; DeviceLost if the device is to blame."""
+        if not device_usable(self.source.device):
+            raise DeviceLost(f"{self.source.device} fails: {error!r}") from error
+        return f"the networks failed: {error!r}"
 
     def _count_seconds(self, step: Step, pass_id: int, seconds: float, strips: int) -> None:
         """Tell the deadline what each half took; of a whole pass, by its share of the flops."""

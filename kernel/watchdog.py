@@ -21,9 +21,11 @@ def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
 
     def kill_run() -> None:
         log.error("the budget is spent: ending with the strips that are done, the others empty")
-        submission.save()
-        logging.shutdown()
-        os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
+        try:
+            submission.save()
+            logging.shutdown()
+        finally:  # a disk that is full too: an earlier save stands
+            os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
 
     timer = threading.Timer(max(left_s - WATCHDOG_MARGIN_S, 0.0), kill_run)
     timer.daemon = True

@@ -13,17 +13,19 @@ from kernel.checks import read_json
 from kernel.logs import Stages, log
 from kernel.mounts import Task
 from kernel.predict import Outcome, RunContext, predict_here
-from kernel.rows import Submission, read_rows
+from kernel.rows import Submission, csv_line, read_rows
 from kernel.tta import Half, Pass
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
+WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
+SHARED_SAMPLE = "sample.csv"  # the rows of all workers, which each shards alike
 
 
 def start_worker(
     run: RunContext, task: Task, folder: Path, shard: tuple[int, int]
 ) -> subprocess.Popen[bytes]:
     """Start this script once more, for one shard of the images on one GPU; results to `folder`."""
-    (number, count), options = shard, run.options
+    (number, count), options, left_s = shard, run.options, run.left_s()
     script = run.bundle / "inference.py"  # a notebook has no file of its own
     if not script.is_file():
         script = Path(__file__).resolve().with_name("inference.py")
@@ -31,13 +33,13 @@ def start_worker(
     named = {
         "bundle": run.bundle,
         "images": task.images,
-        "sample": options.sample,
+        "sample": folder / SHARED_SAMPLE,
         "shard": f"{number}/{count}",
         "output": folder / f"{number}.csv",
         "report": folder / f"{number}.json",
         "batch-size": options.batch_size,
         "streams": options.streams,
-        "budget-s": max(run.left_s(), 1.0),
+        "budget-s": max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
     command += [] if options.early_exit else ["--no-early-exit"]
@@ -45,6 +47,12 @@ def start_worker(
     threads = max((os.cpu_count() or 1) // count, 1)
     environment = {"CUDA_VISIBLE_DEVICES": _gpu_of(number), "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(command, env=os.environ | environment)
+
+
+def write_rows(path: Path, task: Task) -> None:
+    """Write a task's rows, empty, as the sample that a worker reads."""
+    lines = [csv_line(task.layout.columns), *(task.layout.line(*pair, "") for pair in task.pairs)]
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def _gpu_of(number: int) -> str:
@@ -84,6 +92,7 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     outcome, numbers = Outcome(), range(1, count + 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        write_rows(folder / SHARED_SAMPLE, task)
         workers = [start_worker(run, task, folder, (number, count)) for number in numbers]
         try:
             while any(worker.poll() is None for worker in workers):

@@ -150,6 +150,8 @@ def test_compiled_wheels_are_unpacked_where_they_are_for_this_python(
     write_wheel(tmp_path, f"{other}-{other}-manylinux_2_28_x86_64", "compiled_elsewhere")
     write_wheel(tmp_path, f"{mine}-{mine}-manylinux_2_28_riscv64", "of_another_machine")
     write_wheel(tmp_path, "py3-none-any", "pure_python")
+    torn = f"torn-1.0-{mine}-{mine}-manylinux_2_28_{platform.machine()}.whl"
+    (tmp_path / torn).write_bytes(b"PK\x03\x04")  # costs no other
     monkeypatch.setattr(sys, "path", list(sys.path))
     use_wheels(tmp_path)
     import compiled_here  # type: ignore[import-not-found]

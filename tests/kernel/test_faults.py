@@ -95,6 +95,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a truncated JPEG": (break_off, "that OpenCV does not decode|a JPEG whose data end"),
     "20 000 × 20 000": (save_blank((20_000, 20_000)), "400000000 pixels"),
     "10 000 × 8 000": (save_blank((8_000, 10_000)), "10000×8000 pixels"),
+    "2 000 000 × 1": (  # OpenCV raises an error of its own
+        lambda path: PIL.Image.new("L", (2_000_000, 1), 7).save(path, "BMP"),
+        "OpenCV",
+    ),
     "one pixel": (  # FPN's group norm takes no single value
         lambda path: save_image(path, draw_image(9)[:1, :1]),
         "the networks failed",
@@ -149,7 +153,40 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     record = predict(bundle, images, images.parent / "submission.csv")
     assert not record["faults"] and record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
-    assert "6 images run again, on plain PyTorch, the first: the networks failed" in caplog.text
+    assert "its last 6 images run again, on plain PyTorch" in caplog.text
+
+
+def test_an_engine_that_fails_on_strip_after_strip_is_given_up(
+    bundle: Path,
+    images: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
+    monkeypatch.setattr("kernel.predict.MAX_FAILURES", 2)
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert not record["faults"] and record["work"].keys() == set(NAMES)
+    assert read_submission(images.parent / "submission.csv") == read_submission(whole)
+    [line] = [line for line in caplog.messages if "images in a row the networks failed" in line]
+    assert "its last 6 images run again, on plain PyTorch" in line
+
+
+def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
+    bundle: Path,
+    images: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No GPU here: what stands for one is a device that no tensor can be moved to."""
+    monkeypatch.setattr("kernel.predict.pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert record["device"] == "cpu" and not record["faults"]
+    assert read_submission(images.parent / "submission.csv") == read_submission(whole)
+    [line] = [line for line in caplog.messages if "its last 6 images run on the CPU" in line]
+    assert line.startswith("cuda fails: ")
 
 
 def test_strips_that_no_time_is_left_to_run_again_stay_named(

@@ -23,6 +23,7 @@ from kernel.engines import (
     openvino_files,
 )
 from kernel.ensemble import Ensemble, load_ensemble
+from kernel.images import Strip
 from kernel.logs import Stages
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
@@ -165,6 +166,28 @@ def test_a_member_that_differs_in_one_piece_runs_in_halves(
     right = Ensemble(manifest, engines, CPU, Stages())
     expected = predict_masks(Scheduler(right, early_exit=False), [draw_image(6)])
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_shape_that_does_not_compile_costs_no_other(
+    openvino_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two members, so that each is told to release its memory for the other."""
+    compile_shape = OpenVino._compile
+
+    def refuse(engine: OpenVino, shapes: tuple[torch.Size, ...]) -> Any:
+        if shapes[0][-1] == 96:
+            raise RuntimeError("no memory for so wide an image")
+        return compile_shape(engine, shapes)
+
+    manifest = replace(load_manifest(openvino_dataset), image_size=None)  # none is resized
+    engines = [engine_of(openvino_dataset, spec) for spec in manifest.members]
+    monkeypatch.setattr(OpenVino, "_compile", refuse)
+    scheduler = Scheduler(Ensemble(manifest, engines, CPU, Stages()), early_exit=False)
+    widths = (64, 96, 64)
+    strips = [Strip(str(i), draw_image(i, (64, width))) for i, width in enumerate(widths)]
+    faults = [state.fault for state in scheduler.predict_strips(strips, len(strips))]
+    assert [bool(fault) for fault in faults] == [False, True, False], faults
+    assert "so wide an image" in faults[1]
 
 
 def test_only_the_features_that_a_decoder_reads_leave_the_encoder(openvino_dataset: Path) -> None:
@@ -453,6 +476,7 @@ import sys
 from pathlib import Path
 import torch
 from kernel.ensemble import load_ensemble
+from kernel.images import Strip
 from kernel.logs import Stages
 from kernel.manifest import load_manifest
 bundle = Path({str(openvino_dataset)!r})

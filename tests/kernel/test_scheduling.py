@@ -266,6 +266,22 @@ def test_a_strip_that_the_networks_cannot_take_costs_only_itself(
             np.testing.assert_array_equal(state.masks, source.masks(int(name)))
 
 
+def test_a_strip_that_there_is_no_memory_for_costs_only_itself(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = source.prepare
+
+    def refuse(image: Image) -> Tensor:
+        if image.flat[0] == 1:
+            raise RuntimeError("out of memory")
+        return prepare(image)
+
+    monkeypatch.setattr(source, "prepare", refuse)
+    states = run(Scheduler(source, 4), numbered())
+    assert [name for name, state in states.items() if state.fault] == ["1"]
+    assert states["1"].fault == "the networks failed: RuntimeError('out of memory')"
+
+
 def test_images_that_fail_are_an_error_of_predict_masks(source: DrawnPasses) -> None:
     source.refused = {1}
     with pytest.raises(RuntimeError, match="the networks failed"):

@@ -1,5 +1,6 @@
 """The watchdog: a run that hangs ends before its budget with the rows that are done."""
 
+import errno
 import logging
 import os
 import threading
@@ -101,6 +102,19 @@ def test_the_rows_are_saved_before_the_process_ends(
     assert ended.codes == [0]
     assert read_submission(submission.path)["b.png", 1] == "3 4"
     assert "the budget is spent" in caplog.text
+
+
+def test_a_full_disk_keeps_no_hung_process_alive(
+    submission: Submission, ended: ProcessEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(submission, "save", full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # nor is it pytest's
+    with watchdog(submission, WATCHDOG_MARGIN_S + 0.1):
+        assert ended.called.wait(timeout=30)
+    assert ended.codes == [0]
 
 
 @pytest.mark.parametrize(("left_s", "expected_s"), [(100.0, 97.0), (3.5, 0.5), (2.0, 0.0)])
