@@ -16,7 +16,7 @@ from helpers import predict, read_submission, save_strips, write_sample
 from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest
-from kernel.mounts import Options, Task
+from kernel.mounts import SAMPLE, Options, Task
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.workers import collect, start_worker
@@ -110,13 +110,16 @@ def test_workers_share_the_rows_of_the_sample_and_not_the_folder(
             worker.kill()
         return worker
 
-    sample = write_sample(tmp_path / "sample.csv", ["4.png", "2.png", "1.png", "0.png"])
-    predict(bundle, images, tmp_path / "alone.csv", sample=sample)
+    mounted = tmp_path / "input" / "severstal"
+    write_sample(mounted / SAMPLE, ["4.png", "2.png", "1.png", "0.png"])
+    (mounted / "test_images").symlink_to(images)
+    predict(bundle, None, tmp_path / "alone.csv", input=tmp_path / "input")
     monkeypatch.setattr("kernel.workers.start_worker", killed)
-    record = predict(bundle, images, tmp_path / "shared.csv", sample=sample, workers=2)
+    shared = tmp_path / "shared.csv"
+    record = predict(bundle, None, shared, input=tmp_path / "input", workers=2)
     assert sorted(record["work"]) == ["0.png", "1.png", "2.png", "4.png"]
     assert not record["faults"]
-    assert (tmp_path / "shared.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
+    assert shared.read_bytes() == (tmp_path / "alone.csv").read_bytes()
 
 
 # --- what a worker is started with ----------------------------------------------------------------
