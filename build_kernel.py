@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         return describe(args)
     owner = args.owner or find_owner()
     if args.fit:
+        if args.competition:
+            raise ValueError("--fit fits Severstal's members: leave --competition out")
         kernel = build_fit(args.out, owner, args.members, args.hours, args.resume)
         print_fit_next(args.out, kernel)
         return 0

@@ -73,6 +73,7 @@ def test_the_script_is_pushed_with_internet_and_its_own_output_only_to_resume() 
         (["--hours", 0], "--hours 0.0, expected a number above 0"),
         (["--hours", "nan"], "--hours nan, expected a number above 0"),
         (["--members", "gone.txt"], "gone.txt"),
+        (["--competition", "salt"], "--fit fits Severstal's members"),
         (["--owner", "Two Words"], "dataset-metadata.json: Kaggle refuses it: id 'Two Words/"),
     ],
 )
