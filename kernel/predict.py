@@ -234,35 +234,47 @@ def predict_on(
         outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
+def _next_way(device: torch.device, plain: bool, lost: bool) -> tuple[torch.device, bool] | None:
+    """Where images run that were left on this device, and whether on plain PyTorch."""
+    cpu = torch.device("cpu")
+    if lost:
+        return cpu, plain
+    if not plain:
+        return device, True
+    return None if device == cpu else (cpu, True)
+
+
 def predict_here(run: RunContext, task: Task) -> Outcome:
     """A task in this process, on the GPU where there is one.
 
     Images that a lost GPU leaves run on the CPU. Those that the networks fail on run again on plain
     PyTorch, last of all on the CPU: what failed may be the engine, or the GPU's memory.
     """
-    outcome, threads = Outcome(), torch.get_num_threads()
-    device, plain, rest = pick_device(), False, task
-    while True:
+    outcome, rest, threads = Outcome(), task, torch.get_num_threads()
+    losses = 0
+    way: tuple[torch.device, bool] | None = (pick_device(), False)
+    while way:
         found, lost, fault = Outcome(), False, ""
         torch.set_num_threads(threads)  # one where OpenVINO's members ran
         try:
-            predict_on(device, run, rest, found, plain)
+            predict_on(way[0], run, rest, found, plain=way[1])
         except (DeviceLost, EngineFails) as error:
             lost, fault = isinstance(error, DeviceLost), str(error)
+            losses += lost
         except Exception as error:
             if rest is task:  # what is wrong from the first is the bundle
                 raise
-            log.warning("plain PyTorch fails too: %r", error)
+            fault = repr(error)
         outcome.add(found)
         rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
-        last = plain and device.type == "cpu"
-        if last or not rest.names or run.deadline().over:
-            break
-        fault = fault or found.faults[min(found.failed)]
-        where = "on the CPU" if lost else "again, on plain PyTorch"
-        log.warning("%s; its last %d images run %s", fault, len(rest.names), where)
-        device = torch.device("cpu") if lost or plain else device
-        plain = plain or not lost
+        more = rest.names and not run.deadline().over
+        way = _next_way(*way, lost and losses == 1) if more else None
+        if way:
+            fault = fault or found.faults.get(min(found.failed, default=""), "")
+            where = "again, on plain PyTorch" if way[1] else "on the CPU"
+            log.warning("%s; the last %d images run %s", fault, len(rest.names), where)
+        elif fault:
+            log.warning("%s", fault)
     outcome.faults = {k: fault for k, fault in outcome.faults.items() if k not in outcome.work}
     for name in sorted(outcome.faults.keys() & outcome.failed):
         log.warning("%s stays empty: %s", name, outcome.faults[name])

@@ -62,7 +62,7 @@ def test_bad_input_is_code_2_and_one_line_on_stderr(
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {  # with what they are given
     "the kernel": (inference.main, "--bundle BUNDLE --images IMAGES --sample FILE"),
-    "a build": (build_kernel.main, "--weights EMPTY --competition clouds --fit --members FILE"),
+    "a build": (build_kernel.main, "--weights EMPTY --fit --members FILE"),
     "a description": (build_kernel.main, "--new-competition FILE --images IMAGES --out m.json"),
     "the validator": (validate.main, "FILE --sample SAMPLE"),
     "the validator's sample": (validate.main, "SAMPLE --sample FILE"),

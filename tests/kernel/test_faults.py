@@ -153,7 +153,7 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     record = predict(bundle, images, images.parent / "submission.csv")
     assert not record["faults"] and record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
-    assert "its last 6 images run again, on plain PyTorch" in caplog.text
+    assert "the last 6 images run again, on plain PyTorch" in caplog.text
 
 
 def test_an_engine_that_fails_on_strip_after_strip_is_given_up(
@@ -169,7 +169,7 @@ def test_an_engine_that_fails_on_strip_after_strip_is_given_up(
     assert not record["faults"] and record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
     [line] = [line for line in caplog.messages if "images in a row the networks failed" in line]
-    assert "its last 6 images run again, on plain PyTorch" in line
+    assert "the last 6 images run again, on plain PyTorch" in line
 
 
 def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
@@ -185,7 +185,7 @@ def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
     record = predict(bundle, images, images.parent / "submission.csv")
     assert record["device"] == "cpu" and not record["faults"]
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
-    [line] = [line for line in caplog.messages if "its last 6 images run on the CPU" in line]
+    [line] = [line for line in caplog.messages if "the last 6 images run on the CPU" in line]
     assert line.startswith("cuda fails: ")
 
 
@@ -449,7 +449,7 @@ def test_a_gpu_lost_half_way_leaves_its_strips_to_the_cpu(
     assert len(record["work"]) == 6
     [line] = [line for line in caplog.messages if "run on the CPU" in line]
     assert "launch failure" in line
-    assert re.search(r"its last [1-5] images", line)  # what was done is not done again
+    assert re.search(r"the last [1-5] images", line)  # what was done is not done again
     assert (images.parent / "submission.csv").read_bytes() == whole.read_bytes()
 
 

@@ -275,13 +275,20 @@ def test_a_pass_that_gives_nan_ran_though_it_counts_in_no_mean(
         assert named(record, work["nan"]) == [(member, flip)]
 
 
-def test_a_strip_that_fails_has_a_fault_and_no_work(
-    tiny_bundle: Path, images: Path, spy: Spy
+@pytest.mark.parametrize("again", [True, False])
+def test_a_strip_whose_passes_are_all_nan_runs_on_plain_pytorch_or_has_a_fault(
+    again: bool, tiny_bundle: Path, images: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The spy is the engine: plain PyTorch runs unseen, and gives numbers."""
+    if not again:
+        monkeypatch.setattr("kernel.predict._next_way", lambda *_: None)
     members = ("unet-a", "fpn-b", "unet-c")
     spy.nan = {(Half.ENCODER, "1.png", member, flip) for member in members for flip in TURN}
     record = run_record(tiny_bundle / "dataset", images)
-    assert record["faults"] == {"1.png": "every pass gave NaN"}
+    assert record["faults"] == ({} if again else {"1.png": "every pass gave NaN"})
+    if again:
+        assert len(record["work"].pop("1.png")["encoders"]) > 0
+        return
     assert_record_is_what_ran(record, spy, [name for name in NAMES if name != "1.png"])
 
 
