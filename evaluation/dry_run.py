@@ -139,7 +139,7 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path) -> Check:
 def check_ended(working: Path) -> Check:
     """Return whether the run ended by itself: its watchdog leaves no run.json."""
     if (working / "run.json").is_file():
-        return Check(None, "the kernel ended by itself")
+        return Check(True, "the kernel ended by itself")
     return Check(False, "a pass hung until the budget was spent, and the watchdog ended the run")
 
 
