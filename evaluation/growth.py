@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -184,8 +185,6 @@ def table(results: dict[str, Any]) -> str:
 
 def draw_plot(results: dict[str, Any], path: Path) -> None:
     """Work a strip over each of the four, with the early exit and with every pass."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
