@@ -165,6 +165,7 @@ def test_ctrl_c_ends_what_runs_and_starts_nothing_more(
     fit_all: FitAll, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "runs/a/train.log"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a test before left there
 
     def interrupt() -> None:
         while not (log.is_file() and log.read_text()):
