@@ -142,33 +142,27 @@ def fail_once_checked(engine: Member, plain: Member, *check: Any) -> Member:
     return checked if checked is plain else replace(checked, encoder=encode)
 
 
+@pytest.mark.parametrize(
+    ("patience", "reason"),
+    [(8, "the networks failed: "), (2, "on 2 images in a row the networks failed: ")],
+    ids=["at the end", "at once"],
+)
 def test_an_engine_that_fails_on_every_strip_costs_none(
+    patience: int,
+    reason: str,
     bundle: Path,
     images: Path,
     whole: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Six strips: with less patience than that the engine is given up before the last."""
     monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
+    monkeypatch.setattr("kernel.predict.MAX_FAILURES", patience)
     record = predict(bundle, images, images.parent / "submission.csv")
     assert not record["faults"] and record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
-    assert "the last 6 images run again, on plain PyTorch" in caplog.text
-
-
-def test_an_engine_that_fails_on_strip_after_strip_is_given_up(
-    bundle: Path,
-    images: Path,
-    whole: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
-    monkeypatch.setattr("kernel.predict.MAX_FAILURES", 2)
-    record = predict(bundle, images, images.parent / "submission.csv")
-    assert not record["faults"] and record["work"].keys() == set(NAMES)
-    assert read_submission(images.parent / "submission.csv") == read_submission(whole)
-    [line] = [line for line in caplog.messages if "images in a row the networks failed" in line]
+    [line] = [line for line in caplog.messages if line.startswith(reason)]
     assert "the last 6 images run again, on plain PyTorch" in line
 
 
