@@ -69,9 +69,10 @@ class MemberModule(L.LightningModule):
         super().__init__()
         self.config, self.part = config, part
         self.network = network.to(memory_format=torch.channels_last)  # an eighth less time on a CPU
-        spec = config.spec
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
+        device = next(network.parameters()).device  # it may come from a fit on a GPU
+        for name, of_channels in (("mean", config.spec.mean), ("std", config.spec.std)):
+            values = torch.tensor(of_channels, device=device).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.stride = int(network.encoder.output_stride)
         self.teachers = []  # one or none; in a list it is no part of the member
         if config.teacher:

@@ -6,6 +6,7 @@ runs on meta tensors, which refuse the same, at the precision that they have.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import fit_members, train
 from training.config import Config
-from training.fit import CLIP_NORM
+from training.fit import CLIP_NORM, find_crops
 from training.fit_members import read_jobs
 from training.module import MemberModule, new_network
 
@@ -145,3 +146,18 @@ def test_a_tensor_of_the_cpu_is_noticed(stray: MemberModule) -> None:
         take_fake_step(stray)
     with pytest.raises(RuntimeError, match="device"):
         take_meta_step(stray)
+
+
+def test_a_member_follows_the_network_that_comes_from_a_gpu() -> None:
+    """The heads' last fit wraps a network that alone was moved."""
+    config = Config("small", "resnet18", precision="16-mixed")
+    module = MemberModule(new_network(config).to("meta"), config, config.parts[1])
+    images = torch.zeros(1, 1, 64, 96, device="meta")
+    assert module.mean.device.type == module.std.device.type == "meta"
+    assert module(images).masks.device.type == "meta"
+
+
+def test_crops_are_counted_on_the_device_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemberModule, "autocast", lambda _: nullcontext())  # meta has none
+    config = Config("small", "resnet18", crop_size=(64, 64))
+    assert find_crops(config, torch.device("meta"), most=2) == 2
