@@ -116,7 +116,7 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
     """Return the level (classes,) at which a class's masks score most, and that mean Dice.
 
     Asked of the strips that have the class, for on the others the gate decides. A class that none
-    of them has keeps the level at which it is cut as it stands, its Dice is 0.
+    of them has, or that no level finds, keeps the level at which it is cut as it stands.
     """
     config, device = module.config, module.mean.device
     grid = LOGIT_GRID.to(device)[:, None, None]
@@ -134,7 +134,7 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
             curves[label] += torch.from_numpy(dice_of(both.cpu().numpy(), sizes.cpu().numpy()))
             counts[label] += 1
     best = curves.argmax(dim=1)
-    levels = torch.where(counts > 0, LOGIT_GRID[best], config.level)
+    levels = torch.where(curves.amax(dim=1) > 0, LOGIT_GRID[best], config.level)
     return levels, curves.amax(dim=1) / counts.clamp_min(1)
 
 
