@@ -4,7 +4,8 @@ A strip is judged class by class, by the mean of every pass of sigmoid(mask) × 
 over the manifest's threshold. A class is there where that area reaches `--min-area` with the first
 of the two `--gate-shifts`; it is not there where even with the second, wider one it does not.
 A strip with a class between the two is left out. The mask of a class that is there is the mean of
-the mask heads alone, over a half: how far a defect reaches is no question of whether it is there.
+the mask heads alone, over a half or a lower threshold: how far a defect reaches is no question of
+whether it is there.
 
 Writes `--out`/train.csv and train_images/, which `train.py --extra` takes.
 """
@@ -57,7 +58,7 @@ def label_strip(
     )
     if not bool((sure == open_).all()):
         return None
-    masks = (mean_with_gates(recorded, math.inf) > 0.5) & sure[:, None, None]
+    masks = (mean_with_gates(recorded, math.inf) > min(0.5, threshold)) & sure[:, None, None]
     return masks.cpu().numpy()
 
 
@@ -103,6 +104,8 @@ def label(args: argparse.Namespace) -> int:
     sure, wide = args.gate_shifts
     if sure > wide:
         raise ValueError(f"--gate-shifts {sure:g} {wide:g}: expected the wider one last")
+    if args.min_area < 1:
+        raise ValueError(f"--min-area {args.min_area}: expected 1 pixel or more")
     if args.out.exists():
         raise ValueError(f"{args.out}: is there already")
     manifest = load_manifest(args.bundle)

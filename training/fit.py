@@ -341,6 +341,11 @@ def fit_network(
     if start_from:
         count = load_into_network(network, start_from, presence=not config.steps)
         log.info("%s starts from %d of %d tensors", config.name, count, len(network.state_dict()))
+        if not count:
+            raise ValueError(
+                f"--start-from: no tensor of it fits {config.encoder} with {config.arch}: it has "
+                f"{min(start_from)}, …, expected {min(network.state_dict())}, …"
+            )
     crops, strips = config.parts
     seconds = fit_part(network, sources, config, crops, machine, experiment)
     if strips.steps:

@@ -92,15 +92,22 @@ def refit_presence(
     and its gate stays shut. On kept features all strips are asked at once, to the optimum.
     A class that is there weighs `present_weight`: its gate then opens where its probability is
     above 1 / (1 + present_weight). Over all pairs a mask pays above 1 / (1 + its Dice).
+    A class that all strips have, or none, says nothing of its gate, which stays.
     """
     pooled, present = pooled.clone(), present.clone()  # inference tensors have no gradients
     trained, spread = layer.weight.detach().clone(), pooled.std(dim=0, correction=0)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
     weight = pooled.new_tensor(present_weight)
+    told = present.amin(dim=0) < present.amax(dim=0)  # (classes,)
+    if not bool(told.all()):
+        labels = (torch.nonzero(~told).flatten() + 1).tolist()
+        log.warning("gates of class %s stay: the last fit's strips all have it, or none", labels)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        asked = F.binary_cross_entropy_with_logits(layer(pooled), present, pos_weight=weight)
+        asked = F.binary_cross_entropy_with_logits(
+            layer(pooled), present, told.to(pooled), pos_weight=weight
+        )
         total = asked + L2_SP_WEIGHT * ((layer.weight - trained) * spread).square().sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total

@@ -93,11 +93,20 @@ def choose_steps(
         pace = fit_within_memory(lambda tried: measure_pace(sources, tried, machine), config)
         seconds = 60 * minutes - (time.perf_counter() - start)
         crop, whole = fill_minutes(config, pace, seconds, strips)
-        saved = {"asked": asked, "crop_steps": crop, "whole_steps": whole, "pace": asdict(pace)}
+        saved = {
+            "asked": asked,
+            "minutes": minutes,
+            "crop_steps": crop,
+            "whole_steps": whole,
+            "pace": asdict(pace),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         part.replace(path)
+    elif saved.get("minutes", minutes) != minutes:
+        log.warning("%s keeps the steps of its first --minutes, %g: for others give another --name",
+                    config.name, saved["minutes"])  # fmt: skip
     log.info("%s: %d + %d steps, by a pace of %s s", config.name, saved["crop_steps"],
              saved["whole_steps"], saved["pace"])  # fmt: skip
     return replace(config, crop_steps=saved["crop_steps"], whole_steps=saved["whole_steps"])

@@ -724,7 +724,13 @@ def grouped(masks: NDArray[np.bool_], competition: Competition) -> list[Mask]:
 
 
 def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]]:
-    """Write `count` strips; their names and runs in name order."""
+    """Write `count` strips; their names and runs in name order.
+
+    Raises:
+        ValueError: images are there already, which no row would name: they would count as clean.
+    """
+    if plan.folder.is_dir() and any(plan.folder.iterdir()):
+        raise ValueError(f"{plan.folder}: holds files already; give another --out, or remove it")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write, what = partial(write_strip, plan), plan.folder.name
     if not count:

@@ -74,4 +74,7 @@ def test_options_that_make_no_sense_are_one_line(
     new = ["--out", tmp_path / "new", "--gate-shifts", 3, 2]
     assert exit_code(pseudo_labels.main, *options, *new) == 2
     assert "--gate-shifts 3 2" in error_of(capsys.readouterr().err)
+    new = ["--out", tmp_path / "new", "--min-area", 0]
+    assert exit_code(pseudo_labels.main, *options, *new) == 2
+    assert "--min-area 0: expected 1 pixel or more" in error_of(capsys.readouterr().err)
     assert not (tmp_path / "new").exists()

@@ -97,6 +97,21 @@ def test_the_refitted_presence_is_the_tethered_optimum(present_weight: float) ->
     assert objective(found) < best.fun + 1e-4  # in single precision
 
 
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_class_that_all_strips_have_or_none_keeps_its_gate(
+    label: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, pooled, present = refit_example()
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(5))
+    present[:, 0] = label
+    before = layer(pooled).detach()
+    refit_presence(layer, pooled, present)
+    after = layer(pooled).detach()
+    assert torch.allclose(after[:, 0], before[:, 0], atol=1e-4)
+    assert not torch.allclose(after[:, 1], before[:, 1], atol=1)
+    assert "gates of class [1] stay" in caplog.text
+
+
 # --- mask head ------------------------------------------------------------------------------------
 
 

@@ -59,7 +59,11 @@ def test_the_pace_is_that_of_the_steps_after_the_first_ones(
 
 
 def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
-    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    config: Config,
+    strips: Strips,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(pace, "measure_pace", lambda *_: PACE)
     chosen = choose_steps(config, [strips], machine, 10.01, 0)
@@ -67,6 +71,7 @@ def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
     assert replace(chosen, crop_steps=4, whole_steps=3) == config
     monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0))
     assert choose_steps(replace(config, crops=1), [strips], machine, 99, 0).steps == 472
+    assert "tiny keeps the steps of its first --minutes, 10.01" in caplog.text
     other = choose_steps(replace(config, arch="FPN"), [strips], machine, 10, 0)
     assert other.steps not in (472, 7)
     saved = json.loads((machine.runs / "tiny" / pace.STEPS).read_text())

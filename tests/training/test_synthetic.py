@@ -36,6 +36,14 @@ def images_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
 
 
+def test_strips_that_no_row_would_name_are_not_left_behind(tmp_path: Path) -> None:
+    """Strips of a longer run would count as clean ones."""
+    before = images_of(written(tmp_path))
+    with pytest.raises(ValueError, match=r"train_images: holds files already; give another --out"):
+        written(tmp_path, train=3)
+    assert images_of(tmp_path) == before
+
+
 def test_the_same_seed_draws_the_same_bytes(tmp_path: Path) -> None:
     first, second = written(tmp_path / "a"), written(tmp_path / "b")
     assert len(images_of(first)) == 10

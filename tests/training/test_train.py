@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CPU, draw_image, error_of, exit_code, save_image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kernel.members import load_member
 from training import fit, pace, train
@@ -137,6 +137,15 @@ def test_a_fit_starts_from_a_checkpoint(
     assert f"mine starts from {count} of {count} tensors" in caplog.text
     found, expected = load_file(tmp_path / "mine.safetensors"), load_file(start)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_of_which_nothing_fits_is_one_line(
+    steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"conv1.weight": torch.zeros(2, 1, 3, 3)}, tmp_path / "timm.safetensors")
+    assert run_train(steel, tmp_path, "--start-from", tmp_path / "timm.safetensors") == 2
+    assert "no tensor of it fits" in error_of(capsys.readouterr().err)
+    assert not (tmp_path / "mine.safetensors").exists()
 
 
 # --- which strips the heads' last fit sees --------------------------------------------------------
