@@ -724,13 +724,7 @@ def grouped(masks: NDArray[np.bool_], competition: Competition) -> list[Mask]:
 
 
 def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]]:
-    """Write `count` strips; their names and runs in name order.
-
-    Raises:
-        ValueError: images are there already, which no row would name: they would count as clean.
-    """
-    if plan.folder.is_dir() and any(plan.folder.iterdir()):
-        raise ValueError(f"{plan.folder}: holds files already; give another --out, or remove it")
+    """Write `count` strips; their names and runs in name order."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     write, what = partial(write_strip, plan), plan.folder.name
     if not count:
@@ -782,7 +776,10 @@ def write_competition(
     `evenly` keeps the share of strips with a defect among few strips too, not only among many.
     `real` is for train and test strips alike. Another competition's four kinds of defects are
     shared out among its classes.
-    Raises ValueError for an unknown layout.
+
+    Raises:
+        ValueError: the layout is unknown, or strips are there already: those that no new row names
+            would count as clean.
     """
     layouts = layouts_of(competition)
     layout = list(layouts)[-1] if competition != SEVERSTAL else layout
@@ -791,6 +788,9 @@ def write_competition(
     beside = size, evenly, real, competition
     train_plan = Plan(folder / "train_images", TRAIN, seed, shares, *beside)
     test_plan = Plan(folder / "test_images", TEST, seed, SHARES, *beside)
+    for each in (train_plan.folder, test_plan.folder):
+        if each.is_dir() and any(each.iterdir()):
+            raise ValueError(f"{each}: holds files already; give another --out, or remove it")
     train_strips = write_split(train_plan, train, jobs)
     test_strips = write_split(test_plan, test, jobs)
     write_truth(folder / "train.csv", train_strips, layout, competition)
@@ -835,7 +835,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder to write")
+    add("--out", type=Path, required=True, help="folder to write; holds no strips yet")
     add("--train", type=int, default=1200, help="strips in train_images (default 1200)")
     add("--test", type=int, default=400, help="strips in test_images (default 400)")
     add("--seed", type=int, default=0)

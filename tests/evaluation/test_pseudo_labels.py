@@ -47,6 +47,13 @@ def test_a_class_is_there_not_there_or_unsure(
     assert (None if masks is None else int(masks.sum())) == expected
 
 
+def test_under_a_low_threshold_what_is_there_has_a_mask() -> None:
+    strip = recorded((9, -0.2, 6))  # masks of 0.45
+    strip.manifest.threshold = 0.3
+    masks = label_strip(strip, (2.0, 3.0), MIN_AREA)
+    assert masks is not None and masks.sum() == 6
+
+
 def test_what_it_writes_is_read_as_a_training_set(
     dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,18 @@ def test_a_class_that_no_strip_has_keeps_its_level(
     assert all(found[i] in LOGIT_GRID for i in (0, 2, 3))
 
 
+def test_a_class_that_no_level_finds_keeps_its_level(
+    network: Any, config: Config, strips: Strips
+) -> None:
+    module = module_of(network, config)
+    (bias,) = (p for k, p in network.segmentation_head.named_parameters() if k.endswith("bias"))
+    with torch.no_grad():
+        bias[1] = -100
+    found, dices = best_logit_thresholds(module, StripPairs(strips))
+    assert found[1] == torch.tensor(config.level)
+    assert dices[1] == 0
+
+
 def test_of_each_class_some_strips_are_asked(
     network: Any, config: Config, strips: Strips, monkeypatch: pytest.MonkeyPatch
 ) -> None:

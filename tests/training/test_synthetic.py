@@ -38,10 +38,10 @@ def images_of(folder: Path) -> dict[str, bytes]:
 
 def test_strips_that_no_row_would_name_are_not_left_behind(tmp_path: Path) -> None:
     """Strips of a longer run would count as clean ones."""
-    before = images_of(written(tmp_path))
-    with pytest.raises(ValueError, match=r"train_images: holds files already; give another --out"):
-        written(tmp_path, train=3)
-    assert images_of(tmp_path) == before
+    before = images_of(written(tmp_path, train=0))
+    with pytest.raises(ValueError, match=r"test_images: holds files already; give another --out"):
+        written(tmp_path, train=3, test=0)
+    assert images_of(tmp_path) == before  # none was drawn
 
 
 def test_the_same_seed_draws_the_same_bytes(tmp_path: Path) -> None:
