@@ -6,7 +6,8 @@ A stub stands for train.py; the first test alone asks the real one for its optio
 import json
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from helpers import exit_code
 
 from training import fit_members, train
 from training.fit_members import list_devices, read_jobs, share_cores
+
+ROOT = Path(fit_members.__file__).parents[1]
 
 STUB = """
 import json, os, sys, time
@@ -162,24 +165,30 @@ def test_a_second_run_adds_to_the_log(fit_all: FitAll, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_what_runs_and_starts_nothing_more(
-    fit_all: FitAll, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    members: Callable[..., Path], tmp_path: Path
 ) -> None:
-    log = tmp_path / "runs/a/train.log"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a test before left there
-
-    def interrupt() -> None:
+    """In a process of its own: the signal is not this one's, which tests run in."""
+    stub, runs = tmp_path / "stub.py", tmp_path / "runs"
+    stub.write_text(STUB, encoding="utf-8")
+    script = (
+        "import sys; from training import fit_members; "
+        "fit_members.SCRIPT = sys.argv.pop(1); fit_members.main()"
+    )
+    listed = members("--name a --encoder resnet34", "--name b --encoder resnet34")
+    common = ["--data", "d", "--runs", runs, "--learning-rate", 60]  # seconds that a stub sleeps
+    words = [sys.executable, "-c", script, stub, listed, "--devices", "cpu", "--", *common]
+    log, second = runs / "a/train.log", runs / "b/train.log"
+    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
         while not (log.is_file() and log.read_text()):
+            assert process.poll() is None
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    start = time.monotonic()
-    code, lines = fit_all(["a", "b"], ["cpu"], sleep_s=60)
-    thread.join()
-    assert (code, lines) == (130, [])
-    assert time.monotonic() - start < 30
-    assert log.read_text() == "stub starts\n"
-    second = tmp_path / "runs/b/train.log"
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == 130 and "interrupted" in printed
+        assert time.monotonic() - start < 30
+    finally:
+        process.kill()
+    assert log.read_text() == "stub starts\n" and not (runs / "log.json").exists()
     assert not second.exists() or not second.read_text()
-    assert "interrupted" in capsys.readouterr().err
