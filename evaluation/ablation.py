@@ -152,11 +152,10 @@ def collect_stats(
     areas = []
     for name in progress(names, "every pass", "strip"):
         try:
-            recorded = RecordedPasses(
-                ensemble, read_image(images / name, ensemble.manifest.competition)
-            )
+            image = read_image(images / name, ensemble.manifest.competition)
         except (ValueError, OSError):
             continue  # the kernel's log has named it
+        recorded = RecordedPasses(ensemble, image, name)
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
         masks = decode_scored_masks(truth, name, recorded.size, ensemble.manifest.competition)

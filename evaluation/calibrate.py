@@ -27,10 +27,10 @@ from kernel.images import check_kinds, read_image
 from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, parse_manifest
 from kernel.mounts import one_folder
-from training.losses import SURE
 from training.strips import image_names, read_strips
 
 WIDEST = 20.0  # logits by which gates are shifted at most
+OPEN_OR_SHUT = 1e-9  # a gate so near to 0 or 1 that its logit, 21, is cut off
 DECIMALS = 2  # of a shift
 
 EXAMPLE = """\
@@ -55,7 +55,7 @@ def shift_to_mean(logits: Tensor, mean: float) -> float:
 
 @torch.inference_mode()
 def gate_logits(ensemble: Ensemble, paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Return each gated member's presence logits (images, classes), by its encoder, unflipped."""
+    """Return each gated member's presence logits (images, classes), under the first flip."""
     names = {spec.name for spec in ensemble.manifest.members if spec.gated}
     flip = ensemble.manifest.flips[0]
     passes = {
@@ -67,16 +67,28 @@ def gate_logits(ensemble: Ensemble, paths: Sequence[Path]) -> dict[str, Tensor]:
     for path in progress(paths, "gates", "image"):
         images = ensemble.prepare(read_image(path, ensemble.manifest.competition))
         for member, pass_id in passes.items():
-            gates[member].append(ensemble.run_encoder(pass_id, images)[0].float().cpu())
-    return {member: torch.logit(torch.cat(found), SURE) for member, found in gates.items()}
+            gates[member].append(ensemble.run_encoder(pass_id, images)[0].double().cpu())
+    return {member: torch.logit(torch.cat(found), OPEN_OR_SHUT) for member, found in gates.items()}
 
 
 def find_shifts(logits: dict[str, Tensor], shares: Sequence[float]) -> Shifts:
-    """Return the shifts with which every member's mean gate of a class is the class's share."""
-    return {
-        member: [shift_to_mean(of_class, s) for of_class, s in zip(found.T, shares, strict=True)]
-        for member, found in logits.items()
+    """Return the shifts with which every member's mean gate of a class is the class's share.
+
+    Raises:
+        ValueError: a gate is NaN, or no shift of up to `WIDEST` gives that mean; names the member.
+    """
+    found = {
+        member: [shift_to_mean(of_class, s) for of_class, s in zip(each.T, shares, strict=True)]
+        for member, each in logits.items()
     }
+    for member, shifts in found.items():
+        for label, shift in enumerate(shifts, 1):
+            if abs(shift) > WIDEST - 0.1 or logits[member].isnan().any():
+                raise ValueError(
+                    f"{member}, class {label}: no shift of up to {WIDEST:g} logits opens its gates "
+                    "as often as the class occurs: fit its presence head anew"
+                )
+    return found
 
 
 def share_of_classes(folder: Path, manifest: Manifest) -> list[float]:

@@ -28,7 +28,6 @@ from evaluation.projection import calibrate, parse_run_record, read_calibration
 from evaluation.report import (
     Check,
     ProcessResult,
-    as_json,
     as_lines,
     as_page,
     build_report,
@@ -45,6 +44,7 @@ from kernel.mounts import SAMPLE, list_images, no_images, one_folder, read_sampl
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import check_names, read_truth
+from training.json_files import write_json
 
 IMAGES = "test_images"  # the competition's folder of them
 OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
@@ -194,7 +194,7 @@ def _write_report(
     if run.truth is not None and run.ablation and run_record["work"]:
         log.info("every pass for every strip, to compare members, flips and settings")
         report["ablation"] = ablate(run.dataset, run.images, names, run.truth, out / MANIFEST)
-    (out / "report.json").write_text(as_json(report), encoding="utf-8")
+    write_json(out / "report.json", report)
     (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
     return report
 

@@ -6,7 +6,6 @@ with themselves, so their share of the work is a little low.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
 from packing.members import count_flops
+from training.json_files import write_json
 
 Floats = npt.NDArray[np.float64]
 
@@ -103,7 +103,8 @@ def record_strips(ensemble: Ensemble, paths: Sequence[Path], flips: Sequence[str
     replays = Replays(list_choices(ensemble, flips))
     bundle = ("members", len(ensemble.manifest.members))
     for path in progress(paths, "growth", "strip"):
-        recorded = RecordedPasses(ensemble, read_image(path, ensemble.manifest.competition))
+        image = read_image(path, ensemble.manifest.competition)
+        recorded = RecordedPasses(ensemble, image, path.name)
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
         replays.add(recorded, bundle)
@@ -231,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
     all_flips = replace(manifest, flips=tuple(FLIPS))
     ensemble = load_ensemble(args.bundle, all_flips, pick_device(), Stages())
     results = summarise(record_strips(ensemble, paths, manifest.flips), ensemble, SIZES)
-    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, results)
     draw_plot(results, args.out.with_suffix(".png"))
     print(table(results))
     return 0

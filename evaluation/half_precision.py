@@ -7,7 +7,6 @@ output to fp16 and computes in fp32, which is quick; `half` computes in fp16, mi
 import argparse
 import copy
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, load_member, split_network
 from kernel.threshold import apply_threshold
+from training.json_files import write_json
 from training.metrics import dice
 
 CPU = torch.device("cpu")
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     images = [read_image(path, manifest.competition) for path in paths]
     images = [highest_contrast_crop(image) for image in images] if args.crop else images
     results = measure(args.bundle, manifest, args.way, images)
-    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, results)
     print(table(results))
     return 0
 

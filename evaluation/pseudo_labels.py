@@ -7,23 +7,26 @@ A strip with a class between the two is left out. The mask of a class that is th
 the mask heads alone, over a half or a lower threshold: how far a defect reaches is no question of
 whether it is there.
 
-Writes `--out`/train.csv and train_images/, which `train.py --extra` takes.
+Writes `--out`/train.csv and train_images/, which `train.py --extra` takes. An image that cannot be
+read is named and left out; Ctrl-C ends with those that are labelled by then.
 """
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evaluation.recorded import RecordedPasses
-from kernel.command import run_command
+from kernel.command import INTERRUPTED, run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import read_image
-from kernel.logs import Stages, progress
+from kernel.faults import one_line
+from kernel.images import check_kinds, read_image
+from kernel.logs import Stages, log, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import one_folder
 from kernel.rle import encode_rle
@@ -64,20 +67,22 @@ def label_strip(
 
 def label_strips(
     ensemble: Ensemble, folder: Path, gate_shifts: tuple[float, float], min_area: int
-) -> Strips:
-    """Return the strips of a folder of whose classes the ensemble is sure, with their masks."""
+) -> Iterator[tuple[str, dict[int, str]]]:
+    """Yield the strips of a folder of whose classes the ensemble is sure: name, class → RLE."""
     competition = ensemble.manifest.competition
-    folder = one_folder(folder, competition)
-    truth: dict[str, dict[int, str]] = {}
     for name in progress(image_names(folder), "strips", "strip"):
-        recorded = RecordedPasses(ensemble, read_image(folder / name, competition))
+        try:
+            image = read_image(folder / name, competition)
+        except (ValueError, OSError) as error:
+            log.warning("left out: %s", one_line(error))
+            continue
+        recorded = RecordedPasses(ensemble, image, name)
         for pass_id in range(len(ensemble.passes)):
             recorded.record(pass_id)
         masks = label_strip(recorded, gate_shifts, min_area)
         if masks is not None:
             found = {label: encode_rle(mask, competition) for label, mask in enumerate(masks, 1)}
-            truth[name] = {label: rle for label, rle in found.items() if rle}
-    return Strips(folder, sorted(truth), truth, competition)
+            yield name, {label: rle for label, rle in found.items() if rle}
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -109,9 +114,25 @@ def label(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise ValueError(f"{args.out}: is there already")
     manifest = load_manifest(args.bundle)
+    competition = replace(manifest.competition, mask_size=None)  # to train on: the image's own size
+    folder = one_folder(args.images, competition)
+    check_kinds(folder, image_names(folder), competition)
+    manifest = replace(manifest, competition=competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
-    write_strips(label_strips(ensemble, args.images, (sure, wide), args.min_area), args.out)
-    return 0
+    truth, code = dict[str, dict[int, str]](), 0
+    try:
+        for name, masks in label_strips(ensemble, folder, (sure, wide), args.min_area):
+            truth[name] = masks
+    except KeyboardInterrupt:
+        log.warning("interrupted: the %d strips that are labelled are written", len(truth))
+        code = INTERRUPTED
+    if not any(truth.values()):
+        raise ValueError(
+            f"{folder}: nothing is written, for of no strip is it sure that a class is there "
+            f"({len(truth)} are clean): try a wider first --gate-shifts than {sure:g}"
+        )
+    write_strips(Strips(folder, sorted(truth), truth, competition), args.out)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,12 +4,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernel.ensemble import Ensemble
 from kernel.images import Image, Size, Strip, size_of
-from kernel.logs import Stages
+from kernel.logs import Stages, log
 from kernel.manifest import Manifest
 from kernel.scheduling import Scheduler, StripState
 from kernel.tta import Pass
@@ -21,6 +22,7 @@ class RecordedPasses:
 
     ensemble: Ensemble
     image: Image
+    name: str = ""  # of the strip, for warnings
     encoded: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # pass id → gates, …
     probabilities: dict[int, Tensor] = field(default_factory=dict)  # (1, classes, H, W)
 
@@ -44,9 +46,10 @@ class RecordedPasses:
         self.encoded[pass_id] = encoded[:1]
 
     def mean(self, pass_ids: Sequence[int]) -> Tensor:
-        """Mean probabilities (classes, H, W) of recorded passes."""
-        total = functools.reduce(torch.add, (self.probabilities[i] for i in pass_ids))
-        return total[0] / len(pass_ids)
+        """Mean probabilities (classes, H, W) of recorded passes, without those that gave NaN."""
+        found = [self.probabilities[pass_id] for pass_id in pass_ids]
+        numbers = [each for each in found if each.isfinite().all()] or [torch.zeros_like(found[0])]
+        return functools.reduce(torch.add, numbers)[0] / len(numbers)
 
     def prepare(self, image: Image) -> Tensor:
         """Return the strip as a pass takes it."""
@@ -70,9 +73,19 @@ class RecordedPasses:
         return encoded[0], self.run_decoder(pass_id, encoded, size)
 
     def replay(self, pass_ids: Sequence[int], early_exit: bool = True) -> StripState:
-        """Return the strip as the kernel leaves it with the passes `pass_ids`, in this order."""
+        """Return the strip as the kernel leaves it with the passes `pass_ids`, in this order.
+
+        Where each of them gave NaN its masks are empty, as the kernel's rows are.
+
+        Raises:
+            RuntimeError: the networks failed.
+        """
         scheduler = Scheduler(self, early_exit=early_exit, pass_ids=pass_ids)
-        (state,) = scheduler.predict_strips([Strip("", self.image)])
+        (state,) = scheduler.predict_strips([Strip(self.name, self.image)])
+        if state.fault and state.pass_ids:
+            raise RuntimeError(f"{self.name}: {state.fault}")
         if state.fault:
-            raise RuntimeError(state.fault)
+            log.warning("%s counts as an empty answer: %s", self.name, state.fault)
+            size = self.manifest.competition.size_of_mask(self.size)
+            state.ended = np.zeros((self.manifest.classes, *size), np.bool_)
         return state

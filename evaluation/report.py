@@ -15,7 +15,6 @@ Then the numbers: `run`, `stages`, `passes`, `histogram`, `machines`, `drops`, `
 `faults`, and, where a ground truth is known, `dice` and `ablation`.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -240,12 +239,6 @@ def build_report(
         "dice": None,
         "ablation": None,
     }
-
-
-def as_json(report: dict[str, Any]) -> str:
-    """Return the report as JSON, which has no NaN: a mean of nothing is null."""
-    plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
-    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # --- the terminal ---------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Scores a bundle against ground truth: each member alone, and all members under all flips."""
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,22 +8,23 @@ from pathlib import Path
 from evaluation.recorded import RecordedPasses
 from kernel.command import run_command
 from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, check_kinds, read_image, size_of
+from kernel.ensemble import load_ensemble
+from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import list_images, one_folder
 from training.ground_truth import check_names, decode_scored_masks, read_truth
+from training.json_files import to_json, write_json
 from training.metrics import Masks, Scores
 
 
-def score_strip(ensemble: Ensemble, image: Image, truth: Masks, scores: dict[str, Scores]) -> None:
+def score_strip(recorded: RecordedPasses, truth: Masks, scores: dict[str, Scores]) -> None:
     """Add one strip to every member's score, alone and without flips, and to the ensemble's.
 
     In the ensemble the members' own passes come first, for they have run; of the others only those
     run that can still change a mask.
     """
-    recorded, passes = RecordedPasses(ensemble, image), list(enumerate(ensemble.passes))
+    passes = list(enumerate(recorded.passes))
     for pass_id, each in passes:
         if each.flip == "none":
             recorded.record(pass_id)
@@ -63,13 +63,13 @@ def score(args: argparse.Namespace) -> int:
     for name in progress(names, "strips", "strip"):
         image = read_image(images / name, competition)
         masks = decode_scored_masks(truth, name, size_of(image), competition)
-        score_strip(ensemble, image, masks, scores)
+        score_strip(RecordedPasses(ensemble, image, name), masks, scores)
         summary = {
             member: each.summary() | {"intervals": each.intervals()}
             for member, each in scores.items()
         }
-        args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(args.out.read_text(encoding="utf-8"))
+        write_json(args.out, summary)
+    print(to_json(summary), end="")
     return 0
 
 

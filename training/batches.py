@@ -60,7 +60,7 @@ class Sampler:
         return *pair, label
 
     def sample_crop(self, rng: np.random.Generator) -> Pair:
-        """Draw a window on a defect's pixel, off its centre, or anywhere on any strip."""
+        """Draw a window on a defect's pixel, off its centre, or anywhere on a clean strip."""
         size = self.config.crop_size
         image, masks, label = self.sample_strip(rng, rng.random() < self.config.defect_share)
         if label is None:

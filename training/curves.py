@@ -15,7 +15,8 @@ def read_losses(folder: Path) -> pd.Series:
     `folder` holds a metrics.csv for every time that the part was begun or resumed.
     """
     paths = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
-    tables = [pd.read_csv(path, usecols=["step", "loss"]).set_index("step") for path in paths]
+    begun = [path for path in paths if path.stat().st_size]  # a kill may leave an empty one
+    tables = [pd.read_csv(path, usecols=["step", "loss"]).set_index("step") for path in begun]
     if not tables:
         return pd.Series(dtype=float)
     losses = pd.concat(tables)["loss"]

@@ -29,6 +29,7 @@ from kernel.manifest import MANIFEST, Manifest
 from kernel.mounts import find_folders, find_one
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
+from training.json_files import write_json
 from training.results import SCORES
 from training.strips import image_names
 
@@ -97,13 +98,6 @@ def plan(jobs: Sequence[Job], devices: int, minutes: float) -> list[Job]:
 
 
 # --- what is left behind --------------------------------------------------------------------------
-
-
-def write_json(path: Path, entries: dict[str, Any]) -> None:
-    """Replace a file at once."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:

@@ -6,18 +6,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kernel.checks import read_json
 from kernel.logs import log
 from training.batches import Batches
-from training.config import Config
-from training.fit import Machine, Watch, fit_within_memory, take_steps
+from training.config import Config, Part
+from training.fit import Machine, Watch, fit_within_memory, retake_from_strips, take_steps
+from training.json_files import write_json
 from training.module import new_network
 from training.strips import Strips
 
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
 WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes start
 MEASURED_STEPS = 20
+STATISTICS_STRIPS = 4
 USED_SHARE = 0.9  # of the minutes: states are saved, and a machine has slower hours
 
 
@@ -30,10 +33,12 @@ class Pace:
     strip: float  # in the heads' last fit and the validation, which load nothing beside
 
 
-def seconds_a_step(sources: Sequence[Strips], config: Config, part: int, machine: Machine) -> float:
+def seconds_a_step(
+    network: Any, sources: Sequence[Strips], config: Config, part: Part, machine: Machine
+) -> float:
     """Measure a step of one part as the fit itself takes it."""
-    watch = Watch(config, config.parts[part], {}, machine.save_every)
-    take_steps(new_network(config), sources, config, config.parts[part], machine, watch)
+    watch = Watch(config, part, {}, machine.save_every)
+    take_steps(network, sources, config, part, machine, watch)
     ends = watch.ends[WARM_UP_STEPS - 1 :]
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
@@ -47,13 +52,20 @@ def seconds_a_load(sources: Sequence[Strips], config: Config) -> float:
 
 
 def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) -> Pace:
-    """Take some steps of both parts with a network that is thrown away."""
+    """Take some steps of both parts with a network that is thrown away.
+
+    Between them its batch-norm statistics are taken from strips, as in the fit: with those of a new
+    network, frozen, a deep one's values grow beyond half precision, and its loss is no number.
+    """
     count = WARM_UP_STEPS + MEASURED_STEPS
+    some = [sources[0].folder / name for name in sources[0].names[:STATISTICS_STRIPS]]
     tried = replace(config, crop_steps=count, whole_steps=count, encoder_weights="")
     with tempfile.TemporaryDirectory() as folder:
         apart = replace(machine, save_every=count, runs=Path(folder))
-        crop_step = seconds_a_step(sources, tried, 0, apart)
-        whole_step = seconds_a_step(sources, tried, 1, apart)
+        network, (crops, strips) = new_network(tried), tried.parts
+        crop_step = seconds_a_step(network, sources, tried, crops, apart)
+        retake_from_strips(network, tried, some, apart, sources[0].competition)
+        whole_step = seconds_a_step(network, sources, tried, strips, apart)
     return Pace(crop_step, whole_step, whole_step + seconds_a_load(sources, tried))
 
 
@@ -100,10 +112,7 @@ def choose_steps(
             "whole_steps": whole,
             "pace": asdict(pace),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(path, saved)
     elif saved.get("minutes", minutes) != minutes:
         log.warning("%s keeps the steps of its first --minutes, %g: for others give another --name",
                     config.name, saved["minutes"])  # fmt: skip

@@ -5,16 +5,19 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from kernel.ensemble import Ensemble
-from kernel.logs import Stages, progress
+from kernel.images import Strip
+from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
 from kernel.members import split_network
-from kernel.scheduling import Scheduler, predict_masks
+from kernel.scheduling import Scheduler
 from training.config import NO_FOLD, Config
+from training.json_files import write_json
 from training.metrics import Scores
 from training.strips import Strips
 
@@ -24,7 +27,10 @@ SCORES = "scores.json"  # in RUNS/NAME
 def validate(
     network: nn.Module, config: Config, strips: Strips, device: torch.device | None = None
 ) -> Scores:
-    """Score the member alone, gated, without flips, on whole strips, by the kernel's own code."""
+    """Score the member alone, gated, without flips, on whole strips, by the kernel's own code.
+
+    A strip that it cannot answer counts as an empty answer, which is what the kernel would write.
+    """
     device = device or torch.device("cpu")
     manifest = Manifest([config.spec], config.classes, flips=("none",))
     member = split_network(network, config.spec, device)
@@ -32,14 +38,27 @@ def validate(
     scores = Scores()
     for name in progress(strips.names, "validation", "strip"):
         image, masks = strips.load(name)
-        scores.add(predict_masks(scheduler, [image])[0], masks)
+        (state,) = scheduler.predict_strips([Strip(name, image)])
+        if state.fault:
+            log.warning("%s counts as an empty answer: %s", name, state.fault)
+        scores.add(np.zeros_like(masks) if state.fault else state.masks, masks)
     return scores
 
 
 def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
-    """Write the weights in half precision; their header carries the member's own manifest entry."""
+    """Write the weights in half precision; their header carries the member's own manifest entry.
+
+    Raises:
+        ValueError: a weight is no number, or too large for half precision; names the first.
+    """
     weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     weights = {key: value.cpu().contiguous().clone() for key, value in weights.items()}
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{config.name}: {key} holds NaN, or more than half precision can: no checkpoint "
+                "is written; fit it again with a lower --learning-rate"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(weights, part, {"member": json.dumps(asdict(config.spec), sort_keys=True)})
@@ -49,10 +68,7 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
 def write_scores(path: Path, config: Config, scores: Scores) -> None:
     """Write the scores of the held-out strips; null where there was none. A fit's last file."""
     fold = None if config.fold == NO_FOLD else config.fold
-    figures: dict[str, object] = {"fold": fold, "strips": len(scores.dices)}
-    figures |= {key: None if value != value else value for key, value in scores.summary().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {"fold": fold, "strips": len(scores.dices)} | scores.summary())
 
 
 def add_experiment(

@@ -19,7 +19,6 @@ state, and ends with the same weights as if it had not been stopped.
 
 import argparse
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from kernel.device import pick_device
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log
 from kernel.members import to_channels
+from kernel.mounts import one_folder
 from training.batches import Batches
 from training.config import NO_FOLD, PRECISIONS, Config, check_config
 from training.fit import Machine, find_crops, fit_network, fit_within_memory
@@ -47,6 +47,7 @@ from training.folds import (
     split_folds,
 )
 from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
+from training.json_files import to_json
 from training.module import MemberModule
 from training.moved_defects import METHODS
 from training.pace import choose_steps
@@ -306,6 +307,8 @@ def choose_head_pairs(
 ) -> tuple[Pairs, Strips]:
     """Return the strips of the heads' last fit, and of those held out the ones left to score."""
     asked = args.heads_on or ("train" if config.fold == NO_FOLD else "held-out")
+    if asked == "held-out" and not held_out.names:
+        raise ValueError("--heads-on held-out: --fold none holds no strip out; try train")
     most, to_score = args.presence_strips, args.validation_strips
     if asked == "held-out":
         half, spare = len(held_out.names) // 2, len(held_out.names) - to_score
@@ -339,7 +342,8 @@ def train(args: argparse.Namespace) -> int:
     weights, start_from = read_start(args.start_from)
     unlabelled = list[Strips]()
     if args.unlabelled:
-        unlabelled = [Strips(args.unlabelled, image_names(args.unlabelled), {}, competition)]
+        folder = one_folder(args.unlabelled, competition)
+        unlabelled = [Strips(folder, image_names(folder), {}, competition)]
     statistics = [each.folder / name for each in (train_strips, *unlabelled) for name in each.names]
     data = hash_of([own, *sources[1:], *unlabelled])
     crops = config.crops or find_crops(config, device)
@@ -358,7 +362,7 @@ def train(args: argparse.Namespace) -> int:
     scores = validate(network, config, scored, device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
     write_scores(machine.runs / config.name / SCORES, config, scores)
-    print(json.dumps(scores.summary(), indent=2))
+    print(to_json(scores.summary()), end="")
     return 0
 
 

@@ -124,6 +124,25 @@ def test_a_pass_that_was_not_recorded_runs_when_it_is_asked_for(
     assert expected.masks.any()
 
 
+@pytest.mark.parametrize("kind", ["one", "all"])
+def test_passes_that_gave_nan_are_left_out_as_the_kernel_does(
+    kind: str, ensemble: Ensemble, images: list[Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of all of them the answer is empty, as the kernel's rows are."""
+    broken, everything = RecordedPasses(ensemble, images[0], "a.jpg"), range(len(ensemble.passes))
+    for pass_id in everything:
+        broken.record(pass_id)
+    for pass_id in everything if kind == "all" else [4]:
+        broken.probabilities[pass_id] = broken.probabilities[pass_id] * float("nan")
+    found, mean = broken.replay(everything, early_exit=False).masks, broken.mean(everything)
+    assert mean.isfinite().all()
+    np.testing.assert_array_equal(found, (mean > ensemble.manifest.threshold).numpy())
+    assert found.any() == (kind == "one")
+    assert ("a.jpg counts as an empty answer: every pass gave NaN" in caplog.text) == (
+        kind == "all"
+    )
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 

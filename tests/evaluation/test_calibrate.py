@@ -151,3 +151,10 @@ def test_shifts_are_not_added_twice(
     write = ["--weights", tmp_path, "--write", tmp_path / MANIFEST]
     assert exit_code(calibrate.main, *options, "--shares", *SHARES, *write) == 2
     assert "build it of this file" in error_of(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("gates", [[float("nan"), 0.0, 0.0], [-25.0, -25.0, -25.0]])
+def test_gates_that_no_shift_opens_are_an_error(gates: list[float]) -> None:
+    logits = {"fine": torch.randn(3, 1), "stuck": torch.tensor(gates)[:, None]}
+    with pytest.raises(ValueError, match="stuck, class 1: no shift of up to 20 logits"):
+        find_shifts(logits, [0.3])

@@ -1,18 +1,22 @@
 """Pseudo-labels: what an ensemble is sure of, by sums done by hand."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, error_of, exit_code
+from helpers import SMALL, draw_described, error_of, exit_code, shrunk, write_described
 
 from evaluation import pseudo_labels
 from evaluation.pseudo_labels import label_strip
+from kernel.competition import find_competition
+from packing.bundle import build
 from training.strips import read_strips
 
 MIN_AREA = 4
+SURE = ("--gate-shifts", 50, 50, "--min-area", 1)  # every gate open, and any mask counts
 
 
 def recorded(*passes: tuple[float, float, int]) -> Any:
@@ -59,8 +63,7 @@ def test_what_it_writes_is_read_as_a_training_set(
 ) -> None:
     images = labelled_strips / "test_images"
     options = ["--bundle", dataset, "--images", images, "--out", tmp_path / "pseudo"]
-    sure = ["--gate-shifts", 50, 50, "--min-area", 1]
-    assert exit_code(pseudo_labels.main, *options, *sure) == 0
+    assert exit_code(pseudo_labels.main, *options, *SURE) == 0
     strips = read_strips(tmp_path / "pseudo")
     assert strips.names == sorted(path.name for path in images.iterdir())
     assert any(strips.truth.values())
@@ -70,6 +73,66 @@ def test_what_it_writes_is_read_as_a_training_set(
         original = (images / name).read_bytes()
         assert (tmp_path / "pseudo" / "train_images" / name).read_bytes() == original
     assert f"{len(strips.names)} strips" in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_named(
+    dataset: Path, labelled_strips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = Path(shutil.copytree(labelled_strips / "test_images", tmp_path / "images"))
+    kept = sorted(path.name for path in images.iterdir())
+    (images / "0torn.jpg").write_bytes((images / kept[0]).read_bytes()[:200])
+    options = ["--bundle", dataset, "--images", images, "--out", tmp_path / "pseudo"]
+    assert exit_code(pseudo_labels.main, *options, *SURE) == 0
+    assert read_strips(tmp_path / "pseudo").names == kept
+    assert "left out: " in caplog.text and "0torn.jpg" in caplog.text
+
+
+def test_what_is_labelled_before_ctrl_c_is_written(
+    dataset: Path,
+    labelled_strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labelled: list[Any] = []
+
+    def stop_at_the_second(*strip: Any) -> Any:
+        if labelled:
+            raise KeyboardInterrupt
+        labelled.append(strip)
+        return label_strip(*strip)
+
+    monkeypatch.setattr(pseudo_labels, "label_strip", stop_at_the_second)
+    images, out = labelled_strips / "test_images", tmp_path / "pseudo"
+    options = ["--bundle", dataset, "--images", images, "--out", out]
+    assert exit_code(pseudo_labels.main, *options, *SURE) == 130
+    assert read_strips(out).names == sorted(path.name for path in images.iterdir())[:1]
+    assert "interrupted: the 1 strips that are labelled are written" in caplog.text
+
+
+def test_masks_to_train_on_have_the_images_size_whatever_is_scored(tmp_path: Path) -> None:
+    """clouds' masks are scored at a quarter of the images' sides."""
+    clouds = shrunk(find_competition("clouds"))
+    build(write_described(tmp_path / "weights", clouds), tmp_path / "dist", "me",
+          competition=clouds)  # fmt: skip
+    drawn, out = draw_described(tmp_path / "images", clouds), tmp_path / "pseudo"
+    options = ["--bundle", tmp_path / "dist" / "dataset", "--images", tmp_path / "images"]
+    assert exit_code(pseudo_labels.main, *options, "--out", out, *SURE) == 0
+    assert clouds.mask_size != SMALL
+    strips = read_strips(out, clouds)
+    masks = [strips.load(name)[1] for name in drawn]
+    assert any(mask[:, SMALL[0] // 2 :, SMALL[1] // 2 :].any() for mask in masks)
+
+
+def test_where_no_class_is_sure_nothing_is_written(
+    dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = labelled_strips / "test_images"
+    options = ["--bundle", dataset, "--images", images, "--out", tmp_path / "pseudo"]
+    shut = ["--gate-shifts", -50, -50]
+    assert exit_code(pseudo_labels.main, *options, *shut) == 2
+    assert "of no strip is it sure that a class is there (2 are clean)" in capsys.readouterr().err
+    assert not (tmp_path / "pseudo").exists()
 
 
 def test_options_that_make_no_sense_are_one_line(

@@ -16,7 +16,6 @@ from evaluation.projection import project, usable_s
 from evaluation.report import (
     Check,
     ProcessResult,
-    as_json,
     as_lines,
     as_page,
     build_report,
@@ -25,6 +24,7 @@ from evaluation.report import (
     list_stages,
     time_here,
 )
+from training.json_files import to_json
 
 RESULT = ProcessResult(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
 VALID = Check(True, "submission.csv is valid: 12 rows")
@@ -206,7 +206,7 @@ def test_a_mean_of_nothing_is_null_in_the_json_and_a_dash_on_the_page() -> None:
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
-    found = json.loads(as_json(report), parse_constant=refuse)
+    found = json.loads(to_json(report), parse_constant=refuse)
     assert found["dice"] == DICE | {"dice_non_empty": None, "per_class": {}}
     assert found["run"] == report["run"]
     assert "–" in Page(as_page(report, [])).said("span")

@@ -23,6 +23,13 @@ def test_steps_taken_again_count_once_and_the_later_counts(tmp_path: Path) -> No
     assert read_losses(tmp_path).to_dict() == {0: 9.0, 1: 5.0, 2: 3.0, 3: 2.0}
 
 
+def test_a_file_that_a_kill_left_empty_is_passed_over(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 0, {0: 9.0})
+    (tmp_path / "version_1").mkdir()
+    (tmp_path / "version_1" / "metrics.csv").touch()
+    assert read_losses(tmp_path).to_dict() == {0: 9.0}
+
+
 def test_members_that_have_begun_or_not_are_drawn(tmp_path: Path) -> None:
     pictures = []
     for losses in ({}, {0: 9.0, 1: 1.0, 2: 2.0}):

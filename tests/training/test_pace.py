@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from training import pace
+from training import fit, pace
 from training.batches import Batches
 from training.config import Config
 from training.fit import Machine
@@ -56,6 +56,23 @@ def test_the_pace_is_that_of_the_steps_after_the_first_ones(
     found = measure_pace([strips], config, machine)
     assert found == Pace(2.0, 3.0, 6.0)
     assert not machine.runs.exists()
+
+
+def test_whole_strips_are_timed_with_batch_norm_statistics_of_strips(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new network's are 0 and 1: in fp16 a deep one's values overflow with them."""
+    monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
+    began: list[int] = []
+    take_steps = fit.take_steps
+
+    def watched(network: Any, *rest: Any) -> None:
+        began.append(int(network.encoder.model.bn1.num_batches_tracked))
+        take_steps(network, *rest)
+
+    monkeypatch.setattr(pace, "take_steps", watched)
+    measure_pace([strips], config, machine)
+    assert began == [0, pace.STATISTICS_STRIPS // 2]  # pairs of strips, the crops' not among them
 
 
 def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(

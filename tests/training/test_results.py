@@ -69,6 +69,29 @@ def test_validation_scores_the_gated_member_on_whole_strips(
     assert sum(map(len, scores.dices)) == 12
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
+def test_weights_that_no_half_can_hold_are_not_written(
+    value: float, network: Any, config: Config, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        network.segmentation_head[0].bias[1] = value
+    with pytest.raises(ValueError, match=r"tiny: segmentation_head\.0\.bias holds NaN, or more"):
+        write_checkpoint(network, config, tmp_path / "tiny.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_strip_that_it_cannot_answer_counts_as_an_empty_answer(
+    network: Any, config: Config, strips: Strips, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.no_grad():
+        network.segmentation_head[0].bias[:] = float("nan")
+    [clean], [defective] = strips.clean()[:1], strips.with_class(1)[:1]
+    scores = validate(network, config, replace(strips, names=[clean, defective]))
+    assert scores.empty == [True, True] and scores.dices[0] == [1.0] * 4
+    assert scores.summary()["dice_non_empty"] == 0
+    assert f"{defective} counts as an empty answer: every pass gave NaN" in caplog.text
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

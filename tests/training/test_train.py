@@ -242,6 +242,7 @@ def test_a_state_with_other_unlabelled_strips_is_refused(
         (["--start-from", "gone.safetensors"], "--start-from gone.safetensors"),
         (["--teacher", "old.pth"], "--teacher old.pth: no checkpoint of train.py"),
         (["--unlabelled", "gone"], "gone: no such folder"),
+        (["--fold", "none", "--heads-on", "held-out"], "--fold none holds no strip out"),
         (["--extra", "gone=0.5"], "gone/train.csv: no such file"),
         (["--heads-on", "gone"], "gone/train.csv: no such file"),
         (["--classes", 5], "no strip to train on has class 5; see --classes"),

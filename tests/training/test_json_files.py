@@ -1,0 +1,33 @@
+"""JSON files of figures: no NaN, and a write that fails leaves what was there."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from training.json_files import to_json, write_json
+
+
+def test_a_mean_of_nothing_is_null() -> None:
+    text = to_json({"dice": math.nan, "per_class": [0.5, math.inf], "name": "Größe"})
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"dice": None, "per_class": [0.5, None], "name": "Größe"}
+    assert "Größe" in text and text.endswith("}\n")
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "scores.json"
+    write_json(path, {"strips": 1})
+    write = Path.write_text
+
+    def fill_disk(self: Path, text: str, encoding: str) -> int:
+        write(self, text[:3], encoding=encoding)
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"strips": 2})
+    assert json.loads(path.read_text()) == {"strips": 1}

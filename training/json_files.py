@@ -1,0 +1,19 @@
+"""JSON files of figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def to_json(entries: Any) -> str:
+    """Return entries as a JSON text; NaN, a mean of nothing, which JSON does not have, as null."""
+    plain = json.loads(json.dumps(entries), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, entries: Any) -> None:
+    """Write `to_json` of entries; a kill leaves the file that was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(to_json(entries), encoding="utf-8")
+    part.replace(path)
