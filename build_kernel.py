@@ -20,13 +20,20 @@ from packing.summary import print_fit_next, print_next, print_table
 USAGE = (
     "python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] [--notebook]"
 )
+HOURS = 11.5  # of fitting, unless --hours says otherwise
+BUNDLE = "a bundle"
+OPTIONS = {  # what each purpose reads beside --out and --owner
+    BUNDLE: ("--weights", "--openvino", "--notebook", "--competition"),
+    "--fit": ("--fit", "--hours", "--resume", "--members"),
+    "--new-competition": ("--new-competition", "--images"),
+}
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(usage=USAGE, description=__doc__)
     add = parser.add_argument
-    add("--weights", type=Path, default=WEIGHTS, help=f"{MANIFEST}'s folder")
+    add("--weights", type=Path, help=f"{MANIFEST}'s folder (default: the project's weights)")
     add("--out", type=Path, default=Path("dist"), help="becomes OUT/dataset, OUT/kernel")
     about = "your Kaggle name (default: KAGGLE_USERNAME, or the name in the kaggle client's files)"
     add("--owner", help=about)
@@ -41,12 +48,23 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     fit = parser.add_argument_group("the fit on Kaggle").add_argument
     about = "write OUT/fit instead: a kernel that fits the members on Kaggle's two GPUs"
     fit("--fit", action="store_true", help=about)
-    about = "of fitting, all sessions together (default %(default)s, one session's)"
-    fit("--hours", type=float, default=11.5, help=about)
+    about = f"of fitting, all sessions together (default {HOURS}, one session's)"
+    fit("--hours", type=float, help=about)
     fit("--resume", action="store_true", help="go on from the output of its last run on Kaggle")
     about = "the list of members (default: training/members.txt)"
-    fit("--members", type=Path, default=MEMBERS, help=about)
+    fit("--members", type=Path, help=about)
     return parser.parse_args(arguments)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that what is to be built does not read."""
+    chosen = "--new-competition" if args.new_competition else "--fit" if args.fit else BUNDLE
+    for purpose, options in OPTIONS.items():
+        values = {each: vars(args)[each[2:].replace("-", "_")] for each in options}
+        given = [each for each, value in values.items() if value is not None and value is not False]
+        if given and purpose != chosen:
+            remedy = f"leave it out with {chosen}" if purpose == BUNDLE else f"it needs {purpose}"
+            raise ValueError(f"{given[0]} is for {purpose}: {remedy}")
 
 
 def describe(args: argparse.Namespace) -> int:
@@ -61,18 +79,18 @@ def describe(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Build the bundle or the fit kernel; print what it holds and what comes next."""
+    check_options(args)
     if args.new_competition:
         return describe(args)
     owner = args.owner or find_owner()
     if args.fit:
-        if args.competition:
-            raise ValueError("--fit fits Severstal's members: leave --competition out")
-        kernel = build_fit(args.out, owner, args.members, args.hours, args.resume)
+        hours = HOURS if args.hours is None else args.hours
+        kernel = build_fit(args.out, owner, args.members or MEMBERS, hours, args.resume)
         print_fit_next(args.out, kernel)
         return 0
     competition = find_competition(args.competition) if args.competition else None
     metadata, packed = build(
-        args.weights, args.out, owner, args.openvino, args.notebook, competition
+        args.weights or WEIGHTS, args.out, owner, args.openvino, args.notebook, competition
     )
     print_table(packed)
     print_next(args.out, metadata)

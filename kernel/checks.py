@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kernel.faults import one_line, short
+
+MAX_SIDE = 20_000  # pixels
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,8 +65,8 @@ def is_whole(value: object, least: int | None = None) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    """Whether a value is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def is_text(value: object) -> bool:
@@ -75,8 +77,8 @@ def is_text(value: object) -> bool:
 def check_size(value: object, name: str = "image_size") -> None:
     """Raise ValueError unless a value is the (height, width) of something, or None."""
     sides = value if isinstance(value, tuple) else ()
-    fits = len(sides) == 2 and all(is_whole(side, 1) for side in sides)
-    expect(fits or value is None, name, value, "[height, width], whole numbers above 0")
+    fits = len(sides) == 2 and all(is_whole(side, 1) and side <= MAX_SIDE for side in sides)
+    expect(fits or value is None, name, value, f"[height, width], 1 to {MAX_SIDE:,} each")
 
 
 def with_tuples(entries: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from kernel.checks import (
     read_json,
     with_tuples,
 )
-from kernel.competition import SEVERSTAL, Competition, load_competition
+from kernel.competition import (
+    SEVERSTAL,
+    Competition,
+    check_competition,
+    find_competition,
+    load_competition,
+    shipped_names,
+)
 from kernel.faults import short
 from kernel.tta import FLIPS
 
@@ -92,10 +99,12 @@ def check_manifest(manifest: Manifest) -> None:
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
         raise ValueError(f"flips {short(list(flips))}, expected some of {list(FLIPS)}, each once")
     check_size(manifest.image_size)
+    _check_sides(manifest.image_size, manifest.competition)
     expect(isinstance(manifest.empty_rows, bool), "empty_rows", manifest.empty_rows, "true, false")
     for member in manifest.members:
         try:
             _check_member(member, manifest.classes)
+            _check_sides(member.image_size, manifest.competition)
         except ValueError as error:
             raise ValueError(f"member {member.name}: {error}") from None
 
@@ -103,6 +112,8 @@ def check_manifest(manifest: Manifest) -> None:
 def _check_unique(what: str, values: list[str]) -> None:
     fits = all(is_text(value) and len(value) <= MAX_NAME for value in values)
     expect(fits, "names and files", values, f"text of at most {MAX_NAME} characters")
+    fits = all(value.isprintable() for value in values)
+    expect(fits, "names and files", values, "letters, digits and signs that a file's name may have")
     value, times = Counter(values).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{what} {short(value)}")
@@ -120,6 +131,16 @@ def _check_member(member: MemberSpec, classes: int) -> None:
     _check_channels(member, classes)
     _check_normalisation(member)
     _check_shifts(member, classes)
+
+
+def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None:
+    """Width and height the wrong way round would squeeze every strip, and nothing would fail."""
+    images = competition.image_size
+    if size and images and size != images and size == images[::-1]:
+        raise ValueError(
+            f"image_size {list(size)}: the images of {competition.slug} are {list(images)}, "
+            "[height, width]: write it so"
+        )
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -223,13 +244,21 @@ def parse_manifest(
 
 
 def _with_slug(competition: Competition, slug: str) -> Competition:
-    """The competition under the manifest's slug, which only a description's own may be."""
+    """The competition under the manifest's slug, which only a description's own may be.
+
+    Under another slug Severstal's layouts, classes and limits hold.
+    """
     if slug != competition.slug and competition != SEVERSTAL:
         raise ValueError(
             f"competition {short(slug)}, its description is of {short(competition.slug)}: "
             "make them agree"
         )
-    return replace(competition, slug=slug)
+    for name in shipped_names() if slug != competition.slug else []:
+        if find_competition(name).slug == slug:
+            raise ValueError(f"competition {slug} has a description: give --competition {name}")
+    renamed = replace(competition, slug=slug)
+    check_competition(renamed)
+    return renamed
 
 
 def manifest_entries(manifest: Manifest) -> dict[str, Any]:

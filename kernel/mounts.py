@@ -43,8 +43,13 @@ def find_folders(root: Path, name: str) -> list[Path]:
 
     Linked folders are searched too.
     """
-    folders = sorted((folder for folder, files in _walk(root) if name in files), reverse=True)
+    folders = folders_with(root, name)[::-1]
     return sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
+
+
+def folders_with(root: Path, name: str) -> list[Path]:
+    """Return every folder under `root`, at any depth, that holds the file `name`, sorted."""
+    return sorted(folder for folder, files in _walk(root) if name in files)
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:

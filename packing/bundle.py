@@ -1,9 +1,12 @@
 """The bundle: a dataset and a kernel, built aside and swapped in when both are complete."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +17,7 @@ from kernel.logs import progress
 from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
-from packing.metadata import Metadata, read_metadata
+from packing.metadata import FIT_SCRIPT, Metadata, read_metadata
 from packing.notebook import build_notebook
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.sources import read_sources
@@ -22,6 +25,7 @@ from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
 FIT = "fit"  # the kernel that fits; a build leaves it
+FIT_ENTRIES = {FIT_SCRIPT, KERNEL_METADATA.name}
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
 
 # --- staging --------------------------------------------------------------------------------------
@@ -65,25 +69,55 @@ def check_out(out: Path) -> None:
         raise ValueError(f"{out}: a link to itself; choose another --out")
     if not out.exists():
         return
-    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    if not out.is_dir():
+        raise ValueError(f"{out}: is a file; choose another --out")
+    found = {path.name for path in out.iterdir()}
     complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
-    if found - {FIT} and not complete:
-        listed = ", ".join(sorted(found)[:3])
+    others = set() if complete else found - {FIT}
+    if FIT in found:
+        inside = {path.name for path in (out / FIT).iterdir()} if (out / FIT).is_dir() else {FIT}
+        others |= {f"{FIT}/{name}" for name in inside - FIT_ENTRIES}
+    if others:
+        listed = ", ".join(sorted(others)[:3])
         raise ValueError(
             f"{out}: holds other things than a bundle ({listed}); choose another --out"
         )
+    if Path.cwd().is_relative_to(out):
+        raise ValueError(f"{out}: this is the folder you are in, and would be taken away; leave it")
 
 
 def _swap_in(bundle: Path, out: Path, previous: Path) -> None:
-    """Put a complete bundle in the place of the previous one, which goes to `previous`."""
-    if out.exists():
-        out.rename(previous)
+    """Put a complete bundle in the place of the previous one, which goes to `previous`.
+
+    Whatever happens on the way, Ctrl-C too, one of both stands there afterwards.
+    """
     try:
+        if out.exists():
+            out.rename(previous)
         bundle.rename(out)
-    except OSError:
-        if previous.exists():
+    except BaseException:
+        if previous.exists() and not out.exists():
             previous.rename(out)
         raise
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which goes at the end.
+
+    Raises:
+        ValueError: the disk is full; the error itself names no folder.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"{out.parent}: {error.strerror}: make room there, or choose another --out"
+        ) from error
 
 
 def build(
@@ -106,9 +140,8 @@ def build(
     manifest, sources = read_sources(weights, competition)
     metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        bundle = Path(scratch, "bundle")
+    with scratch_beside(out) as scratch:
+        bundle = scratch / "bundle"
         dataset, kernel = bundle / "dataset", bundle / "kernel"
         for folder in (bundle, dataset, kernel):
             folder.mkdir()
@@ -120,5 +153,5 @@ def build(
             shutil.copy(out / CALIBRATION, bundle)
         if (out / FIT).is_dir():
             shutil.copytree(out / FIT, bundle / FIT)
-        _swap_in(bundle, out, Path(scratch, "previous"))
+        _swap_in(bundle, out, scratch / "previous")
     return metadata, packed

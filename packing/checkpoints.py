@@ -58,7 +58,7 @@ class _Tree:
     tensors: dict[str, Tensor]
     homes: dict[str, str]  # a tensor's name → the prefix of the dictionary that holds it
     numbers: dict[str, float]  # plain numbers, and tensors of one element
-    configs: dict[str, dict[str, Any]]  # dictionaries that name an encoder, or a mean and a std
+    configs: dict[str, dict[str, Any]]  # dictionaries that name an encoder, a mean or a std
 
 
 def _walk(node: object, prefix: str = "", home: str = "") -> Iterator[tuple[str, object, str]]:
@@ -86,7 +86,7 @@ def _flatten(content: Content, path: Path) -> _Tree:
                 raise ValueError(f"{path}: two tensors are named {name}; save the weights alone")
             tree.tensors[name], tree.homes[name] = value, home
         if isinstance(value, Mapping) and (
-            "encoder_name" in value or {"mean", "std"} <= set(value)
+            "encoder_name" in value or any(normalisation_of(f"{name}.{key}") for key in value)
         ):
             tree.configs[name] = {str(key): item for key, item in value.items()}
         if isinstance(value, Tensor) and value.numel() == 1 and is_plain(value):

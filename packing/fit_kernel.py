@@ -1,13 +1,16 @@
 """The kernel that fits the members on Kaggle: one script that carries kernel/ and training/."""
 
+import argparse
 import ast
 import math
+import os
+import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from packing.bundle import FIT, check_out, write_json
+from kernel.faults import one_line
+from packing.bundle import FIT, check_out, scratch_beside, write_json
 from packing.metadata import FIT_SCRIPT, read_fit_metadata
 from packing.paths import KERNEL_METADATA, MEMBERS, ROOT
 from packing.wheels import WHEELS
@@ -75,8 +78,33 @@ if __name__ == "__main__":
 def _literal(text: str) -> str:
     """Return a text as a literal that is read like the file itself."""
     literal = f"r'''{text}'''"
-    assert ast.literal_eval(literal) == text, "a module holds ''' or ends in a quote"
-    return literal
+    try:
+        return literal if ast.literal_eval(literal) == text else repr(text)
+    except (SyntaxError, ValueError):  # it holds ''', ends in a quote or a backslash
+        return repr(text)
+
+
+def read_members(path: Path) -> str:
+    """Return a list of members, a line each; its options are checked where they are read.
+
+    Raises:
+        ValueError: it is no text, names no member, or two of them alike.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    except FileNotFoundError as error:
+        raise ValueError(one_line(error)) from None
+    except ValueError as error:  # no UTF-8, or a quote that is not closed
+        raise ValueError(f"{path}: no list of members: {error}") from error
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--name")
+    names = [parser.parse_known_args(words)[0].name for words in lines]
+    if not names or None in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{path}: members {names}, expected at least one, each with a --name of its own"
+        )
+    return text
 
 
 def join_fit_kernel(members: str, hours: float) -> str:
@@ -99,15 +127,15 @@ def build_fit(
         ValueError: `out` holds other things, or Kaggle would refuse the metadata.
         OSError: the list of members cannot be read.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     check_out(out)
     if not (math.isfinite(hours) and hours > 0):
         raise ValueError(f"--hours {hours}, expected a number above 0")
     metadata = read_fit_metadata(owner, resume)
-    script = join_fit_kernel(members.read_text(encoding="utf-8"), hours)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch, FIT)
+    script = join_fit_kernel(read_members(members), hours)
+    with scratch_beside(out) as scratch:
+        out.mkdir(exist_ok=True)
+        folder = scratch / FIT
         folder.mkdir()
         (folder / FIT_SCRIPT).write_text(script, encoding="utf-8")
         write_json(folder / KERNEL_METADATA.name, metadata)

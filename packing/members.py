@@ -83,14 +83,13 @@ def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
         ValueError: the network fails on it, or gives another shape or NaN.
     """
     height, width = size_of_trial(member.spec, manifest)
-    images = torch.rand(
-        1, manifest.competition.channels, height, width, generator=torch.Generator().manual_seed(0)
-    )
-    images = pad_to_multiple(images, member.stride)
+    channels, seeded = manifest.competition.channels, torch.Generator().manual_seed(0)
     with (
         _explained(path, f"fails on an image of {height}×{width}", "correct model or image_size"),
         torch.inference_mode(),
     ):
+        images = torch.rand(1, channels, height, width, generator=seeded)
+        images = pad_to_multiple(images, member.stride)
         probabilities = member(images)
     found, expected = tuple(probabilities.shape), (1, manifest.classes, *images.shape[-2:])
     if found != expected:
@@ -165,9 +164,10 @@ def pack_reference(member: Member, folder: Path, channels: int = 1) -> int:
 
 def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> None:
     """Hold the manifest's entry against all that came with the weights."""
-    for where, config in saved_configs(source, checkpoint).items():
+    configs = saved_configs(source, checkpoint)
+    for where, config in configs.items():
         check_config(config, spec.model, where)
-    check_normalisation(checkpoint, spec)
+    check_normalisation(checkpoint, spec, configs)
     check_layers(checkpoint, spec.model)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -245,27 +246,48 @@ def _agrees(found: list[float], declared: list[float]) -> bool:
     )
 
 
-def _said_of_images(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Any]]:
-    """Each mean and std that came with the weights: where, which of both, its value."""
+def _numbers(found: object) -> list[float]:
+    """The numbers of a list, a tuple, an array or one number; none of what is something else."""
+    if isinstance(found, list | tuple):
+        parts = [_numbers(each) for each in found]
+        return [number for part in parts for number in part] if all(parts) else []
+    if isinstance(found, np.ndarray | np.generic):
+        return _numbers(found.tolist())
+    return [found] if type(found) in (int, float) else []  # type: ignore[list-item]
+
+
+def _said_of_images(
+    checkpoint: Checkpoint, configs: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str, list[float]]]:
+    """Each mean and std that came with the weights: where, which of both, its numbers.
+
+    One number by itself may be a score's mean; beside the other it is a normalisation.
+    """
     for name, tensor in checkpoint.left_out.items():
         kind = normalisation_of(name)
         if kind and is_plain(tensor):
             yield f"{checkpoint.path}: {name}", kind, tensor.flatten().tolist()
-    for where, config in checkpoint.configs.items():
-        for kind in ("mean", "std"):
-            yield f"{where}: {kind}", kind, config.get(kind)
+    for where, config in configs.items():
+        kinds = {key: kind for key in config if (kind := normalisation_of(str(key)))}
+        for key, kind in kinds.items():
+            if isinstance(config[key], list | tuple | np.ndarray) or len({*kinds.values()}) == 2:
+                yield f"{where}: {key}", kind, _numbers(config[key])
 
 
-def check_normalisation(checkpoint: Checkpoint, spec: MemberSpec) -> None:
+def check_normalisation(
+    checkpoint: Checkpoint, spec: MemberSpec, configs: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Hold the manifest's mean and std against every one that came with the weights.
+
+    `configs` are further ones than the checkpoint's own.
 
     Raises:
         ValueError: another one; names it and both values.
     """
     declared = {"mean": spec.mean, "std": spec.std}
-    for where, kind, found in _said_of_images(checkpoint):
-        numbers = isinstance(found, list) and all(isinstance(each, int | float) for each in found)
-        if numbers and len(found) in (1, 3) and not _agrees(found, declared[kind]):
+    every = {**checkpoint.configs, **(configs or {})}
+    for where, kind, found in _said_of_images(checkpoint, every):
+        if len(found) in (1, 3) and not _agrees(found, declared[kind]):
             raise ValueError(
                 f"{where} is {[round(each, 4) for each in found]}, the manifest's {kind} is "
                 f"{declared[kind]}; write what it was trained with, or save it without that"

@@ -1,5 +1,6 @@
 """What a build prints: a table of its members, and the commands that come next."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _numbers(packed: list[PackedMember]) -> tuple[str, str, str]:
 def print_fit_next(out: Path, metadata: dict[str, Any]) -> None:
     """Print the commands that fit on Kaggle and fetch what was fitted."""
     _print_owner(str(metadata["id"]).split("/")[0])
-    print(f"  kaggle kernels push -p {out / 'fit'}")
+    print(f"  kaggle kernels push -p {shlex.quote(str(out / 'fit'))}")
     print(f"and when it has run (kaggle kernels status {metadata['id']}):")
     print(f"  kaggle kernels output {metadata['id']} -p my_weights")
     print("  python build_kernel.py --weights my_weights")
@@ -52,11 +53,13 @@ def print_next(out: Path, metadata: Metadata) -> None:
     """Print the commands that upload and submit the bundle, and what must be done before."""
     kernel = metadata.kernel
     _print_owner(metadata.owner)
-    print(f"  kaggle datasets create -p {out / 'dataset'}")
-    print(f"  kaggle kernels push -p {out / 'kernel'}")
+    print(f"  kaggle datasets create -p {shlex.quote(str(out / 'dataset'))}")
+    print(f"  kaggle kernels push -p {shlex.quote(str(out / 'kernel'))}")
     print("and when that version of the kernel has run on Kaggle:")
     print(
         f"  kaggle competitions submit {kernel['competition_sources'][0]} -k {kernel['id']}"
         " -v 1 -f submission.csv -m first"
     )
-    print(f"Later versions: kaggle datasets version -p {out / 'dataset'} -m MESSAGE")
+    print(
+        f"Later versions: kaggle datasets version -p {shlex.quote(str(out / 'dataset'))} -m MESSAGE"
+    )

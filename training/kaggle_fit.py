@@ -8,6 +8,7 @@ build_kernel.py --weights packs, out_of_fold.json, experiments.csv and curves.pn
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from kernel.checks import read_json
 from kernel.command import INTERRUPTED, run_command
@@ -26,11 +27,12 @@ from kernel.competition import SEVERSTAL
 from kernel.images import read_image, size_of
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest
-from kernel.mounts import find_folders, find_one
+from kernel.mounts import find_one, folders_with
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.json_files import write_json
 from training.results import SCORES
+from training.states import hash_file
 from training.strips import image_names
 
 RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by
@@ -54,12 +56,16 @@ EXAMPLE = "  python training/kaggle_fit.py --input /kaggle/input --hours 11.5"
 def bring_earlier(root: Path) -> None:
     """Copy what an earlier session left under `root` into the working folder, unless it is there.
 
+    A member whose checkpoint came damaged is not taken: it is fitted anew.
+
     Raises:
-        ValueError: two earlier outputs are there.
+        ValueError: two earlier outputs are there, and they differ.
     """
-    found = find_folders(root, RECORD)
+    found = folders_with(root, RECORD)
     if Path(RECORD).exists() or not found:
         return
+    if len(found) > 1:  # Kaggle may mount one output at two places
+        found = sorted({hash_folder(folder): folder for folder in found[::-1]}.values())
     if len(found) > 1:
         listed = ", ".join(map(str, found))
         raise ValueError(f"more than one earlier output: {listed}; leave one among the sources")
@@ -68,6 +74,19 @@ def bring_earlier(root: Path) -> None:
         target = source.relative_to(found[0])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)  # without its mode: the mount is read-only
+    for path in Path().glob("*.safetensors"):
+        try:
+            manifest_entry(path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged (%s): it is fitted anew", found[0] / path, error)
+            path.unlink()
+
+
+def hash_folder(folder: Path) -> str:
+    """Return one hash of the names and contents of all files below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(folder)} {hash_file(path)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def scores_of(job: Job) -> dict[str, Any] | None:

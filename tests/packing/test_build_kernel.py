@@ -1,6 +1,7 @@
 """The command: a whole build by the script, and bad input as one line and an exit code."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,39 @@ BAD: dict[str, tuple[Edit, str]] = {
         lambda entries: entries.update(members=None),
         r"ensemble\.json: members None, expected a list",
     ),
+    "width before height": (
+        lambda entries: entries.update(image_size=[1600, 256]),
+        r"ensemble\.json: image_size \[1600, 256\]: .*\[256, 1600\], \[height, width\]: write it",
+    ),
+    "a member's width before height": (
+        second_member(image_size=[1600, 256]),
+        r"member fpn-b: image_size \[1600, 256\]: the images of severstal",
+    ),
+    "an image of no machine": (
+        lambda entries: entries.update(image_size=[256000, 1600000]),
+        r"image_size \(256000, 1600000\), expected \[height, width\], 1 to 20,000 each",
+    ),
+    "a number of 400 digits": (
+        second_member(std=[10**400]),
+        r"std \[1000.*expected 1 or 3 numbers",
+    ),
+    "a name that no file has": (second_member(name="a\0b"), r"names and files .*a file's name may"),
+    "a name that is no text": (
+        second_member(name="a\ud800"),
+        r"names and files .*a file's name may",
+    ),
+    "a slug in capitals": (
+        lambda entries: entries.update(competition="Severstal-Steel-Defect-Detection"),
+        r"slug 'Severstal-Steel-Defect-Detection', expected letters, digits, - and _",
+    ),
+    "an address": (
+        lambda entries: entries.update(competition="https://www.kaggle.com/c/severstal"),
+        r"slug 'https.*expected letters",
+    ),
+    "another competition without its description": (
+        lambda entries: entries.update(competition="understanding_cloud_organization"),
+        "competition understanding_cloud_organization has a description: give --competition clouds",
+    ),
     "a softmax": (
         second_model(activation="softmax2d"),
         "member fpn-b: model's activation 'softmax2d'",
@@ -164,6 +198,35 @@ def test_bad_input_is_one_clear_line(
     assert exit_code(main, "--weights", tiny_weights, "--out", tmp_path / "dist") == 2
     assert re.search(words, error_of(capsys.readouterr().err))
     assert not (tmp_path / "dist").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume"], "--resume is for --fit: it needs --fit"),
+        (["--hours", 0], "--hours is for --fit: it needs --fit"),
+        (["--members", "mine.txt"], "--members is for --fit: it needs --fit"),
+        (["--images", "folder"], "--images is for --new-competition: it needs --new-competition"),
+        (["--new-competition", "a.csv", "--notebook"], "--notebook is for a bundle: leave it out"),
+        (["--new-competition", "a.csv", "--fit"], "--fit is for --fit: it needs --fit"),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(
+    options: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(main, "--owner", "me", "--out", tmp_path / "dist", *options) == 2
+    assert message in error_of(capsys.readouterr().err)
+    assert not (tmp_path / "dist").exists()
+
+
+def test_the_commands_that_come_next_can_be_pasted(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my out"
+    assert exit_code(main, "--weights", tiny_weights, "--out", out, "--owner", "me") == 0
+    lines = capsys.readouterr().out.splitlines()
+    [create] = [shlex.split(line) for line in lines if "datasets create" in line]
+    assert create == ["kaggle", "datasets", "create", "-p", str(out / "dataset")]
 
 
 def test_a_missing_weights_folder_is_one_line(

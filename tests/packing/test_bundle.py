@@ -1,5 +1,6 @@
 """The bundle: what a build leaves in the folder, and what it leaves alone."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -114,19 +115,20 @@ def test_a_failed_build_leaves_the_previous_one_whole(built: Path, tiny_weights:
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
 
 
+@pytest.mark.parametrize("fault", [OSError("in use"), KeyboardInterrupt("in use")])
 def test_a_bundle_that_cannot_be_put_in_place_leaves_the_previous_one(
-    built: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+    fault: BaseException, built: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, rename = all_bytes(built), Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
         if path.name == "bundle":
-            raise OSError("in use")
+            raise fault
         return rename(path, target)
 
     edit_manifest(tiny_weights, lambda entries: entries["members"].pop())
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(type(fault), match="in use"):
         build(tiny_weights, built, None)
     assert all_bytes(built) == before
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
@@ -155,6 +157,42 @@ def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Pa
         ValueError, match=r"holds other things than a bundle \(thesis\.txt\).*--out"
     ):
         check_out(tmp_path)
+
+
+def test_what_is_called_fit_and_is_none_is_not_swapped_away(tmp_path: Path) -> None:
+    (tmp_path / "fit").write_text("my results")
+    with pytest.raises(ValueError, match="fit: is a file; choose another --out"):
+        check_out(tmp_path / "fit")
+    with pytest.raises(ValueError, match=r"holds other things than a bundle \(fit/fit\)"):
+        check_out(tmp_path)
+    (tmp_path / "fit").unlink()
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "fit.py").touch()
+    check_out(tmp_path)
+    (tmp_path / "fit" / "results.csv").touch()
+    with pytest.raises(ValueError, match=r"than a bundle \(fit/results\.csv\)"):
+        check_out(tmp_path)
+
+
+def test_the_folder_one_is_in_is_not_swapped_away(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(built / "dataset")
+    with pytest.raises(ValueError, match="dist: this is the folder you are in"):
+        check_out(built)
+
+
+def test_a_full_disk_names_the_folder_and_leaves_the_previous_bundle(
+    built: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = all_bytes(built)
+    monkeypatch.setattr(shutil, "copyfile", fill)
+    with pytest.raises(ValueError, match=rf"{built.parent}: No space left on device: make room"):
+        build(tiny_weights, built, None)
+    assert all_bytes(built) == before
 
 
 def test_folders_that_only_bear_a_bundles_names_are_not_swapped_away(tmp_path: Path) -> None:

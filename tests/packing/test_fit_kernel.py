@@ -67,19 +67,51 @@ def test_the_script_is_pushed_with_internet_and_its_own_output_only_to_resume() 
     assert again == first | {"kernel_sources": [NAME]}
 
 
+LISTS = {
+    "latin.txt": "--name größe --encoder resnet18".encode("latin-1"),
+    "quote.txt": b"--name 'a",
+    "empty.txt": b"# none\n\n",
+    "nameless.txt": b"--name a\n--encoder resnet18\n",
+    "twice.txt": b"--name a\n--name=a --arch Unet\n",
+}
+
+
+@pytest.mark.parametrize(
+    "text", ["--name a --encoder 'b'", "--name a\\", '--name "aTRIPLEb"\n', "--name a\r\n\t#\x00"]
+)
+def test_any_list_is_carried_as_it_stands(text: str) -> None:
+    text = text.replace("TRIPLE", "'" * 3)
+    names: dict[str, Any] = {"__name__": "script"}
+    exec(compile(join_fit_kernel(text, 2.0), "fit.py", "exec"), names)
+    assert names["FILES"]["training/members.txt"] == text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--hours", 0], "--hours 0.0, expected a number above 0"),
         (["--hours", "nan"], "--hours nan, expected a number above 0"),
         (["--members", "gone.txt"], "gone.txt"),
-        (["--competition", "salt"], "--fit fits Severstal's members"),
+        (["--competition", "salt"], "--competition is for a bundle: leave it out with --fit"),
+        (["--weights", "mine"], "--weights is for a bundle: leave it out with --fit"),
+        (["--members", "latin.txt"], "latin.txt: no list of members: 'utf-8'"),
+        (["--members", "quote.txt"], "quote.txt: no list of members: No closing quotation"),
+        (["--members", "empty.txt"], "empty.txt: members [], expected at least one"),
+        (["--members", "nameless.txt"], "nameless.txt: members ['a', None], expected"),
+        (["--members", "twice.txt"], "twice.txt: members ['a', 'a'], expected"),
         (["--owner", "Two Words"], "dataset-metadata.json: Kaggle refuses it: id 'Two Words/"),
     ],
 )
 def test_a_fit_kernel_that_cannot_be_is_refused_in_one_line(
-    options: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in LISTS.items():
+        Path(name).write_bytes(text)
     words = ["--fit", "--owner", "me", "--out", tmp_path / "dist", *options]
     assert exit_code(main, *words) == 2
     assert message in error_of(capsys.readouterr().err)

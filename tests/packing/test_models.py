@@ -1,9 +1,11 @@
 """The declared model: its options, saved configurations, normalisation, and the weights in it."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_network, tiny_entry, tiny_model, write_manifest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from kernel.manifest import MemberSpec
 from kernel.members import build_network
 from packing.checkpoints import Checkpoint, read_checkpoint
+from packing.members import pack_member
 from packing.models import (
     check_config,
     check_layers,
@@ -505,6 +508,61 @@ def test_what_agrees_with_the_manifest_or_normalises_no_images_passes(
     spec: MemberSpec, buffers: dict[str, Any]
 ) -> None:
     check_normalisation(with_buffers(**buffers), spec)
+
+
+SAID = {
+    "a tuple": ({"mean": (0.5,), "std": (0.13,)}, "mean"),
+    "an array": ({"mean": np.array([0.5]), "std": np.array([0.13])}, "mean"),
+    "two numbers": ({"mean": 0.34, "std": 0.5}, "std"),
+    "two of NumPy": ({"mean": np.float32(0.5), "std": np.float64(0.13)}, "mean"),
+    "a list alone": ({"mean": [0.5]}, "mean"),
+    "another name": ({"image_mean": (0.5,), "image_std": (0.13,)}, "image_mean"),
+    "albumentations' of 0-255": ({"normalize": {"mean": (100.0,), "std": (33.0,)}}, "mean"),
+    "ImageNet's": ({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, "mean"),
+    "arguments": (argparse.Namespace(mean=(0.5,), lr=1), "mean"),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_mean_or_std_in_any_form_that_is_not_the_manifests_is_refused(
+    said: str, network: nn.Module, tmp_path: Path
+) -> None:
+    form, name = SAID[said]
+    path = tmp_path / "member.ckpt"
+    torch.save({"state_dict": network.state_dict(), "hyper_parameters": form}, path)
+    with pytest.raises(ValueError, match=rf"hyper_parameters.*[ .]{name} is \[.*the manifest's"):
+        check_normalisation(read_checkpoint(path), GREY)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"mean": (0.34,), "std": np.array([0.13])},
+        {"mean": 86.7, "std": 33.15},
+        {"dice_mean": 0.91},  # a score's, by itself
+        {"metrics": {"mean": 0.91, "std": 0.02}},
+        {"mean": "0.5", "std": None, "means": [[0.1, "a"]]},
+        {"mean": [0.1] * 5},
+    ],
+)
+def test_what_agrees_or_is_no_normalisation_is_taken(
+    form: dict[str, Any], network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": network.state_dict(), "said": form}, tmp_path / "member.ckpt")
+    check_normalisation(read_checkpoint(tmp_path / "member.ckpt"), GREY)
+
+
+def test_the_mean_in_the_configuration_beside_the_weights_is_held_against_the_manifest(
+    network: Any, tmp_path: Path
+) -> None:
+    network.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": 0.5, "std": 0.13}))
+    entry = tiny_entry("one", MODEL) | {"file": "m", "mean": [0.34], "std": [0.13]}
+    write_manifest(tmp_path, [entry])
+    manifest, [source] = read_sources(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: mean is \[0\.5\], the manifest's mean"):
+        pack_member(source, manifest.members[0], manifest, tmp_path, openvino=False)
 
 
 @pytest.mark.parametrize("form", ["header", "hyper_parameters"])

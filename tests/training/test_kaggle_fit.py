@@ -142,16 +142,46 @@ def test_where_nothing_came_of_it_the_kernel_fails(session: Session, tmp_path: P
 # --- what it refuses ------------------------------------------------------------------------------
 
 
-def test_two_earlier_outputs_are_refused(
+def leave_output(folder: Path, state: bytes) -> None:
+    """What a session without a finished member leaves: a record of none, and a state."""
+    (folder / "runs" / "a").mkdir(parents=True)
+    (folder / "out_of_fold.json").write_text("{}")
+    (folder / "runs" / "a" / "crops.ckpt").write_bytes(state)
+
+
+def test_two_earlier_outputs_that_differ_are_refused(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number in range(2):
-        folder = tmp_path / "input" / f"earlier-{number}"
-        folder.mkdir()
-        (folder / "out_of_fold.json").write_text(f'{{"a": {number}}}')
+    for number in (1, 2):
+        leave_output(tmp_path / "input" / f"earlier-{number}", b"%d" % number)
     assert session("a") == 2
     message = error_of(capsys.readouterr().err)
-    assert "more than one earlier output: " in message and "earlier-0" in message
+    assert "more than one earlier output: " in message
+    assert "earlier-1" in message and "earlier-2" in message
+
+
+def test_an_earlier_output_that_is_mounted_twice_is_one(session: Session, tmp_path: Path) -> None:
+    for number in (1, 2):
+        leave_output(tmp_path / "input" / f"earlier-{number}", b"state")
+    assert session("a") == 0
+    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a"}
+
+
+def test_a_member_that_came_damaged_is_fitted_anew(
+    session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert session("a", "b") == 0
+    earlier = Path().resolve().rename(tmp_path / "input" / "earlier")
+    torn = earlier / "a.safetensors"
+    torn.write_bytes(torn.read_bytes()[:20])
+    (tmp_path / "working").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "working")
+        assert session("a", "b") == 0
+        assert f"{torn} is damaged" in caplog.text and "it is fitted anew" in caplog.text
+        assert Path("runs/a/train.log").read_text() == "begun\nbegun\n"
+        assert Path("runs/b/train.log").read_text() == "begun\n"
+        assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a", "b"}
 
 
 def test_a_kernel_without_the_competition_or_without_hours_is_refused(
