@@ -203,8 +203,9 @@ class StubImages(ImageSet):
 
 
 def write_stub_bundle(folder: Path) -> dict[str, Any]:
-    """Write a bundle whose member is never read; return what `Worker` takes."""
+    """Write a bundle whose member is never loaded; return what `Worker` takes."""
     folder.mkdir()
+    (folder / "stub.safetensors").touch()
     model = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
     model["aux_params"] = {"classes": 4}
     member = {"name": "stub", "file": "stub.safetensors", "model": model}
@@ -225,7 +226,8 @@ def stub_set(scratch: Path, count: int, size: Size) -> StubImages:
         image = np.random.default_rng(index).integers(20, 90, size, np.uint8)
         image[height // 4 : height // 2, width // 4 : width // 2] += 160 * index
         cv2.imwrite(str(folder / f"{index:07}.png"), image)
-    return StubImages(f"file://{folder}", [f"{index:07}" for index in range(count)])
+    names = [f"{index:07}" for index in range(count)]
+    return StubImages(f"file://{folder}", names, f"file://{folder}")
 
 
 def start_ray() -> None:

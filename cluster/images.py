@@ -1,5 +1,6 @@
 """Images: which there are at an address, and their bytes from wherever they lie."""
 
+import functools
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from fsspec.core import url_to_fs
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Image, Strip, decode_image
+from kernel.logs import log
 from kernel.mounts import IMAGE_SUFFIXES
 
 COLUMN = "image"  # of a list
+AS_TEXT = pyarrow.csv.ConvertOptions(column_types={COLUMN: pa.string()}, strings_can_be_null=True)
 READERS: dict[str, Callable[..., pa.Table]] = {
     ".parquet": pyarrow.parquet.read_table,
-    ".csv": pyarrow.csv.read_csv,
+    ".csv": functools.partial(pyarrow.csv.read_csv, convert_options=AS_TEXT),
 }
 
 T = TypeVar("T")
@@ -49,6 +52,7 @@ class ImageSet:
 
     root: str  # absolute; names are below it
     names: Sequence[str]  # each once
+    address: str  # absolute, of the folder or of the list
     competition: Competition = SEVERSTAL  # says how they are read
 
     def load(self, name: str) -> Image:
@@ -83,7 +87,11 @@ def find_images(address: str, competition: Competition = SEVERSTAL) -> ImageSet:
         root, names = address.rstrip("/"), reach(address, _list_folder)
     if not names:
         raise ValueError(f"{address}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return ImageSet(root, list(dict.fromkeys(names)), competition)
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"{address}: {name!r} is no UTF-8, as the rows are: rename it")
+    return ImageSet(root, names, address.rstrip("/"), competition)
 
 
 def _list_folder(fs: Any, path: str) -> list[str]:
@@ -101,14 +109,17 @@ def _list_folder(fs: Any, path: str) -> list[str]:
 
 
 def _read_list(address: str, reader: Callable[..., pa.Table]) -> list[str]:
-    def read(fs: Any, path: str) -> pa.Table:
+    def read(fs: Any, path: str) -> pa.ChunkedArray:
         with fs.open(path, "rb") as file:
-            return reader(file)
+            table = reader(file)
+        if table.column_names.count(COLUMN) != 1:
+            raise ValueError(f"expected one column {COLUMN!r}, found {table.column_names}")
+        return table[COLUMN].cast(pa.string())
 
-    table = reach(address, read)
-    if COLUMN not in table.column_names:
-        raise ValueError(f"{address}: has no column {COLUMN!r}, but {table.column_names}")
-    names: list[str] = table[COLUMN].cast(pa.string()).drop_null().to_pylist()
+    given: list[str | None] = reach(address, read).to_pylist()
+    names = [name for name in given if name]
+    if len(names) < len(given):
+        log.warning("%s: %d rows name no image", address, len(given) - len(names))
     return names
 
 

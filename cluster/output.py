@@ -22,6 +22,7 @@ from cluster.images import absolute, reach
 from kernel.rows import Layout, Submission
 
 RECORD = "output.json"  # what the parts are of
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 ROWS = pa.schema(
     {
         "image": pa.string(),
@@ -86,18 +87,35 @@ class Output:
     def check(self, record: dict[str, str]) -> None:
         """Raise ValueError where the folder holds other things than parts of what `record` says."""
         self.fs.invalidate_cache()
-        there = reach(self.address, self._list)
+        self._check_bucket()
+        there = [name for name in reach(self.address, self._list) if not name.endswith(".tmp")]
         if RECORD not in there:
             if there:
                 raise ValueError(f"{self.address}: holds other things ({there[0]}); name another")
             return
-        found = json.loads(self.fs.cat_file(posixpath.join(self.path, RECORD)))
+        found = self._read_record()
         for key, value in record.items():
             if found.get(key) != value:
                 raise ValueError(
                     f"{self.address}: holds rows of another {key}, {found.get(key)}, "
                     f"not of {value}; name another output"
                 )
+
+    def _check_bucket(self) -> None:
+        """An object store would make a bucket of a slip of the pen."""
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
+        bucket = self.path.split("/")[0]
+        if protocols & OBJECT_STORES and not reach(self.address, lambda fs, _: fs.exists(bucket)):
+            raise ValueError(f"{self.address}: there is no bucket {bucket!r}; make it first")
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.fs.cat_file(posixpath.join(self.path, RECORD)))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.address}: its {RECORD} is not of such a run; name another")
+        return found
 
     def begin(self, record: dict[str, str]) -> None:
         """Make the folder, or go on in it; what a run that was killed left half written goes."""
@@ -110,7 +128,12 @@ class Output:
         if fs.isfile(path):
             raise ValueError("is a file; name a folder")
         found = fs.ls(path, detail=False) if fs.exists(path) else []
-        return sorted(posixpath.basename(each.rstrip("/")) for each in found)
+        names = (
+            posixpath.basename(each.rstrip("/"))
+            for each in found
+            if each.strip("/") != path.strip("/")
+        )
+        return sorted(names)
 
     def _write_record(self, record: dict[str, str]) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
@@ -120,7 +143,12 @@ class Output:
     def _rows(self) -> Any:
         """All rows so far, a dataset of pyarrow's."""
         self.fs.invalidate_cache()
-        parts = sorted(self.fs.glob(posixpath.join(self.path, "part-*.parquet")))
+        names = self._list(self.fs, self.path)  # a glob would take [v2] in the address for a set
+        parts = [
+            posixpath.join(self.path, name)
+            for name in names
+            if name.startswith("part-") and name.endswith(".parquet")
+        ]
         return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
 
     def done(self) -> set[str]:
@@ -148,13 +176,23 @@ class Output:
         return list(found.to_pylist())
 
     def write_submission(
-        self, layout: Layout, pairs: Iterable[tuple[str, int]], empty_rows: bool
+        self,
+        layout: Layout,
+        pairs: Iterable[tuple[str, int]],
+        images: Iterable[str],
+        empty_rows: bool,
     ) -> str:
-        """Write submission.csv beside the parts, as the kernel does; return its address."""
+        """Write submission.csv beside the parts, as the kernel does; return its address.
+
+        Of rows that are of none of the `images`, an earlier list's, it takes no mask.
+        """
         found = self._rows().to_table(columns=["image", "class", "rle"], filter=MASK)
+        wanted = set(images)
         with tempfile.TemporaryDirectory() as scratch:
             submission = Submission(Path(scratch, "submission.csv"), layout, pairs)
             for row in found.to_pylist():
+                if row["image"] not in wanted:
+                    continue
                 name = layout.competition.name_of_file(row["image"])
                 submission.set_masks(name, {row["class"]: row["rle"]})
             submission.save(empty_rows)

@@ -71,7 +71,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_sample(pairs: Iterable[tuple[str, int]], images: ImageSet) -> None:
-    """Raise ValueError where a row may be of two images; log which have none."""
+    """Raise ValueError where a row may be of two images, or all are of others; log which lack."""
     asked, found = {name for name, _ in pairs}, dict[str, str]()
     for name in images.names:
         base = images.competition.name_of_file(name)
@@ -79,6 +79,11 @@ def check_sample(pairs: Iterable[tuple[str, int]], images: ImageSet) -> None:
             raise ValueError(f"{images.root}: {found[base]} and {name} are both {base!r} in a csv")
         found[base] = name
     lacking = asked - found.keys()
+    if asked and lacking == asked:
+        raise ValueError(
+            f"--submission: none of its {len(asked)} images, like {min(asked)!r}, is in "
+            f"{images.address}, which has {min(found)!r}"
+        )
     if lacking:
         log.warning("%d of the sample's images are not there, %r…", len(lacking), min(lacking))
 
@@ -125,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     images, output = find_images(args.images, manifest.competition), Output(args.output)
     if sample:
         check_sample(sample[1], images)
-    record = {"manifest": sha256, "images": images.root}
+    record = {"manifest": sha256, "images": images.address}
     output.check(record)
     done = output.done()
     rest = [name for name in images.names if name not in done]
@@ -138,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if sample:
         layout, pairs = sample
         empty_rows = manifest.empty_rows or not layout.may_omit_empty
-        log.info("%s", output.write_submission(layout, pairs, empty_rows))
+        log.info("%s", output.write_submission(layout, pairs, images.names, empty_rows))
     if args.report:
         write_page(args.report, output, images, last)
         log.info("%s", args.report)

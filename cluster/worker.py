@@ -63,10 +63,15 @@ def unpack_strips(strips: pa.Table) -> Iterator[Strip]:
 
 
 def manifest_hash(bundle: Path) -> str:
-    """The sha256 of a bundle's manifest, which holds the members' own, and of its competition."""
+    """The sha256 of a bundle's manifest and competition, and of the members that it gives none."""
     described = bundle / COMPETITION
     competition = described.read_bytes() if described.is_file() else b""
-    return hashlib.sha256((bundle / MANIFEST).read_bytes() + competition).hexdigest()
+    whole = hashlib.sha256((bundle / MANIFEST).read_bytes() + competition)
+    for spec in load_manifest(bundle).members:
+        if not spec.sha256:
+            with (bundle / spec.file).open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 class Worker:

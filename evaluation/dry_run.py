@@ -8,6 +8,7 @@ exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
 
 import argparse
 import logging
+import math
 import os
 import resource
 import shutil
@@ -38,12 +39,13 @@ from evaluation.report import (
 from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.competition import Competition, add_competition_option, find_competition
-from kernel.images import check_kinds
+from kernel.images import check_kinds, read_image, size_of
+from kernel.logs import progress
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, list_images, no_images, one_folder, read_sample
+from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder, read_sample
 from kernel.validator import check_submission
 from training import synthetic
-from training.ground_truth import check_names, read_truth
+from training.ground_truth import Truth, check_names, decode_masks, read_truth
 from training.json_files import write_json
 
 IMAGES = "test_images"  # the competition's folder of them
@@ -55,6 +57,12 @@ log = logging.getLogger("kernel")
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
 
+def _no_images(folder: str, names: Iterable[str]) -> list[str]:
+    """What lies beside images and is none: a sample or a manifest there is not Kaggle's."""
+    files = [name for name in names if Path(folder, name).is_file()]
+    return [name for name in files if Path(name).suffix.lower() not in IMAGE_SUFFIXES]
+
+
 def make_kaggle_tree(
     root: Path, bundle: Path, images: Path, ignore: Callable[..., Iterable[str]] | None = None
 ) -> Path:
@@ -63,11 +71,16 @@ def make_kaggle_tree(
     What `ignore`, as `shutil.copytree` takes it, names of the dataset is left out.
     """
     manifest = load_manifest(bundle / "dataset")
-    slug = read_json(bundle / "dataset" / "dataset-metadata.json")["id"]
+    path = bundle / "dataset" / "dataset-metadata.json"
+    slug = read_json(path).get("id")
+    if not isinstance(slug, str):
+        raise ValueError(f"{path}: lacks id; build the bundle again")
     mounted = root / "input" / "datasets" / slug
     shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink, ignore=ignore)
     competition = root / "input" / "competitions" / manifest.competition.slug
-    shutil.copytree(images.resolve(), competition / IMAGES, copy_function=os.symlink)
+    shutil.copytree(
+        images.resolve(), competition / IMAGES, copy_function=os.symlink, ignore=_no_images
+    )
     sample = competition / SAMPLE
     size = manifest.competition.image_size or (1, 1)
     names = list_images(one_folder(images, manifest.competition))
@@ -250,6 +263,19 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check_truth(truth: Truth, images: Path, path: Path, competition: Competition) -> None:
+    """Raise ValueError for a mask that leaves its image, before the run; names the csv."""
+    for name in progress(sorted(truth.keys() & set(list_images(images))), "ground truth", "image"):
+        try:
+            size = size_of(read_image(images / name, competition))
+        except (ValueError, OSError):
+            continue  # the run will name it
+        try:
+            decode_masks(truth, name, size, competition)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
 def _run_bundle(args: argparse.Namespace, root: Path) -> int:
     """One dry run in the scratch folder `root`."""
     images, truth_csv = args.images, args.ground_truth
@@ -267,6 +293,7 @@ def _run_bundle(args: argparse.Namespace, root: Path) -> int:
     )
     if truth and truth_csv:
         check_names(truth, list_images(flat), truth_csv, images)
+        check_truth(truth, flat, truth_csv, competition)
     run = DryRun(args.bundle, flat, truth, args.budget_s, bool(args.ground_truth))
     run.out.mkdir(exist_ok=True)
     for name in (*RESULTS, MANIFEST):  # an earlier run's
@@ -282,6 +309,10 @@ def dry_run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a file or folder is missing or not what it should be.
     """
+    if args.strips < 1:
+        raise ValueError(f"--strips {args.strips}: expected 1 or more")
+    if args.budget_s is not None and not 0 < args.budget_s < math.inf:
+        raise ValueError(f"--budget-s {args.budget_s:g}: expected seconds above 0")
     if args.ground_truth and not args.images:
         raise ValueError("--ground-truth needs the --images that it is of")
     if not (args.bundle / "dataset" / MANIFEST).exists():

@@ -28,6 +28,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def validate(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where Kaggle would refuse the submission."""
     competition = find_competition(args.competition)
+    if args.images and not args.images.is_dir():
+        raise ValueError(f"--images {args.images}: no such folder of images")
     layout, pairs = read_sample(args.sample, None, competition)
     check_instances(args.sample, read_rows(args.sample, competition=competition)[1], competition)
     images, columns = args.images and one_folder(args.images, competition), layout.columns

@@ -1,6 +1,7 @@
 """The competition: what is one competition's alone, and stands in `competition.json`."""
 
 import argparse
+import itertools
 import posixpath
 import re
 from collections import Counter
@@ -73,10 +74,14 @@ class Competition:
         Where the path matches `image_path`, the regex's groups joined by _, and the suffix; else as
         the file.
         """
-        match = re.fullmatch(f"(?:.*/)?(?:{self.image_path})", path) if self.image_path else None
+        match = self.matches_path(path)
         if not match:
             return posixpath.basename(path)
         return "_".join(filter(None, match.groups())) + self.suffix
+
+    def matches_path(self, path: str) -> re.Match[str] | None:
+        """Return the match of `image_path` with the path of a file below the images' folder."""
+        return re.fullmatch(f"(?:.*/)?(?:{self.image_path})", path) if self.image_path else None
 
     def size_of_mask(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return the (H, W) of the csv's masks of an image of a size."""
@@ -157,6 +162,21 @@ def _check_layouts(competition: Competition) -> None:
         expect(fits, "layout", layout, "{class} in one cell: there are several classes")
         fits = not any("{image}{class}" in cell or "{class}{image}" in cell for cell in cells)
         expect(fits, "layout", layout, "a separator between {image} and {class}")
+        for cell in cells:
+            _check_joined(cell, competition.classes)
+
+
+def _check_joined(cell: str, names: tuple[str, ...]) -> None:
+    """A class's name that ends as another, after the separator, would be read as the other's."""
+    for pattern, at_end in (
+        (r"\{image\}([^{]+)\{class\}", True),
+        (r"\{class\}([^{]+)\{image\}", False),
+    ):
+        for sign in re.findall(pattern, cell):
+            for name, other in itertools.permutations(names, 2):
+                clash = other.endswith(sign + name) if at_end else other.startswith(name + sign)
+                expected = f"no class that is read as {name!r} and a part of the image's name"
+                expect(not clash, "classes", other, expected)
 
 
 def _check_image_path(pattern: object) -> None:

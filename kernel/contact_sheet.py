@@ -47,7 +47,8 @@ def overlay_masks(image: Image, masks: Iterable[Mask], truth: Iterable[Mask] = (
 
 
 def add_caption(strip: Picture, caption: str) -> Picture:
-    """Put a bar with a caption above a drawn strip."""
+    """Put a bar with a caption above a drawn strip; bytes that are no text are spelt out."""
+    caption = caption.encode(errors="backslashreplace").decode()  # OpenCV 5 dies of a surrogate
     bar = np.full((BAR, strip.shape[1], 3), 24, np.uint8)
     cv2.putText(bar, caption, (12, 31), cv2.FONT_HERSHEY_SIMPLEX, 0.85, (230,) * 3, 2, cv2.LINE_AA)
     return np.vstack([bar, strip])

@@ -118,10 +118,19 @@ def image_paths(folder: Path, competition: Competition) -> dict[str, Path]:
 
 
 def link_images(paths: Mapping[str, Path]) -> Path:
-    """Return a folder of links to images, under their names, that goes when this process ends."""
+    """Return a folder of links to images, under their names, that goes when this process ends.
+
+    Raises:
+        ValueError: a name is no file's.
+    """
     folder = Path(tempfile.mkdtemp(prefix="images_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, path in paths.items():
+        if "/" in name:
+            raise ValueError(
+                f"{path}: `image_path` calls it {name!r}: a group of its own for each folder, "
+                "which _ joins, makes a name"
+            )
         (folder / name).symlink_to(path.absolute())
     return folder
 
@@ -131,10 +140,11 @@ def one_folder(folder: Path, competition: Competition) -> Path:
 
     It is `folder` itself, but for a competition whose images lie in folders of their own.
     """
-    if competition.image_path is None or not folder.is_dir() or list_images(folder):
+    if competition.image_path is None or not folder.is_dir():
         return folder
     paths = image_paths(folder, competition)
-    return link_images(paths) if paths else folder
+    nested = any(competition.matches_path(p.relative_to(folder).as_posix()) for p in paths.values())
+    return link_images(paths) if nested or (not list_images(folder) and paths) else folder
 
 
 def find_images(

@@ -7,8 +7,9 @@ import io
 import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, SLOT, Competition, find_competition, shipped_names
@@ -29,6 +30,7 @@ class Layout:
 
     cells: dict[str, str]  # column → template
     competition: Competition
+    header: tuple[str, ...] = field(default=(), compare=False)  # as the file has it
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ def read_rows(
                     if fault:
                         raise ValueError(fault)
                     rows.append(row)
-    except (csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (csv.Error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: line {max(lines.line_num, 1)}: {error}") from error
     return layout, rows
 
@@ -123,7 +125,8 @@ def _parse_header(
     known = [each for each in competition.layouts if sorted(each) == sorted(columns[index:])]
     if not known:
         raise ValueError(_header_fault(header, competition))
-    layout = Layout({column: known[0][column] for column in columns[index:]}, competition)
+    cells = {column: known[0][column] for column in columns[index:]}
+    layout = Layout(cells, competition, tuple(header))
     patterns = {column: _pattern(template, competition) for column, template in known[0].items()}
 
     def parse(cells: list[str]) -> Row:

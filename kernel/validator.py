@@ -237,7 +237,7 @@ def check_submission(
         layout, rows = read_rows(path, competition=competition)
     except (OSError, ValueError) as error:
         return Findings([one_line(error)], [], [])
-    header = ",".join(layout.columns)
+    header = ",".join(layout.header)
     errors = [] if header == ",".join(columns) else [f"header {header}, not {','.join(columns)}"]
     errors += row_faults(layout, rows, pairs)
     rles: dict[str, dict[int, str]] = defaultdict(dict)

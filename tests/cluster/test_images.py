@@ -1,5 +1,6 @@
 """Which images there are at an address, and what a bad one costs."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,42 @@ def test_a_list_names_images_beside_it_or_anywhere(suffix: str, tmp_path: Path) 
         np.testing.assert_array_equal(image, images[key])
 
 
+def test_a_lists_names_are_text_whatever_they_look_like(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "list.csv").write_text("image,mill\n000001,1\n12e4,2\n,3\n")
+    assert names_of(tmp_path / "list.csv") == ["000001", "12e4"]
+    assert "list.csv: 1 rows name no image" in caplog.text
+
+
+def test_what_a_set_is_of_is_its_folder_or_its_list(tmp_path: Path) -> None:
+    """Two lists of one folder are two sets: an output has rows of one of them."""
+    save_strips(tmp_path, ["a.jpg"])
+    for name in ("march.csv", "april.csv"):
+        (tmp_path / name).write_text("image\na.jpg\n")
+    found = [find_images(str(tmp_path / name)) for name in ("", "march.csv", "april.csv")]
+    assert [each.root for each in found] == [f"file://{tmp_path}"] * 3
+    assert [each.address for each in found] == [
+        f"file://{tmp_path}", f"file://{tmp_path}/march.csv", f"file://{tmp_path}/april.csv",
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_no_text_is_refused_and_shown(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"'caf\\udce9\.jpg' is no UTF-8.*: rename it"):
+        find_images(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
         ("nothing", "nothing: cannot be read"),
         ("empty", "empty: holds no image"),
         ("a.txt", "is a file; name its folder"),
-        ("other.csv", "has no column 'image', but ['name']"),
+        ("other.csv", "other.csv: cannot be read: expected one column 'image', found ['name']"),
+        ("twice.csv", "expected one column 'image', found ['image', 'image']"),
+        ("latin.csv", "latin.csv: cannot be read: "),
+        ("structs.parquet", "structs.parquet: cannot be read: Unsupported cast from struct"),
         ("broken.parquet", "broken.parquet: cannot be read"),
         ("teapot://strips", "teapot://strips: cannot be read: Protocol not known: teapot"),
     ],
@@ -54,6 +84,9 @@ def test_an_address_without_images_is_refused(address: str, words: str, tmp_path
     (tmp_path / "empty").mkdir()
     for name, text in (("a.txt", "a"), ("other.csv", "name\na.jpg\n"), ("broken.parquet", "no")):
         (tmp_path / name).write_text(text)
+    (tmp_path / "twice.csv").write_text("image,image\na.jpg,b.jpg\n")
+    (tmp_path / "latin.csv").write_bytes(b"image\ncaf\xe9.jpg\n")
+    pd.DataFrame({"image": [{"path": "a.jpg"}]}).to_parquet(tmp_path / "structs.parquet")
     where = address if "://" in address else str(tmp_path / address)
     with pytest.raises(ValueError, match=address.partition(":")[0]) as refused:
         find_images(where)
@@ -63,7 +96,7 @@ def test_an_address_without_images_is_refused(address: str, words: str, tmp_path
 
 def test_an_image_that_is_none_or_missing_is_a_fault_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    images = ImageSet(f"file://{tmp_path}", ["bad.jpg", "gone.jpg"])
+    images = ImageSet(f"file://{tmp_path}", ["bad.jpg", "gone.jpg"], f"file://{tmp_path}")
     bad, gone = images.read("bad.jpg"), images.read("gone.jpg")
     assert (bad.image, gone.image) == (None, None)
     assert bad.fault == f"{tmp_path}/bad.jpg: 8 bytes that are no image"  # the kernel's words

@@ -23,6 +23,8 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]
 
 from ray.cluster_utils import Cluster
 
+from cluster.output import Output
+
 pytestmark = [
     pytest.mark.nodes,
     pytest.mark.filterwarnings("ignore"),  # Ray's own, of the processes that it leaves
@@ -212,6 +214,17 @@ def test_bundle_images_and_rows_may_lie_on_s3(bucket: Any, job: Job, tmp_path: P
     files = [Path(name).name for name in bucket.ls("mill/out", detail=False)]
     assert not [name for name in files if name.endswith(".tmp")]
     assert len([name for name in files if name.startswith("part-")]) == -(-N_STRIPS // 16)
+
+
+def test_a_folder_that_the_console_made_is_empty_and_no_bucket_is_made(bucket: Any) -> None:
+    record = {"manifest": "abc", "images": "s3://mill/images"}
+    bucket.pipe("mill/masks/", b"")
+    Output("s3://mill/masks").check(record)
+    before = bucket.ls("")
+    with pytest.raises(ValueError, match=r"there is no bucket 'mlil'; make it first"):
+        Output("s3://mlil/masks").check(record)
+    bucket.invalidate_cache()
+    assert bucket.ls("") == before
 
 
 def test_no_such_bucket_is_one_line_before_any_work(bucket: Any, job: Job) -> None:

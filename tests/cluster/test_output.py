@@ -124,17 +124,49 @@ def test_the_submission_has_the_samples_rows_in_its_order(layout: str, tmp_path:
     output = begin(tmp_path / "out")
     write(output, rows_of("2024/b.jpg", rle="5 1"), rows_of("a.jpg", "unasked.jpg"))
     pairs = [(name, label) for name in ("b.jpg", "a.jpg", "lost.jpg") for label in (1, 2)]
-    address = output.write_submission(LAYOUTS[layout], pairs, empty_rows=True)
+    images = ["2024/b.jpg", "a.jpg", "unasked.jpg"]
+    address = output.write_submission(LAYOUTS[layout], pairs, images, empty_rows=True)
     expected: dict[Any, str] = {("b.jpg", 1): "5 1", ("a.jpg", 1): "1 2"}
     lines = [LAYOUTS[layout].line(*pair, expected.get(pair, "")) for pair in pairs]
     found = Path(address.removeprefix("file://")).read_text()
     assert found == ",".join(LAYOUTS[layout].columns) + "\n" + "".join(lines)
 
 
+def test_rows_of_an_image_that_is_not_asked_for_now_are_no_rows_of_its_namesake(
+    tmp_path: Path,
+) -> None:
+    """An earlier list's, or of an image that lay in another folder then."""
+    output, pairs = begin(tmp_path / "out"), [("x.jpg", label) for label in LABELS]
+    write(output, rows_of("march/x.jpg", rle="9 9"))
+    write(output, rows_of("april/x.jpg", fault="no image"))
+    output.write_submission(LAYOUTS["two-column"], pairs, ["april/x.jpg"], empty_rows=True)
+    assert "9 9" not in (tmp_path / "out" / "submission.csv").read_text()
+
+
+def test_an_address_with_signs_of_a_pattern_is_taken_as_it_stands(tmp_path: Path) -> None:
+    output = begin(tmp_path / "masks[v2]*?")
+    write(output, rows_of("a.jpg"))
+    assert output.done() == {"a.jpg"}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "rows"])
+def test_another_programs_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "output.json").write_text(text)
+    with pytest.raises(ValueError, match=r"its output\.json is not of such a run; name another"):
+        begin(tmp_path)
+
+
+def test_a_run_that_was_killed_in_its_first_write_can_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "output.json.abc.tmp").touch()
+    begin(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["output.json"]
+
+
 def test_the_submission_names_nested_images_as_the_csv_does(tmp_path: Path) -> None:
     competition, output = find_competition("uw-madison"), begin(tmp_path / "out")
-    write(output, rows_of("case1/case1_day2/scans/slice_0003_266_266_1.50_1.50.png", rle="5 2"))
+    image = "case1/case1_day2/scans/slice_0003_266_266_1.50_1.50.png"
+    write(output, rows_of(image, rle="5 2"))
     layout = layouts_of(competition)["three-column-2"]
-    output.write_submission(layout, [("case1_day2_slice_0003.png", 1)], empty_rows=True)
+    output.write_submission(layout, [("case1_day2_slice_0003.png", 1)], [image], empty_rows=True)
     written = (tmp_path / "out" / "submission.csv").read_text()
     assert written == "id,class,predicted\ncase1_day2_slice_0003,large_bowel,5 2\n"

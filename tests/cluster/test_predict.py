@@ -189,6 +189,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         "images: 2024/b.jpg and b.jpg are both 'b.jpg' in a csv",
     ),
     "no sample": (lambda folder: (folder / "sample.csv").unlink(), [], "sample.csv"),
+    "a sample of other images": (
+        lambda folder: write_sample(folder / "sample.csv", ["c.jpg", "d.jpg"]),
+        [],
+        "--submission: none of its 2 images, like 'c.jpg', is in file://",
+    ),
     "no cluster answers": (
         lambda _: None,
         ["--address", f"127.0.0.1:{free_port()}"],

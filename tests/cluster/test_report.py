@@ -45,7 +45,12 @@ def output_of(folder: Path, masks: dict[str, int], faults: dict[str, str]) -> Ou
 
 
 def page_of(folder: Path, output: Output, run: Run | None = RUN) -> Page:
-    write_page(folder / "page.html", output, ImageSet(f"file://{folder}/images", []), run)
+    write_page(
+        folder / "page.html",
+        output,
+        ImageSet(f"file://{folder}/images", [], f"file://{folder}/images"),
+        run,
+    )
     return Page((folder / "page.html").read_text())
 
 

@@ -17,10 +17,12 @@ from helpers import (
     decode_by_hand,
     draw_image,
     predict,
+    read_manifest,
     read_submission,
     save_image,
     save_strips,
 )
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
@@ -41,7 +43,10 @@ def threads_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def part_of(folder: Path, names: list[str], competition: Competition = SEVERSTAL) -> pa.Table:
     """A part's strips, as the tasks beside the workers read them."""
-    return read_strips(pa.table({"image": names}), ImageSet(f"file://{folder}", [], competition))
+    return read_strips(
+        pa.table({"image": names}),
+        ImageSet(f"file://{folder}", [], f"file://{folder}", competition),
+    )
 
 
 def make_worker(bundle: Path, images: Path, batch_size: int = 0, early_exit: bool = True) -> Worker:
@@ -124,8 +129,14 @@ def describe(bundle: Path) -> None:
     (bundle / "competition.json").write_text((ROOT / "competitions" / "severstal.json").read_text())
 
 
+def fit_again(bundle: Path) -> None:
+    """Other weights in a file of which the manifest gives no hash."""
+    path = bundle / read_manifest(bundle)["members"][0]["file"]
+    save_file({key: value + 1 for key, value in load_file(path).items()}, path)
+
+
 @pytest.mark.parametrize(
-    "change", [lambda bundle: change_manifest(bundle, threshold=0.7), describe]
+    "change", [lambda bundle: change_manifest(bundle, threshold=0.7), describe, fit_again]
 )
 def test_a_bundle_that_changed_under_way_is_refused(
     change: Callable[[Path], object], light_bundle: Path, tmp_path: Path

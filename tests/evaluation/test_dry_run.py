@@ -182,6 +182,18 @@ def test_the_tree_has_the_mounts_that_kaggle_makes(
     assert len(list((competition / "test_images").iterdir())) == 3
 
 
+def test_what_lies_beside_the_images_is_not_mounted(
+    tiny_bundle: Path, strips: Path, tmp_path: Path
+) -> None:
+    """A second sample or manifest there would end the run as ambiguous."""
+    images = Path(shutil.copytree(strips / "test_images", tmp_path / "images"))
+    for name in ("sample_submission.csv", "ensemble.json", "notes.txt"):
+        (images / name).touch()
+    made = dry_run.make_kaggle_tree(tmp_path, tiny_bundle, images)
+    found = [path.name for path in (made.parent / "test_images").iterdir()]
+    assert len(found) == 3 and not {"sample_submission.csv", "ensemble.json"} & set(found)
+
+
 def test_a_bundle_with_openvino_is_run_without_it_too(
     bundle: Path, strips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,8 +224,11 @@ def test_a_bundle_with_openvino_is_run_without_it_too(
         (["--images", "nowhere"], "nowhere: no such folder of images"),
         (["--images", "."], ".: no images in it; name the folder that has them"),
         (["--calibrate", "ensemble.json"], "ensemble.json: not a run.json of this kernel"),
+        (["--strips", "0"], "--strips 0: expected 1 or more"),
+        (["--budget-s", "-5"], "--budget-s -5: expected seconds above 0"),
+        (["--budget-s", "nan"], "--budget-s nan: expected seconds above 0"),
+        (["--budget-s", "inf"], "--budget-s inf: expected seconds above 0"),
     ],
-    ids=["no bundle", "truth without images", "no images", "an empty folder", "no run.json"],
 )
 def test_bad_input_is_refused_before_anything_runs(
     arguments: list[str], error: str, bundle: Path, monkeypatch: pytest.MonkeyPatch,
@@ -223,6 +238,32 @@ def test_bad_input_is_refused_before_anything_runs(
     monkeypatch.setattr(dry_run, "run_kernel", lambda *_: pytest.fail("it ran"))
     assert exit_code(dry_run.main, "--bundle", bundle, *arguments) == 2
     assert error_of(capsys.readouterr().err).startswith(error)
+
+
+def test_a_mask_that_leaves_its_image_is_refused_before_anything_runs(
+    bundle: Path,
+    strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(dry_run, "run_kernel", lambda *_: pytest.fail("it ran"))
+    images, truth = strips / "test_images", tmp_path / "truth.csv"
+    name = min(path.name for path in images.iterdir())
+    truth.write_text(f"ImageId,ClassId,EncodedPixels\n{name},1,900000 5\n")
+    given = ("--images", images, "--ground-truth", truth)
+    assert exit_code(dry_run.main, "--bundle", bundle, *given) == 2
+    line = error_of(capsys.readouterr().err)
+    assert line.startswith(f"{truth}: the masks of {name}: run 900000 5 leaves an image")
+
+
+def test_metadata_without_an_id_is_one_line(
+    bundle: Path, strips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle / "dataset" / "dataset-metadata.json").write_text("{}")
+    images = strips / "test_images"
+    assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == 2
+    assert "dataset-metadata.json: lacks id; build the bundle" in error_of(capsys.readouterr().err)
 
 
 # --- runs that are not clean ----------------------------------------------------------------------

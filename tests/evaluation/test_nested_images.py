@@ -141,6 +141,20 @@ def test_links_are_made_only_where_images_are_nested(tmp_path: Path) -> None:
     assert one_folder(linked, UW_MADISON) == linked  # a worker's, in which all lie side by side
 
 
+def test_a_picture_above_the_folders_does_not_hide_what_is_in_them(mounted: Path) -> None:
+    test = mounted / "input" / "uw" / "test"
+    shutil.copy(next((mounted / "flat").iterdir()), test / "overview.png")
+    found = {path.name for path in one_folder(test, UW_MADISON).iterdir()}
+    assert found == {*(f"{name}.png" for name in PATHS), "overview.png"}
+
+
+def test_a_path_that_makes_a_name_with_a_folder_in_it_is_refused(mounted: Path) -> None:
+    pattern = r"(case\d+/case\d+_day\d+)/scans/(slice_\d+)_.*\.png"
+    whole = replace(UW_MADISON, image_path=pattern)
+    with pytest.raises(ValueError, match="image_path` calls it 'case12/case12_day0_slice_0001"):
+        one_folder(mounted / "input" / "uw" / "test", whole)
+
+
 def test_the_cluster_calls_them_as_the_csv_does(mounted: Path) -> None:
     found = find_set(str(mounted / "input" / "uw" / "test"), UW_MADISON)
     names = {UW_MADISON.name_of_file(name) for name in found.names}

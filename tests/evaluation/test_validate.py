@@ -43,6 +43,16 @@ def test_a_sample_that_is_missing_is_one_line_and_code_2(
     assert "gone.csv" in error_of(capsys.readouterr().err)
 
 
+def test_a_folder_of_images_that_is_not_there_is_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"])
+    answer = write_answer(tmp_path / "mine.csv", ["a.jpg"])
+    named = ("--sample", sample, "--images", tmp_path / "gone")
+    assert exit_code(validate.main, answer, *named) == 2
+    assert "gone: no such folder of images" in error_of(capsys.readouterr().err)
+
+
 HEADERS = {
     "id,class,predicted": "it fits --competition uw-madison",
     "EncodedPixels,Image_Label": "it fits --competition clouds",

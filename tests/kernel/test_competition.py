@@ -198,6 +198,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a path that is no regex": ({"image_path": "(a"}, "image_path .*unterminated subpattern"),
     "a path as a number": ({"image_path": 7}, "image_path 7, expected a regular expression"),
     "no separator": ({"layouts": [{"a": "{image}{class}", "b": "{mask}"}]}, "a separator"),
+    "a class that ends as another": (
+        {"layouts": [{"a": "{image}_{class}", "b": "{mask}"}], "classes": ["bowel", "large_bowel"]},
+        "classes 'large_bowel', expected no class that is read as 'bowel' and a part of the image",
+    ),
+    "a class that begins as another": (
+        {"layouts": [{"a": "{class}/{image}", "b": "{mask}"}], "classes": ["a/b", "a"]},
+        "classes 'a/b', expected no class that is read as 'a' and a part of the image's name",
+    ),
     "another order": ({"run_order": "column"}, "run_order 'column', expected columns or rows"),
     "a first index of 2": ({"first_index": 2}, "first_index 2, expected 1 or 0"),
     "a first index of true": ({"first_index": True}, "first_index True, expected 1 or 0"),
@@ -220,6 +228,19 @@ def test_a_description_is_refused_for(case: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_competition(tmp_path)
     assert str(error.value).startswith(str(tmp_path / "competition.json"))
+
+
+def test_classes_that_only_look_alike_or_stand_apart_are_taken() -> None:
+    """Another separator, or a column of their own: nothing is read as another class's."""
+    for template, names in (
+        ("{image} {class}", ("bowel", "large_bowel")),
+        ("{class}_{image}", ("bowel", "large_bowel")),
+        ("{image}_{class}", ("bowel", "bowel_large")),
+    ):
+        layouts = ({"a": template, "b": "{mask}"},)
+        check_competition(Competition(classes=names, layouts=layouts))
+    apart = ({"i": "{image}", "c": "{class}", "b": "{mask}"},)
+    check_competition(Competition(classes=("bowel", "large_bowel"), layouts=apart))
 
 
 def test_a_folder_without_a_description_is_severstals(tmp_path: Path) -> None:

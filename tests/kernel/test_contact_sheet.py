@@ -1,5 +1,6 @@
 """The contact sheet: masks filled in the colour of their class, the ground truth outlined."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,12 @@ def test_a_caption_stands_light_on_dark_above_its_strip() -> None:
     rows, columns = np.nonzero(bar[..., 0] > 127)
     assert 8 < rows.min() < 16 and 28 <= rows.max() <= 34
     assert 11 <= columns.min() <= 18 and 60 < columns.max() < 110
+
+
+def test_a_name_that_is_no_text_is_spelt_out() -> None:
+    """OpenCV 5 dies of it, and with it the process."""
+    strip, name = np.zeros((4, 600, 3), np.uint8), os.fsdecode(b"caf\xe9.jpg")
+    np.testing.assert_array_equal(add_caption(strip, name), add_caption(strip, r"caf\udce9.jpg"))
 
 
 def test_a_caption_names_image_and_classes() -> None:

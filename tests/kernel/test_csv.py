@@ -194,3 +194,18 @@ def test_a_header_of_bars_is_told_how_to_be_saved(tmp_path: Path) -> None:
         read_rows(path)
     remedy = "save the file with commas in the place of '|'"
     assert str(error.value) == f"{path}: line 1: header {header}, {EXPECTED}: {remedy}"
+
+
+@given(data=st.data())
+def test_a_damaged_archive_is_an_error_that_names_it(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Or it is read: not every bit of an archive counts."""
+    whole = gzip.compress(b"ImageId_ClassId,EncodedPixels\n" + b"a.jpg_1,3 4\n" * 99, mtime=0)
+    place, value = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged.csv.gz"
+    path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+    try:
+        read_rows(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: line ")

@@ -114,6 +114,8 @@ def test_only_every_row_once_passes(
         ("EncodedPixels,ImageId_ClassId\n", "header EncodedPixels,ImageId_ClassId, not ImageId_"),
         ("ImageId,EncodedPixels,ClassId\n", "header ImageId,EncodedPixels,ClassId, not ImageId_"),
         ("ImageId_ClassId,EncodedPixels\na.jpg_x,\n", "line 2: names no class"),
+        (",ImageId_ClassId,EncodedPixels\n", "header ,ImageId_ClassId,EncodedPixels, not Image"),
+        ("ImageId_ClassId, EncodedPixels\n", "header ImageId_ClassId, EncodedPixels, not Image"),
         ("", "line 1: the file is empty, expected"),
     ],
 )
