@@ -8,7 +8,8 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,23 +98,33 @@ def read_rows(
         ValueError: it is no csv, the header is no layout's, a row has another number of cells or
             no class, or `check` objects; names the line.
     """
+    with read_lines(path) as lines:
+        layout, parse = _parse_header(next(lines, []), competition)
+        rows = []
+        for cells in lines:
+            row = parse(cells)
+            fault = check(row)
+            if fault:
+                raise ValueError(fault)
+            rows.append(row)
+    return layout, rows
+
+
+@contextmanager
+def read_lines(path: Path) -> Iterator[Iterator[list[str]]]:
+    """The cells of a csv's lines, .gz or not, empty ones left out; errors inside name the line.
+
+    Raises:
+        ValueError: it is no csv, or what a ValueError inside says.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     csv.field_size_limit(2**31 - 1)  # a mask of noise is long
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            layout, parse = _parse_header(next(filter(None, lines), []), competition)
-            rows = []
-            for cells in lines:
-                if cells:
-                    row = parse(cells)
-                    fault = check(row)
-                    if fault:
-                        raise ValueError(fault)
-                    rows.append(row)
-    except (csv.Error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: line {max(lines.line_num, 1)}: {error}") from error
-    return layout, rows
+    with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            yield filter(None, lines)
+        except (csv.Error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: line {max(lines.line_num, 1)}: {error}") from error
 
 
 def _parse_header(
@@ -161,17 +172,23 @@ def _pattern(template: str, competition: Competition) -> re.Pattern[str]:
     return re.compile("".join(text), re.DOTALL)
 
 
+def no_csv_fault(header: list[str]) -> str:
+    """Why what was read as a header is of no csv; nothing where it may be one."""
+    text = ",".join(header)
+    known = [fault for start, fault in NO_CSV.items() if text.startswith(start)]
+    if known:
+        return f"no csv: {known[0]}"
+    return "" if text.replace("\t", "").isprintable() else "no csv: bytes that are no text"
+
+
 def _header_fault(header: list[str], competition: Competition) -> str:
     """What a header that fits no layout has instead."""
     text = ",".join(header)
     expected = " or ".join(",".join(layout) for layout in competition.layouts)
     if not header:
         return f"the file is empty, expected {expected}"
-    for start, fault in NO_CSV.items():
-        if text.startswith(start):
-            return f"no csv: {fault}"
-    if not text.replace("\t", "").isprintable():
-        return f"no csv: bytes that are no text, expected {expected}"
+    if fault := no_csv_fault(header):
+        return f"{fault}, expected {expected}"
     separator = next((each for each in ";\t|" if each in text), "")
     remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
     remedy = remedy or f"; {_nearest_description(header, competition)}"

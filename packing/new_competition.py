@@ -1,7 +1,7 @@
 """A new competition: its description, as far as a sample file and a few images show it."""
 
-import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,12 +14,12 @@ import numpy as np
 from kernel.competition import Competition, check_competition
 from kernel.images import is_coloured
 from kernel.mounts import check_instances, list_images, no_images
-from kernel.rows import read_rows
-from packing.metadata import slugify
+from kernel.rows import no_csv_fault, read_lines, read_rows
 
 SEPARATORS = "_-/|: "
 MASKS = ("rle", "mask", "pixel", "predict", "segment", "encod")  # in a mask column's name
 SEEN = 32  # images that are looked at
+SHOWN = 6  # classes that are listed
 ASK = {  # what neither a sample nor images show
     "run_order, first_index": "down the columns and from 1, as most have it",
     "mask_size": "null, the image's own",
@@ -46,7 +46,8 @@ def propose(sample: Path, images: Path) -> Proposal:
     if not names:
         raise ValueError(no_images(images))
     header, rows = _read_table(sample)
-    slug = slugify(sample.resolve().parent.name) or "my-competition"
+    folder = sample.resolve().parent.name.lower()
+    slug = re.sub("[^a-z0-9_]+", "-", folder).strip("-_") or "my-competition"
     found = _find_layout(sample, header, rows, names)
     found |= _look_at_images(images, names)
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
@@ -58,10 +59,17 @@ def propose(sample: Path, images: Path) -> Proposal:
     unsure = [f"{name}: {taken}" for name, taken in ASK.items()]
     unsure.append(f"slug, title: {slug}, as the sample's folder is named")
     unsure.append(f"n_images: {count}, the sample's; a hidden set may be larger")
+    named = [column for column, cell in found["layouts"][0].items() if "{class}" in cell]
     if competition.any_class is not None:
         unsure.append("classes: the sample names none, take them from train.csv")
-    elif "{class}" not in "".join(found["layouts"][0].values()):
+    elif not named:
         unsure.append("classes: one, which the sample does not name")
+    else:
+        classes = ", ".join(competition.classes[:SHOWN])
+        more = (
+            f" and {len(competition.classes) - SHOWN} more" if competition.classes[SHOWN:] else ""
+        )
+        unsure.append(f"classes: {classes}{more}, as the column {named[0]} has them, in that order")
     if not any(len(row[_mask_column(sample, header)].split()) < 2 for row in rows):
         unsure.append('empty: "", for the sample has no empty mask')
     return Proposal(Competition(**found | {"n_images": count}), unsure)
@@ -81,8 +89,14 @@ def write_description(sample: Path, images: Path, path: Path) -> Proposal:
 
 
 def _read_table(sample: Path) -> tuple[list[str], list[list[str]]]:
-    with sample.open(encoding="utf-8-sig", newline="") as file:
-        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    """Header and rows of a csv, without the index column that pandas writes."""
+    with read_lines(sample) as lines:
+        header = [cell.strip() for cell in next(lines, [])]
+        if fault := no_csv_fault(header):
+            raise ValueError(fault)
+        rows = list(lines)
+    if header[:1] in ([""], ["Unnamed: 0"]):
+        header, rows = header[1:], [row[1:] for row in rows]
     if len(header) < 2 or not rows:
         raise ValueError(
             f"{sample}: line 1: {','.join(header)!r}: no header and rows of two cells; where the "
@@ -136,12 +150,12 @@ def _split_cells(cells: list[str], known: set[str]) -> tuple[str, tuple[str, ...
         return "{image}", ()
     for sign in SEPARATORS:
         before, after = dict[str, None](), dict[str, None]()  # ordered sets
-        for cell in cells:
-            for cut in (i for i, letter in enumerate(cell) if letter == sign):
-                if cell[:cut] in known:
-                    after[cell[cut + 1 :]] = None
-                if cell[cut + 1 :] in known:
-                    before[cell[:cut]] = None
+        for cell in cells:  # of several images that it may name, the longest: a_1_x is of a_1
+            cuts = [i for i, letter in enumerate(cell) if letter == sign]
+            if ends := [cut for cut in cuts if cell[:cut] in known]:
+                after[cell[ends[-1] + 1 :]] = None
+            if starts := [cut for cut in cuts if cell[cut + 1 :] in known]:
+                before[cell[: starts[0]]] = None
         if after or before:
             template = f"{{image}}{sign}{{class}}" if after else f"{{class}}{sign}{{image}}"
             return template, tuple(after or before)
@@ -167,8 +181,11 @@ def _look_at_images(folder: Path, names: list[str]) -> dict[str, Any]:
     """Return channels, bits and the most frequent size of some images."""
     sizes, colour, deep = Counter[tuple[int, int]](), False, False
     for name in names[:: max(len(names) // SEEN, 1)]:
-        pixels = cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED)
-        if pixels is None:
+        try:
+            pixels = cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED)
+        except cv2.error:  # more pixels than it takes
+            continue
+        if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
             continue
         sizes[pixels.shape[0], pixels.shape[1]] += 1
         deep |= pixels.dtype == np.uint16
