@@ -11,7 +11,7 @@ from typing import Any
 
 from kernel.faults import one_line, short
 
-MAX_SIDE = 20_000  # pixels
+MAX_SIDE = 65_535  # pixels, the most of a JPEG
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,7 +78,9 @@ def check_size(value: object, name: str = "image_size") -> None:
     """Raise ValueError unless a value is the (height, width) of something, or None."""
     sides = value if isinstance(value, tuple) else ()
     fits = len(sides) == 2 and all(is_whole(side, 1) and side <= MAX_SIDE for side in sides)
-    expect(fits or value is None, name, value, f"[height, width], 1 to {MAX_SIDE:,} each")
+    expect(
+        fits or value is None, name, value, f"[height, width], whole numbers from 1 to {MAX_SIDE:,}"
+    )
 
 
 def with_tuples(entries: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def without(key: str) -> dict[str, Any]:
 
 ALL_FLIPS = "['none', 'horizontal', 'vertical', 'both']"
 FIELDS = "members, classes, threshold, min_area, flips, image_size, empty_rows, competition, format"
-SIDES = "expected [height, width], 1 to 20,000 each"
+SIDES = "expected [height, width], whole numbers from 1 to 65,535"
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     "a later format": ({"format": 2}, "format 2, this kernel reads format 1"),
     "a misspelt field": (
