@@ -63,8 +63,8 @@ def check_options(args: argparse.Namespace) -> None:
         values = {each: vars(args)[each[2:].replace("-", "_")] for each in options}
         given = [each for each, value in values.items() if value is not None and value is not False]
         if given and purpose != chosen:
-            remedy = f"leave it out with {chosen}" if purpose == BUNDLE else f"it needs {purpose}"
-            raise ValueError(f"{given[0]} is for {purpose}: {remedy}")
+            needs = "" if purpose in (BUNDLE, given[0]) else f"needs {purpose}; "
+            raise ValueError(f"{given[0]}: {needs}leave it out with {chosen}")
 
 
 def describe(args: argparse.Namespace) -> int:

@@ -203,12 +203,12 @@ def test_bad_input_is_one_clear_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "--resume is for --fit: it needs --fit"),
-        (["--hours", 0], "--hours is for --fit: it needs --fit"),
-        (["--members", "mine.txt"], "--members is for --fit: it needs --fit"),
-        (["--images", "folder"], "--images is for --new-competition: it needs --new-competition"),
-        (["--new-competition", "a.csv", "--notebook"], "--notebook is for a bundle: leave it out"),
-        (["--new-competition", "a.csv", "--fit"], "--fit is for --fit: it needs --fit"),
+        (["--resume"], "--resume: needs --fit; leave it out with a bundle"),
+        (["--hours", 0], "--hours: needs --fit; leave it out with a bundle"),
+        (["--members", "mine.txt"], "--members: needs --fit; leave it out with a bundle"),
+        (["--images", "folder"], "--images: needs --new-competition; leave it out with a bundle"),
+        (["--new-competition", "a.csv", "--notebook"], "--notebook: leave it out"),
+        (["--new-competition", "a.csv", "--fit"], "--fit: leave it out with --new-competition"),
     ],
 )
 def test_an_option_that_would_not_be_read_is_refused(
