@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kernel.checks import read_json
@@ -27,6 +28,10 @@ from kernel.images import check_kinds, read_image
 from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, parse_manifest
 from kernel.mounts import one_folder
+from packing.checkpoints import read_checkpoint
+from packing.members import to_half
+from packing.models import load_into_model
+from packing.sources import read_sources
 from training.strips import image_names, read_strips
 
 WIDEST = 20.0  # logits by which gates are shifted at most
@@ -125,6 +130,17 @@ def check_entries(path: Path, manifest: Manifest) -> dict[str, Any]:
     return entries
 
 
+def check_weights(bundle: Path, manifest: Manifest, weights: Path) -> None:
+    """Raise ValueError for a member that was fitted again after the bundle was built; names it."""
+    _, sources = read_sources(weights, manifest.competition)
+    pairs = list(zip(sources, manifest.members, strict=True))
+    for source, spec in progress(pairs, "checkpoints", "member"):
+        network = load_into_model(read_checkpoint(source), spec.model)
+        own, packed = to_half(network.state_dict(), source), load_file(bundle / spec.file)
+        if any(not torch.equal(value, packed[key]) for key, value in own.items()):
+            raise ValueError(f"{source}: is not what {bundle / spec.file} holds: build it again")
+
+
 def add_shifts(entries: dict[str, Any], manifest: Manifest, found: Shifts) -> dict[str, Any]:
     """Return ensemble.json with what was found on top of the shifts that it has."""
     before = {spec.name: shifts_of(spec, manifest.classes) for spec in manifest.members}
@@ -171,6 +187,8 @@ def calibrate(args: argparse.Namespace) -> int:
             "a class without an image cannot be calibrated"
         )
     entries = check_entries(args.weights / MANIFEST, manifest) if args.write else {}
+    if args.write:
+        check_weights(args.bundle, manifest, args.weights)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     found = find_shifts(gate_logits(ensemble, [folder / name for name in names]), shares)
     print(json.dumps({"shares": shares, "gate_shift": found}, indent=2))

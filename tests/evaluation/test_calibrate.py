@@ -1,6 +1,7 @@
 """Calibration without labels: mean gates meet the classes' shares, in the kernel's own run too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers import LABELS, change_manifest, error_of, exit_code, read_manifest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from evaluation import calibrate
 from evaluation.calibrate import add_shifts, find_shifts, gate_logits, shift_to_mean
@@ -151,6 +153,23 @@ def test_shifts_are_not_added_twice(
     write = ["--weights", tmp_path, "--write", tmp_path / MANIFEST]
     assert exit_code(calibrate.main, *options, "--shares", *SHARES, *write) == 2
     assert "build it of this file" in error_of(capsys.readouterr().err)
+
+
+def test_a_member_that_was_fitted_again_is_to_be_built_first(
+    dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = Path(shutil.copytree(dataset, tmp_path / "weights"))
+    change_manifest(weights, members=[
+        {key: value for key, value in member.items() if key != "sha256"}
+        for member in read_manifest(weights)["members"]
+    ])  # fmt: skip
+    path = weights / read_manifest(weights)["members"][1]["file"]
+    save_file({key: value * 2 for key, value in load_file(path).items()}, path)
+    options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
+    write = ["--weights", weights, "--write", tmp_path / "new.json"]
+    assert exit_code(calibrate.main, *options, "--shares", *SHARES, *write) == 2
+    assert f"{path}: is not what {dataset / path.name} holds" in error_of(capsys.readouterr().err)
+    assert not (tmp_path / "new.json").exists()
 
 
 @pytest.mark.parametrize("gates", [[float("nan"), 0.0, 0.0], [-25.0, -25.0, -25.0]])
