@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -102,19 +101,6 @@ def _swap_in(bundle: Path, out: Path, previous: Path) -> None:
         raise
 
 
-def _sweep(out: Path) -> None:
-    """Remove what builds that were killed left beside `out`: each as large as a bundle."""
-    for folder in out.parent.iterdir():
-        process = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+", folder.name)
-        try:
-            if process:
-                os.kill(int(process[1]), 0)  # asks only whether it is there
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # it is there, another user's
-            continue
-
-
 @contextmanager
 def scratch_beside(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which goes at the end.
@@ -124,9 +110,7 @@ def scratch_beside(out: Path) -> Iterator[Path]:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        prefix = f".{out.name}-{os.getpid()}-"
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=prefix) as scratch:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
             yield Path(scratch)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -3,9 +3,7 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +180,6 @@ def test_the_folder_one_is_in_is_not_swapped_away(
     monkeypatch.chdir(built / "dataset")
     with pytest.raises(ValueError, match="dist: this is the folder you are in"):
         check_out(built)
-
-
-def test_what_a_killed_build_left_goes_with_the_next_one_and_a_running_ones_stays(
-    tiny_weights: Path, tmp_path: Path
-) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for name in (f".dist-{dead.pid}-ab_c1", f".dist-{os.getpid()}-abc", f".other-{dead.pid}-abc"):
-        (tmp_path / name / "bundle").mkdir(parents=True)
-    build(tiny_weights, tmp_path / "dist", None)
-    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
-    assert hidden == {f".dist-{os.getpid()}-abc", f".other-{dead.pid}-abc"}
 
 
 def test_a_full_disk_names_the_folder_and_leaves_the_previous_bundle(
