@@ -3,6 +3,7 @@
 import hashlib
 import json
 import posixpath
+import re
 import tempfile
 import uuid
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from cluster.images import absolute, reach
 from kernel.rows import Layout, Submission
 
 RECORD = "output.json"  # what the parts are of
+HALF = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # what `write_whole` writes beside a file's place
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 ROWS = pa.schema(
     {
@@ -88,7 +90,7 @@ class Output:
         """Raise ValueError where the folder holds other things than parts of what `record` says."""
         self.fs.invalidate_cache()
         self._check_bucket()
-        there = [name for name in reach(self.address, self._list) if not name.endswith(".tmp")]
+        there = [name for name in reach(self.address, self._list) if not HALF.fullmatch(name)]
         if RECORD not in there:
             if there:
                 raise ValueError(f"{self.address}: holds other things ({there[0]}); name another")
@@ -120,7 +122,7 @@ class Output:
     def begin(self, record: dict[str, str]) -> None:
         """Make the folder, or go on in it; what a run that was killed left half written goes."""
         for name in reach(self.address, self._list):
-            if name.endswith(".tmp"):
+            if HALF.fullmatch(name):
                 self.fs.rm(posixpath.join(self.path, name))
         reach(self.address, lambda *_: self._write_record(record))
 

@@ -132,9 +132,10 @@ def check_entries(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 def check_weights(bundle: Path, manifest: Manifest, weights: Path) -> None:
     """Raise ValueError for a member that was fitted again after the bundle was built; names it."""
-    _, sources = read_sources(weights, manifest.competition)
-    pairs = list(zip(sources, manifest.members, strict=True))
-    for source, spec in progress(pairs, "checkpoints", "member"):
+    own_manifest, sources = read_sources(weights, manifest.competition)
+    paths = {spec.name: path for spec, path in zip(own_manifest.members, sources, strict=True)}
+    for spec in progress(manifest.members, "checkpoints", "member"):
+        source = paths[spec.name]
         network = load_into_model(read_checkpoint(source), spec.model)
         own, packed = to_half(network.state_dict(), source), load_file(bundle / spec.file)
         if any(not torch.equal(value, packed[key]) for key, value in own.items()):

@@ -53,8 +53,10 @@ def mean_with_gates(recorded: RecordedPasses, gate_shift: float) -> Tensor:
 def label_strip(
     recorded: RecordedPasses, gate_shifts: tuple[float, float], min_area: int
 ) -> Masks | None:
-    """Return the masks (classes, H, W) of a strip; None where it is not sure of a class."""
+    """Return the masks (classes, H, W) of a strip; None where it is not sure, or gave NaN."""
     threshold = recorded.manifest.threshold
+    if not all(found.isfinite().all() for found in recorded.probabilities.values()):
+        return None
     sure, open_ = (
         (mean_with_gates(recorded, shift) > threshold).sum(dim=(1, 2)) >= min_area
         for shift in gate_shifts

@@ -5,6 +5,7 @@ import itertools
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,20 +164,18 @@ def _check_layouts(competition: Competition) -> None:
         fits = not any("{image}{class}" in cell or "{class}{image}" in cell for cell in cells)
         expect(fits, "layout", layout, "a separator between {image} and {class}")
         for cell in cells:
-            _check_joined(cell, competition.classes)
+            _check_joined(cell, [*competition.classes, *filter(None, [competition.any_class])])
 
 
-def _check_joined(cell: str, names: tuple[str, ...]) -> None:
-    """A class's name that ends as another, after the separator, would be read as the other's."""
-    for pattern, at_end in (
-        (r"\{image\}([^{]+)\{class\}", True),
-        (r"\{class\}([^{]+)\{image\}", False),
-    ):
-        for sign in re.findall(pattern, cell):
-            for name, other in itertools.permutations(names, 2):
-                clash = other.endswith(sign + name) if at_end else other.startswith(name + sign)
-                expected = f"no class that is read as {name!r} and a part of the image's name"
-                expect(not clash, "classes", other, expected)
+def _check_joined(cell: str, names: Sequence[str]) -> None:
+    """A class that ends as another, after the separator, would be read as that and a longer image.
+
+    One that begins as another is not: the longer is tried first.
+    """
+    for sign in re.findall(r"\{image\}([^{]+)\{class\}", cell):
+        for name, other in itertools.permutations(names, 2):
+            expected = f"no class that is read as {name!r} and a part of the image's name"
+            expect(not other.endswith(sign + name), "classes", other, expected)
 
 
 def _check_image_path(pattern: object) -> None:

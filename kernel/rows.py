@@ -165,6 +165,7 @@ def _parse_header(
 def _pattern(template: str, competition: Competition) -> re.Pattern[str]:
     """What the cells of a template look like, each slot a group."""
     names = [*competition.classes, competition.any_class or competition.classes[0]]
+    names.sort(key=len, reverse=True)  # of two that a cell begins with, the longer
     slots = {name: f"(?P<{name}>.*)" for name in ("image", "mask")}
     slots["class"] = f"(?P<class>{'|'.join(map(re.escape, names))})"
     parts = SLOT.split(template)  # literal, slot, literal, …

@@ -17,7 +17,7 @@ from kernel.logs import progress
 from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
-from packing.metadata import FIT_SCRIPT, Metadata, read_metadata
+from packing.metadata import Metadata, read_metadata
 from packing.notebook import build_notebook
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.sources import read_sources
@@ -25,7 +25,6 @@ from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
 FIT = "fit"  # the kernel that fits; a build leaves it
-FIT_ENTRIES = {FIT_SCRIPT, KERNEL_METADATA.name}
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
 
 # --- staging --------------------------------------------------------------------------------------
@@ -73,17 +72,17 @@ def check_out(out: Path) -> None:
         raise ValueError(f"{out}: is a file; choose another --out")
     found = {path.name for path in out.iterdir()}
     complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
-    others = set() if complete else found - {FIT}
-    if FIT in found:
-        inside = {path.name for path in (out / FIT).iterdir()} if (out / FIT).is_dir() else {FIT}
-        others |= {f"{FIT}/{name}" for name in inside - FIT_ENTRIES}
-    if others:
-        listed = ", ".join(sorted(others)[:3])
+    if found - {FIT} and not complete:
+        listed = ", ".join(sorted(found)[:3])
         raise ValueError(
             f"{out}: holds other things than a bundle ({listed}); choose another --out"
         )
-    if Path.cwd().is_relative_to(out):
-        raise ValueError(f"{out}: this is the folder you are in, and would be taken away; leave it")
+
+
+def check_place(folder: Path) -> None:
+    """Raise ValueError where the shell stands in a folder that is about to be replaced."""
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder}: you are in this folder, which is replaced; go out of it first")
 
 
 def _swap_in(bundle: Path, out: Path, previous: Path) -> None:
@@ -135,6 +134,7 @@ def build(
     """
     out = Path(os.path.realpath(out))
     check_out(out)
+    check_place(out)
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
     manifest, sources = read_sources(weights, competition)

@@ -86,7 +86,7 @@ def _flatten(content: Content, path: Path) -> _Tree:
                 raise ValueError(f"{path}: two tensors are named {name}; save the weights alone")
             tree.tensors[name], tree.homes[name] = value, home
         if isinstance(value, Mapping) and (
-            "encoder_name" in value or any(normalisation_of(f"{name}.{key}") for key in value)
+            "encoder_name" in value or any(said_of_images(f"{name}.{key}") for key in value)
         ):
             tree.configs[name] = {str(key): item for key, item in value.items()}
         if isinstance(value, Tensor) and value.numel() == 1 and is_plain(value):
@@ -160,6 +160,21 @@ def normalisation_of(name: str) -> str:
     if "running" in words or words_of(name) & TRAINING:
         return ""
     return next((kind for kind in ("mean", "std") if words & {kind, f"{kind}s"}), "")
+
+
+# Words of a configuration's key beside mean and std, and of where a number may stand for all
+# channels; a score's mean, or the std of noise, has others.
+IMAGES = {"image", "images", "img", "pixel", "pixels", "input", "norm", "normalize", "normalise",
+          "normalizer", "normalization", "normalisation", "data", "dataset"}  # fmt: skip
+PLACES = IMAGES | {"hyper", "parameters", "params", "hparams", "config", "cfg", "args", "header",
+                   "preprocessing", "transform", "transforms", "content", "member",
+                   "json"}  # fmt: skip
+
+
+def said_of_images(name: str) -> str:
+    """Return "mean" or "std" where a configuration's key is that of images, else ""."""
+    kind = normalisation_of(name)
+    return kind if words_of(name.rpartition(".")[2]) - {kind, f"{kind}s"} <= IMAGES else ""
 
 
 def is_outside_layer(name: str) -> bool:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kernel.faults import one_line
-from packing.bundle import FIT, check_out, scratch_beside, write_json
+from packing.bundle import FIT, check_out, check_place, scratch_beside, write_json
 from packing.metadata import FIT_SCRIPT, read_fit_metadata
 from packing.paths import KERNEL_METADATA, MEMBERS, ROOT
 from packing.wheels import WHEELS
 
+FIT_ENTRIES = {FIT_SCRIPT, KERNEL_METADATA.name}
 ROOMS = ("kernel", "training")
 # What Kaggle's image lacks or has in another version; constraints.txt has the same.
 REQUIREMENTS = [
@@ -93,13 +94,13 @@ def read_members(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
         lines = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--name")
+        names = [parser.parse_known_args(words)[0].name for words in lines]
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
-    except ValueError as error:  # no UTF-8, or a quote that is not closed
+    except (ValueError, argparse.ArgumentError) as error:  # no UTF-8, a quote that is not closed
         raise ValueError(f"{path}: no list of members: {error}") from error
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--name")
-    names = [parser.parse_known_args(words)[0].name for words in lines]
     if not names or None in names or len(set(names)) < len(names):
         raise ValueError(
             f"{path}: members {names}, expected at least one, each with a --name of its own"
@@ -118,17 +119,31 @@ def join_fit_kernel(members: str, hours: float) -> str:
     return f"{DOCSTRING}\n{settings}\nFILES = {{\n{entries}}}\n\n{START}"
 
 
+def check_fit(folder: Path) -> None:
+    """Raise ValueError where a folder that is to be replaced holds what is no fit kernel."""
+    check_place(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another --out")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    others = {name for name in found - FIT_ENTRIES if not name.startswith(".")}
+    if others:
+        raise ValueError(
+            f"{folder}: holds other things than a fit kernel ({min(others)}); choose another --out"
+        )
+
+
 def build_fit(
     out: Path, owner: str | None, members: Path, hours: float, resume: bool
 ) -> dict[str, Any]:
     """Write the kernel to `out`/fit, beside a bundle or alone; return its metadata.
 
     Raises:
-        ValueError: `out` holds other things, or Kaggle would refuse the metadata.
-        OSError: the list of members cannot be read.
+        ValueError: `out` holds other things, Kaggle would refuse the metadata, or the list of
+            members is none.
     """
     out = Path(os.path.realpath(out))
     check_out(out)
+    check_fit(out / FIT)
     if not (math.isfinite(hours) and hours > 0):
         raise ValueError(f"--hours {hours}, expected a number above 0")
     metadata = read_fit_metadata(owner, resume)

@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from kernel.faults import one_line, short
 from kernel.manifest import MemberSpec
 from kernel.members import build_network
-from packing.checkpoints import Checkpoint, is_outside_layer, is_plain, normalisation_of
+from packing.checkpoints import (
+    PLACES,
+    Checkpoint,
+    is_outside_layer,
+    is_plain,
+    normalisation_of,
+    said_of_images,
+    words_of,
+)
 from packing.old_names import rename_old, widen_head
 from packing.reading import weights_file
 
@@ -261,16 +270,18 @@ def _said_of_images(
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Each mean and std that came with the weights: where, which of both, its numbers.
 
-    One number by itself may be a score's mean; beside the other it is a normalisation.
+    A number by itself may be a score's mean; with its std, where options stand, it is of images.
     """
     for name, tensor in checkpoint.left_out.items():
         kind = normalisation_of(name)
         if kind and is_plain(tensor):
             yield f"{checkpoint.path}: {name}", kind, tensor.flatten().tolist()
     for where, config in configs.items():
-        kinds = {key: kind for key in config if (kind := normalisation_of(str(key)))}
+        kinds = {key: kind for key in config if (kind := said_of_images(str(key)))}
+        place = words_of(re.split(r"[./ ]", where)[-1])
+        both = len({*kinds.values()}) == 2 and place <= PLACES
         for key, kind in kinds.items():
-            if isinstance(config[key], list | tuple | np.ndarray) or len({*kinds.values()}) == 2:
+            if both or isinstance(config[key], list | tuple | np.ndarray):
                 yield f"{where}: {key}", kind, _numbers(config[key])
 
 

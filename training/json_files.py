@@ -1,6 +1,7 @@
 """JSON files of figures."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ def to_json(entries: Any) -> str:
 
 def write_json(path: Path, entries: Any) -> None:
     """Write `to_json` of entries; a kill leaves the file that was there."""
+    if path.exists() and not path.is_file():  # a device is not to be replaced
+        path.write_text(to_json(entries), encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(to_json(entries), encoding="utf-8")

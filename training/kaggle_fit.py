@@ -74,12 +74,12 @@ def bring_earlier(root: Path) -> None:
         target = source.relative_to(found[0])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)  # without its mode: the mount is read-only
-    for path in Path().glob("*.safetensors"):
+    for path in found[0].glob("*.safetensors"):
         try:
             manifest_entry(path)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            log.warning("%s is damaged (%s): it is fitted anew", found[0] / path, error)
-            path.unlink()
+            log.warning("%s is damaged (%s): it is fitted anew", path, error)
+            Path(path.name).unlink()
 
 
 def hash_folder(folder: Path) -> str:

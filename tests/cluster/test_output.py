@@ -1,5 +1,6 @@
 """The output: whole parts, each image once, and nothing of another bundle."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,16 @@ def test_another_programs_record_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_killed_in_its_first_write_can_begin_again(tmp_path: Path) -> None:
-    (tmp_path / "output.json.abc.tmp").touch()
+    (tmp_path / f"output.json.{uuid.uuid4().hex}.tmp").touch()
     begin(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["output.json"]
+
+
+def test_somebody_elses_tmp_files_are_other_things(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tmp").touch()
+    with pytest.raises(ValueError, match=r"holds other things \(thesis\.tmp\)"):
+        begin(tmp_path)
+    assert (tmp_path / "thesis.tmp").exists()
 
 
 def test_the_submission_names_nested_images_as_the_csv_does(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from evaluation import calibrate
-from evaluation.calibrate import add_shifts, find_shifts, gate_logits, shift_to_mean
+from evaluation.calibrate import add_shifts, check_weights, find_shifts, gate_logits, shift_to_mean
 from kernel.checks import read_json
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
@@ -161,8 +161,9 @@ def test_a_member_that_was_fitted_again_is_to_be_built_first(
     weights = Path(shutil.copytree(dataset, tmp_path / "weights"))
     change_manifest(weights, members=[
         {key: value for key, value in member.items() if key != "sha256"}
-        for member in read_manifest(weights)["members"]
+        for member in read_manifest(weights)["members"][::-1]  # whatever their order
     ])  # fmt: skip
+    check_weights(dataset, load_manifest(dataset), weights)
     path = weights / read_manifest(weights)["members"][1]["file"]
     save_file({key: value * 2 for key, value in load_file(path).items()}, path)
     options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]

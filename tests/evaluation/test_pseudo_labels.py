@@ -51,6 +51,13 @@ def test_a_class_is_there_not_there_or_unsure(
     assert (None if masks is None else int(masks.sum())) == expected
 
 
+def test_of_a_strip_that_gives_nan_nothing_is_sure() -> None:
+    strip = recorded((9, 4, 6), (9, 4, 6))
+    assert label_strip(strip, (2.0, 3.0), MIN_AREA) is not None
+    strip.probabilities[1][..., 0] = float("nan")
+    assert label_strip(strip, (2.0, 3.0), MIN_AREA) is None
+
+
 def test_under_a_low_threshold_what_is_there_has_a_mask() -> None:
     strip = recorded((9, -0.2, 6))  # masks of 0.45
     strip.manifest.threshold = 0.3

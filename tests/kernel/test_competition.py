@@ -202,9 +202,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"layouts": [{"a": "{image}_{class}", "b": "{mask}"}], "classes": ["bowel", "large_bowel"]},
         "classes 'large_bowel', expected no class that is read as 'bowel' and a part of the image",
     ),
-    "a class that begins as another": (
-        {"layouts": [{"a": "{class}/{image}", "b": "{mask}"}], "classes": ["a/b", "a"]},
-        "classes 'a/b', expected no class that is read as 'a' and a part of the image's name",
+    "a class that ends as any_class": (
+        {"layouts": [{"a": "{image}_{class}", "b": "{mask}"}], "classes": ["my_any"]}
+        | {"any_class": "any"},
+        "classes 'my_any', expected no class that is read as 'any' and a part",
     ),
     "another order": ({"run_order": "column"}, "run_order 'column', expected columns or rows"),
     "a first index of 2": ({"first_index": 2}, "first_index 2, expected 1 or 0"),
@@ -234,13 +235,25 @@ def test_classes_that_only_look_alike_or_stand_apart_are_taken() -> None:
     """Another separator, or a column of their own: nothing is read as another class's."""
     for template, names in (
         ("{image} {class}", ("bowel", "large_bowel")),
-        ("{class}_{image}", ("bowel", "large_bowel")),
+        ("{class}_{image}", ("sport", "sport_car")),
         ("{image}_{class}", ("bowel", "bowel_large")),
     ):
         layouts = ({"a": template, "b": "{mask}"},)
         check_competition(Competition(classes=names, layouts=layouts))
     apart = ({"i": "{image}", "c": "{class}", "b": "{mask}"},)
     check_competition(Competition(classes=("bowel", "large_bowel"), layouts=apart))
+
+
+@pytest.mark.parametrize("names", [("sport", "sport_car"), ("sport_car", "sport")])
+def test_of_two_classes_that_a_cell_begins_with_it_is_of_the_longer(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    layouts = ({"id": "{class}_{image}", "rle": "{mask}"},)
+    competition = Competition(classes=names, layouts=layouts)
+    (tmp_path / "a.csv").write_text("id,rle\nsport_car_1.jpg,\nsport_1.jpg,\n")
+    _, rows = read_rows(tmp_path / "a.csv", competition=competition)
+    found = [(name, names[label - 1]) for name, label, _ in rows]
+    assert found == [("1.jpg", "sport_car"), ("1.jpg", "sport")]
 
 
 def test_a_folder_without_a_description_is_severstals(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from kernel.manifest import load_manifest
 from kernel.members import load_member
 from packing import bundle, metadata
 from packing.bundle import build, check_out
+from packing.fit_kernel import check_fit
 from packing.joining import join_modules
 from packing.paths import SCRIPT
 
@@ -159,27 +160,33 @@ def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Pa
         check_out(tmp_path)
 
 
-def test_what_is_called_fit_and_is_none_is_not_swapped_away(tmp_path: Path) -> None:
+def test_what_is_called_fit_and_is_none_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "fit").write_text("my results")
     with pytest.raises(ValueError, match="fit: is a file; choose another --out"):
         check_out(tmp_path / "fit")
-    with pytest.raises(ValueError, match=r"holds other things than a bundle \(fit/fit\)"):
-        check_out(tmp_path)
+    with pytest.raises(ValueError, match="fit: is a file; choose another --out"):
+        check_fit(tmp_path / "fit")
     (tmp_path / "fit").unlink()
     (tmp_path / "fit").mkdir()
-    (tmp_path / "fit" / "fit.py").touch()
-    check_out(tmp_path)
+    for name in ("fit.py", ".DS_Store"):
+        (tmp_path / "fit" / name).touch()
+    check_fit(tmp_path / "fit")
     (tmp_path / "fit" / "results.csv").touch()
-    with pytest.raises(ValueError, match=r"than a bundle \(fit/results\.csv\)"):
-        check_out(tmp_path)
+    with pytest.raises(ValueError, match=r"other things than a fit kernel \(results\.csv\)"):
+        check_fit(tmp_path / "fit")
 
 
-def test_the_folder_one_is_in_is_not_swapped_away(
-    built: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_folder_one_is_in_is_not_replaced(
+    built: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(built / "dataset")
-    with pytest.raises(ValueError, match="dist: this is the folder you are in"):
-        check_out(built)
+    with pytest.raises(ValueError, match="dist: you are in this folder, which is replaced"):
+        build(tiny_weights, built, None)
+    check_fit(built / "fit")
+    (built / "fit").mkdir()
+    monkeypatch.chdir(built / "fit")
+    with pytest.raises(ValueError, match="fit: you are in this folder, which is replaced"):
+        check_fit(built / "fit")
 
 
 def test_a_full_disk_names_the_folder_and_leaves_the_previous_bundle(

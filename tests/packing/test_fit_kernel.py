@@ -72,6 +72,7 @@ LISTS = {
     "quote.txt": b"--name 'a",
     "empty.txt": b"# none\n\n",
     "nameless.txt": b"--name a\n--encoder resnet18\n",
+    "name.txt": b"--encoder resnet18 --name",
     "twice.txt": b"--name a\n--name=a --arch Unet\n",
 }
 
@@ -98,6 +99,7 @@ def test_any_list_is_carried_as_it_stands(text: str) -> None:
         (["--members", "quote.txt"], "quote.txt: no list of members: No closing quotation"),
         (["--members", "empty.txt"], "empty.txt: members [], expected at least one"),
         (["--members", "nameless.txt"], "nameless.txt: members ['a', None], expected"),
+        (["--members", "name.txt"], "name.txt: no list of members: argument --name: expected one"),
         (["--members", "twice.txt"], "twice.txt: members ['a', 'a'], expected"),
         (["--owner", "Two Words"], "dataset-metadata.json: Kaggle refuses it: id 'Two Words/"),
     ],

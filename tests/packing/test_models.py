@@ -541,6 +541,10 @@ def test_a_mean_or_std_in_any_form_that_is_not_the_manifests_is_refused(
         {"mean": 86.7, "std": 33.15},
         {"dice_mean": 0.91},  # a score's, by itself
         {"metrics": {"mean": 0.91, "std": 0.02}},
+        {"cv": {"mean": 0.91, "std": 0.02}},  # of five folds
+        {"dice_mean": 0.91, "dice_std": 0.02, "mean_iou": 0.8},
+        {"mean": [0.34], "std": [0.13], "noise_std": 0.05, "init_std": 0.02},
+        {"history": {"iou_mean": [0.8, 0.81, 0.82]}, "mean_area": [100, 200, 300]},
         {"mean": "0.5", "std": None, "means": [[0.1, "a"]]},
         {"mean": [0.1] * 5},
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,12 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"strips": 2})
     assert json.loads(path.read_text()) == {"strips": 1}
+
+
+def test_a_link_stays_and_a_device_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    write_json(tmp_path / "link.json", {"strips": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there.json").read_text()) == {"strips": 1}
+    write_json(Path(os.devnull), {"strips": 1})
+    assert not Path(os.devnull).is_file()
