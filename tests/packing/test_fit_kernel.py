@@ -126,6 +126,11 @@ def test_a_fit_kernel_is_not_written_among_other_things(
     (tmp_path / "thesis.tex").touch()
     assert exit_code(main, "--fit", "--owner", "me", "--out", tmp_path) == 2
     assert "holds other things than a bundle (thesis.tex)" in error_of(capsys.readouterr().err)
+    (tmp_path / "mine" / "fit").mkdir(parents=True)
+    (tmp_path / "mine" / "fit" / "results.csv").touch()
+    assert exit_code(main, "--fit", "--owner", "me", "--out", tmp_path / "mine") == 2
+    assert "than a fit kernel (results.csv)" in error_of(capsys.readouterr().err)
+    assert (tmp_path / "mine" / "fit" / "results.csv").exists()
 
 
 def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) -> None:
