@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernel.images import image_to_tensor
+from kernel.images import image_to_tensor, read_image
 from kernel.logs import log, progress
+from kernel.members import Member
 from training.augmentation import Pair
 from training.batches import Batches
 from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
 from training.strips import Strips
+from training.teacher import presence_probabilities
 
 PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last
 L2_SP_WEIGHT = 0.01  # keeps the presence head near the trained one: few strips have a rare class
+TAUGHT_L2_SP_WEIGHT = 0.1  # where a teacher's gates are learnt: on fewer strips still
 LOGIT_GRID = torch.arange(-8, 8.1, 0.25)  # of mask logits, among which the best cut is looked for
 GRID_STRIPS = 60  # of each class, on which it is looked for
 
@@ -72,19 +75,39 @@ def load_each(pairs: Pairs, what: str) -> Iterator[Pair]:
 
 
 @torch.inference_mode()
+def pool(module: MemberModule, images: Tensor) -> Tensor:
+    """Return what the presence head sees (B, channels) of images (B, channels, H, W) in [0, 1]."""
+    with module.autocast():
+        features: Tensor = module.network.encoder(module.prepare(images))[-1]
+    return features.float().amax(dim=(2, 3))
+
+
 def pooled_features(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return what the presence head sees (N, channels), and what is there (N, classes)."""
     pooled, present = [], []
     for image, masks in load_each(pairs, "presence head"):
-        images = module.prepare(image_to_tensor(image, module.mean.device))
-        with module.autocast():
-            pooled.append(module.network.encoder(images)[-1].float().amax(dim=(2, 3)))
+        pooled.append(pool(module, image_to_tensor(image, module.mean.device)))
         present.append(torch.from_numpy(masks.any(axis=(1, 2))).to(pooled[-1]))
     return torch.cat(pooled), torch.stack(present)
 
 
+def taught_features(module: MemberModule, teacher: Member, strips: Strips) -> tuple[Tensor, Tensor]:
+    """Return what the presence head sees (N, channels), and a teacher's gates (N, classes)."""
+    pooled, gates = [], []
+    for name in progress(strips.names, "taught gates", "strip"):
+        image = read_image(strips.folder / name, strips.competition)
+        images = image_to_tensor(image, module.mean.device)
+        pooled.append(pool(module, images))
+        gates.append(presence_probabilities(teacher, images))
+    return torch.cat(pooled), torch.cat(gates)
+
+
 def refit_presence(
-    layer: nn.Linear, pooled: Tensor, present: Tensor, present_weight: float = PRESENT_WEIGHT
+    layer: nn.Linear,
+    pooled: Tensor,
+    present: Tensor,
+    present_weight: float = PRESENT_WEIGHT,
+    tether: float = L2_SP_WEIGHT,
 ) -> None:
     """Fit the presence head anew: logistic regression, tethered to the weights that it has.
 
@@ -92,7 +115,8 @@ def refit_presence(
     and its gate stays shut. On kept features all strips are asked at once, to the optimum.
     A class that is there weighs `present_weight`: its gate then opens where its probability is
     above 1 / (1 + present_weight). Over all pairs a mask pays above 1 / (1 + its Dice).
-    A class that all strips have, or none, says nothing of its gate, which stays.
+    A class that all strips have, or none, says nothing of its gate, which stays. `present` may be
+    probabilities.
     """
     pooled, present = pooled.clone(), present.clone()  # inference tensors have no gradients
     trained, spread = layer.weight.detach().clone(), pooled.std(dim=0, correction=0)
@@ -108,7 +132,7 @@ def refit_presence(
         asked = F.binary_cross_entropy_with_logits(
             layer(pooled), present, told.to(pooled), pos_weight=weight
         )
-        total = asked + L2_SP_WEIGHT * ((layer.weight - trained) * spread).square().sum()
+        total = asked + tether * ((layer.weight - trained) * spread).square().sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
@@ -166,3 +190,15 @@ def refit_heads(module: MemberModule, pairs: Pairs, present_weight: float = PRES
     layer = presence_layer(module.network)
     refit_presence(layer, *pooled_features(module, pairs), present_weight)
     calibrate_mask_bias(module, pairs)
+
+
+def refit_taught_gates(module: MemberModule, strips: Strips) -> None:
+    """Fit the presence head to the gates of the member's teacher, on strips without truth.
+
+    Neither has seen them, where the strips of the fit are known by heart: a teacher that began with
+    better weights tells more of what a presence looks like than the few strips that have it.
+    """
+    module.eval()
+    [teacher] = module.teachers
+    pooled, gates = taught_features(module, teacher, strips)
+    refit_presence(presence_layer(module.network), pooled, gates, 1.0, TAUGHT_L2_SP_WEIGHT)

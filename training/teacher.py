@@ -1,4 +1,4 @@
-"""A teacher: a fitted member whose masks another one learns beside the truth (distillation)."""
+"""A teacher: a fitted member whose masks, or gates, another one learns (distillation)."""
 
 import functools
 import json
@@ -41,3 +41,11 @@ def mask_probabilities(teacher: Member, images: Tensor) -> Tensor:
     gates, *features = teacher.encoder(pad_to_multiple(images, teacher.stride))
     masks: Tensor = teacher.decoder(torch.ones_like(gates), *features)
     return masks[..., :height, :width].float()
+
+
+@torch.no_grad()
+def presence_probabilities(teacher: Member, images: Tensor) -> Tensor:
+    """Return the gates (B, classes) of images (B, channels, H, W) in [0, 1]."""
+    teacher.encoder.to(images.device)
+    gates: Tensor = teacher.encoder(pad_to_multiple(images, teacher.stride))[0]
+    return gates.float()

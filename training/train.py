@@ -46,7 +46,14 @@ from training.folds import (
     read_competition,
     split_folds,
 )
-from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
+from training.heads import (
+    PRESENT_WEIGHT,
+    Pairs,
+    SampledPairs,
+    StripPairs,
+    refit_heads,
+    refit_taught_gates,
+)
 from training.json_files import to_json
 from training.module import MemberModule
 from training.moved_defects import METHODS
@@ -170,6 +177,11 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
         "1 keeps more clean strips empty"
     )
     add("--present-weight", type=float, default=PRESENT_WEIGHT, help=about)
+    about = (
+        "then fit the presence head to the gates of --teacher on the --unlabelled strips, which "
+        "neither has seen"
+    )
+    add("--taught-gates", action="store_true", help=about)
     about = "held-out strips that are scored, at most (default %(default)s)"
     add("--validation-strips", type=int, default=100, help=about)
     add("--out", type=Path, default=WEIGHTS, help="folder of checkpoint and experiments.csv")
@@ -265,8 +277,9 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
     )  # fmt: skip
     check_config(config)
-    if config.teacher:
-        read_teacher(Path(config.teacher), config.classes)
+    gated = bool(config.teacher) and read_teacher(Path(config.teacher), config.classes).spec.gated
+    if args.taught_gates and not (gated and args.unlabelled):
+        raise ValueError("--taught-gates needs a --teacher with a presence head, and --unlabelled")
     rules = strips.competition
     if config.moved_share and (rules.channels, rules.bits) != (1, 8):
         raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
@@ -358,6 +371,8 @@ def train(args: argparse.Namespace) -> int:
     )
     if len(pairs):
         refit_heads(MemberModule(network, config, config.parts[1]), pairs, args.present_weight)
+    if args.taught_gates:
+        refit_taught_gates(MemberModule(network, config, config.parts[1]), unlabelled[0])
     write_checkpoint(network, config, args.out / f"{config.name}.safetensors")
     scores = validate(network, config, scored, device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import CPU, draw_image, error_of, exit_code, save_image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kernel.images import image_to_tensor, read_image
 from kernel.members import load_member
 from training import fit, pace, train
 from training.config import Config
 from training.heads import SampledPairs, StripPairs
 from training.module import MemberModule
 from training.strips import Strips
+from training.teacher import presence_probabilities
 
 SPEC = Config("mine", "tu-test_resnet", "Unet").spec
 
@@ -139,6 +142,32 @@ def test_a_fit_starts_from_a_checkpoint(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_member_takes_over_its_teachers_gates_on_unlabelled_strips(
+    fitted: Path, steel: Path, tmp_path: Path
+) -> None:
+    """Nothing else of it changes, and its gates come nearer to the teacher's."""
+    start, unlabelled = fitted / "mine.safetensors", steel / "train_images"
+    weights = load_file(start)
+    weights["classification_head.3.bias"] += 2
+    (tmp_path / "wiser").mkdir()
+    with safe_open(start, "pt") as file:
+        save_file(weights, tmp_path / "wiser" / "mine.safetensors", file.metadata())
+    teacher = tmp_path / "wiser" / "mine.safetensors"
+    options = ["--start-from", start, "--crop-steps", 0, "--whole-steps", 0, "--heads-on", "none",
+               "--teacher", teacher, "--unlabelled", unlabelled, "--taught-gates"]  # fmt: skip
+    assert run_train(steel, tmp_path, *options) == 0
+    found, before = load_file(tmp_path / "mine.safetensors"), load_file(start)
+    changed = {key for key in before if not torch.equal(found[key], before[key])}
+    assert changed == {"classification_head.3.weight", "classification_head.3.bias"}
+    gates = []
+    for folder in (fitted, tmp_path, tmp_path / "wiser"):
+        member = load_member(folder, SPEC, CPU)
+        image = image_to_tensor(read_image(next(unlabelled.iterdir())))
+        gates.append(presence_probabilities(member, image))
+    own, taught, wanted = gates
+    assert (taught - wanted).abs().mean() < 0.3 * (own - wanted).abs().mean()
+
+
 def test_a_checkpoint_of_which_nothing_fits_is_one_line(
     steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +283,7 @@ def test_a_state_with_other_unlabelled_strips_is_refused(
         (["--minutes", -1], "--minutes -1.0, expected a number above 0"),
         (["--minutes", "nan"], "--minutes nan, expected a number above 0"),
         (["--save-every", 0], "--save-every is 1 or more"),
+        (["--taught-gates"], "--taught-gates needs a --teacher with a presence head, and"),
         (["--present-weight", 0], "--present-weight above 0"),
         (["--presence-strips", -1], "--presence-strips and --validation-strips are 0 or more"),
     ],
