@@ -62,7 +62,7 @@ def test_bad_input_is_code_2_and_one_line_on_stderr(
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], str]] = {  # with what they are given
     "the kernel": (inference.main, "--bundle BUNDLE --images IMAGES --sample FILE"),
-    "a build": (build_kernel.main, "--weights EMPTY --fit --members FILE"),
+    "a fit kernel": (build_kernel.main, "--fit --members FILE"),
     "a description": (build_kernel.main, "--new-competition FILE --images IMAGES --out m.json"),
     "the validator": (validate.main, "FILE --sample SAMPLE"),
     "the validator's sample": (validate.main, "SAMPLE --sample FILE"),
@@ -95,7 +95,7 @@ def test_a_file_that_is_not_there_is_named_with_what_to_do(
     out, err = capsys.readouterr()
     [line] = [each for each in (out + err).splitlines() if each.startswith("error: ")]
     assert "Errno" not in line and " None" not in line
-    assert str(given["EMPTY" if "EMPTY" in words and "--fit" not in words else "FILE"]) in line
+    assert str(given["EMPTY" if "EMPTY" in words else "FILE"]) in line
     assert re.search("; |name |expected ", line)
     if "no such file or folder" in line:
         assert ("has sample.csv" if kind == "missing" else f"{tmp_path} has ") in line
