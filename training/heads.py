@@ -195,8 +195,8 @@ def refit_heads(module: MemberModule, pairs: Pairs, present_weight: float = PRES
 def refit_taught_gates(module: MemberModule, strips: Strips) -> None:
     """Fit the presence head to the gates of the member's teacher, on strips without truth.
 
-    Neither has seen them, where the strips of the fit are known by heart: a teacher that began with
-    better weights tells more of what a presence looks like than the few strips that have it.
+    The labelled strips are known by heart: a teacher that began with better weights tells more of
+    what a presence looks like on others than they do. It should not have been fitted on these.
     """
     module.eval()
     [teacher] = module.teachers

@@ -178,8 +178,8 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--present-weight", type=float, default=PRESENT_WEIGHT, help=about)
     about = (
-        "then fit the presence head to the gates of --teacher on the --unlabelled strips, which "
-        "neither has seen"
+        "then fit the presence head to the gates of --teacher on the --unlabelled strips, whose "
+        "truth neither has seen"
     )
     add("--taught-gates", action="store_true", help=about)
     about = "held-out strips that are scored, at most (default %(default)s)"
