@@ -116,12 +116,16 @@ def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
     log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
     start = time.perf_counter()
-    log_to = subprocess.PIPE if quiet else None
     done = subprocess.run(
-        [*deny, *command], cwd=root / "working", stderr=log_to, text=True, check=False
+        [*deny, *command],
+        cwd=root / "working",
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+        check=False,
     )
-    if done.returncode and done.stderr:
-        sys.stderr.write(done.stderr)
+    if done.returncode and done.stdout:
+        sys.stdout.write(done.stdout)
     return ProcessResult(done.returncode, time.perf_counter() - start, bool(deny), _peak_bytes())
 
 

@@ -353,13 +353,3 @@ class Scheduler:
             masks = to_host(torch.stack([state.tally.masks(state.size) for state in ended]))
             for state, mask in zip(ended, masks, strict=True):
                 state.ended = mask
-
-
-def predict_masks(scheduler: Scheduler, images: Sequence[Image]) -> npt.NDArray[np.bool_]:
-    """Masks (B, classes, H, W) of images (H, W) of one size."""
-    strips = [Strip(str(index), image) for index, image in enumerate(images)]
-    states = {state.strip.name: state for state in scheduler.predict_strips(strips, len(strips))}
-    faults = [state.fault for state in states.values() if state.fault]
-    if faults:
-        raise RuntimeError(faults[0])
-    return np.stack([states[strip.name].masks for strip in strips])

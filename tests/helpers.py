@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kernel.competition import Competition
-from kernel.images import Mask, Size
+from kernel.images import Image, Mask, Size
 from kernel.inference import run
 from kernel.members import build_network
 from kernel.mounts import Options
+from kernel.scheduling import Scheduler, Strip
 from packing.joining import join_modules
 from packing.paths import SCRIPT
 
@@ -345,6 +346,14 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 def predict(bundle: Path, images: Path | None, output: Path, **options: Any) -> dict[str, Any]:
     """Run the kernel here; the run record, as run.json holds it."""
     return run(Options(bundle=bundle, images=images, output=output, **options))
+
+
+def predict_masks(scheduler: Scheduler, images: Sequence[Image]) -> npt.NDArray[np.bool_]:
+    """Masks (B, classes, H, W) of images (H, W) of one size."""
+    strips = [Strip(str(index), image) for index, image in enumerate(images)]
+    states = {state.strip.name: state for state in scheduler.predict_strips(strips, len(strips))}
+    assert not [state.fault for state in states.values() if state.fault]
+    return np.stack([states[strip.name].masks for strip in strips])
 
 
 def exit_code(main: Callable[[list[str]], object], *arguments: object) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, SMALL, change_manifest, draw_image
+from helpers import CPU, SMALL, change_manifest, draw_image, predict_masks
 from oracle import (
     Grey,
     Probabilities,
@@ -23,7 +23,7 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, size_of
 from kernel.logs import Stages
 from kernel.manifest import load_manifest
-from kernel.scheduling import Scheduler, predict_masks
+from kernel.scheduling import Scheduler
 
 
 @pytest.fixture(scope="module")

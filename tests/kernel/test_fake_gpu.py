@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import CPU, ROOT, SMALL, draw_image, random_network, tiny_entry, tiny_model
+from helpers import (
+    CPU,
+    ROOT,
+    SMALL,
+    draw_image,
+    predict_masks,
+    random_network,
+    tiny_entry,
+    tiny_model,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.torch_version import TorchVersion
@@ -31,7 +40,6 @@ from kernel.scheduling import (
     Scheduler,
     Step,
     StripState,
-    predict_masks,
 )
 from kernel.tta import FLIPS
 

@@ -17,6 +17,7 @@ from helpers import (
     decode_by_hand,
     draw_image,
     predict,
+    predict_masks,
     random_network,
     read_submission,
     save_strips,
@@ -32,7 +33,7 @@ from kernel.ensemble import load_ensemble
 from kernel.images import Image
 from kernel.logs import Stages
 from kernel.manifest import load_manifest
-from kernel.scheduling import Scheduler, predict_masks
+from kernel.scheduling import Scheduler
 from kernel.tta import FLIPS
 from packing.bundle import build
 

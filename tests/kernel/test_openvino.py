@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, ROOT, change_member, draw_image, predict, save_strips
+from helpers import CPU, ROOT, change_member, draw_image, predict, predict_masks, save_strips
 from torch import Tensor
 
 from kernel.competition import COMPETITION
@@ -28,7 +28,7 @@ from kernel.logs import Stages
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
 from kernel.reference import read_reference, reference_file
-from kernel.scheduling import Scheduler, predict_masks
+from kernel.scheduling import Scheduler
 from kernel.tta import Half
 from packing import bundle
 from packing.members import pack_openvino, pack_reference

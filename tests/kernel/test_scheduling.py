@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import CPU, SMALL, draw_image, random_network, tiny_entry, tiny_model, write_manifest
+from helpers import (
+    CPU,
+    SMALL,
+    draw_image,
+    predict_masks,
+    random_network,
+    tiny_entry,
+    tiny_model,
+    write_manifest,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +40,6 @@ from kernel.scheduling import (
     Step,
     StripState,
     pad_batch,
-    predict_masks,
 )
 from kernel.tta import Half, list_passes
 
@@ -209,7 +217,7 @@ def test_work_says_which_halves_ran_and_their_share_of_all_flops() -> None:
     assert len({len(state.ran[Half.DECODER]) for state in states.values()}) > 1
 
 
-def test_predict_masks_keeps_the_order_of_its_images(source: DrawnPasses) -> None:
+def test_each_image_has_its_own_masks(source: DrawnPasses) -> None:
     images = [np.full(SIZE, number, np.uint8) for number in (5, 0, 7, 2)]
     found = predict_masks(Scheduler(source, 2), images)
     np.testing.assert_array_equal(found, np.stack([source.masks(n) for n in (5, 0, 7, 2)]))
@@ -280,12 +288,6 @@ def test_a_strip_that_there_is_no_memory_for_costs_only_itself(
     states = run(Scheduler(source, 4), numbered())
     assert [name for name, state in states.items() if state.fault] == ["1"]
     assert states["1"].fault == "the networks failed: RuntimeError('out of memory')"
-
-
-def test_images_that_fail_are_an_error_of_predict_masks(source: DrawnPasses) -> None:
-    source.refused = {1}
-    with pytest.raises(RuntimeError, match="the networks failed"):
-        predict_masks(Scheduler(source), [np.full(SIZE, 1, np.uint8)])
 
 
 def test_a_strip_that_could_not_be_read_is_yielded_with_its_fault(source: DrawnPasses) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import CPU, draw_image
+from helpers import CPU, draw_image, predict_masks
 from oracle import Grey, Probabilities, assert_crosses, assert_masks
 from torch import nn
 
@@ -16,7 +16,7 @@ from kernel.images import size_of
 from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import split_network
-from kernel.scheduling import Scheduler, predict_masks
+from kernel.scheduling import Scheduler
 from kernel.tta import FLIPS, Pass, list_passes
 
 
