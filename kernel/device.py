@@ -30,6 +30,18 @@ def device_usable(device: torch.device) -> bool:
     return True
 
 
+# Of an error that is no OutOfMemoryError: cuDNN's, and its benchmark's where no algorithm has room.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was too small for what raised this error."""
+    text = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
+    )
+
+
 def pick_device() -> torch.device:
     """CUDA where it works, else the CPU."""
     cuda = torch.device("cuda")

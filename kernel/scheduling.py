@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernel.deadline import Deadline
-from kernel.device import DeviceLost, device_usable, to_host
+from kernel.device import DeviceLost, device_usable, is_out_of_memory, to_host
 from kernel.early_exit import Tally
 from kernel.images import Image, Size, Strip, size_of
 from kernel.logs import Stages, log
@@ -136,6 +136,11 @@ def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
     """A batch of `size`, filled up with the last tensor; a batch of one is not copied."""
     filled = list(tensors) + [tensors[-1]] * (size - len(tensors))
     return torch.cat(filled) if size > 1 else tensors[0]
+
+
+def one_row(batch: Tensor, row: int) -> Tensor:
+    """A row (1, …) of a batch, which does not keep the others' memory."""
+    return batch[row : row + 1].clone() if len(batch) > 1 else batch
 
 
 # --- many strips ----------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ class Scheduler:
         try:
             found = to_host(self._launch(step, pass_id, states))  # (B, 4, classes)
         except Exception as error:  # out of memory, or one strip that a network cannot take
-            if isinstance(error, torch.cuda.OutOfMemoryError) and self.batch_size > 1:
+            if is_out_of_memory(error) and self.batch_size > 1:
                 self.batch_size //= 2  # these states are where they were, and come again
                 log.warning("out of memory: %d strips at a time from here on", self.batch_size)
                 return
@@ -320,7 +325,7 @@ class Scheduler:
         with self.source.stages("tally"):
             launched = [
                 state.launch(
-                    tuple(tensor[row : row + 1] for tensor in encoded),
+                    tuple(one_row(tensor, row) for tensor in encoded),
                     None if probabilities is None else probabilities[row],
                 )
                 for row, state in enumerate(states)
@@ -350,6 +355,19 @@ class Scheduler:
             state for state in states if state.done and not state.fault and state.tally.decoded
         ]
         if ended:
-            masks = to_host(torch.stack([state.tally.masks(state.size) for state in ended]))
-            for state, mask in zip(ended, masks, strict=True):
+            self._fetch_masks(ended)
+
+    def _fetch_masks(self, states: list[StripState]) -> None:
+        """Copy the masks of strips that end; where memory is short, of fewer at a time."""
+        try:
+            masks = to_host(torch.stack([state.tally.masks(state.size) for state in states]))
+        except Exception as error:
+            fault, middle = self._fault_of(error), len(states) // 2
+            if middle:
+                self._fetch_masks(states[:middle])
+                self._fetch_masks(states[middle:])
+            else:
+                states[0].fault = fault
+        else:
+            for state, mask in zip(states, masks, strict=True):
                 state.ended = mask

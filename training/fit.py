@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.device import is_out_of_memory
+from kernel.faults import one_line
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log, progress
 from training.batch_norm import retake_statistics
@@ -273,7 +275,7 @@ def fit_part(
     Raises:
         ValueError: the state is of another experiment, an image is broken, or the loss is no
             number.
-        torch.OutOfMemoryError: the GPU's memory does not suffice.
+        RuntimeError: the GPU's memory does not suffice, for one.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     path = machine.runs / config.name / f"{part.name}.ckpt"
@@ -335,7 +337,7 @@ def fit_network(
 
     Raises:
         ValueError: as `fit_part`, or SMP builds no such network.
-        torch.OutOfMemoryError, KeyboardInterrupt: as `fit_part`.
+        RuntimeError, KeyboardInterrupt: as `fit_part`.
     """
     network = new_network(config)
     if start_from:
@@ -381,9 +383,13 @@ def fit_within_memory(fit: Callable[[Config], T], config: Config) -> T:
     while True:
         try:
             return fit(config)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if config.crops == 1:
-                raise ValueError("GPU out of memory with one crop or strip a step") from error
+                raise ValueError(
+                    f"GPU out of memory with one crop or strip a step: {one_line(error)}"
+                ) from error
         config = replace(config, crops=config.crops // 2)
         torch.cuda.empty_cache()
         log.warning("GPU out of memory: from here on %d crops a step", config.crops)

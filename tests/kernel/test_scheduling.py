@@ -311,9 +311,19 @@ def test_a_device_that_is_lost_ends_the_strips_and_names_the_error(
     assert done == ["0"]
 
 
+NO_ROOM = [  # how PyTorch says that a GPU's memory is too small
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=str)
 @pytest.mark.parametrize("half", Half)
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
     half: Half,
+    error: Exception,
     source: DrawnPasses,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -324,7 +334,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     def hungry(pass_id: int, tensors: Any, *size: Size) -> Any:
         sizes.append(len(tensors) if half is Half.ENCODER else len(tensors[0]))
         if sizes[-1] > 2:  # a batch of 8 fails, one of 4 fails, one of 2 goes
-            raise torch.cuda.OutOfMemoryError("out of memory, said the device")
+            raise error
         return run_half(pass_id, tensors, *size)
 
     monkeypatch.setattr(source, name, hungry)
@@ -337,6 +347,51 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     lines = [line for line in caplog.messages if line.startswith("out of memory")]
     assert [line.split()[3] for line in lines] == ["4", "2"]
     assert all("strips at a time from here on" in line for line in lines)
+
+
+def test_masks_that_do_not_fit_together_are_copied_one_by_one(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strip that there is no memory for even so costs only itself."""
+    stack, sizes = torch.stack, list[int]()
+
+    def hungry(tensors: Sequence[Tensor]) -> Tensor:
+        if tensors[0].dtype == torch.bool:  # masks
+            sizes.append(len(tensors))
+            if len(tensors) > 1 or torch.equal(tensors[0], torch.from_numpy(source.masks(5))):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", hungry)
+    states = run(Scheduler(source, batch_size=8, early_exit=False), numbered())
+    assert max(sizes) == 8
+    assert [name for name, state in states.items() if state.fault] == ["5"]
+    assert "OutOfMemoryError" in states["5"].fault
+    for name in states.keys() - {"5"}:
+        np.testing.assert_array_equal(states[name].masks, source.masks(int(name)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_what_is_kept_of_a_strip_keeps_no_memory_of_its_batch(
+    batch_size: int, source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight strips' features in the place of one's would fill a T4."""
+    kept, launch = list[Tensor](), StripState.launch
+
+    def spied(
+        state: StripState, encoded: tuple[Tensor, ...], probabilities: Tensor | None
+    ) -> Tensor:
+        kept.extend(encoded)
+        return launch(state, encoded, probabilities)
+
+    monkeypatch.setattr(StripState, "launch", spied)
+    encode = source.run_encoder  # whose features are no views of what the source holds
+    monkeypatch.setattr(
+        source, "run_encoder", lambda i, x: tuple(each.clone() for each in encode(i, x))
+    )
+    run(Scheduler(source, batch_size), numbered())
+    assert kept
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
 
 
 def test_a_strip_that_takes_all_memory_alone_costs_only_itself(
