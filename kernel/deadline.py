@@ -35,11 +35,15 @@ class Deadline:
     a member under another flip adds the least; then members, the most expensive first, but for the
     last. Nothing is decided for good: where the machine gets faster, passes come back.
 
+    Nothing is dropped in the first moments: a GPU's first batches try algorithms and load code, and
+    one by one they would be taken for what a strip takes.
+
     Where even one pass is too much, strips stay empty from `end` on. A part of the budget is kept
     in reserve for what lies outside: the interpreter's start, the last save, a pass that stalls.
     """
 
     RESERVE_S, RESERVE = 10.0, 0.05  # of the budget
+    WARM_UP = 0.03  # of the time that is left when the strips start
 
     def __init__(
         self, budget_s: float, start: float, clock: Callable[[], float] = time.monotonic
@@ -47,6 +51,7 @@ class Deadline:
         self.clock = clock
         self.end = start + (1 - self.RESERVE) * budget_s - self.RESERVE_S
         self.last = start  # time at which the last strip was done
+        self.warm = start  # time from which on passes are dropped
         self.seconds: defaultdict[tuple[str, Half], MovingAverage] = defaultdict(MovingAverage)
         self.ratio = MovingAverage()
         self.strips_left = 0
@@ -61,6 +66,7 @@ class Deadline:
     def start_strips(self, count: int = 0) -> None:
         """Begin to time `count` strips: what came before belongs to none."""
         self.last, self.strips_left = self.clock(), count
+        self.warm = self.last + self.WARM_UP * (self.end - self.last)
 
     def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
         """Count the seconds of one half of a member for a batch of strips."""
@@ -79,7 +85,10 @@ class Deadline:
 
     def select_passes(self, passes: Sequence[Pass], strips: int) -> list[int]:
         """Return the ids of the passes for the next strip; `strips` are still to be done."""
-        kept, left_s = list(range(len(passes))), self.end - self.clock()
+        now = self.clock()
+        kept, left_s = list(range(len(passes))), self.end - now
+        if now < self.warm:
+            return kept
         ratio = self.ratio.mean if self.ratio.weight else 1.0
         first_flip = passes[0].flip
 

@@ -34,7 +34,9 @@ class Tally:
     running out of memory the size is another, and last bits may be.
 
     Two things take passes away, and the proof begins anew with the K that is left: `settle` of one
-    that gave NaN, and `finalize` where the hour ends before the last pass.
+    that gave NaN, and `finalize` where the hour ends before the last pass. Whether a decoder that
+    never runs would give NaN nobody knows; run in full, its pass would be dropped. So the masks are
+    those of all passes as long as these give numbers.
     """
 
     def __init__(self, n_passes: int, manifest: Manifest, early_exit: bool) -> None:

@@ -73,7 +73,7 @@ def open_submission(options: Options, task: Task) -> Submission:
     output = Path(
         os.path.realpath(options.output)
     )  # a link stays, and what it points to is replaced
-    submission = Submission(output, task.layout, task.pairs)
+    submission = Submission(output, task.layout, task.pairs, whole=not options.shard)
     submission.save()
     return submission
 
@@ -91,10 +91,11 @@ def predict(context: RunContext, task: Task) -> Outcome:
     count = context.n_workers(task)
     shared = count > 1
     outcome = predict_by_workers(context, task, count) if shared else predict_here(context, task)
+    done = context.submission.done
     for name in task.names:
-        if name not in outcome.work:
+        if name not in done:
             outcome.faults.setdefault(name, "was not predicted")
-    if task.names and not outcome.work:
+    if task.names and not done:
         log.error(
             "none of %d strips could be predicted: the submission is valid, and all empty",
             len(task.names),
@@ -141,6 +142,18 @@ def build_run_record(
         "stages": dict(stages.seconds),
         "networks": stages.network_table(),
     }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write run.json, whole or not at all: the submission is there, and that is what counts."""
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    path = Path(os.path.realpath(path))
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        log.warning("the submission is written, but not its record: %s", one_line(error))
 
 
 def log_summary(record: dict[str, Any], output: Path) -> None:
@@ -232,9 +245,7 @@ def run_options(options: Options) -> int:
         record = run(options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{options.output} is whole and holds what was done") from None
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    path = options.report or options.output.with_name("run.json")
-    path.write_text(text, encoding="utf-8")
+    write_record(options.report or options.output.with_name("run.json"), record)
     if options.strict and record["faults"]:
         log.error("--strict: %d strips failed", len(record["faults"]))
         return 1

@@ -249,6 +249,9 @@ def predict_here(run: RunContext, task: Task) -> Outcome:
 
     Images that a lost GPU leaves run on the CPU. Those that the networks fail on run again on plain
     PyTorch, last of all on the CPU: what failed may be the engine, or the GPU's memory.
+
+    Raises:
+        DeviceLost: in a worker, for another process may have the GPU again.
     """
     outcome, rest, threads = Outcome(), task, torch.get_num_threads()
     losses = 0
@@ -260,6 +263,8 @@ def predict_here(run: RunContext, task: Task) -> Outcome:
             predict_on(way[0], run, rest, found, plain=way[1])
         except (DeviceLost, EngineFails) as error:
             lost, fault = isinstance(error, DeviceLost), str(error)
+            if lost and run.options.shard:
+                raise
             losses += lost
         except Exception as error:
             if rest is task:  # what is wrong from the first is the bundle

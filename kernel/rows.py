@@ -87,19 +87,24 @@ RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
 
 def read_rows(
-    path: Path, check: RowCheck = lambda _: None, competition: Competition = SEVERSTAL
+    path: Path,
+    check: RowCheck = lambda _: None,
+    competition: Competition = SEVERSTAL,
+    cut_off: int = SPREADSHEET_CELL,
 ) -> tuple[Layout, list[Row]]:
     """Read a csv in any layout of a competition, .gz or not: the layout, and its rows in order.
 
     An image is named as its file is, suffix and all. A row for every class of its image has class
-    0. An index column is ignored. Bytes that are not UTF-8 are kept as they are.
+    0. An index column is ignored. Bytes that are not UTF-8 are kept as they are. A mask of
+    `cut_off` characters is what a spreadsheet has left of a longer one; of a file that none can
+    have saved it is 0.
 
     Raises:
         ValueError: it is no csv, the header is no layout's, a row has another number of cells or
-            no class, or `check` objects; names the line.
+            no class, or a mask that was cut off, or `check` objects; names the line.
     """
     with read_lines(path) as lines:
-        layout, parse = _parse_header(next(lines, []), competition)
+        layout, parse = _parse_header(next(lines, []), competition, cut_off)
         rows = []
         for cells in lines:
             row = parse(cells)
@@ -128,7 +133,7 @@ def read_lines(path: Path) -> Iterator[Iterator[list[str]]]:
 
 
 def _parse_header(
-    header: list[str], competition: Competition
+    header: list[str], competition: Competition, cut_off: int
 ) -> tuple[Layout, Callable[[list[str]], Row]]:
     """The layout of a header, and what makes a row of a line's cells."""
     columns = [cell.strip() for cell in header]
@@ -152,7 +157,7 @@ def _parse_header(
         if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")
         rle = "" if values["mask"].strip() == competition.empty else values["mask"]
-        if len(rle) == SPREADSHEET_CELL:
+        if rle and len(rle) == cut_off:
             raise ValueError(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
                 f"file that no spreadsheet has saved: {_short(cells)}"
@@ -229,14 +234,18 @@ def _short(cells: list[str]) -> str:
 class Submission:
     """submission.csv: complete from the first second on, the rows of strips to come empty.
 
-    Each save writes all rows beside the file and then replaces it: a reader, or a kill at any
-    moment, finds the old file or the new one, never a part of one.
+    That of a worker, which is not `whole`, has the rows of the images that are done. Each save
+    writes all rows beside the file and then replaces it: a reader, or a kill at any moment, finds
+    the old file or the new one, never a part of one.
     """
 
     MAX_SAVING_SHARE = 0.01  # of the time
 
-    def __init__(self, path: Path, layout: Layout, pairs: Iterable[tuple[str, int]]) -> None:
-        self.path, self.layout = path, layout
+    def __init__(
+        self, path: Path, layout: Layout, pairs: Iterable[tuple[str, int]], whole: bool = True
+    ) -> None:
+        self.path, self.layout, self.whole = path, layout, whole
+        self.done = set[str]()  # images whose masks are set
         self.lines = {pair: layout.line(*pair, "") for pair in pairs}
         self.rles: dict[tuple[str, int], str] = {}  # (image, class) with a mask
         self.next_s = 0.0  # time.monotonic() of the next save within that share
@@ -244,6 +253,7 @@ class Submission:
 
     def set_masks(self, image: str, rles: dict[int, str]) -> None:
         """Set the masks of one strip, class → RLE; a mask that no row asks for is ignored."""
+        self.done.add(image)
         for label, rle in rles.items():
             pair = image, label
             if rle and pair in self.lines:
@@ -259,6 +269,8 @@ class Submission:
         start = time.monotonic()
         empty_rows = empty_rows and self.layout.competition.empty is not None
         rows = self.lines if empty_rows else self.rles.keys() & self.lines
+        if not self.whole:
+            rows = {pair for pair in self.lines if pair[0] in self.done}
         text = csv_line(self.layout.columns)
         text += "".join([line for pair, line in self.lines.items() if pair in rows])
         part = self.path.with_name(self.path.name + ".part")

@@ -3,33 +3,52 @@
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kernel.logs import log
 from kernel.rows import Submission
 
-WATCHDOG_MARGIN_S = 3.0  # before the end of the budget
+LEAST_MARGIN_S = 3.0
+
+
+def margin_s(left_s: float) -> float:
+    """Seconds before the budget's end at which a run is ended: of an hour a minute.
+
+    What came before the run, the container's start and the imports, has taken some of it unseen.
+    """
+    return max(left_s / 60, LEAST_MARGIN_S)
+
+
+def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
+    """Start a timer that keeps no process alive."""
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 @contextmanager
 def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
-    """End a hung run `WATCHDOG_MARGIN_S` before the budget, keeping the finished rows.
+    """End a hung run `margin_s` before its budget, keeping the finished rows.
 
     `Deadline` ends a run in time as long as passes return; this is for one that does not.
     """
 
+    def end() -> None:
+        os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
+
     def kill_run() -> None:
+        hung = after(margin_s(left_s) / 2, end)  # the disk, too
         log.error("the budget is spent: ending with the strips that are done, the others empty")
         try:
             submission.save()
             logging.shutdown()
         finally:  # a disk that is full too: an earlier save stands
-            os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
+            hung.cancel()
+            end()
 
-    timer = threading.Timer(max(left_s - WATCHDOG_MARGIN_S, 0.0), kill_run)
-    timer.daemon = True
-    timer.start()
+    timer = after(max(left_s - margin_s(left_s), 0.0), kill_run)
     try:
         yield
     finally:

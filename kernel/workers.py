@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kernel.checks import read_json
+from kernel.command import BAD_INPUT
 from kernel.logs import Stages, log
 from kernel.mounts import Task
 from kernel.predict import Outcome, RunContext, predict_here
@@ -22,7 +23,7 @@ SHARED_SAMPLE = "sample.csv"  # the rows of all workers, which each shards alike
 
 
 def start_worker(
-    run: RunContext, task: Task, folder: Path, shard: tuple[int, int]
+    run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on_gpu: bool = True
 ) -> subprocess.Popen[bytes]:
     """Start this script once more, for one shard of the images on one GPU; results to `folder`."""
     (number, count), options, left_s = shard, run.options, run.left_s()
@@ -45,7 +46,8 @@ def start_worker(
     command += [] if options.early_exit else ["--no-early-exit"]
     command += ["--allow-missing-members"] if options.allow_missing_members else []
     threads = max((os.cpu_count() or 1) // count, 1)
-    environment = {"CUDA_VISIBLE_DEVICES": _gpu_of(number), "OMP_NUM_THREADS": str(threads)}
+    gpu = _gpu_of(number) if on_gpu else ""
+    environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(command, env=os.environ | environment)
 
 
@@ -65,11 +67,11 @@ def _gpu_of(number: int) -> str:
 
 
 def collect(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
-    """Take over the masks that the workers have written so far."""
+    """Take over what the workers have written so far; a csv of theirs has the images done."""
     rules = submission.layout.competition
     for path in (folder / f"{number}.csv" for number in numbers):
         if path.is_file():
-            for image, label, rle in read_rows(path, competition=rules)[1]:
+            for image, label, rle in read_rows(path, competition=rules, cut_off=0)[1]:
                 submission.set_masks(image, {label: rle})
     submission.save_throttled()
 
@@ -87,13 +89,15 @@ def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
     return Outcome(**same, passes=passes, dropped=Counter(record["dropped"]))
 
 
-def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
-    """Share a task among `count` processes; what one of them cannot finish is done here."""
-    outcome, numbers = Outcome(), range(1, count + 1)
+def run_workers(
+    run: RunContext, task: Task, count: int, on_gpus: bool
+) -> tuple[Outcome, dict[int, int]]:
+    """Share a task among `count` processes; return their outcome, and number → code of the dead."""
+    outcome, numbers, dead = Outcome(), range(1, count + 1), dict[int, int]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_rows(folder / SHARED_SAMPLE, task)
-        workers = [start_worker(run, task, folder, (number, count)) for number in numbers]
+        workers = [start_worker(run, task, folder, (number, count), on_gpus) for number in numbers]
         try:
             while any(worker.poll() is None for worker in workers):
                 time.sleep(COLLECT_S)
@@ -105,12 +109,33 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
                 worker.wait()
             collect(folder, numbers, run.submission)
         for number, worker in zip(numbers, workers, strict=True):
-            report = folder / f"{number}.json"
-            if report.is_file():
-                outcome.add(read_worker(report, run.stages, 1 / count))
-                continue
-            rest = task.shard(number - 1, count)
-            who = f"worker {number} of {count} ended with exit code {worker.returncode}"
-            log.warning("%s: its %d images run here", who, len(rest.names))
-            outcome.add(predict_here(run, rest))
+            try:
+                outcome.add(read_worker(folder / f"{number}.json", run.stages, 1 / count))
+            except (OSError, ValueError, KeyError):
+                dead[number] = worker.returncode
+    return outcome, dead
+
+
+def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
+    """Share a task among `count` processes; what one of them cannot finish others do.
+
+    They are new ones on the same GPUs, for a GPU's fault may end with its process, and then one on
+    the CPU. None of it runs in this process, for what killed a worker would end the run.
+    """
+    outcome, rest, died = Outcome(), task, ""
+    for processes, on_gpus in ((count, True), (count, True), (1, False)):
+        processes = min(processes, len(rest.names))
+        found, dead = run_workers(run, rest, processes, on_gpus)
+        outcome.add(found)
+        rest = task.without(run.submission.done | outcome.faults.keys())
+        if not dead or not rest.names or run.deadline().over:
+            break
+        if not run.submission.done and set(dead.values()) == {BAD_INPUT}:
+            return predict_here(
+                run, task
+            )  # it says what is wrong from the first, as in one process
+        number, code = min(dead.items())
+        died = f"worker {number} of {processes} ended with exit code {code}"
+        log.warning("%s: %d images are left, and run once more", died, len(rest.names))
+    outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

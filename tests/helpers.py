@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kernel.competition import Competition
-from kernel.images import Image, Mask, Size
+from kernel.images import Image, Mask, Size, Strip
 from kernel.inference import run
 from kernel.members import build_network
 from kernel.mounts import Options
-from kernel.scheduling import Scheduler, Strip
+from kernel.scheduling import Scheduler
 from packing.joining import join_modules
 from packing.paths import SCRIPT
 

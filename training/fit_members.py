@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from kernel.command import INTERRUPTED, run_command
 from kernel.logs import log
+from kernel.watchdog import after
 from training import train
 
 SCRIPT = Path(train.__file__)
@@ -32,14 +33,6 @@ EXAMPLE = """\
 
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL
-
-
-def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
-    """Start a timer that keeps no process alive."""
-    timer = threading.Timer(seconds, action)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 @dataclass(frozen=True)

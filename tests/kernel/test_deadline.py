@@ -176,15 +176,25 @@ def test_time_outside_the_networks_counts() -> None:
     now = [0.0]
     deadline = Deadline(1000, 0.0, clock=lambda: now[0])
     passes = list_passes([("a", (1, 1))], FLIPS)
-    deadline.half_done("a", Half.ENCODER, 1.0, 1)
-    deadline.half_done("a", Half.DECODER, 1.0, 1)
+    deadline.half_done("a", Half.ENCODER, 5.0, 1)
+    deadline.half_done("a", Half.DECODER, 5.0, 1)
     deadline.start_strips()
-    now[0] = 12.0  # a strip of three passes, 6 s of them in networks
+    now[0] = 60.0  # a strip of three passes, 30 s of them in networks
     deadline.strip_done(passes)
-    left_s = deadline.end - 12.0
-    assert len(deadline.select_passes(passes, int(left_s / 12))) == 3
-    assert len(deadline.select_passes(passes, int(left_s / 12) + 1)) == 2
-    assert len(deadline.select_passes(passes, int(left_s / 8) + 1)) == 1
+    left_s = deadline.end - 60.0
+    assert len(deadline.select_passes(passes, int(left_s / 60))) == 3
+    assert len(deadline.select_passes(passes, int(left_s / 60) + 1)) == 2
+    assert len(deadline.select_passes(passes, int(left_s / 40) + 1)) == 1
+
+
+@pytest.mark.parametrize("warm_up", [0.0, Deadline.WARM_UP])
+def test_a_gpu_that_warms_up_loses_no_pass(warm_up: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first strip takes a thousand times as long as the others, which take five minutes."""
+    monkeypatch.setattr(Deadline, "WARM_UP", warm_up)
+    machine = Machine(dict.fromkeys("ab", 8.0), 2753, 0.0, 9999, 0, 1, 1e-3, 0)
+    log = machine.run(3600)
+    assert log.seconds[0] == 96
+    assert bool(log.deadline.dropped) == (not warm_up)
 
 
 # --- a real run -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A spy in the members' own halves knows strip and flip by the pixels that come in
 ids, schedulers or records.
 """
 
+import errno
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, predict, read_manifest, save_strips
+from helpers import CPU, predict, read_manifest, read_submission, save_strips
 from torch import Tensor, nn
 
 from kernel.deadline import Deadline
@@ -390,7 +391,7 @@ def test_two_workers_give_the_union_of_what_each_ran(
 ) -> None:
     member, aside = dataset / "fpn-b.safetensors", dataset / "aside"
 
-    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int]) -> Worker:
+    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], _: bool) -> Worker:
         number, count = shard
         if number == lacking:
             member.rename(aside)
@@ -436,3 +437,27 @@ def test_the_record_lies_in_run_json_beside_the_submission(
     assert list(record["faults"]) == ["bad.png"]
     assert record["strip_s"].keys() == {*NAMES, "bad.png"}
     assert record["passes"] == [{"member": "fpn", "flip": "none", "flops": [1, 1]}]
+
+
+def test_a_record_that_the_disk_has_no_room_for_costs_no_submission(
+    session_light: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_strips(images, NAMES, SIZE)
+    write_text = Path.write_text
+
+    def full(path: Path, *words: Any, **options: Any) -> int:
+        if path.name.startswith("run.json"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_text(path, *words, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    paths = ("--bundle", session_light, "--images", images, "--output", tmp_path / "out.csv")
+    main([str(path) for path in paths])  # exits with a code but 0 otherwise
+    assert "the submission is written, but not its record" in caplog.text
+    assert "no space left on device" in caplog.text
+    assert len(read_submission(tmp_path / "out.csv")) == 4 * len(NAMES)
+    assert not (tmp_path / "run.json").exists()

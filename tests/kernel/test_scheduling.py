@@ -355,7 +355,7 @@ def test_masks_that_do_not_fit_together_are_copied_one_by_one(
     """A strip that there is no memory for even so costs only itself."""
     stack, sizes = torch.stack, list[int]()
 
-    def hungry(tensors: Sequence[Tensor]) -> Tensor:
+    def hungry(tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype == torch.bool:  # masks
             sizes.append(len(tensors))
             if len(tensors) > 1 or torch.equal(tensors[0], torch.from_numpy(source.masks(5))):
