@@ -24,6 +24,16 @@ REQUIREMENTS = [
     "iterative-stratification==0.1.9",
 ]
 
+OWN_OPTIONS = {  # of train.py, and what they are on Kaggle
+    "--competition": "Severstal's",
+    "--classes": "Severstal's 4",
+    "--data": "the competition's, as it is mounted",
+    "--runs": "a folder of the kernel's output",
+    "--out": "the kernel's output",
+    "--workers": "the number of cores a GPU",
+    "--device": "the GPU that is free",
+}
+
 DOCSTRING = '''\
 """Fits the members of a list on Kaggle, and leaves what build_kernel.py --weights packs.
 
@@ -89,7 +99,8 @@ def read_members(path: Path) -> str:
     """Return a list of members, a line each; its options are checked where they are read.
 
     Raises:
-        ValueError: it is no text, names no member, or two of them alike.
+        ValueError: it is no text, names no member, or two of them alike, or has an option of which
+            the kernel on Kaggle says itself what it is.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,6 +112,12 @@ def read_members(path: Path) -> str:
         raise ValueError(one_line(error)) from None
     except (ValueError, argparse.ArgumentError) as error:  # no UTF-8, a quote that is not closed
         raise ValueError(f"{path}: no list of members: {error}") from error
+    for words in lines:
+        if own := [word for word in words if word.split("=")[0] in OWN_OPTIONS]:
+            raise ValueError(
+                f"{path}: {shlex.join(words)}: leave {own[0]} out, with --fit it is "
+                f"{OWN_OPTIONS[own[0].split('=')[0]]}"
+            )
     if not names or None in names or len(set(names)) < len(names):
         raise ValueError(
             f"{path}: members {names}, expected at least one, each with a --name of its own"
@@ -108,13 +125,13 @@ def read_members(path: Path) -> str:
     return text
 
 
-def join_fit_kernel(members: str, hours: float) -> str:
+def join_fit_kernel(members: str, hours: float, resume: bool = False) -> str:
     """Return the script: arguments, requirements, every module as it stands, and what runs them."""
     modules = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
     files = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in modules}
     files[str(MEMBERS.relative_to(ROOT))] = members
     entries = "".join(f"    {name!r}: {_literal(text)},\n" for name, text in files.items())
-    arguments = ["--hours", str(hours)]
+    arguments = ["--hours", str(hours), *(["--resume"] if resume else [])]
     settings = f"ARGUMENTS = {arguments!r}\nREQUIREMENTS = {REQUIREMENTS!r}\n"
     return f"{DOCSTRING}\n{settings}\nFILES = {{\n{entries}}}\n\n{START}"
 
@@ -147,7 +164,7 @@ def build_fit(
     if not (math.isfinite(hours) and hours > 0):
         raise ValueError(f"--hours {hours}, expected a number above 0")
     metadata = read_fit_metadata(owner, resume)
-    script = join_fit_kernel(read_members(members), hours)
+    script = join_fit_kernel(read_members(members), hours, resume)
     with scratch_beside(out) as scratch:
         out.mkdir(exist_ok=True)
         folder = scratch / FIT

@@ -7,6 +7,7 @@ log to RUNS/NAME/train.log; the same command goes on where it was stopped.
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,7 @@ EXAMPLE = """\
 
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL
+ERROR = re.compile(r"[\w.]+(:|$)")  # a traceback's line that names its error
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,12 @@ def fit_all(
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a log."""
+    """Return the last line of a log, or where that is a traceback's, the error's first."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith("Traceback (most recent call last)"):
+            lines = [line for line in lines[index + 1 :] if ERROR.match(line)][:1] or lines
+            break
     return lines[-1] if lines else ""
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from kernel.checks import read_json
 from kernel.command import INTERRUPTED, run_command
 from kernel.competition import SEVERSTAL
 from kernel.images import read_image, size_of
-from kernel.logs import log
+from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
 from kernel.mounts import find_one, folders_with
 from training.curves import draw_curves
@@ -39,6 +40,7 @@ RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier ou
 RUNS = Path("runs")
 SESSION_HOURS = 11.5  # of Kaggle's 12
 RESERVE = 0.03  # of a session: for installing, copying, and what is written in the end
+READERS = 16  # files at once
 MEMBERS = Path(__file__).with_name("members.txt")
 # What a member's own line does not say. The numbers of steps are a proportion, by --minutes.
 COMMON = [
@@ -53,16 +55,25 @@ EXAMPLE = "  python training/kaggle_fit.py --input /kaggle/input --hours 11.5"
 # --- earlier sessions -----------------------------------------------------------------------------
 
 
-def bring_earlier(root: Path) -> None:
+def bring_earlier(root: Path, resume: bool) -> None:
     """Copy what an earlier session left under `root` into the working folder, unless it is there.
 
     A member whose checkpoint came damaged is not taken: it is fitted anew.
 
     Raises:
-        ValueError: two earlier outputs are there, and they differ.
+        ValueError: two earlier outputs are there, and they differ, or none is, and this session is
+            to `resume` one.
     """
     found = folders_with(root, RECORD)
-    if Path(RECORD).exists() or not found:
+    if Path(RECORD).exists():
+        return
+    if not found:
+        if resume:
+            raise ValueError(
+                f"no earlier output under {root}: the kernel's last version left none, as one that "
+                "failed or was cancelled does; build without --resume to begin anew"
+            )
+        log.info("no earlier output under %s: every member begins anew", root)
         return
     if len(found) > 1:  # Kaggle may mount one output at two places
         found = sorted({hash_folder(folder): folder for folder in found[::-1]}.values())
@@ -116,6 +127,18 @@ def plan(jobs: Sequence[Job], devices: int, minutes: float) -> list[Job]:
     return [job for _, job in sorted(starts, key=lambda start: start[0])]
 
 
+def read_once(paths: Sequence[Path]) -> None:
+    """Read every file, so that it comes from memory from now on.
+
+    The pace of a fit's steps is measured once: on a disk that has not read the strips yet it would
+    be the disk's.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = pool.map(lambda path: len(path.read_bytes()), paths)
+        for _ in progress(sizes, "strips read", "strip", len(paths)):
+            pass
+
+
 # --- what is left behind --------------------------------------------------------------------------
 
 
@@ -156,14 +179,21 @@ def fit_on_kaggle(args: argparse.Namespace) -> int:
     if not (math.isfinite(args.hours) and args.hours > 0):
         raise ValueError(f"--hours {args.hours}, expected a number above 0")
     data = find_one(args.input, "train.csv", f"the competition {SEVERSTAL.slug}", "--input")
-    bring_earlier(args.input)
+    bring_earlier(args.input, args.resume)
     devices = list_devices(args.devices)
+    if not args.devices and devices == ["cpu"]:
+        raise ValueError(
+            "no GPU is here, and on the CPU the hours hold next to no steps: turn the accelerator "
+            "on, or ask for --devices cpu"
+        )
     workers = max(1, (os.cpu_count() or 1) // len(devices))
     common = ["--data", str(data), "--runs", str(RUNS), "--out", ".", "--workers", str(workers)]
     jobs = read_jobs(args.members, common)
     folder = data / "train_images"
-    image_size = size_of(read_image(folder / image_names(folder)[0]))
+    names = image_names(folder)
+    image_size = size_of(read_image(folder / names[0]))
     write_results(jobs, image_size)
+    read_once([folder / name for name in names])
     hours = (1 - RESERVE) * args.hours
     planned = [job for job in plan(jobs, len(devices), 60 * hours) if not scores_of(job)]
     end = start + 3600 * min(hours, (1 - RESERVE) * SESSION_HOURS)
@@ -194,6 +224,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--members", type=Path, default=MEMBERS, help="the list (default %(default)s)")
     about = f"of all sessions together (default %(default)s); one ends after {SESSION_HOURS}"
     add("--hours", type=float, default=SESSION_HOURS, help=about)
+    add("--resume", action="store_true", help="there must be an earlier output to go on from")
     about = "one member at a time on each, like cuda:0 cuda:1 or cpu cpu (default: every GPU)"
     add("--devices", nargs="+", metavar="DEVICE", help=about)
     return parser.parse_args(arguments)

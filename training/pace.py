@@ -15,6 +15,7 @@ from training.config import Config, Part
 from training.fit import Machine, Watch, fit_within_memory, retake_from_strips, take_steps
 from training.json_files import write_json
 from training.module import new_network
+from training.states import other_experiment
 from training.strips import Strips
 
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
@@ -95,12 +96,16 @@ def choose_steps(
     """Return the experiment with as many steps as its minutes hold; a resumed one keeps them.
 
     Raises:
-        ValueError: no time is left for one step, or the file of the steps is broken.
+        ValueError: no time is left for one step, the file of the steps is broken, or a state beside
+            it is of another experiment.
     """
     path, own = machine.runs / config.name / STEPS, asdict(replace(config, crops=0))
     asked = json.loads(json.dumps(own))  # tuples as JSON has them
     saved = read_json(path) if path.is_file() else {}
     if saved.get("asked") != asked:
+        states = sorted(path.parent.glob("*.ckpt"))
+        if saved and states:  # which go on with their own steps, not with new ones
+            raise ValueError(f"{states[0]}: {other_experiment(saved.get('asked', {}), asked)}")
         start = time.perf_counter()
         pace = fit_within_memory(lambda tried: measure_pace(sources, tried, machine), config)
         seconds = 60 * minutes - (time.perf_counter() - start)

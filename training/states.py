@@ -74,9 +74,14 @@ def read_state(path: Path, experiment: dict[str, Any]) -> dict[str, Any] | None:
         saved = state[EXPERIMENT]
     except Exception as error:  # a zip's, a pickle's or a KeyError: no state in any case
         raise ValueError(f"{path}: no saved state, remove it: {error!r:.200}") from error
-    differing = [key for key in saved | experiment if saved.get(key) != experiment.get(key)]
-    if differing:
-        shown = (f"{key} {saved.get(key)}, now {experiment.get(key)}" for key in differing)
-        advice = "give this experiment another --name, or remove the state"
-        raise ValueError(f"{path}: state of another experiment ({'; '.join(shown)}): {advice}")
+    if fault := other_experiment(saved, experiment):
+        raise ValueError(f"{path}: {fault}")
     return state
+
+
+def other_experiment(saved: dict[str, Any], experiment: dict[str, Any]) -> str:
+    """Say what makes a state one of another experiment; nothing where it is of this one."""
+    differing = [key for key in saved | experiment if saved.get(key) != experiment.get(key)]
+    shown = "; ".join(f"{key} {saved.get(key)}, now {experiment.get(key)}" for key in differing)
+    advice = "put that back, give this experiment another --name, or remove the state"
+    return f"state of another experiment ({shown}): {advice}" if differing else ""

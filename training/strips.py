@@ -1,7 +1,7 @@
 """Strips: the images of a folder with their ground truth."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
@@ -19,6 +19,7 @@ class Strips:
     names: list[str]
     truth: dict[str, dict[int, str]]  # image → class → RLE
     competition: Competition = SEVERSTAL
+    whole: set[str] = field(default_factory=set, compare=False)  # images that were read already
 
     @property
     def classes(self) -> int:
@@ -27,7 +28,8 @@ class Strips:
 
     def load(self, name: str) -> Pair:
         """Return one image (H, W) and its masks (classes, H, W)."""
-        image = read_image(self.folder / name, self.competition)
+        image = read_image(self.folder / name, self.competition, known_whole=name in self.whole)
+        self.whole.add(name)
         return image, decode_masks(self.truth, name, size_of(image), self.competition)
 
     def with_class(self, label: int) -> list[str]:

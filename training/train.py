@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernel.command import run_command
-from kernel.device import pick_device
+from kernel.device import device_usable, pick_device
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log
 from kernel.members import to_channels
@@ -216,6 +216,10 @@ def choose_device(asked: str | None) -> torch.device:
         raise ValueError(f"--device {asked}: expected cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {asked}: {torch.cuda.device_count()} GPUs are here")
+    if device.type == "cuda" and not device_usable(device):
+        raise ValueError(
+            f"--device {asked}: it runs nothing, as Kaggle's P100 with its PyTorch: choose T4 or L4"
+        )
     return device
 
 

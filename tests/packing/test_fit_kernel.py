@@ -60,6 +60,8 @@ def test_the_pins_are_those_the_suite_runs_with() -> None:
 
 def test_the_script_is_pushed_with_internet_and_its_own_output_only_to_resume() -> None:
     first, again = (read_fit_metadata("somebody", resume) for resume in (False, True))
+    scripts = [join_fit_kernel("--name a", 2.0, resume) for resume in (False, True)]
+    assert ["'--resume'" in script.split("REQUIREMENTS")[0] for script in scripts] == [False, True]
     assert (first["id"], first["title"]) == (NAME, "Severstal steel ensemble fit")
     assert first["enable_internet"] is first["enable_gpu"] is first["is_private"] is True
     assert first["competition_sources"] == [COMPETITION]
@@ -74,6 +76,8 @@ LISTS = {
     "nameless.txt": b"--name a\n--encoder resnet18\n",
     "name.txt": b"--encoder resnet18 --name",
     "twice.txt": b"--name a\n--name=a --arch Unet\n",
+    "clouds.txt": b"--name a --competition=clouds\n",
+    "data.txt": b"--name b\n--name a --data mine\n",
 }
 
 
@@ -101,6 +105,8 @@ def test_any_list_is_carried_as_it_stands(text: str) -> None:
         (["--members", "nameless.txt"], "nameless.txt: members ['a', None], expected"),
         (["--members", "name.txt"], "name.txt: no list of members: argument --name: expected one"),
         (["--members", "twice.txt"], "twice.txt: members ['a', 'a'], expected"),
+        (["--members", "clouds.txt"], "clouds.txt: --name a --competition=clouds: leave --comp"),
+        (["--members", "data.txt"], "leave --data out, with --fit it is the competition's, as"),
         (["--owner", "Two Words"], "dataset-metadata.json: Kaggle refuses it: id 'Two Words/"),
     ],
 )
@@ -158,7 +164,7 @@ def start_as_kaggle(root: Path, text: str) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     with (root / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, str(script), "--input", str(root / "input")],
+            [sys.executable, str(script), "--input", str(root / "input"), "--devices", "cpu"],
             cwd=root / "working", env=environment, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 from helpers import exit_code
 
 from training import fit_members, train
-from training.fit_members import list_devices, read_jobs, share_cores
+from training.fit_members import last_line, list_devices, read_jobs, share_cores
 
 ROOT = Path(fit_members.__file__).parents[1]
 
@@ -156,6 +156,34 @@ def test_a_member_that_fails_costs_no_other_and_its_last_line_is_shown(
     assert "bad failed with exit code 2: error: no such luck" in caplog.text
     assert "good is fitted" in caplog.text
     assert (tmp_path / "runs/good/train.log").read_text() == "stub starts\ndone\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one\ntwo\n\n", "two"),
+        ("", ""),
+        (
+            "Traceback (most recent call last):\n  File 'a'\nValueError: the first\n\n"
+            "During handling of the above exception, another exception occurred:\n\n"
+            "Traceback (most recent call last):\n  File 'b'\n    x = 1\n"
+            "torch.AcceleratorError: CUDA error: no kernel image is available\n"
+            "CUDA kernel errors might be reported asynchronously.\n"
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
+            "torch.AcceleratorError: CUDA error: no kernel image is available",
+        ),
+        (
+            "Traceback (most recent call last):\n  File 'a'\nKeyboardInterrupt\n",
+            "KeyboardInterrupt",
+        ),
+        ("Traceback (most recent call last):\n  File 'a', cut", "  File 'a', cut"),
+    ],
+)
+def test_of_a_traceback_the_error_is_shown_and_not_its_last_line(
+    text: str, shown: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train.log").write_text(text, encoding="utf-8")
+    assert last_line(tmp_path / "train.log") == shown
 
 
 def test_a_second_run_adds_to_the_log(fit_all: FitAll, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ A stub stands for train.py; tests/packing/test_fit_kernel.py runs the real one.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ def session(
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
 
-    def fit(*names: str, hours: float = 1.0) -> int:
+    def fit(*names: str, hours: float = 1.0, options: Sequence[str] = ("--devices", "cpu")) -> int:
         members = tmp_path / "members.txt"
         members.write_text("".join(f"--name {name} --encoder resnet34\n" for name in names))
         words = ["--input", tmp_path / "input", "--members", members, "--hours", hours]
-        return exit_code(kaggle_fit.main, *words, "--devices", "cpu")
+        return exit_code(kaggle_fit.main, *words, *options)
 
     return fit
 
@@ -182,6 +182,49 @@ def test_a_member_that_came_damaged_is_fitted_anew(
         assert Path("runs/a/train.log").read_text() == "begun\nbegun\n"
         assert Path("runs/b/train.log").read_text() == "begun\n"
         assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a", "b"}
+
+
+def test_a_session_that_is_to_go_on_and_finds_nothing_is_refused(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel's last version failed: hours of a GPU would begin anew, unsaid."""
+    assert session("a", options=["--devices", "cpu", "--resume"]) == 2
+    message = error_of(capsys.readouterr().err)
+    assert "no earlier output under" in message and "build without --resume" in message
+    assert not Path("runs").exists()
+
+
+def test_a_session_without_a_gpu_is_refused_unless_it_is_asked_for(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert session("a", options=[]) == 2
+    assert "no GPU is here" in error_of(capsys.readouterr().err)
+
+
+def test_every_strip_is_read_before_a_pace_is_measured(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = tmp_path / "input" / "competition" / "train_images", list[str]()
+    for index in range(40):
+        (folder / f"b{index}.png").write_bytes((folder / "a.png").read_bytes())
+    read_bytes = Path.read_bytes
+
+    def spied(path: Path) -> bytes:
+        if path.parent == folder:
+            read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", spied)
+
+    def fit_none(*_: object) -> list[tuple[Job, int]]:
+        read.append("fits")
+        return []
+
+    monkeypatch.setattr(kaggle_fit, "fit_all", fit_none)
+    assert session("a") == 0
+    assert read[-1] == "fits"
+    assert set(read[:-1]) == {path.name for path in folder.iterdir()}
 
 
 def test_a_kernel_without_the_competition_or_without_hours_is_refused(

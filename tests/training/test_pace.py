@@ -95,6 +95,22 @@ def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
     assert saved["asked"]["arch"] == "FPN" and saved["pace"]["whole_step"] == 1.0
 
 
+def test_steps_with_which_a_state_was_fitted_stay_whatever_is_tried_between(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured anew they would be others, and the state of another experiment for good."""
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: PACE)
+    chosen = choose_steps(config, [strips], machine, 10, 0)
+    steps = machine.runs / "tiny" / pace.STEPS
+    (steps.parent / "crops.ckpt").write_bytes(b"a state")
+    before = steps.read_bytes()
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"crops\.ckpt: state of another.*arch Unet, now FPN.*put"):
+        choose_steps(replace(config, arch="FPN"), [strips], machine, 10, 0)
+    assert steps.read_bytes() == before
+    assert choose_steps(config, [strips], machine, 10, 0) == chosen
+
+
 def test_a_gpu_out_of_memory_is_measured_with_fewer_crops(
     config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

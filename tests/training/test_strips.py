@@ -1,11 +1,13 @@
 """Strips: which files of a folder count, and the masks that belong to them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import CLASSES, LABELS, SMALL, draw_image, save_image
 
+from kernel import images
 from training.strips import Strips, image_names, read_strips
 
 
@@ -30,6 +32,19 @@ def test_both_layouts_of_train_csv_give_the_same_strips(
         np.testing.assert_array_equal(masks, other_masks)
         assert (image.shape, masks.shape) == (SMALL, (CLASSES, *SMALL))
         assert masks.any() == (name not in strips.clean())
+
+
+def test_a_file_is_looked_through_for_missing_data_once(
+    strips: Strips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strips, looked = replace(strips, whole=set()), list[int]()
+    monkeypatch.setattr(images, "_check_whole", lambda data, _: looked.append(len(data)))
+    (first, masks), again = strips.load(strips.names[0]), strips.some(0, 2).load(strips.names[0])
+    assert len(looked) == 1
+    np.testing.assert_array_equal(first, again[0])
+    np.testing.assert_array_equal(masks, again[1])
+    strips.load(strips.names[1])
+    assert len(looked) == 2
 
 
 def test_a_truth_of_images_that_are_not_there_is_refused(tmp_path: Path) -> None:

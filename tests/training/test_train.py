@@ -347,3 +347,11 @@ def test_a_mask_larger_than_its_image_names_the_strip(
     assert run_train(data, tmp_path) == 2
     message = error_of(capsys.readouterr().err)
     assert ".jpg: run 6144 2 leaves an image of 6144 pixels" in message
+
+
+def test_a_gpu_that_runs_nothing_is_refused_before_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kaggle's P100 is there, and PyTorch has no code for it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(train, "device_usable", lambda device: device.type == "cpu")
+    with pytest.raises(ValueError, match=r"--device cuda:0: it runs nothing.* choose T4 or L4"):
+        train.choose_device("cuda:0")
