@@ -1,5 +1,6 @@
 """The deadline: which passes there is still time for before the hour ends."""
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,11 @@ class MovingAverage:
     """Exponential moving average with bias correction, decay 15/16; 0 before the first value."""
 
     def __init__(self) -> None:
-        self.sum = self.weight = 0.0
+        self.sum = self.weight = self.earlier = 0.0
+
+    def restart(self) -> None:
+        """Begin anew; the mean so far counts until the next value."""
+        self.earlier, self.sum, self.weight = self.mean, 0.0, 0.0
 
     def add(self, value: float, weight: float = 1.0) -> None:
         """Add one value, or the sum of `weight` of them."""
@@ -21,7 +26,7 @@ class MovingAverage:
     @property
     def mean(self) -> float:
         """The average so far."""
-        return self.sum / self.weight if self.weight else 0.0
+        return self.sum / self.weight if self.weight else self.earlier
 
 
 class Deadline:
@@ -35,8 +40,8 @@ class Deadline:
     a member under another flip adds the least; then members, the most expensive first, but for the
     last. Nothing is decided for good: where the machine gets faster, passes come back.
 
-    Nothing is dropped in the first moments: a GPU's first batches try algorithms and load code, and
-    one by one they would be taken for what a strip takes.
+    Nothing is dropped in the first moments, and half-way through them all averages begin anew: a
+    GPU's first batches try algorithms and load code, and would be taken for what strips take.
 
     Where even one pass is too much, strips stay empty from `end` on. A part of the budget is kept
     in reserve for what lies outside: the interpreter's start, the last save, a pass that stalls.
@@ -51,6 +56,7 @@ class Deadline:
         self.clock = clock
         self.end = start + (1 - self.RESERVE) * budget_s - self.RESERVE_S
         self.last = start  # time at which the last strip was done
+        self.restart = math.inf  # time at which all averages begin anew
         self.warm = start  # time from which on passes are dropped
         self.seconds: defaultdict[tuple[str, Half], MovingAverage] = defaultdict(MovingAverage)
         self.ratio = MovingAverage()
@@ -66,7 +72,8 @@ class Deadline:
     def start_strips(self, count: int = 0) -> None:
         """Begin to time `count` strips: what came before belongs to none."""
         self.last, self.strips_left = self.clock(), count
-        self.warm = self.last + self.WARM_UP * (self.end - self.last)
+        warm_up_s = self.WARM_UP * (self.end - self.last)
+        self.restart, self.warm = self.last + warm_up_s / 2, self.last + warm_up_s
 
     def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
         """Count the seconds of one half of a member for a batch of strips."""
@@ -86,10 +93,14 @@ class Deadline:
     def select_passes(self, passes: Sequence[Pass], strips: int) -> list[int]:
         """Return the ids of the passes for the next strip; `strips` are still to be done."""
         now = self.clock()
+        if now >= self.restart:
+            self.restart = math.inf
+            for average in [self.ratio, *self.seconds.values()]:
+                average.restart()
         kept, left_s = list(range(len(passes))), self.end - now
         if now < self.warm:
             return kept
-        ratio = self.ratio.mean if self.ratio.weight else 1.0
+        ratio = self.ratio.mean or 1.0
         first_flip = passes[0].flip
 
         def value(pass_id: int) -> tuple[bool, float]:

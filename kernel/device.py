@@ -31,7 +31,7 @@ def device_usable(device: torch.device) -> bool:
 
 
 # Of an error that is no OutOfMemoryError: cuDNN's, and its benchmark's where no algorithm has room.
-NO_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from kernel.command import run_command
 from kernel.contact_sheet import draw_submission  # noqa: F401 - for the notebook's last cell
+from kernel.device import DeviceLost
 from kernel.faults import one_line
 from kernel.images import check_kinds
 from kernel.logs import Stages, log
@@ -31,6 +32,7 @@ from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
 
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
+GPU_LOST = 3  # exit code of a worker
 CHECK_S = 0.02  # seconds that the validator may take for an image; 0.007 were measured
 
 
@@ -196,7 +198,7 @@ def run(options: Options) -> dict[str, Any]:
                 rows = submission.save(manifest.empty_rows or not task.layout.may_omit_empty)
         if not options.shard:
             with stages("validate"):
-                log_findings(options.output, task, context.left_s())
+                log_findings(options.output, task, context.until_watchdog_s())
     record = build_run_record(context, task, outcome, rows, time.monotonic() - start)
     log_summary(record, options.output)
     return record
@@ -243,6 +245,9 @@ def run_options(options: Options) -> int:
     check_options(options)
     try:
         record = run(options)
+    except DeviceLost as error:  # in a worker alone
+        log.error("%s", one_line(error))
+        return GPU_LOST
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{options.output} is whole and holds what was done") from None
     write_record(options.report or options.output.with_name("run.json"), record)

@@ -24,7 +24,9 @@ from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.scheduling import TOO_LATE, Scheduler
 from kernel.tta import Pass
+from kernel.watchdog import margin_s
 
+LAST = ".last"  # beside a worker's csv: the image that it began last
 MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs
 
 
@@ -55,6 +57,13 @@ def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]
             strip = next(strips, None)
         if strip is None:
             return
+        yield strip
+
+
+def noted(strips: Iterator[Strip], path: Path) -> Iterator[Strip]:
+    """Yield the same strips; the name of the last one stands in a file, whatever it does."""
+    for strip in strips:
+        path.write_text(strip.name, encoding="utf-8", errors="surrogateescape")
         yield strip
 
 
@@ -100,6 +109,11 @@ class RunContext:
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
         return self.end - time.monotonic()
+
+    def until_watchdog_s(self) -> float:
+        """Seconds until the watchdog would end this process."""
+        budget_s = self.options.budget_s or self.manifest.competition.time_limit_s
+        return self.left_s() - margin_s(budget_s)
 
     def deadline(self) -> Deadline:
         """Return when to end: the same for all parts of a run, however late they begin."""
@@ -155,6 +169,8 @@ def predict_task(
     stages, in_a_row = scheduler.source.stages, 0
     rules = task.layout.competition
     strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
+    if not submission.whole:
+        strips = noted(strips, submission.path.with_suffix(LAST))
     stages.threads = scheduler.threads
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)

@@ -1,5 +1,6 @@
 """Workers: one process a GPU, its images, and their results."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,18 +8,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.checks import read_json
 from kernel.command import BAD_INPUT
 from kernel.logs import Stages, log
 from kernel.mounts import Task
-from kernel.predict import Outcome, RunContext, predict_here
+from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
 from kernel.tta import Half, Pass
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
+GPU_ROUNDS = 2  # in which images run on the GPUs
 SHARED_SAMPLE = "sample.csv"  # the rows of all workers, which each shards alike
 
 
@@ -26,7 +29,7 @@ def start_worker(
     run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on_gpu: bool = True
 ) -> subprocess.Popen[bytes]:
     """Start this script once more, for one shard of the images on one GPU; results to `folder`."""
-    (number, count), options, left_s = shard, run.options, run.left_s()
+    (number, count), options, left_s = shard, run.options, run.until_watchdog_s()
     script = run.bundle / "inference.py"  # a notebook has no file of its own
     if not script.is_file():
         script = Path(__file__).resolve().with_name("inference.py")
@@ -76,6 +79,14 @@ def collect(folder: Path, numbers: Iterable[int], submission: Submission) -> Non
     submission.save_throttled()
 
 
+def read_last(csv: Path) -> str:
+    """Return the image that a worker began last, by what `predict_task` notes beside its csv."""
+    path = csv.with_suffix(LAST)
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
     """Read a worker's run.json; its seconds count by its `share` of the workers."""
     record = read_json(report)
@@ -89,11 +100,18 @@ def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
     return Outcome(**same, passes=passes, dropped=Counter(record["dropped"]))
 
 
-def run_workers(
-    run: RunContext, task: Task, count: int, on_gpus: bool
-) -> tuple[Outcome, dict[int, int]]:
-    """Share a task among `count` processes; return their outcome, and number → code of the dead."""
-    outcome, numbers, dead = Outcome(), range(1, count + 1), dict[int, int]()
+@dataclass
+class Round:
+    """What the workers of one round gave, and which of them died: without a record of theirs."""
+
+    outcome: Outcome
+    codes: dict[int, int]  # number → exit code, of those that died
+    last: str = ""  # the image that the first of these was at
+
+
+def run_workers(run: RunContext, task: Task, count: int, on_gpus: bool) -> Round:
+    """Share a task among `count` processes; their masks go to the submission."""
+    found, numbers = Round(Outcome(), {}), range(1, count + 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_rows(folder / SHARED_SAMPLE, task)
@@ -110,32 +128,39 @@ def run_workers(
             collect(folder, numbers, run.submission)
         for number, worker in zip(numbers, workers, strict=True):
             try:
-                outcome.add(read_worker(folder / f"{number}.json", run.stages, 1 / count))
+                outcome = read_worker(folder / f"{number}.json", run.stages, 1 / count)
+                found.outcome.add(outcome)
             except (OSError, ValueError, KeyError):
-                dead[number] = worker.returncode
-    return outcome, dead
+                found.codes[number] = worker.returncode
+                found.last = found.last or read_last(folder / f"{number}.csv")
+    return found
 
 
 def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
     They are new ones on the same GPUs, for a GPU's fault may end with its process, and then one on
-    the CPU. None of it runs in this process, for what killed a worker would end the run.
+    the CPU: the image at which that dies is left out, and another goes on behind it. None of it
+    runs in this process, for what killed a worker would end the run.
     """
     outcome, rest, died = Outcome(), task, ""
-    for processes, on_gpus in ((count, True), (count, True), (1, False)):
-        processes = min(processes, len(rest.names))
-        found, dead = run_workers(run, rest, processes, on_gpus)
-        outcome.add(found)
+    for attempt in itertools.count(1):
+        on_gpus = attempt <= GPU_ROUNDS
+        processes = min(count if on_gpus else 1, len(rest.names))
+        found = run_workers(run, rest, processes, on_gpus)
+        outcome.add(found.outcome)
+        if found.codes:
+            number, code = min(found.codes.items())
+            died = f"worker {number} of {processes} ended with exit code {code}"
+            log.warning("%s", died)
+            if not run.submission.done and set(found.codes.values()) == {BAD_INPUT}:
+                return predict_here(run, task)  # it says what is wrong, as in one process
+            if found.last and not on_gpus:
+                outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
-        if not dead or not rest.names or run.deadline().over:
+        stuck = not on_gpus and not found.last
+        if not found.codes or not rest.names or run.deadline().over or stuck:
             break
-        if not run.submission.done and set(dead.values()) == {BAD_INPUT}:
-            return predict_here(
-                run, task
-            )  # it says what is wrong from the first, as in one process
-        number, code = min(dead.items())
-        died = f"worker {number} of {processes} ended with exit code {code}"
-        log.warning("%s: %d images are left, and run once more", died, len(rest.names))
+        log.warning("%d images are left, and run in another", len(rest.names))
     outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

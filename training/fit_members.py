@@ -34,7 +34,9 @@ EXAMPLE = """\
 
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL
-ERROR = re.compile(r"[\w.]+(:|$)")  # a traceback's line that names its error
+TRACEBACK = "Traceback (most recent call last)"
+ERROR = re.compile(r"[\w.]+(:|$)")  # its line that names the error
+LOGGED = re.compile(r"\d{4}-\d\d-\d\d |error: |interrupted")  # what comes after its end
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,13 @@ def fit_all(
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a log, or where that is a traceback's, the error's first."""
+    """Return the last line of a log, or where it ends with a traceback the error's first."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("Traceback (most recent call last)"):
-            lines = [line for line in lines[index + 1 :] if ERROR.match(line)][:1] or lines
-            break
+    starts = [i for i, line in enumerate(lines) if line.startswith(TRACEBACK)]
+    ended = lines[starts[-1] + 1 :] if starts else []
+    errors = [line for line in ended if ERROR.match(line)]
+    if errors and not any(LOGGED.match(line) for line in ended):
+        return errors[0]
     return lines[-1] if lines else ""
 
 

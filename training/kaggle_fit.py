@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from kernel.checks import read_json
 from kernel.command import INTERRUPTED, run_command
 from kernel.competition import SEVERSTAL
+from kernel.faults import one_line
 from kernel.images import read_image, size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
@@ -173,13 +174,26 @@ def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
 def fit_on_kaggle(args: argparse.Namespace) -> int:
     """Fit what is not finished until the session's end; 1 where nothing came of it.
 
-    A member that fails costs no other, nor the output that there is: it is an error in the log.
+    A member that fails costs no other, nor the output that there is: it is an error in the log. So
+    is anything else once an earlier output is here, for Kaggle keeps none of a version that fails.
     """
     start = time.monotonic()
     if not (math.isfinite(args.hours) and args.hours > 0):
         raise ValueError(f"--hours {args.hours}, expected a number above 0")
     data = find_one(args.input, "train.csv", f"the competition {SEVERSTAL.slug}", "--input")
     bring_earlier(args.input, args.resume)
+    earlier = Path(RECORD).exists()
+    try:
+        return fit_until(start + 3600 * (1 - RESERVE) * min(args.hours, SESSION_HOURS), args, data)
+    except (ValueError, OSError) as error:
+        if not earlier:
+            raise
+        log.error("%s; what the earlier session left is this one's output", one_line(error))
+        return 0
+
+
+def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
+    """Fit until `end` of time.monotonic(); 1 where a member failed and there is no output."""
     devices = list_devices(args.devices)
     if not args.devices and devices == ["cpu"]:
         raise ValueError(
@@ -194,9 +208,8 @@ def fit_on_kaggle(args: argparse.Namespace) -> int:
     image_size = size_of(read_image(folder / names[0]))
     write_results(jobs, image_size)
     read_once([folder / name for name in names])
-    hours = (1 - RESERVE) * args.hours
-    planned = [job for job in plan(jobs, len(devices), 60 * hours) if not scores_of(job)]
-    end = start + 3600 * min(hours, (1 - RESERVE) * SESSION_HOURS)
+    minutes = 60 * (1 - RESERVE) * args.hours
+    planned = [job for job in plan(jobs, len(devices), minutes) if not scores_of(job)]
     failed = False
     for job, code in fit_all(planned, devices, end - time.monotonic()):
         if code not in (0, INTERRUPTED):

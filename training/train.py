@@ -194,6 +194,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=EXAMPLE + "\n" + (__doc__ or ""),
+        allow_abbrev=False,  # a list's lines are searched for options
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_data_options(parser)

@@ -315,6 +315,7 @@ NO_ROOM = [  # how PyTorch says that a GPU's memory is too small
     torch.cuda.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("FIND was unable to find an engine to execute this computation"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: out of memory"),
 ]
 

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from helpers import predict, read_submission, save_strips, write_sample
 
+from kernel.deadline import Deadline
 from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE, Options, Task
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
+from kernel.watchdog import margin_s
 from kernel.workers import collect, start_worker
 
 NAMES = [f"{index}.png" for index in range(5)]
@@ -66,7 +68,7 @@ def test_two_workers_write_what_one_process_writes(
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert (tmp_path / "submission.csv").read_bytes() == expected
     assert record["workers"] == 2
-    assert "once more" not in caplog.text
+    assert "ended with exit code" not in caplog.text
     for key in ("strips", "rows", "non_empty", "passes", "work", "device", "share"):
         assert record[key] == record_alone[key], key
     assert list(record["faults"]) == list(record_alone["faults"]) == ["3.png"]
@@ -92,8 +94,8 @@ def test_a_worker_that_is_killed_costs_no_row(
 
     monkeypatch.setattr("kernel.workers.start_worker", killed)
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
-    line = "worker 2 of 2 ended with exit code -9: 2 images are left, and run once more"
-    assert any(line in message for message in caplog.messages)
+    assert "worker 2 of 2 ended with exit code -9" in caplog.messages
+    assert "2 images are left, and run in another" in caplog.messages
     assert (tmp_path / "submission.csv").read_bytes() == expected
     for key in ("strips", "passes", "work", "faults"):
         assert record[key] == record_alone[key], key
@@ -134,7 +136,7 @@ admit = kernel.Scheduler._admit
 def deadly(scheduler, strip):
     with open(os.environ["ADMITTED"], "a") as file:
         file.write(f"{strip.name}\\n")
-    if strip.name == "2.png":
+    if strip.name == os.environ["KILLER"]:
         os.abort()  # as a segmentation fault in a library
     return admit(scheduler, strip)
 
@@ -144,7 +146,10 @@ kernel.main(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize(("killer", "repeated"), [("0.png", {"0.png": 3}), ("2.png", {"2.png": 3})])
 def test_an_image_that_kills_every_process_costs_its_own_rows(
+    killer: str,
+    repeated: dict[str, int],
     bundle: Path,
     images: Path,
     alone: tuple[bytes, dict[str, Any]],
@@ -154,21 +159,60 @@ def test_an_image_that_kills_every_process_costs_its_own_rows(
     """Nor is an image that is done predicted once more."""
     script, admitted, popen = tmp_path / "deadly.py", tmp_path / "admitted", subprocess.Popen
     script.write_text(DEADLY, encoding="utf-8")
-    environment = {"BUNDLE": str(bundle), "ADMITTED": str(admitted)}
+    environment = {"BUNDLE": str(bundle), "ADMITTED": str(admitted), "KILLER": killer}
 
     def start(command: list[str], env: dict[str, str]) -> Any:
         return popen([command[0], str(script), *command[2:]], env=env | environment)
 
     monkeypatch.setattr(subprocess, "Popen", start)
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
-    assert record["faults"].keys() == {"2.png", "3.png"}
-    assert record["faults"]["2.png"] == "worker 1 of 1 ended with exit code -6"
-    counts = Counter(admitted.read_text().split())
-    assert counts == {"0.png": 1, "1.png": 1, "2.png": 3, "3.png": 1, "4.png": 1}
+    assert record["faults"].keys() == {killer, "3.png"}
+    assert record["faults"][killer] == "worker 1 of 1 ended with exit code -6"
+    assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | repeated
     expected = read_submission_of(alone[0], tmp_path / "alone.csv")
-    assert any(rle for (name, _), rle in expected.items() if name == "2.png")
-    expected |= {pair: "" for pair in expected if pair[0] == "2.png"}
+    assert any(rle for (name, _), rle in expected.items() if name == killer)
+    expected |= {pair: "" for pair in expected if pair[0] == killer}
     assert read_submission(tmp_path / "submission.csv") == expected
+
+
+LOST = """
+import os, pathlib, sys
+sys.path.insert(0, os.environ["BUNDLE"])
+import inference as kernel
+
+def lose(*_, **options):
+    raise kernel.DeviceLost("cuda fails: launch failure")
+
+seen = pathlib.Path(os.environ["SEEN"], sys.argv[sys.argv.index("--shard") + 1].replace("/", "-"))
+if not seen.exists():
+    seen.touch()
+    kernel.predict_on = lose
+kernel.main(sys.argv[1:])
+"""
+
+
+def test_workers_that_lose_their_gpus_are_followed_by_new_ones(
+    bundle: Path,
+    images: Path,
+    alone: tuple[bytes, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another process may have the GPU again; and the first one touches none."""
+    script, popen = tmp_path / "lost.py", subprocess.Popen
+    script.write_text(LOST, encoding="utf-8")
+    environment = {"BUNDLE": str(bundle), "SEEN": str(tmp_path)}
+
+    def start(command: list[str], env: dict[str, str]) -> Any:
+        return popen([command[0], str(script), *command[2:]], env=env | environment)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("kernel.workers.predict_here", lambda *_: pytest.fail("in this process"))
+    record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
+    assert "worker 1 of 2 ended with exit code 3" in caplog.messages
+    assert (tmp_path / "submission.csv").read_bytes() == alone[0]
+    assert list(record["faults"]) == ["3.png"]
 
 
 def read_submission_of(data: bytes, path: Path) -> dict[tuple[str, int], str]:
@@ -229,14 +273,17 @@ def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_comes_from_a_worker
 # --- what a worker is started with ----------------------------------------------------------------
 
 
-def started(options: Options, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment of the second of three workers, with 100 s left."""
+def started(
+    options: Options, monkeypatch: pytest.MonkeyPatch, left_s: float = 100
+) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of the second of three workers."""
     calls = list[tuple[list[str], dict[str, str]]]()
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: calls.append((command, env)))
     bundle, manifest = Path("bundle"), Manifest([])
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(Path("out.csv"), task.layout, task.pairs)
-    end = time.monotonic() + 100
+    end = time.monotonic() + left_s
+    options = replace(options, budget_s=options.budget_s or 100)
     run = RunContext(options, bundle, manifest, submission, Stages(), end)
     start_worker(run, task, Path("scratch"), (2, 3))
     return calls[0]
@@ -256,7 +303,7 @@ def test_a_worker_gets_the_options_of_its_run(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (_, _, *words), environment = started(options, monkeypatch)
     found = parse_options(words)
-    assert found.budget_s and 60 < found.budget_s <= 70  # its watchdog comes first
+    assert found.budget_s and 60 < found.budget_s <= 67  # its watchdog comes first
     expected = replace(
         options,
         bundle=Path("bundle"),
@@ -270,6 +317,17 @@ def test_a_worker_gets_the_options_of_its_run(
     assert found == expected
     assert environment["CUDA_VISIBLE_DEVICES"] == "1"
     assert environment["OMP_NUM_THREADS"] == str(max((os.cpu_count() or 1) // 3, 1))
+
+
+@pytest.mark.parametrize("left_s", [3590.0, 1800.0, 430.0, 200.0, 95.0])
+def test_a_worker_that_hangs_ends_before_the_first_process_however_late_it_began(
+    left_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, _, *words), _ = started(Options(budget_s=3600), monkeypatch, left_s)
+    budget_s = parse_options(words).budget_s
+    assert budget_s
+    assert budget_s - margin_s(budget_s) < left_s - margin_s(3600)
+    assert Deadline(budget_s, 0.0).end < left_s - margin_s(3600)
 
 
 # --- the end of an interrupted run ----------------------------------------------------------------

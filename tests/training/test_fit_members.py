@@ -177,6 +177,11 @@ def test_a_member_that_fails_costs_no_other_and_its_last_line_is_shown(
             "KeyboardInterrupt",
         ),
         ("Traceback (most recent call last):\n  File 'a', cut", "  File 'a', cut"),
+        (
+            "Traceback (most recent call last):\n  File 'a'\nRuntimeError: of the first session\n"
+            "2026-11-29 12:00:00,000 INFO going on\nerror: runs/a/crops.ckpt: not saved",
+            "error: runs/a/crops.ckpt: not saved",
+        ),
     ],
 )
 def test_of_a_traceback_the_error_is_shown_and_not_its_last_line(

@@ -202,6 +202,25 @@ def test_a_session_without_a_gpu_is_refused_unless_it_is_asked_for(
     assert "no GPU is here" in error_of(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("fault", ["no GPU", "list", "strip"])
+def test_what_an_earlier_session_left_outlasts_one_that_cannot_begin(
+    fault: str,
+    session: Session,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Kaggle keeps no output of a version that fails."""
+    leave_output(tmp_path / "input" / "earlier", b"state")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    if fault == "strip":
+        (tmp_path / "input" / "competition" / "train_images" / "a.png").write_bytes(b"torn")
+    names = ("a", "a") if fault == "list" else ("a",)
+    assert session(*names, options=[] if fault == "no GPU" else ["--devices", "cpu"]) == 0
+    assert "what the earlier session left is this one's output" in caplog.text
+    assert Path("runs/a/crops.ckpt").read_bytes() == b"state"
+
+
 def test_every_strip_is_read_before_a_pace_is_measured(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
