@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]
 def noted(strips: Iterator[Strip], path: Path) -> Iterator[Strip]:
     """Yield the same strips; the name of the last one stands in a file, whatever it does."""
     for strip in strips:
-        path.write_text(strip.name, encoding="utf-8", errors="surrogateescape")
+        with suppress(OSError):  # a disk that is full costs no strip
+            path.write_text(strip.name, encoding="utf-8", errors="surrogateescape")
         yield strip
 
 
@@ -91,7 +92,7 @@ class Outcome:
         self.failed |= other.failed
         self.dropped += other.dropped
         self.strip_s |= other.strip_s
-        self.device = other.device
+        self.device = other.device or self.device
         self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
 
 

@@ -155,10 +155,10 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
             log.warning("%s", died)
             if not run.submission.done and set(found.codes.values()) == {BAD_INPUT}:
                 return predict_here(run, task)  # it says what is wrong, as in one process
-            if found.last and not on_gpus:
+            if not on_gpus and found.last and found.last not in run.submission.done:
                 outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
-        stuck = not on_gpus and not found.last
+        stuck = not on_gpus and not found.last  # it dies before its first image
         if not found.codes or not rest.names or run.deadline().over or stuck:
             break
         log.warning("%d images are left, and run in another", len(rest.names))
