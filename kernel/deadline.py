@@ -56,8 +56,8 @@ class Deadline:
         self.clock = clock
         self.end = start + (1 - self.RESERVE) * budget_s - self.RESERVE_S
         self.last = start  # time at which the last strip was done
-        self.restart = math.inf  # time at which all averages begin anew
-        self.warm = start  # time from which on passes are dropped
+        self.restart_at = math.inf  # time at which all averages begin anew
+        self.warm_at = start  # time from which on passes are dropped
         self.seconds: defaultdict[tuple[str, Half], MovingAverage] = defaultdict(MovingAverage)
         self.ratio = MovingAverage()
         self.strips_left = 0
@@ -73,7 +73,7 @@ class Deadline:
         """Begin to time `count` strips: what came before belongs to none."""
         self.last, self.strips_left = self.clock(), count
         warm_up_s = self.WARM_UP * (self.end - self.last)
-        self.restart, self.warm = self.last + warm_up_s / 2, self.last + warm_up_s
+        self.restart_at, self.warm_at = self.last + warm_up_s / 2, self.last + warm_up_s
 
     def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
         """Count the seconds of one half of a member for a batch of strips."""
@@ -93,12 +93,12 @@ class Deadline:
     def select_passes(self, passes: Sequence[Pass], strips: int) -> list[int]:
         """Return the ids of the passes for the next strip; `strips` are still to be done."""
         now = self.clock()
-        if now >= self.restart:
-            self.restart = math.inf
+        if now >= self.restart_at:
+            self.restart_at = math.inf
             for average in [self.ratio, *self.seconds.values()]:
                 average.restart()
         kept, left_s = list(range(len(passes))), self.end - now
-        if now < self.warm:
+        if now < self.warm_at:
             return kept
         ratio = self.ratio.mean or 1.0
         first_flip = passes[0].flip

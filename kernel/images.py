@@ -43,7 +43,7 @@ def read_image(
 
     Grey (H, W) or RGB (H, W, 3), uint8 or uint16. The pixels are those that the file stores: EXIF
     orientation would turn them away from the masks. A file that is `known_whole` is not looked
-    through for missing data, which takes half of the time.
+    through for missing data, which decodes it again.
 
     Raises:
         OSError: the file is missing or cannot be read.

@@ -21,7 +21,7 @@ from training.strips import Strips
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
 WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes start
 MEASURED_STEPS = 20
-STATISTICS_STRIPS = 4  # for batch-norm statistics that need no more than be no new network's
+STATISTICS_STRIPS = 4  # enough for batch-norm statistics that keep a deep network in fp16's range
 USED_SHARE = 0.9  # of the minutes: states are saved, and a machine has slower hours
 
 

@@ -127,6 +127,17 @@ def test_workers_share_the_rows_of_the_sample_and_not_the_folder(
 
 # --- workers that die again and again -------------------------------------------------------------
 
+
+def start_instead(monkeypatch: pytest.MonkeyPatch, script: Path, **environment: object) -> None:
+    """Have workers run another script, with their own options."""
+    popen, own = subprocess.Popen, {key: str(value) for key, value in environment.items()}
+
+    def start(command: list[str], env: dict[str, str]) -> Any:
+        return popen([command[0], str(script), *command[2:]], env=env | own)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
 DEADLY = """
 import os, sys
 sys.path.insert(0, os.environ["BUNDLE"])
@@ -157,14 +168,9 @@ def test_an_image_that_kills_every_process_costs_its_own_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nor is an image that is done predicted once more."""
-    script, admitted, popen = tmp_path / "deadly.py", tmp_path / "admitted", subprocess.Popen
+    script, admitted = tmp_path / "deadly.py", tmp_path / "admitted"
     script.write_text(DEADLY, encoding="utf-8")
-    environment = {"BUNDLE": str(bundle), "ADMITTED": str(admitted), "KILLER": killer}
-
-    def start(command: list[str], env: dict[str, str]) -> Any:
-        return popen([command[0], str(script), *command[2:]], env=env | environment)
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    start_instead(monkeypatch, script, BUNDLE=bundle, ADMITTED=admitted, KILLER=killer)
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert record["faults"].keys() == {killer, "3.png"}
     assert record["faults"][killer] == "worker 1 of 1 ended with exit code -6"
@@ -200,14 +206,9 @@ def test_workers_that_lose_their_gpus_are_followed_by_new_ones(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Another process may have the GPU again; and the first one touches none."""
-    script, popen = tmp_path / "lost.py", subprocess.Popen
+    script = tmp_path / "lost.py"
     script.write_text(LOST, encoding="utf-8")
-    environment = {"BUNDLE": str(bundle), "SEEN": str(tmp_path)}
-
-    def start(command: list[str], env: dict[str, str]) -> Any:
-        return popen([command[0], str(script), *command[2:]], env=env | environment)
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    start_instead(monkeypatch, script, BUNDLE=bundle, SEEN=tmp_path)
     monkeypatch.setattr("kernel.workers.predict_here", lambda *_: pytest.fail("in this process"))
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert "worker 1 of 2 ended with exit code 3" in caplog.messages
