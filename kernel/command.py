@@ -24,6 +24,9 @@ def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSErr
     start_log()
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may ignore Ctrl-C in the background
         signal.signal(number, signal.default_int_handler)
+    hangup = getattr(signal, "SIGHUP", None)  # a terminal that closes; nohup ignores it
+    if hangup and signal.getsignal(hangup) is signal.SIG_DFL:
+        signal.signal(hangup, signal.default_int_handler)
     try:
         code = main()
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does

@@ -237,7 +237,9 @@ def _shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Return the names of the descriptions that ship."""
+    """Return the names of the descriptions that ship; none in a notebook, which has no file."""
+    if "__file__" not in globals():
+        return []
     return sorted(path.stem for path in _shipped_folder().glob("*.json"))
 
 

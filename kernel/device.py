@@ -30,12 +30,16 @@ def device_usable(device: torch.device) -> bool:
     return True
 
 
-# Of an error that is no OutOfMemoryError: cuDNN's, and its benchmark's where no algorithm has room.
-NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
+# Of an error that is no OutOfMemoryError: the CPU's, cuDNN's, and those of cuDNN's benchmark where
+# no algorithm has room.
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+    "unable to find an engine",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was too small for what raised this error."""
+    """Whether memory was too small for what raised this error, a GPU's or the host's."""
     text = str(error)
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)

@@ -43,6 +43,7 @@ class Ensemble:
         streams: int = 1,
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
+        stages.queued = device.type == "cuda"
         self.streams = streams  # threads that may run passes at once
         members = sorted(members, key=_proof_cost)
         specs = [(member.spec.name, member.spec.flops) for member in members]
@@ -51,7 +52,7 @@ class Ensemble:
         self.sizes = {m.spec.name: m.spec.image_size or manifest.image_size for m in members}
         self.active: dict[int, str] = {}  # thread → the member that it runs
         self.lock = threading.Lock()
-        self.in_one_piece = set[str]()  # members that gave the bits of their halves that way
+        self.tried = set[str]()  # members that ran both in halves and in one piece
 
     def prepare(self, image: Image) -> Tensor:
         """Return an image (H, W) as a pass takes it: (1, 1, H, W) in [0, 1]."""
@@ -80,7 +81,7 @@ class Ensemble:
         if member.whole is None:
             encoded = self.run_encoder(pass_id, images)
             return encoded[0], self.run_decoder(pass_id, encoded, size)
-        if member.spec.name not in self.in_one_piece:
+        if member.spec.name not in self.tried:
             return self._try_one_piece(pass_id, images, size)
         with self.stages.whole_pass(member.spec.name, self.passes[pass_id].flops):
             return self._run_whole(member, flip, images, size)
@@ -109,7 +110,7 @@ class Ensemble:
         if fault:
             log.warning("%s runs in two halves, not in one piece: %s", member.spec.name, fault)
             self.members[member.spec.name] = replace(member, whole=None)
-        self.in_one_piece.add(member.spec.name)
+        self.tried.add(member.spec.name)
         return halves
 
     def _turn(self, images: Tensor, member: Member, flip: str) -> Tensor:
@@ -160,7 +161,7 @@ def load_openvino_members(
             continue
         try:
             check_sha256(bundle / spec.file, spec.sha256)
-        except ValueError:  # that `load_member` will say
+        except (ValueError, OSError):  # that `load_member` will say
             continue
         try:
             members[spec.name] = load_checked_openvino(bundle, spec, channels, stages, streams)

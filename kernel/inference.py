@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, Options, Task, find_one, find_task
 from kernel.predict import Outcome, RunContext, predict_here
-from kernel.rows import Submission
+from kernel.rows import Submission, replace_file
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
@@ -50,13 +50,13 @@ def check_options(options: Options) -> None:
         found = re.fullmatch("([0-9]+)/([0-9]+)", options.shard)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise ValueError(f"--shard {options.shard!r}: expected number/count like 2/3")
-    for option, path in (("--output", options.output), ("--report", options.report)):
-        if path and not path.parent.is_dir():
+    output, report = options.output, options.record
+    for option, path in (("--output", output), ("--report", report)):
+        if not path.parent.is_dir():
             raise ValueError(f"{option} {path}: no such folder {path.parent}; make it first")
-        if path and path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():
             raise ValueError(f"{option} {path}: is no regular file; name another")
-    report, output = options.report, options.output
-    if report and os.path.realpath(report) == os.path.realpath(output):
+    if os.path.realpath(report) == os.path.realpath(output):
         raise ValueError(f"--report {report}: is --output too, and would replace it; name another")
 
 
@@ -113,7 +113,7 @@ def log_findings(submission: Path, task: Task, left_s: float) -> None:
         return
     try:
         findings = check_submission(
-            submission, layout.columns, task.pairs, task.images, layout.competition
+            submission, layout.columns, task.pairs, task.images, layout.competition, cut_off=0
         )
         for line in findings.lines():
             log.info("%s", line)
@@ -139,7 +139,7 @@ def build_run_record(
         "device": outcome.device,
         "gpu_bytes": outcome.gpu_bytes,
         "workers": context.n_workers(task),
-        "budget_s": context.options.budget_s,
+        "budget_s": context.budget_s,
         "seconds": seconds,
         "stages": dict(stages.seconds),
         "networks": stages.network_table(),
@@ -149,11 +149,8 @@ def build_run_record(
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write run.json, whole or not at all: the submission is there, and that is what counts."""
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    path = Path(os.path.realpath(path))
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        replace_file(Path(os.path.realpath(path)), text)
     except OSError as error:
         log.warning("the submission is written, but not its record: %s", one_line(error))
 
@@ -187,9 +184,7 @@ def run(options: Options) -> dict[str, Any]:
         task = task.shard(number - 1, count)
     submission = open_submission(options, task)
     log_kinds(task)
-    budget_s = options.budget_s or competition.time_limit_s
-    options = replace(options, budget_s=budget_s)
-    context = RunContext(options, bundle, manifest, submission, stages, start + budget_s)
+    context = RunContext(options, bundle, manifest, submission, stages, start)
     with watchdog(submission, context.left_s()):
         try:
             outcome = predict(context, task)
@@ -250,7 +245,7 @@ def run_options(options: Options) -> int:
         return GPU_LOST
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{options.output} is whole and holds what was done") from None
-    write_record(options.report or options.output.with_name("run.json"), record)
+    write_record(options.record, record)
     if options.strict and record["faults"]:
         log.error("--strict: %d strips failed", len(record["faults"]))
         return 1

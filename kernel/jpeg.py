@@ -27,8 +27,8 @@ def check_jpeg(data: bytes, colour: bool = False) -> None:
     A decoder that runs out of data makes zeros of what is missing. Bytes that are put after each
     piece of data are skipped by one that is done, and change the picture of one that is not.
     """
-    longer, start = bytearray(), 0
-    for end in find_data_ends(data):
+    longer, start, (_, ends) = bytearray(), 0, walk_markers(data)
+    for end in ends:
         longer += data[start:end] + b"\x5a" * 64
         start = end
     longer += data[start:]
@@ -66,11 +66,6 @@ def check_height(data: bytes) -> None:
         raise ValueError(
             f"a JPEG whose header gives {frame.height} rows and whose data have more: damaged"
         )
-
-
-def find_data_ends(data: bytes) -> list[int]:
-    """Return where each piece of a JPEG's entropy-coded data ends; raise as `walk_markers`."""
-    return walk_markers(data)[1]
 
 
 def walk_markers(data: bytes) -> tuple["Frame", list[int]]:

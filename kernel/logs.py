@@ -58,6 +58,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.threads = 1  # that work at once: a second of one of them counts by its share
+        self.queued = False  # networks return before they ran, as on a GPU: who waits, counts them
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.networks: defaultdict[tuple[str, Half], float] = defaultdict(float)
 
@@ -69,8 +70,8 @@ class Stages:
 
     @contextmanager
     def network(self, member: str, half: Half) -> Iterator[None]:
-        """Add the time inside to one half of a member."""
-        with _timed(self.networks, (member, half), self.threads):
+        """Add the time inside to one half of a member, unless it is only queued there."""
+        with _timed(self._table, (member, half), self.threads):
             yield
 
     @contextmanager
@@ -80,7 +81,11 @@ class Stages:
         with _timed(taken, member, self.threads):
             yield
         for half, count in zip(Half, flops, strict=True):
-            self.networks[member, half] += taken[member] * count / sum(flops)
+            self._table[member, half] += taken[member] * count / sum(flops)
+
+    @property
+    def _table(self) -> defaultdict[tuple[str, Half], float]:
+        return defaultdict(float) if self.queued else self.networks
 
     def network_table(self) -> dict[str, dict[str, float]]:
         """Member → half → seconds, as it stands in run.json."""
@@ -97,4 +102,5 @@ def _timed(table: defaultdict[K, float], key: K, threads: int) -> Iterator[None]
         yield
     finally:
         alone = threading.current_thread() is threading.main_thread()
-        table[key] += (time.perf_counter() - start) / (1 if alone else threads)
+        seconds = (time.perf_counter() - start) / (1 if alone else threads)
+        table[key] += seconds  # nothing comes between its reading and its writing

@@ -71,6 +71,8 @@ class Manifest:
     format: int = 1
 
 
+TOGETHER = "ensemble"  # all members together, in reports and figures
+
 # --- rules ----------------------------------------------------------------------------------------
 
 
@@ -79,8 +81,12 @@ def check_manifest(manifest: Manifest) -> None:
     if manifest.format != 1:
         raise ValueError(f"format {short(manifest.format)}, this kernel reads format 1")
     if not manifest.members:
-        raise ValueError("no members")
-    _check_unique("two members named", [member.name for member in manifest.members])
+        raise ValueError("no members; list them under `members`")
+    names = [member.name for member in manifest.members]
+    _check_unique("two members named", names)
+    expect(
+        TOGETHER not in names, "name", TOGETHER, "another, for so are all of them together called"
+    )
     _check_unique("two members share", [member.file for member in manifest.members])
     expect(is_whole(manifest.classes), "classes", manifest.classes, "a whole number")
     n_classes = len(manifest.competition.classes)

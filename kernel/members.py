@@ -210,11 +210,13 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
         ValueError: its file is missing, changed, unreadable or not of the declared model.
     """
     path = folder / spec.file
-    check_sha256(path, spec.sha256)
     try:
+        check_sha256(path, spec.sha256)
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: no safetensors file: {error}") from error
+    except OSError as error:
+        raise ValueError(one_line(error)) from error
     network = build_network(spec.model)
     try:
         network.load_state_dict(weights, strict=True)

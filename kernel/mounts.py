@@ -37,6 +37,11 @@ class Options:
     allow_missing_members: bool = False
     report: Path | None = None  # None is run.json beside the output
 
+    @property
+    def record(self) -> Path:
+        """Where the run record goes."""
+        return self.report or self.output.with_name("run.json")
+
 
 def find_folders(root: Path, name: str) -> list[Path]:
     """Find the folders under `root`, at any depth, that hold the file `name`; copies count as one.

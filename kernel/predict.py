@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ MAX_FAILURES = 8  # images in a row that the networks may fail on before another
 
 
 def decode_ahead(
-    folder: Path, names: Sequence[str], ahead: int, competition: Competition = SEVERSTAL
+    folder: Path, names: Iterable[str], ahead: int, competition: Competition = SEVERSTAL
 ) -> Iterator[Strip]:
     """Yield strips in order, up to `ahead` of them decoded beside the networks."""
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -44,9 +44,9 @@ def decode_ahead(
             yield strip.result()
 
 
-def first_image(task: Task) -> Image | None:
+def first_image(task: Task, names: Iterable[str]) -> Image | None:
     """Return the first image that can be read."""
-    strips = (decode_strip(task.images, name, task.layout.competition) for name in task.names)
+    strips = (decode_strip(task.images, name, task.layout.competition) for name in names)
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 
@@ -60,12 +60,14 @@ def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]
         yield strip
 
 
-def noted(strips: Iterator[Strip], path: Path) -> Iterator[Strip]:
-    """Yield the same strips; the name of the last one stands in a file, whatever it does."""
-    for strip in strips:
-        with suppress(OSError):  # a disk that is full costs no strip
-            path.write_text(strip.name, encoding="utf-8", errors="surrogateescape")
-        yield strip
+def names_of(task: Task, submission: Submission) -> Iterator[str]:
+    """Yield a task's images; of a worker's the last one stands in a file, whatever it does."""
+    for name in task.names:
+        if not submission.whole:
+            with suppress(OSError):  # a disk that is full costs no strip
+                path = submission.path.with_suffix(LAST)
+                path.write_text(name, encoding="utf-8", errors="surrogateescape")
+        yield name
 
 
 @dataclass
@@ -105,21 +107,24 @@ class RunContext:
     manifest: Manifest
     submission: Submission
     stages: Stages
-    end: float  # time.monotonic() at which the budget is spent
+    start: float  # time.monotonic() at which it began
+
+    @property
+    def budget_s(self) -> float:
+        """Seconds from the start until everything is written."""
+        return self.options.budget_s or self.manifest.competition.time_limit_s
 
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
-        return self.end - time.monotonic()
+        return self.start + self.budget_s - time.monotonic()
 
     def until_watchdog_s(self) -> float:
         """Seconds until the watchdog would end this process."""
-        budget_s = self.options.budget_s or self.manifest.competition.time_limit_s
-        return self.left_s() - margin_s(budget_s)
+        return self.left_s() - margin_s(self.budget_s)
 
     def deadline(self) -> Deadline:
         """Return when to end: the same for all parts of a run, however late they begin."""
-        budget_s = self.options.budget_s or self.manifest.competition.time_limit_s
-        return Deadline(budget_s, self.end - budget_s)
+        return Deadline(self.budget_s, self.start)
 
     def n_workers(self, task: Task) -> int:
         """Processes that share a task: one a GPU, or as many as were asked for."""
@@ -169,9 +174,9 @@ def predict_task(
     """
     stages, in_a_row = scheduler.source.stages, 0
     rules = task.layout.competition
-    strips = decode_ahead(task.images, task.names, 4 * scheduler.batch_size, rules)
-    if not submission.whole:
-        strips = noted(strips, submission.path.with_suffix(LAST))
+    alone = not submission.whole and scheduler.source.device.type == "cpu"  # so that it is known
+    ahead = 0 if alone else 4 * scheduler.batch_size  # which image a worker dies at
+    strips = decode_ahead(task.images, names_of(task, submission), ahead, rules)
     stages.threads = scheduler.threads
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)
@@ -188,11 +193,11 @@ def predict_task(
             else:
                 in_a_row = 0
                 sizes.add(name, state.size)
-                outcome.work[name] = scheduler.work(state)
                 with stages("rle"):
                     masks = enumerate(state.masks, 1)
                     rles = {label: encode_rle(mask, rules) for label, mask in masks}
                     submission.set_masks(name, rles)
+                outcome.work[name] = scheduler.work(state)
             with stages("write"):
                 submission.save_throttled()
             before, since = time.monotonic(), before
@@ -222,7 +227,7 @@ def predict_on(
     """
     options, on_gpu = run.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, image = run.deadline(), first_image(task)
+    deadline, image = run.deadline(), first_image(task, names_of(task, run.submission))
     try:
         ensemble = load_ensemble(
             run.bundle,
@@ -248,7 +253,8 @@ def predict_on(
         raise DeviceLost(f"{device} fails: {error!r}") from error
     finally:
         outcome.dropped += deadline.dropped
-        outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
+        with suppress(RuntimeError):  # of a GPU that broke down
+            outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
 def _next_way(device: torch.device, plain: bool, lost: bool) -> tuple[torch.device, bool] | None:
@@ -284,7 +290,7 @@ def predict_here(run: RunContext, task: Task) -> Outcome:
                 raise
             losses += lost
         except Exception as error:
-            if rest is task:  # what is wrong from the first is the bundle
+            if rest is task and not found.work:  # what is wrong from the first is the bundle
                 raise
             fault = repr(error)
         outcome.add(found)

@@ -231,6 +231,13 @@ def _short(cells: list[str]) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside its place, then moved there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    part.replace(path)
+
+
 class Submission:
     """submission.csv: complete from the first second on, the rows of strips to come empty.
 
@@ -253,12 +260,12 @@ class Submission:
 
     def set_masks(self, image: str, rles: dict[int, str]) -> None:
         """Set the masks of one strip, class → RLE; a mask that no row asks for is ignored."""
-        self.done.add(image)
         for label, rle in rles.items():
             pair = image, label
             if rle and pair in self.lines:
                 self.rles[pair] = rle
                 self.lines[pair] = self.layout.line(*pair, rle)
+        self.done.add(image)  # last, for the watchdog may save at any moment
 
     def save(self, empty_rows: bool = True) -> int:
         """Write every row, or only those with a mask; return their number.
@@ -273,13 +280,8 @@ class Submission:
             rows = {pair for pair in self.lines if pair[0] in self.done}
         text = csv_line(self.layout.columns)
         text += "".join([line for pair, line in self.lines.items() if pair in rows])
-        part = self.path.with_name(self.path.name + ".part")
         with self.saving:
-            if self.path.exists() and not self.path.is_file():  # a device is not to be replaced
-                self.path.write_text(text, encoding="utf-8", errors="surrogateescape")
-                return len(rows)
-            part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-            part.replace(self.path)
+            replace_file(self.path, text)
         now = time.monotonic()
         self.next_s = now + (now - start) / self.MAX_SAVING_SHARE
         return len(rows)

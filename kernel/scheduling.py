@@ -110,7 +110,7 @@ class StripState:
         if self.tally.decoded:
             self.tally.finalize()
         else:
-            self.fault = "no time was left for it"
+            self.fault = self.fault or TOO_LATE
 
     def _drop_pass(self, index: int) -> None:
         pass_id = self.pass_ids.pop(index)
@@ -163,9 +163,9 @@ class SharedIterator:
 class Scheduler:
     """Runs the passes of strips that come one after another.
 
-    Strips that need the same half of the same pass go through it together. `pass_ids` are the
-    source's passes to run, in this order; all of them if it is None. With more `threads` as many
-    batches are under way at once, each strip in one thread from first to last.
+    Strips of one size that need the same half of the same pass go through it together. `pass_ids`
+    are the source's passes to run, in this order; all of them if it is None. With more `threads` as
+    many batches are under way at once, each strip in one thread from first to last.
     """
 
     def __init__(
@@ -178,7 +178,8 @@ class Scheduler:
         threads: int = 1,
     ) -> None:
         self.source, self.batch_size, self.early_exit = source, batch_size, early_exit
-        self.threads = threads
+        self.smaller = dict[torch.Size, int]()  # batches of images that memory was too small for
+        self.threads, self.stopped = threads, False
         self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
 
@@ -187,6 +188,7 @@ class Scheduler:
     ) -> Generator[StripState, None, None]:
         """Yield every strip when it is done, in completion order; the deadline expects `count`."""
         self.deadline.start_strips(count)
+        self.stopped = False
         if self.threads == 1:
             yield from self._predict_started(strips)
         else:
@@ -215,13 +217,14 @@ class Scheduler:
                     else:
                         yield given
             finally:  # interrupted: each thread ends after the step that it is in
-                self.deadline.end = -math.inf if running else self.deadline.end
+                self.stopped = running > 0
 
     @torch.inference_mode()
     def _predict_started(self, strips: Iterable[Strip]) -> Iterator[StripState]:
         coming, states = iter(strips), list[StripState]()
-        while True:
-            most = 1 if self.batch_size == 1 else 4 * self.batch_size  # so that batches stay full
+        while not self.stopped:
+            size = min(map(self._batch_size_of, states), default=self.batch_size)
+            most = 1 if size == 1 else 4 * size  # so that batches stay full
             room = max(most - len(states), 0)
             states += [self._admit(strip) for strip in itertools.islice(coming, room)]
             if not states:
@@ -233,8 +236,8 @@ class Scheduler:
             for state in (state for state in states if state.done):
                 state.encoded.clear()  # hundreds of MB, and whoever gets it may keep it
                 self.deadline.strips_left -= 1
-                if state.pass_ids:
-                    self.deadline.strip_done([self.source.passes[i] for i in state.pass_ids])
+                if state.planned:
+                    self.deadline.strip_done([self.source.passes[i] for i in state.planned])
                 yield state
             states = [state for state in states if not state.done]
 
@@ -270,15 +273,20 @@ class Scheduler:
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
         return StripState(strip, images, tally, pass_ids, size, fault=fault)
 
+    def _batch_size_of(self, state: StripState) -> int:
+        """How many strips of its size run at once."""
+        return self.smaller.get(state.images.shape, self.batch_size)
+
     def _run_next_step(self, states: list[StripState]) -> None:
-        """Run the step that most strips need next, and of equals the one furthest behind."""
+        """Run the step whose batch is fullest, and of equals the one furthest behind."""
         groups = defaultdict(list)
         for state in states:
             groups[*state.next_step, state.images.shape].append(state)
         if groups:
-            sizes = {key: min(len(group), self.batch_size) for key, group in groups.items()}
-            key = max(groups, key=lambda key: (sizes[key], -key[1]))
-            self._run_step(key[0], key[1], groups[key][: self.batch_size])
+            sizes = {key: self._batch_size_of(group[0]) for key, group in groups.items()}
+            full = {key: min(len(group) / sizes[key], 1) for key, group in groups.items()}
+            key = max(groups, key=lambda key: (full[key], -key[1]))
+            self._run_step(key[0], key[1], groups[key][: sizes[key]])
 
     def _run_step(self, step: Step, pass_id: int, states: list[StripState]) -> None:
         """One step of a pass for strips of one size; where it fails, in smaller batches.
@@ -290,9 +298,11 @@ class Scheduler:
         try:
             found = to_host(self._launch(step, pass_id, states))  # (B, 4, classes)
         except Exception as error:  # out of memory, or one strip that a network cannot take
-            if is_out_of_memory(error) and self.batch_size > 1:
-                self.batch_size //= 2  # these states are where they were, and come again
-                log.warning("out of memory: %d strips at a time from here on", self.batch_size)
+            size, shape = self._batch_size_of(states[0]), states[0].images.shape
+            if is_out_of_memory(error) and size > 1:
+                self.smaller[shape] = size // 2  # these states are where they were, and come again
+                what = "out of memory: %d strips of %d×%d at a time from here on"
+                log.warning(what, size // 2, shape[-1], shape[-2])
                 return
             fault, middle = self._fault_of(error), len(states) // 2
             if middle:
@@ -312,12 +322,14 @@ class Scheduler:
         return f"the networks failed: {error!r}"
 
     def _count_seconds(self, step: Step, pass_id: int, seconds: float, strips: int) -> None:
-        """Tell the deadline what each half took; of a whole pass, by its share of the flops."""
+        """Count what each half took; of a whole pass, by its share of the flops."""
         member, flops = self.source.passes[pass_id].member, self.source.passes[pass_id].flops
         counted = {half: flops[list(Half).index(half)] for half in step}
         for half, count in counted.items():
-            share = count / sum(counted.values())
-            self.deadline.half_done(member, half, share * seconds, strips)
+            half_s = seconds * count / sum(counted.values())
+            self.deadline.half_done(member, half, half_s, strips)
+            if self.source.stages.queued:
+                self.source.stages.networks[member, half] += half_s
 
     def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
         """Queue a step; return what its strips' `settle` takes, (B, 4, classes)."""
@@ -336,12 +348,12 @@ class Scheduler:
         self, step: Step, pass_id: int, states: list[StripState]
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What a step's networks give: gates with features, and probabilities."""
-        source, size = self.source, states[0].size
+        source, size, batch_size = self.source, states[0].size, self._batch_size_of(states[0])
         if step == DECODE:
             oldest = zip(*(state.encoded[0] for state in states), strict=True)
-            encoded = [pad_batch(tensors, self.batch_size) for tensors in oldest]
+            encoded = [pad_batch(tensors, batch_size) for tensors in oldest]
             return (), source.run_decoder(pass_id, encoded, size)
-        images = pad_batch([state.images for state in states], self.batch_size)
+        images = pad_batch([state.images for state in states], batch_size)
         if step == ENCODE:
             return source.run_encoder(pass_id, images), None
         gates, probabilities = source.run_pass(pass_id, images, size)

@@ -16,7 +16,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
 from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
-from kernel.rows import Layout, read_rows
+from kernel.rows import SPREADSHEET_CELL, Layout, read_rows
 
 Pair = tuple[str, int]  # (image, class)
 
@@ -198,7 +198,7 @@ def unlikely_masks(
         line = "row" if line == "column" else "column"  # across the runs
         yield (
             f"{last} runs start in the last {line} and {first} in the first: "
-            f"pixels are counted from {index}"
+            f"this competition counts pixels from {index}; was {1 - index} taken?"
         )
 
 
@@ -227,14 +227,15 @@ def check_submission(
     pairs: list[Pair],
     images: Path | None = None,
     competition: Competition = SEVERSTAL,
+    cut_off: int = SPREADSHEET_CELL,
 ) -> Findings:
     """Check a submission against the columns and (image, class) pairs that it must have.
 
     With the folder `images` a mask is checked against its own image, else against the competition's
-    usual size, where that is known.
+    usual size, where that is known. `cut_off` is as in `read_rows`.
     """
     try:
-        layout, rows = read_rows(path, competition=competition)
+        layout, rows = read_rows(path, competition=competition, cut_off=cut_off)
     except (OSError, ValueError) as error:
         return Findings([one_line(error)], [], [])
     header = ",".join(layout.header)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from kernel.checks import read_json
 from kernel.command import BAD_INPUT
 from kernel.logs import Stages, log
@@ -21,7 +23,9 @@ from kernel.tta import Half, Pass
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
+ENDING_S = 30.0  # that an interrupted worker has for its last save
 GPU_ROUNDS = 2  # in which images run on the GPUs
+MOST_IN_VAIN = 3  # rounds on the CPU in a row that give no image
 SHARED_SAMPLE = "sample.csv"  # the rows of all workers, which each shards alike
 
 
@@ -41,8 +45,8 @@ def start_worker(
         "shard": f"{number}/{count}",
         "output": folder / f"{number}.csv",
         "report": folder / f"{number}.json",
-        "batch-size": options.batch_size,
-        "streams": options.streams,
+        "batch-size": options.batch_size if on_gpu else 1,
+        "streams": options.streams if on_gpu else 1,
         "budget-s": max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
@@ -51,7 +55,8 @@ def start_worker(
     threads = max((os.cpu_count() or 1) // count, 1)
     gpu = _gpu_of(number) if on_gpu else ""
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(command, env=os.environ | environment)
+    # Ctrl-C is for this process alone, which ends its workers:
+    return subprocess.Popen(command, env=os.environ | environment, process_group=0)
 
 
 def write_rows(path: Path, task: Task) -> None:
@@ -63,9 +68,8 @@ def write_rows(path: Path, task: Task) -> None:
 def _gpu_of(number: int) -> str:
     """The GPU of a worker, from 1, among those that CUDA_VISIBLE_DEVICES leaves, if it is set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return str(number - 1)
-    gpus = visible.split(",")
+    count = max(torch.cuda.device_count(), 1)
+    gpus = list(map(str, range(count))) if visible is None else visible.split(",")
     return gpus[(number - 1) % len(gpus)]
 
 
@@ -115,8 +119,10 @@ def run_workers(run: RunContext, task: Task, count: int, on_gpus: bool) -> Round
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_rows(folder / SHARED_SAMPLE, task)
-        workers = [start_worker(run, task, folder, (number, count), on_gpus) for number in numbers]
+        workers: list[subprocess.Popen[bytes]] = []
         try:
+            for number in numbers:
+                workers.append(start_worker(run, task, folder, (number, count), on_gpus))
             while any(worker.poll() is None for worker in workers):
                 time.sleep(COLLECT_S)
                 collect(folder, numbers, run.submission)
@@ -124,7 +130,11 @@ def run_workers(run: RunContext, task: Task, count: int, on_gpus: bool) -> Round
             for worker in workers:
                 worker.terminate()
             for worker in workers:
-                worker.wait()
+                try:
+                    worker.wait(ENDING_S)
+                except subprocess.TimeoutExpired:  # a call that hears no signal
+                    worker.kill()
+                    worker.wait()
             collect(folder, numbers, run.submission)
         for number, worker in zip(numbers, workers, strict=True):
             try:
@@ -140,14 +150,16 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
     They are new ones on the same GPUs, for a GPU's fault may end with its process, and then one on
-    the CPU: the image at which that dies is left out, and another goes on behind it. None of it
-    runs in this process, for what killed a worker would end the run.
+    the CPU: the image at which that dies is left out, and another goes on behind it. Images never
+    run in this process, for what killed a worker would end the run.
     """
-    outcome, rest, died = Outcome(), task, ""
+    outcome, rest, died, in_vain = Outcome(), task, "", 0
     for attempt in itertools.count(1):
         on_gpus = attempt <= GPU_ROUNDS
         processes = min(count if on_gpus else 1, len(rest.names))
+        done = len(run.submission.done)
         found = run_workers(run, rest, processes, on_gpus)
+        in_vain = 0 if on_gpus or len(run.submission.done) > done else in_vain + 1
         outcome.add(found.outcome)
         if found.codes:
             number, code = min(found.codes.items())
@@ -158,7 +170,7 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
             if not on_gpus and found.last and found.last not in run.submission.done:
                 outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
-        stuck = not on_gpus and not found.last  # it dies before its first image
+        stuck = in_vain == MOST_IN_VAIN or (not on_gpus and not found.last)
         if not found.codes or not rest.names or run.deadline().over or stuck:
             break
         log.warning("%d images are left, and run in another", len(rest.names))

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import change_manifest, write_light_bundle, write_tiny_weights
+from hypothesis import settings
 from oracle import halve_masks
 
 from packing.bundle import build
 
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None)  # however busy it is
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -164,6 +164,16 @@ def test_a_signal_is_code_130_and_one_line_even_where_the_shell_ignores_it(
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize(("trap", "code"), [("trap - HUP", 130), ('trap "" HUP', 0)])
+def test_a_terminal_that_closes_interrupts_unless_nohup_was_asked_for(trap: str, code: int) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'{trap}; exec "$0" -c "$1" 1', sys.executable, SIGNALLED],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == code
+
+
 def test_an_interrupt_may_say_what_it_left(capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of(KeyboardInterrupt("out.csv is whole")) == 130
     assert capsys.readouterr().err == "interrupted: out.csv is whole\n"

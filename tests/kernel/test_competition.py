@@ -77,7 +77,7 @@ def decode_apart(rle: str, size: Size, competition: Competition) -> Mask:
     return mask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(MASKS, st.sampled_from(["columns", "rows"]), st.sampled_from([0, 1]))
 def test_a_mask_comes_back_from_its_code_in_any_order_and_index(
     mask: Mask, order: str, first: int
@@ -89,7 +89,7 @@ def test_a_mask_comes_back_from_its_code_in_any_order_and_index(
     np.testing.assert_array_equal(decode_rle(code, mask.shape, competition), mask)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(competitions(), st.data())
 def test_masks_come_back_from_the_csv_of_any_description_and_are_valid(
     tmp_path_factory: pytest.TempPathFactory, competition: Competition, data: st.DataObject

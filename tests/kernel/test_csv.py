@@ -20,7 +20,7 @@ RLES = st.sampled_from(["", "1 3", "5 2 9 4", "nan", "1 409600"])
 ROWS = st.lists(st.tuples(NAMES, st.integers(0, 4), RLES), max_size=8)
 
 
-@settings(max_examples=int(os.environ.get("FUZZ", "300")), deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ", "300")))
 @given(
     ROWS,
     st.sampled_from(["two-column", "three-column"]),

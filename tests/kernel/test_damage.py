@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.images import _check_whole, decode_strip, read_image
-from kernel.jpeg import find_data_ends
+from kernel.jpeg import walk_markers
 
 KINDS = {
     "baseline": [],
@@ -83,7 +83,7 @@ jpegs = st.builds(
 )
 
 
-@settings(max_examples=FUZZ, deadline=None)
+@settings(max_examples=FUZZ)
 @given(jpegs, st.floats(0, 1), st.booleans())
 def test_a_jpeg_that_is_cut_is_refused_or_loses_no_pixel(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, place: float, closed: bool
@@ -106,7 +106,7 @@ def test_a_hole_in_a_baseline_jpeg_is_refused(tmp_path: Path) -> None:
     assert seen >= 97
 
 
-@settings(max_examples=FUZZ, deadline=None)
+@settings(max_examples=FUZZ)
 @given(jpegs, st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20))
 def test_what_pillow_cannot_decode_is_refused_too(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, changes: list[tuple[float, int]]
@@ -140,7 +140,7 @@ def test_a_header_of_fewer_rows_than_the_data_have_is_refused(
     )
 
 
-@settings(max_examples=FUZZ, deadline=None)
+@settings(max_examples=FUZZ)
 @given(
     st.sampled_from(list(KINDS)),
     st.tuples(st.integers(1, 90), st.integers(1, 90)),
@@ -169,7 +169,7 @@ def test_a_whole_jpeg_of_another_size_is_read(
 
 def test_a_missing_restart_interval_is_refused(tmp_path: Path) -> None:
     data = jpeg("restart markers", 1)
-    ends = find_data_ends(data)
+    _, ends = walk_markers(data)
     assert len(ends) > 8
     fault = read(data[: ends[2]] + data[ends[3] :], tmp_path)
     assert "damaged or cut" in str(fault)
@@ -232,7 +232,7 @@ def test_a_jpeg_of_another_kind_is_named_as_that(frame: int) -> None:
     """Lossless and arithmetic: decoders have them or not, and their data end otherwise."""
     data = jpeg("baseline", 1).replace(b"\xff\xc0", bytes([0xFF, frame]), 1)
     with pytest.raises(ValueError, match=f"frame {frame:X}"):
-        find_data_ends(data)
+        walk_markers(data)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])

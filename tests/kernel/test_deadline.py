@@ -94,7 +94,7 @@ machines = st.builds(
 )
 
 
-@settings(max_examples=3 * MACHINES, deadline=None)
+@settings(max_examples=3 * MACHINES)
 @given(machines, st.floats(60, 3600))
 def test_every_strip_has_passes_or_stays_empty_and_the_budget_is_never_passed(
     machine: Machine, budget_s: float
@@ -110,7 +110,7 @@ def test_every_strip_has_passes_or_stays_empty_and_the_budget_is_never_passed(
     assert all(plan == sorted(set(plan)) for plan in log.plans)
 
 
-@settings(max_examples=MACHINES, deadline=None)
+@settings(max_examples=MACHINES)
 @given(machines)
 def test_nothing_is_dropped_where_there_is_time_for_all(machine: Machine) -> None:
     machine.stall_s = 0.0
@@ -120,7 +120,7 @@ def test_nothing_is_dropped_where_there_is_time_for_all(machine: Machine) -> Non
     assert all(plan == list(range(len(machine.passes))) for plan in log.plans)
 
 
-@settings(max_examples=MACHINES, deadline=None)
+@settings(max_examples=MACHINES)
 @given(machines, st.floats(0.2, 0.95))
 def test_a_steady_machine_leaves_less_unused_than_a_chunk_of_strips(
     machine: Machine, share: float

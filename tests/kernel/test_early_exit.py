@@ -114,14 +114,14 @@ def play(
     return tally
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(cases())
 def test_a_tally_ends_with_the_masks_of_every_pass(case: Case) -> None:
     tally = play(case, *[lambda tally: not tally.may_be_clean] * 2)
     np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_no_order_of_encoding_and_decoding_changes_a_mask(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -129,7 +129,7 @@ def test_no_order_of_encoding_and_decoding_changes_a_mask(case: Case, seed: int)
     np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_a_class_is_closed_only_when_no_other_rest_could_change_it(case: Case) -> None:
     """The rest of the passes is replaced by its extremes, all 0 and all at their bounds."""
@@ -148,7 +148,7 @@ def test_a_class_is_closed_only_when_no_other_rest_could_change_it(case: Case) -
         add_probabilities(tally, case.probabilities[index])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_where_passes_are_dropped_the_masks_are_those_of_the_others(case: Case, seed: int) -> None:
     """At random, passes give NaN: some at their encoder, some at their decoder."""
@@ -178,7 +178,7 @@ def test_where_passes_are_dropped_the_masks_are_those_of_the_others(case: Case, 
         np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(left))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases(), st.integers(1, 20), st.integers(0, 5))
 def test_a_tally_that_is_ended_early_has_the_masks_of_its_decoded_passes(
     case: Case, decoded: int, ahead: int
@@ -228,6 +228,7 @@ def test_a_sum_at_the_thresholds_edge_is_left_to_the_last_pass(side: int) -> Non
     manifest = Manifest([], 1, 0.5)
     tally = Tally(2, manifest, early_exit=True)
     for _ in range(2):
+        assert tally.open == [0]  # whichever side it seems to be on
         add_gates(tally, [float(edge)])
         add_probabilities(tally, torch.full((1, 1, 1), float(edge)))
     assert tally.decoded == 2

@@ -217,6 +217,10 @@ def run_strips(
         states = list(Scheduler(ensemble, batch_size).predict_strips(strips, count))
     assert [state.fault for state in states] == [""] * count
     assert all(state.tally.total is None or state.ended is not None for state in states)
+    counted_s = ensemble.stages.networks  # by whoever waits for the GPU
+    assert ensemble.stages.queued
+    assert {member for member, _ in counted_s} == set(ensemble.members)
+    assert all(seconds > 0 for seconds in counted_s.values())
     return steps
 
 

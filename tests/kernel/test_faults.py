@@ -40,12 +40,13 @@ from torch import Tensor
 
 from kernel import ensemble, inference
 from kernel.deadline import Deadline
-from kernel.device import device_usable, pick_device
+from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
-from kernel.images import Image
+from kernel.images import Image, Mask
 from kernel.members import Member
-from kernel.predict import RunContext, predict_on
+from kernel.predict import RunContext, _next_way, predict_on
+from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.tta import Pass
 
@@ -166,6 +167,23 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     assert "the last 6 images run again, on plain PyTorch" in line
 
 
+def test_an_error_after_strips_that_are_done_ends_nothing(
+    bundle: Path, images: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first strip it would be the bundle's fault."""
+    calls = itertools.count()
+
+    def short_of_memory(mask: Mask, *rules: Any) -> str:
+        if next(calls) == 9:
+            raise MemoryError
+        return encode_rle(mask, *rules)
+
+    monkeypatch.setattr("kernel.predict.encode_rle", short_of_memory)
+    record = predict(bundle, images, images.parent / "submission.csv")
+    assert not record["faults"] and record["work"].keys() == set(NAMES)
+    assert read_submission(images.parent / "submission.csv") == read_submission(whole)
+
+
 def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
     bundle: Path,
     images: Path,
@@ -175,12 +193,62 @@ def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
 ) -> None:
     """No GPU here: what stands for one is a device that no tensor can be moved to."""
     monkeypatch.setattr("kernel.predict.pick_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+
+    def lost() -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lost)
     record = predict(bundle, images, images.parent / "submission.csv")
     assert record["device"] == "cpu" and not record["faults"]
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
     [line] = [line for line in caplog.messages if "the last 6 images run on the CPU" in line]
     assert line.startswith("cuda fails: ")
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "plain", "lost", "way"),
+    [
+        (CUDA, False, False, (CUDA, True)),
+        (CUDA, True, False, (CPU, True)),
+        (CPU, False, False, (CPU, True)),
+        (CPU, True, False, None),
+        (CUDA, False, True, (CPU, False)),
+        (CUDA, True, True, (CPU, True)),
+    ],
+)
+def test_what_is_left_runs_on_less_and_less(
+    device: torch.device, plain: bool, lost: bool, way: tuple[torch.device, bool] | None
+) -> None:
+    assert _next_way(device, plain, lost) == way
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_device_that_stays_lost_is_not_tried_for_ever(
+    over: bool, session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor anything once the time is over; each way begins with as many threads as the process."""
+    ways, threads = list[tuple[torch.device, bool]](), torch.get_num_threads()
+
+    def lose(device: torch.device, *_: Any, plain: bool = False) -> None:
+        ways.append((device, plain))
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)  # as beside OpenVINO's
+        raise DeviceLost("cuda fails")
+
+    monkeypatch.setattr("kernel.predict.pick_device", lambda: CUDA)
+    monkeypatch.setattr("kernel.predict.predict_on", lose)
+    monkeypatch.setattr(Deadline, "over", over)
+    torch.set_num_threads(3)
+    try:
+        record = predict(session_light, images, images.parent / "submission.csv")
+    finally:
+        torch.set_num_threads(threads)
+    expected = [(CUDA, False), (CPU, False), (CPU, True)]
+    assert ways == expected[: 1 if over else 3]
+    assert record["faults"] == dict.fromkeys(NAMES, "was not predicted")
 
 
 def test_strips_that_no_time_is_left_to_run_again_stay_named(
@@ -191,7 +259,7 @@ def test_strips_that_no_time_is_left_to_run_again_stay_named(
     def run_late(
         device: Any, run: RunContext, task: Any, outcome: Any, plain: bool = False
     ) -> None:
-        run = replace(run, end=-math.inf) if plain else run
+        run = replace(run, start=-math.inf) if plain else run
         predict_on(device, run, task, outcome, plain)
 
     monkeypatch.setattr("kernel.predict.predict_on", run_late)

@@ -23,7 +23,6 @@ from kernel.tta import FLIPS
 
 CASES = settings(
     max_examples=int(os.environ.get("FUZZ", "300")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -26,13 +26,14 @@ from helpers import (
     write_manifest,
 )
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kernel.competition import SEVERSTAL
-from kernel.ensemble import load_ensemble
+from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image
 from kernel.logs import Stages
-from kernel.manifest import load_manifest
+from kernel.manifest import Manifest, MemberSpec, load_manifest
+from kernel.members import Member
 from kernel.scheduling import Scheduler
 from kernel.tta import FLIPS
 from packing.bundle import build
@@ -107,6 +108,26 @@ def test_each_pass_is_that_of_the_network_on_strips_of_its_own_size(
         assert expected.std() > 0.01
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert (found <= encoded[0][0, :, None, None]).all()  # the early exit rests on it
+
+
+def test_resizing_rounds_no_probability_above_its_gate() -> None:
+    """The early exit rests on it; here every pixel is at its gate."""
+
+    def encode(images: Tensor) -> tuple[Tensor, ...]:
+        return gates, images
+
+    def decode(gates: Tensor, images: Tensor) -> Tensor:
+        return gates[..., None, None].expand(-1, -1, *images.shape[-2:]).contiguous()
+
+    spec, rng = MemberSpec("one", "one.st", {}, [0.0], [1.0]), torch.Generator().manual_seed(1)
+    gated = replace(spec, model={"aux_params": {"classes": 4}}, image_size=(37, 53))
+    ensemble = Ensemble(Manifest([gated]), [Member(gated, encode, decode, 32)], CPU, Stages())
+    for size in ((64, 96), (101, 211)):
+        for _ in range(50):
+            gates = torch.rand(1, 4, generator=rng)
+            _, found = ensemble.run_pass(0, torch.zeros(1, 1, *size), size)
+            assert found.shape == (1, 4, *size)
+            assert (found <= gates[..., None, None]).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

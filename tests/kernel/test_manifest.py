@@ -39,7 +39,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
         "member one: unknown field 'sha'; the nearest is sha256",
     ),
     "a member without a file": ({"members": [without("file")]}, "member one: lacks file"),
-    "no members": ({"members": []}, "no members"),
+    "no members": ({"members": []}, "no members; list them under `members`"),
     "members that are no list": ({"members": 5}, "members 5, expected a list"),
     "a member that is no object": ({"members": ["one"]}, "member 'one', expected an object"),
     "a member without a name": (

@@ -10,7 +10,7 @@ import torch
 from helpers import CPU, read_manifest
 from safetensors.torch import load_file, save_file
 
-from kernel.manifest import MemberSpec
+from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import load_member
 
 Weights = dict[str, torch.Tensor]
@@ -56,6 +56,21 @@ def test_a_missing_member_is_named(light_bundle: Path) -> None:
     (light_bundle / "fpn.safetensors").unlink()
     with pytest.raises(ValueError, match=r"fpn\.safetensors: no such file; the bundle is not whol"):
         load_member(light_bundle, spec_of(light_bundle), CPU)
+
+
+def test_a_file_that_cannot_be_read_is_a_bad_member(
+    light_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other, which `--allow-missing-members` does without."""
+
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    spec = load_manifest(light_bundle).members[0]
+    assert load_member(light_bundle, spec, CPU).spec == spec
+    monkeypatch.setattr("kernel.members.load_file", fail)
+    with pytest.raises(ValueError, match=rf"{spec.file}: input/output error"):
+        load_member(light_bundle, spec, CPU)
 
 
 def test_one_changed_byte_is_noticed(light_bundle: Path) -> None:

@@ -34,7 +34,7 @@ def test_in_a_log_progress_is_whole_lines_with_rate_and_remaining_time(
             time.sleep(0.1)
             bar.update()
     lines = caplog.messages
-    assert 2 <= len(lines) <= 5  # 0.8 seconds, one line in 0.3
+    assert 2 <= len(lines) <= 8  # 0.8 seconds or more, one line in 0.3
     assert all(line.startswith("strips: ") and " of 8, " in line for line in lines)
     assert all(line.endswith(" left") and "strip/s" in line for line in lines)
     assert lines[-1].startswith("strips: 8 of 8")

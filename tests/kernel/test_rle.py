@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 from kernel.images import Mask, Size
 from kernel.rle import decode_rle, encode_rle, join_rles, rle_fault
 
-repeatable = settings(deadline=None, derandomize=True, max_examples=150)
+repeatable = settings(derandomize=True, max_examples=150)
 
 
 def drawn_masks() -> st.SearchStrategy[Mask]:

@@ -1,6 +1,5 @@
 """Rows as they are written: a submission is always whole. How they are read: test_csv.py."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,13 +89,6 @@ def test_rows_of_empty_masks_are_left_out_where_asked_or_where_the_competition_h
         assert text == (full if rows == 2 else full.splitlines(keepends=True)[0] + sparse)
     made.set_masks("b.jpg", {2: ""})  # no mask takes none away
     assert made.save() == 2 and made.path.read_text() == full
-
-
-def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
-    made = submission_of(tmp_path)
-    made.path = Path(os.devnull)
-    assert made.save() == 2
-    assert not made.path.is_file() and not list(tmp_path.iterdir())
 
 
 def test_rows_are_saved_from_the_moment_on_that_the_last_save_allows(

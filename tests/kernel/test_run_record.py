@@ -381,7 +381,7 @@ class Worker:
     def terminate(self) -> None:
         pass
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         return 0
 
 

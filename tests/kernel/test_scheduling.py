@@ -1,5 +1,6 @@
 """Scheduling: batches and regrouping change no mask, and a strip that fails costs only itself."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ from kernel.members import Member
 from kernel.scheduling import (
     DECODE,
     ENCODE,
+    TOO_LATE,
     Scheduler,
     Step,
     StripState,
@@ -239,11 +241,13 @@ def test_strips_in_threads_get_the_masks_that_they_get_alone(
 
 
 def test_threads_that_are_no_longer_wanted_end_after_their_step(source: DrawnPasses) -> None:
-    source.takes_s, before = 0.002, threading.active_count()
-    states = Scheduler(source, early_exit=False, threads=2).predict_strips(numbered(), N_STRIPS)
+    """Nor is another strip asked for: there may be thousands, each of some MB."""
+    source.takes_s, before, coming = 0.002, threading.active_count(), iter(numbered())
+    states = Scheduler(source, early_exit=False, threads=2).predict_strips(coming, N_STRIPS)
     next(states)
     states.close()
     assert len(source.encoded) < N_PASSES * N_STRIPS
+    assert next(coming, None)
     assert threading.active_count() == before
 
 
@@ -299,6 +303,15 @@ def test_a_strip_that_could_not_be_read_is_yielded_with_its_fault(source: DrawnP
     assert source.encoded
 
 
+def test_a_strip_that_could_not_be_read_keeps_its_fault_when_time_is_over(
+    source: DrawnPasses,
+) -> None:
+    over = Deadline(-math.inf, time.monotonic())
+    strips = [Strip("bad", None, "no image"), *numbered(1)]
+    states = run(Scheduler(source, deadline=over), strips)
+    assert {name: each.fault for name, each in states.items()} == {"bad": "no image", "0": TOO_LATE}
+
+
 def test_a_device_that_is_lost_ends_the_strips_and_names_the_error(
     source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +330,10 @@ NO_ROOM = [  # how PyTorch says that a GPU's memory is too small
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate"
+        " memory: you tried to allocate 99999999999 bytes. Error code 12"
+    ),
 ]
 
 
@@ -347,7 +364,31 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     assert [size for size in sizes if size > 2] == [8, 4]  # then it is small enough for good
     lines = [line for line in caplog.messages if line.startswith("out of memory")]
     assert [line.split()[3] for line in lines] == ["4", "2"]
-    assert all("strips at a time from here on" in line for line in lines)
+    assert all("strips of 5×4 at a time from here on" in line for line in lines)
+
+
+def test_a_large_image_makes_batches_of_its_own_size_alone_smaller(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, run_encoder = {True: list[int](), False: list[int]()}, source.run_encoder
+
+    def hungry(pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        large = images.shape[-1] > SIZE[1]
+        sizes[large].append(len(images))
+        if large and len(images) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return run_encoder(pass_id, images)
+
+    monkeypatch.setattr(source, "run_encoder", hungry)
+    monkeypatch.setattr(
+        source, "run_decoder", lambda i, encoded, _: source.probabilities[i, encoded[1][:, 0]]
+    )
+    strips = numbered()
+    strips[4] = Strip("4", np.full((SIZE[0], 3 * SIZE[1]), 4, np.uint8))
+    states = run(Scheduler(source, batch_size=4), strips)
+    assert len(states) == N_STRIPS and not any(state.fault for state in states.values())
+    assert sizes[True][:3] == [4, 2, 1] and set(sizes[True][2:]) == {1}
+    assert set(sizes[False]) == {4}
 
 
 def test_masks_that_do_not_fit_together_are_copied_one_by_one(

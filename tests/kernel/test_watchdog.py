@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,18 +133,26 @@ def test_a_disk_that_hangs_keeps_no_hung_process_alive(
     ("left_s", "expected_s"), [(3600.0, 3540.0), (100.0, 97.0), (3.5, 0.5), (2.0, 0.0)]
 )
 def test_it_waits_until_a_minute_before_an_hour_is_over_and_three_seconds_at_least(
-    left_s: float, expected_s: float, submission: Submission, monkeypatch: pytest.MonkeyPatch
+    left_s: float,
+    expected_s: float,
+    submission: Submission,
+    ended: ProcessEnd,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A save that hangs has half of what is left then."""
     waits, timer = list[float](), threading.Timer
 
-    def spied(interval: float, function: object) -> threading.Timer:
+    def spied(interval: float, function: Callable[[], object]) -> threading.Timer:
         waits.append(interval)
+        if len(waits) == 1:
+            function()
         return timer(600, lambda: None)
 
     monkeypatch.setattr(threading, "Timer", spied)
     with watchdog(submission, left_s):
         pass
-    assert waits == [expected_s]
+    assert waits == [expected_s, (left_s - expected_s) / 2 if left_s > 3 else 1.5]
+    assert ended.codes == [0]
 
 
 @pytest.mark.parametrize("fails", [False, True])

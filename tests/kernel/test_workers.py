@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import predict, read_submission, save_strips, write_sample
 
 from kernel.deadline import Deadline
@@ -19,10 +20,10 @@ from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE, Options, Task
-from kernel.predict import RunContext
+from kernel.predict import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.watchdog import margin_s
-from kernel.workers import collect, start_worker
+from kernel.workers import Round, collect, predict_by_workers, start_worker
 
 NAMES = [f"{index}.png" for index in range(5)]
 
@@ -132,8 +133,9 @@ def start_instead(monkeypatch: pytest.MonkeyPatch, script: Path, **environment: 
     """Have workers run another script, with their own options."""
     popen, own = subprocess.Popen, {key: str(value) for key, value in environment.items()}
 
-    def start(command: list[str], env: dict[str, str]) -> Any:
-        return popen([command[0], str(script), *command[2:]], env=env | own)
+    def start(command: list[str], env: dict[str, str], process_group: int) -> Any:
+        command = [command[0], str(script), *command[2:]]
+        return popen(command, env=env | own, process_group=process_group)
 
     monkeypatch.setattr(subprocess, "Popen", start)
 
@@ -142,39 +144,47 @@ DEADLY = """
 import os, sys
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
-admit = kernel.Scheduler._admit
+admit, decode = kernel.Scheduler._admit, kernel.decode_strip
 
-def deadly(scheduler, strip):
+def die(name, place):
+    if (name, place) == (os.environ["KILLER"], os.environ["PLACE"]):
+        os.abort()  # as a segmentation fault in a library
+
+def deadly_admit(scheduler, strip):
     with open(os.environ["ADMITTED"], "a") as file:
         file.write(f"{strip.name}\\n")
-    if strip.name == os.environ["KILLER"]:
-        os.abort()  # as a segmentation fault in a library
+    die(strip.name, "networks")
     return admit(scheduler, strip)
 
-kernel.Scheduler._admit = deadly
+def deadly_decode(folder, name, *rules):
+    die(name, "decoder")
+    return decode(folder, name, *rules)
+
+kernel.Scheduler._admit, kernel.decode_strip = deadly_admit, deadly_decode
 kernel.Submission.MAX_SAVING_SHARE = 1e9  # each strip is saved as soon as it is done
 kernel.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("killer", "repeated"), [("0.png", {"0.png": 3}), ("2.png", {"2.png": 3})])
+@pytest.mark.parametrize(("killer", "place"), [("0.png", "decoder"), ("2.png", "networks")])
 def test_an_image_that_kills_every_process_costs_its_own_rows(
     killer: str,
-    repeated: dict[str, int],
+    place: str,
     bundle: Path,
     images: Path,
     alone: tuple[bytes, dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nor is an image that is done predicted once more."""
+    """Nor is an image that is done predicted once more. Decoding goes ahead of the networks."""
     script, admitted = tmp_path / "deadly.py", tmp_path / "admitted"
     script.write_text(DEADLY, encoding="utf-8")
-    start_instead(monkeypatch, script, BUNDLE=bundle, ADMITTED=admitted, KILLER=killer)
+    start_instead(monkeypatch, script, BUNDLE=bundle, ADMITTED=admitted, KILLER=killer, PLACE=place)
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert record["faults"].keys() == {killer, "3.png"}
     assert record["faults"][killer] == "worker 1 of 1 ended with exit code -6"
-    assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | repeated
+    if place == "networks":
+        assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | {killer: 3}
     expected = read_submission_of(alone[0], tmp_path / "alone.csv")
     assert any(rle for (name, _), rle in expected.items() if name == killer)
     expected |= {pair: "" for pair in expected if pair[0] == killer}
@@ -271,22 +281,89 @@ def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_comes_from_a_worker
     assert taken.done == {"a.jpg"}
 
 
+# --- when no more workers are started ------------------------------------------------------------
+
+
+def rounds_of(
+    given: Sequence[Round], submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Outcome, int]:
+    """The outcome of rounds that give this, the last of them again and again; their number."""
+    calls = list[bool]()
+
+    def run_workers(run: RunContext, task: Task, count: int, on_gpus: bool) -> Round:
+        calls.append(on_gpus)
+        return replace(given[min(len(calls), len(given)) - 1], outcome=Outcome())
+
+    monkeypatch.setattr("kernel.workers.run_workers", run_workers)
+    task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
+    run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
+    return predict_by_workers(run, task, 2), len(calls)
+
+
+DIES = Round(Outcome(), {1: -11})
+
+
+@pytest.mark.parametrize(
+    ("last", "rounds"), [("", 3), ("4.png", 5)], ids=["before the first image", "each time"]
+)
+def test_workers_that_give_nothing_are_not_started_for_ever(
+    last: str, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds on GPUs, then on the CPU."""
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    submission.done.add("4.png")
+    outcome, count = rounds_of([replace(DIES, last=last)], submission, monkeypatch)
+    assert count == rounds
+    reason = f"worker 1 of {1 if rounds > 2 else 2} ended with exit code -11"
+    assert outcome.faults == dict.fromkeys(NAMES[:4], reason)
+
+
+def test_no_worker_is_started_when_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Deadline, "over", True)
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    outcome, count = rounds_of([DIES], submission, monkeypatch)
+    assert count == 1 and outcome.faults.keys() == set(NAMES)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_there_is_a_process_a_gpu_unless_told_otherwise(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
+
+    def count(options: Options, task: Task = task) -> int:
+        return RunContext(options, Path(), Manifest([]), submission, Stages(), 0.0).n_workers(task)
+
+    assert count(Options()) == max(gpus, 1)
+    assert count(Options(workers=3)) == 3
+    assert count(Options(workers=3, shard="1/2")) == 1
+    assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == 2
+
+
 # --- what a worker is started with ----------------------------------------------------------------
 
 
 def started(
-    options: Options, monkeypatch: pytest.MonkeyPatch, left_s: float = 100
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    left_s: float = 100,
+    on_gpu: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
     """The command and the environment of the second of three workers."""
     calls = list[tuple[list[str], dict[str, str]]]()
-    monkeypatch.setattr(subprocess, "Popen", lambda command, env: calls.append((command, env)))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: calls.append((command, env)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     bundle, manifest = Path("bundle"), Manifest([])
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(Path("out.csv"), task.layout, task.pairs)
-    end = time.monotonic() + left_s
-    options = replace(options, budget_s=options.budget_s or 100)
-    run = RunContext(options, bundle, manifest, submission, Stages(), end)
-    start_worker(run, task, Path("scratch"), (2, 3))
+    budget_s = options.budget_s or 100
+    start, options = time.monotonic() + left_s - budget_s, replace(options, budget_s=budget_s)
+    run = RunContext(options, bundle, manifest, submission, Stages(), start)
+    start_worker(run, task, Path("scratch"), (2, 3), on_gpu)
     return calls[0]
 
 
@@ -320,6 +397,15 @@ def test_a_worker_gets_the_options_of_its_run(
     assert environment["OMP_NUM_THREADS"] == str(max((os.cpu_count() or 1) // 3, 1))
 
 
+def test_on_the_cpu_a_worker_has_one_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is known at which image it dies."""
+    options = Options(batch_size=8, streams=2)
+    (_, _, *words), environment = started(options, monkeypatch, on_gpu=False)
+    found = parse_options(words)
+    assert (found.batch_size, found.streams) == (1, 1)
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
 @pytest.mark.parametrize("left_s", [3590.0, 1800.0, 430.0, 200.0, 95.0])
 def test_a_worker_that_hangs_ends_before_the_first_process_however_late_it_began(
     left_s: float, monkeypatch: pytest.MonkeyPatch
@@ -347,15 +433,22 @@ time.sleep(60)
 """
 
 
-def test_what_workers_do_in_their_last_second_stands_too(
-    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An interrupted run waits for its workers' end before it collects for the last time."""
+DEAF = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1], f"{sys.argv[2]}.ready").touch()
+time.sleep(60)
+"""
+
+
+def interrupted(
+    code: str, bundle: Path, images: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[int | None]:
+    """Exit codes of two workers that run this code, once a run is interrupted under them."""
     workers = list[subprocess.Popen[bytes]]()
 
     def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on: bool) -> Any:
-        command = [sys.executable, "-c", LAST_WORDS, str(folder), str(shard[0])]
-        workers.append(subprocess.Popen(command))
+        workers.append(subprocess.Popen([sys.executable, "-c", code, str(folder), str(shard[0])]))
         return workers[-1]
 
     def interrupt(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
@@ -367,8 +460,40 @@ def test_what_workers_do_in_their_last_second_stands_too(
     monkeypatch.setattr("kernel.workers.start_worker", start)
     monkeypatch.setattr("kernel.workers.collect", interrupt)
     with pytest.raises(KeyboardInterrupt):
+        predict(bundle, images, output, workers=2)
+    return [worker.poll() for worker in workers]
+
+
+def test_a_worker_that_hears_no_signal_is_killed(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernel.workers.ENDING_S", 0.2)
+    assert interrupted(DEAF, bundle, images, tmp_path / "out.csv", monkeypatch) == [-9, -9]
+
+
+def test_a_worker_that_cannot_be_started_leaves_no_other_behind(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = list[subprocess.Popen[bytes]]()
+
+    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on: bool) -> Any:
+        if workers:
+            raise OSError(12, "Cannot allocate memory")
+        workers.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return workers[-1]
+
+    monkeypatch.setattr("kernel.workers.start_worker", start)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
         predict(bundle, images, tmp_path / "submission.csv", workers=2)
-    assert [worker.poll() for worker in workers] == [130, 130]
+    assert workers[0].poll() == -15
+
+
+def test_what_workers_do_in_their_last_second_stands_too(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run waits for its workers' end before it collects for the last time."""
+    codes = interrupted(LAST_WORDS, bundle, images, tmp_path / "submission.csv", monkeypatch)
+    assert codes == [130, 130]
     rows = read_submission(tmp_path / "submission.csv")
     found = {pair: rle for pair, rle in rows.items() if rle}
     assert found == {("1.png", 1): "1 1", ("2.png", 1): "1 2"}
