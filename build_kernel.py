@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fit:
         hours = HOURS if args.hours is None else args.hours
         kernel = build_fit(args.out, owner, args.members or MEMBERS, hours, args.resume)
-        print_fit_next(args.out, kernel)
+        print_fit_next(args.out, kernel, hours, args.members)
         return 0
     competition = find_competition(args.competition) if args.competition else None
     metadata, packed = build(

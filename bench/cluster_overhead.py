@@ -186,12 +186,12 @@ def decode(gates: Tensor, images: Tensor) -> Tensor:
 class StubWorker(Worker):
     """A worker whose one member is a stub; all else is as it is."""
 
-    def _load(self, device: torch.device) -> Scheduler:
+    def _load(self, device: torch.device, plain: bool = False) -> Scheduler:
         def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> dict[str, Member]:
             return {spec.name: Member(spec, encode, decode, stride=32) for spec in specs}
 
         with mock.patch("kernel.ensemble.load_members", stubs):
-            return super()._load(device)
+            return super()._load(device, plain)
 
 
 class StubImages(ImageSet):
@@ -265,7 +265,7 @@ def time_stub_alone(images: StubImages, scratch: Path) -> float:
         chunks = (names[i : i + 16] for i in range(0, len(names), 16))
         start = time.monotonic()
         for chunk in chunks:
-            worker._predict(pool.map(images.read, chunk), {})
+            worker._predict(worker.scheduler, pool.map(images.read, chunk), {})
         return (time.monotonic() - start) / len(names)
 
 

@@ -88,9 +88,11 @@ def check_sample(pairs: Iterable[tuple[str, int]], images: ImageSet) -> None:
         log.warning("%d of the sample's images are not there, %r…", len(lacking), min(lacking))
 
 
-def predict_rest(args: argparse.Namespace, rest: ImageSet, record: dict[str, str]) -> Run:
+def predict_rest(
+    args: argparse.Namespace, images: ImageSet, names: list[str], record: dict[str, str]
+) -> Run:
     """Predict the images that have no rows yet; return what was done."""
-    image = first_image(rest)
+    image, rest = first_image(images), replace(images, names=names)
     connect(args.address)
     workers = plan_workers(args.gpus, args.workers, args.cpus_per_worker)
     output = Output(args.output)
@@ -134,8 +136,9 @@ def run(args: argparse.Namespace) -> int:
     output.check(record)
     done = output.done()
     rest = [name for name in images.names if name not in done]
-    log.info("%d images, %d of them have their rows", len(images.names), len(done))
-    last = predict_rest(args, replace(images, names=rest), record) if rest else None
+    count = len(images.names)
+    log.info("%d images, %d of them have their rows", count, count - len(rest))
+    last = predict_rest(args, images, rest, record) if rest else None
     if last:
         lacking = set(rest) - output.done()
         if lacking:

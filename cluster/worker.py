@@ -4,6 +4,7 @@ Ray Data calls it for one part of the images after another, on whichever machine
 """
 
 import atexit
+import functools
 import hashlib
 import os
 import shutil
@@ -92,10 +93,17 @@ class Worker:
         self.batch_size, self.early_exit = batch_size, early_exit
         self.scheduler = self._load(pick_device())
 
-    def _load(self, device: torch.device) -> Scheduler:
+    @functools.cached_property
+    def plain(self) -> Scheduler:
+        """For what the networks fail on: it may be the engine, or the GPU's memory."""
+        return self._load(torch.device("cpu"), plain=True)
+
+    def _load(self, device: torch.device, plain: bool = False) -> Scheduler:
         """The kernel's ensemble, checked on the image that the kernel takes."""
         manifest = load_manifest(self.bundle)
-        ensemble = load_ensemble(self.bundle, manifest, device, Stages(), image=self.image)
+        ensemble = load_ensemble(
+            self.bundle, manifest, device, Stages(), image=self.image, plain=plain
+        )
         batch_size = self.batch_size or (8 if device.type == "cuda" else 1)
         return Scheduler(ensemble, batch_size, self.early_exit)
 
@@ -103,28 +111,38 @@ class Worker:
         """Return the rows of a part: every class of every image, in the part's order."""
         found: dict[str, list[dict[str, Any]]] = {}
         try:
-            self._predict(unpack_strips(strips), found)
+            self._predict(self.scheduler, unpack_strips(strips), found)
         except DeviceLost as error:
             log.warning("%s: this worker goes on with the CPU", error)
             self.scheduler = self._load(torch.device("cpu"))
             rest = (strip for strip in unpack_strips(strips) if strip.name not in found)
-            self._predict(rest, found)
+            self._predict(self.scheduler, rest, found)
+        faults = {name: rows[0]["fault"] for name, rows in found.items() if rows[0]["fault"]}
+        failed = [
+            strip for strip in unpack_strips(strips) if strip.name in faults and not strip.fault
+        ]
+        if failed:
+            fault = faults[failed[0].name]
+            log.warning("%s; %d images run again, on plain PyTorch", fault, len(failed))
+            self._predict(self.plain, iter(failed), found)
         rows = (row for name in strips["image"].to_pylist() for row in found[name])
         return pa.Table.from_pylist(list(rows), schema=ROWS)
 
-    def _predict(self, strips: Iterator[Strip], found: dict[str, list[dict[str, Any]]]) -> None:
+    def _predict(
+        self, scheduler: Scheduler, strips: Iterator[Strip], found: dict[str, list[dict[str, Any]]]
+    ) -> None:
         """Every strip through the scheduler; image → its rows go to `found`."""
         before = time.monotonic()
-        for state in self.scheduler.predict_strips(strips):
-            rows = self._rows(state)
+        for state in scheduler.predict_strips(strips):
+            rows = self._rows(scheduler, state)
             before, since = time.monotonic(), before
             found[state.strip.name] = [row | {"seconds": before - since} for row in rows]
 
-    def _rows(self, state: StripState) -> Iterator[dict[str, Any]]:
+    def _rows(self, scheduler: Scheduler, state: StripState) -> Iterator[dict[str, Any]]:
         """One row a class; those of a bad image are empty and say why."""
-        competition = self.scheduler.source.manifest.competition
+        competition = scheduler.source.manifest.competition
         masks = [None] * len(competition.classes) if state.fault else list(state.masks)
-        share = None if state.fault else self.scheduler.work(state)["share"]
+        share = None if state.fault else scheduler.work(state)["share"]
         for label, mask in enumerate(masks, 1):
             rle, area = (
                 ("", 0) if mask is None else (encode_rle(mask, competition), int(mask.sum()))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.projection import Floats, Ints
+from evaluation.projection import Ints
 from evaluation.recorded import RecordedPasses
 from kernel.checks import read_json
 from kernel.device import pick_device
@@ -23,7 +23,7 @@ from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
 from training.ground_truth import decode_scored_masks
-from training.metrics import Masks, Scores, dice_of
+from training.metrics import Floats, Masks, Scores, dice_of
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
 AREAS = (0, 64, 128, 256, 512, 1024, 2048)  # pixels
@@ -43,7 +43,7 @@ def list_variants(passes: Sequence[Pass]) -> dict[str, list[int]]:
             variants[f"without {name}"] = [i for i, p in enumerate(passes) if p.member != name]
     if len(flips) > 1:
         for name in flips:
-            variants[f"without {name}"] = [i for i, p in enumerate(passes) if p.flip != name]
+            variants[f"without flip {name}"] = [i for i, p in enumerate(passes) if p.flip != name]
     return variants
 
 
@@ -156,8 +156,7 @@ def collect_stats(
         except (ValueError, OSError):
             continue  # the kernel's log has named it
         recorded = RecordedPasses(ensemble, image, name)
-        for pass_id in range(len(ensemble.passes)):
-            recorded.record(pass_id)
+        recorded.record_all()
         masks = decode_scored_masks(truth, name, recorded.size, ensemble.manifest.competition)
         areas.append(masks.sum(axis=(-2, -1)))
         for each in stats.values():

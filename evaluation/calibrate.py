@@ -24,14 +24,16 @@ from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
+from kernel.faults import one_line
 from kernel.images import check_kinds, read_image
 from kernel.logs import Stages, log, progress
-from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, parse_manifest
+from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest
 from kernel.mounts import one_folder
 from packing.checkpoints import read_checkpoint
 from packing.members import to_half
 from packing.models import load_into_model
 from packing.sources import read_sources
+from training.json_files import write_json
 from training.strips import image_names, read_strips
 
 WIDEST = 20.0  # logits by which gates are shifted at most
@@ -60,7 +62,11 @@ def shift_to_mean(logits: Tensor, mean: float) -> float:
 
 @torch.inference_mode()
 def gate_logits(ensemble: Ensemble, paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Return each gated member's presence logits (images, classes), under the first flip."""
+    """Return each gated member's presence logits (images, classes), under the first flip.
+
+    Raises:
+        ValueError: no image can be read.
+    """
     names = {spec.name for spec in ensemble.manifest.members if spec.gated}
     flip = ensemble.manifest.flips[0]
     passes = {
@@ -70,9 +76,15 @@ def gate_logits(ensemble: Ensemble, paths: Sequence[Path]) -> dict[str, Tensor]:
     }
     gates: dict[str, list[Tensor]] = {name: [] for name in passes}
     for path in progress(paths, "gates", "image"):
-        images = ensemble.prepare(read_image(path, ensemble.manifest.competition))
+        try:
+            images = ensemble.prepare(read_image(path, ensemble.manifest.competition))
+        except (ValueError, OSError) as error:
+            log.warning("left out: %s", one_line(error))
+            continue
         for member, pass_id in passes.items():
             gates[member].append(ensemble.run_encoder(pass_id, images)[0].double().cpu())
+    if not all(gates.values()):
+        raise ValueError(f"none of {len(paths)} images can be read, like {paths[0]}")
     return {member: torch.logit(torch.cat(found), OPEN_OR_SHUT) for member, found in gates.items()}
 
 
@@ -112,33 +124,27 @@ def shifts_of(spec: MemberSpec, classes: int) -> list[float]:
     return found if isinstance(found, list) else [found] * classes
 
 
-def check_entries(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return the ensemble.json that a bundle was built of.
+def check_weights(bundle: Path, manifest: Manifest, weights: Path) -> None:
+    """Raise ValueError where a bundle was not built of these weights.
 
-    Raises:
-        ValueError: its members, or their shifts, are not the bundle's.
+    Members, their shifts or a checkpoint may have changed since; the message names what did.
     """
-    entries = read_json(path)
+    own_manifest, sources = read_sources(weights, manifest.competition)
     own, packed = (
         {spec.name: shifts_of(spec, manifest.classes) for spec in each.members}
-        for each in (parse_manifest(entries, path, manifest.competition), manifest)
+        for each in (own_manifest, manifest)
     )
     if own != packed:
         raise ValueError(
-            f"{path}: members with gate_shift {own}, the bundle has {packed}: build it of this file"
+            f"{weights / MANIFEST}: members with gate_shift {own}, the bundle has {packed}: "
+            "build it of this file"
         )
-    return entries
-
-
-def check_weights(bundle: Path, manifest: Manifest, weights: Path) -> None:
-    """Raise ValueError for a member that was fitted again after the bundle was built; names it."""
-    own_manifest, sources = read_sources(weights, manifest.competition)
     paths = {spec.name: path for spec, path in zip(own_manifest.members, sources, strict=True)}
     for spec in progress(manifest.members, "checkpoints", "member"):
         source = paths[spec.name]
         network = load_into_model(read_checkpoint(source), spec.model)
-        own, packed = to_half(network.state_dict(), source), load_file(bundle / spec.file)
-        if any(not torch.equal(value, packed[key]) for key, value in own.items()):
+        tensors, there = to_half(network.state_dict(), source), load_file(bundle / spec.file)
+        if any(not torch.equal(value, there[key]) for key, value in tensors.items()):
             raise ValueError(f"{source}: is not what {bundle / spec.file} holds: build it again")
 
 
@@ -187,16 +193,14 @@ def calibrate(args: argparse.Namespace) -> int:
             f"shares {shares}: expected {manifest.classes}, each above 0 and below 1; "
             "a class without an image cannot be calibrated"
         )
-    entries = check_entries(args.weights / MANIFEST, manifest) if args.write else {}
     if args.write:
         check_weights(args.bundle, manifest, args.weights)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     found = find_shifts(gate_logits(ensemble, [folder / name for name in names]), shares)
     print(json.dumps({"shares": shares, "gate_shift": found}, indent=2))
     if args.write:
-        text = json.dumps(add_shifts(entries, manifest, found), indent=2, ensure_ascii=False)
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(text + "\n", encoding="utf-8")
+        entries = read_json(args.weights / MANIFEST)
+        write_json(args.write, add_shifts(entries, manifest, found))
         log.info("%s: written", args.write)
     return 0
 

@@ -57,7 +57,7 @@ log = logging.getLogger("kernel")
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
 
-def _no_images(folder: str, names: Iterable[str]) -> list[str]:
+def _not_images(folder: str, names: Iterable[str]) -> list[str]:
     """What lies beside images and is none: a sample or a manifest there is not Kaggle's."""
     files = [name for name in names if Path(folder, name).is_file()]
     return [name for name in files if Path(name).suffix.lower() not in IMAGE_SUFFIXES]
@@ -79,7 +79,7 @@ def make_kaggle_tree(
     shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink, ignore=ignore)
     competition = root / "input" / "competitions" / manifest.competition.slug
     shutil.copytree(
-        images.resolve(), competition / IMAGES, copy_function=os.symlink, ignore=_no_images
+        images.resolve(), competition / IMAGES, copy_function=os.symlink, ignore=_not_images
     )
     sample = competition / SAMPLE
     size = manifest.competition.image_size or (1, 1)
@@ -168,6 +168,7 @@ class DryRun:
     """What was run: a bundle on a folder of strips."""
 
     bundle: Path
+    competition: Competition  # the bundle's
     images: Path
     truth: dict[str, dict[int, str]] | None  # image → class → RLE, where it is known
     budget_s: float | None  # None: the competition's limit
@@ -177,11 +178,6 @@ class DryRun:
     def dataset(self) -> Path:
         """The packed dataset."""
         return self.bundle / "dataset"
-
-    @property
-    def competition(self) -> Competition:
-        """The bundle's."""
-        return load_manifest(self.dataset).competition
 
     @property
     def out(self) -> Path:
@@ -208,11 +204,16 @@ def _write_report(
         report["dice"] = summary = scores.summary()
         named = summary["per_class"].items()
         summary["per_class"] = {competition.name_of(int(label)): dice for label, dice in named}
+
+    def write() -> None:
+        write_json(out / "report.json", report)
+        (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+
+    write()  # what follows is long, and may be interrupted
     if run.truth is not None and run.ablation and run_record["work"]:
         log.info("every pass for every strip, to compare members, flips and settings")
         report["ablation"] = ablate(run.dataset, run.images, names, run.truth, out / MANIFEST)
-    write_json(out / "report.json", report)
-    (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+        write()
     return report
 
 
@@ -298,7 +299,7 @@ def _run_bundle(args: argparse.Namespace, root: Path) -> int:
     if truth and truth_csv:
         check_names(truth, list_images(flat), truth_csv, images)
         check_truth(truth, flat, truth_csv, competition)
-    run = DryRun(args.bundle, flat, truth, args.budget_s, bool(args.ground_truth))
+    run = DryRun(args.bundle, competition, flat, truth, args.budget_s, bool(args.ground_truth))
     run.out.mkdir(exist_ok=True)
     for name in (*RESULTS, MANIFEST):  # an earlier run's
         (run.out / name).unlink(missing_ok=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from evaluation.ablation import half_seconds
 from evaluation.recorded import RecordedPasses
 from evaluation.strips import sample_strips
 from kernel.command import run_command
@@ -29,8 +29,7 @@ from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
 from packing.members import count_flops
 from training.json_files import write_json
-
-Floats = npt.NDArray[np.float64]
+from training.metrics import Floats
 
 MOST_MEMBERS = 9
 SIZES = ((128, 800), (256, 800), (256, 1600), (512, 1600), (512, 3200))
@@ -53,9 +52,10 @@ def choose(ensemble: Ensemble, n_members: int, flips: Sequence[str]) -> list[int
 
 
 def list_choices(ensemble: Ensemble, flips: Sequence[str]) -> dict[Choice, list[int]]:
-    """Pass ids: 1 to 9 members under these flips, and all members under 1 to 4 flips."""
+    """Pass ids: 1 to 9 members or more under these flips, and all under 1 to 4 flips."""
     members, every = len(ensemble.manifest.members), list(FLIPS)
-    choices = {("members", n): choose(ensemble, n, flips) for n in range(1, MOST_MEMBERS + 1)}
+    most = max(MOST_MEMBERS, members)
+    choices = {("members", n): choose(ensemble, n, flips) for n in range(1, most + 1)}
     return choices | {("flips", n): choose(ensemble, members, every[:n]) for n in range(1, 5)}
 
 
@@ -69,13 +69,15 @@ class Replays:
     choices: dict[Choice, list[int]]
     ran: dict[Choice, list[dict[Half, list[int]]]] = field(default_factory=dict)
     clean: list[bool] = field(default_factory=list)  # whether all of the bundle's find nothing
+    size: Size = IMAGE_SIZE  # of the strips
 
-    def add(self, recorded: RecordedPasses, bundle: Choice) -> None:
-        """Add one strip, all its passes recorded; `bundle` is what the manifest runs."""
+    def add(self, recorded: RecordedPasses, usual: Choice) -> None:
+        """Add one strip, all its passes recorded; `usual` is what the manifest runs."""
+        self.size = recorded.size
         for choice, pass_ids in self.choices.items():
             state = recorded.replay(pass_ids)
             self.ran.setdefault(choice, []).append(state.ran)
-            if choice == bundle:
+            if choice == usual:
                 self.clean.append(not state.masks.any())
 
     def costs(self, choice: Choice, halves: Floats) -> tuple[Floats, Floats]:
@@ -90,24 +92,19 @@ class Replays:
 
 def half_costs(ensemble: Ensemble, strips: int) -> Floats:
     """Flops and measured seconds of every pass's halves, (passes, halves, 2)."""
-    seconds, runs = ensemble.stages.networks, strips * len(ensemble.manifest.flips)
-    rows = [
-        [(each.flops[i], seconds[each.member, half] / runs) for i, half in enumerate(Half)]
-        for each in ensemble.passes
-    ]
-    return np.array(rows)
+    flops = np.array([each.flops for each in ensemble.passes], np.float64)
+    return np.stack([flops, half_seconds(ensemble, strips)], axis=-1)
 
 
 def record_strips(ensemble: Ensemble, paths: Sequence[Path], flips: Sequence[str]) -> Replays:
     """Run every pass of every strip once, and replay all choices; `ensemble` has all flips."""
     replays = Replays(list_choices(ensemble, flips))
-    bundle = ("members", len(ensemble.manifest.members))
+    usual = ("members", len(ensemble.manifest.members))
     for path in progress(paths, "growth", "strip"):
         image = read_image(path, ensemble.manifest.competition)
         recorded = RecordedPasses(ensemble, image, path.name)
-        for pass_id in range(len(ensemble.passes)):
-            recorded.record(pass_id)
-        replays.add(recorded, bundle)
+        recorded.record_all()
+        replays.add(recorded, usual)
     return replays
 
 
@@ -126,10 +123,11 @@ def as_row(ran: Floats, every: Floats) -> dict[str, float]:
 
 
 def flops_at(specs: Sequence[MemberSpec], size: Size) -> int:
-    """Flops of one pass of each member at a size, counted without arithmetic."""
+    """Flops of one pass of each member at a size or its own, counted without arithmetic."""
     with META:
         networks = [split_network(build_network(spec.model), spec, META) for spec in specs]
-    return sum(sum(count_flops(network, size)) for network in networks)
+    sizes = [spec.image_size or size for spec in specs]
+    return sum(sum(count_flops(*pair)) for pair in zip(networks, sizes, strict=True))
 
 
 def summarise(replays: Replays, ensemble: Ensemble, sizes: Sequence[Size]) -> dict[str, Any]:
@@ -142,7 +140,7 @@ def summarise(replays: Replays, ensemble: Ensemble, sizes: Sequence[Size]) -> di
     results: dict[str, Any] = {"strips": len(clean), "clean": int(clean.sum())}
     for kind in ("members", "flips"):
         results[kind] = {str(n): row for (name, n), row in rows.items() if name == kind}
-    base = flops_at(specs, ensemble.manifest.image_size or IMAGE_SIZE)
+    base = flops_at(specs, ensemble.manifest.image_size or replays.size)
     results["image_size"] = {}
     for height, width in sizes:
         factor = flops_at(specs, (height, width)) / base

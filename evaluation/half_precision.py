@@ -29,7 +29,7 @@ from kernel.engines import (
 from kernel.ensemble import Ensemble
 from kernel.images import Image, pad_to_multiple, read_image, size_of
 from kernel.logs import Stages, progress
-from kernel.manifest import Manifest, load_manifest
+from kernel.manifest import TOGETHER, Manifest, load_manifest
 from kernel.members import Member, load_member, split_network
 from kernel.threshold import apply_threshold
 from training.json_files import write_json
@@ -99,12 +99,12 @@ def compare_strip(
 ) -> None:
     """Add one strip's masks: of every member over its flips, and of the ensemble."""
     names = {each.member: len(exact.manifest.flips) for each in exact.passes}
-    counts, manifest = names | {"ensemble": len(exact.passes)}, exact.manifest
+    counts, manifest = names | {TOGETHER: len(exact.passes)}, exact.manifest
     sums: dict[str, list[Tensor]] = {}
     for pass_id, each in enumerate(exact.passes):
         images = exact.prepare(image)
         found = [one.run_pass(pass_id, images, size_of(image))[1][0] for one in (exact, rounded)]
-        for name in (each.member, "ensemble"):
+        for name in (each.member, TOGETHER):
             before = sums.get(name, [torch.zeros_like(found[0])] * 2)
             sums[name] = [a + b for a, b in zip(before, found, strict=True)]
     for name, totals in sums.items():

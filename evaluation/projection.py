@@ -4,7 +4,6 @@ This machine's seconds are measured. Kaggle's are estimated from counted flops a
 in `MACHINES`, until `calibrate` has read the run.json of a real run there.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -20,11 +19,12 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.tta import Half, Pass
 from packing.bundle import CALIBRATION
+from training.json_files import write_json
+from training.metrics import Floats
 
 FIXED_STAGES = {"start", "import", "load", "check"}  # paid once, however many the strips
 DEVICE_STAGES = {"prepare", "tally"}  # on the networks' device; on a GPU next to nothing
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 # --- a run, read back from its run.json -----------------------------------------------------------
@@ -323,8 +323,7 @@ def calibrate(bundle: Path, path: Path) -> str:
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
     machine, known = _machine_of(run), read_calibration(bundle)
     known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": run.strips}
-    text = json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (bundle / CALIBRATION).write_text(text, encoding="utf-8")
+    write_json(bundle / CALIBRATION, known)
     return machine
 
 

@@ -13,6 +13,7 @@ read is named and left out; Ctrl-C ends with those that are labelled by then.
 
 import argparse
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,13 +75,11 @@ def label_strips(
     competition = ensemble.manifest.competition
     for name in progress(image_names(folder), "strips", "strip"):
         try:
-            image = read_image(folder / name, competition)
-        except (ValueError, OSError) as error:
-            log.warning("left out: %s", one_line(error))
+            recorded = RecordedPasses(ensemble, read_image(folder / name, competition), name)
+            recorded.record_all()
+        except (ValueError, OSError, RuntimeError) as error:  # of the file, or out of memory
+            log.warning("%s is left out: %s", name, one_line(error))
             continue
-        recorded = RecordedPasses(ensemble, image, name)
-        for pass_id in range(len(ensemble.passes)):
-            recorded.record(pass_id)
         masks = label_strip(recorded, gate_shifts, min_area)
         if masks is not None:
             found = {label: encode_rle(mask, competition) for label, mask in enumerate(masks, 1)}
@@ -114,7 +113,10 @@ def label(args: argparse.Namespace) -> int:
     if args.min_area < 1:
         raise ValueError(f"--min-area {args.min_area}: expected 1 pixel or more")
     if args.out.exists():
-        raise ValueError(f"{args.out}: is there already")
+        raise ValueError(f"{args.out}: is there already; give another --out, or remove it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out.parent):  # where hours of labels go in the end
+        pass
     manifest = load_manifest(args.bundle)
     competition = replace(manifest.competition, mask_size=None)  # to train on: the image's own size
     folder = one_folder(args.images, competition)

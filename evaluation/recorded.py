@@ -1,8 +1,10 @@
 """Recorded passes: what an ensemble gave for one strip, as a source of passes for the scheduler."""
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +15,9 @@ from kernel.images import Image, Size, Strip, size_of
 from kernel.logs import Stages, log
 from kernel.manifest import Manifest
 from kernel.scheduling import Scheduler, StripState
-from kernel.tta import Pass
+from kernel.tta import Half, Pass
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,9 +45,27 @@ class RecordedPasses:
     @torch.inference_mode()
     def record(self, pass_id: int) -> None:
         """Run both halves of a pass; keep its gates and probabilities, not its features."""
-        encoded = self.ensemble.run_encoder(pass_id, self.images)
-        self.probabilities[pass_id] = self.ensemble.run_decoder(pass_id, encoded, self.size)
+        encoded = self._timed(
+            pass_id, Half.ENCODER, lambda: self.ensemble.run_encoder(pass_id, self.images)
+        )
+        self.probabilities[pass_id] = self._timed(
+            pass_id, Half.DECODER, lambda: self.ensemble.run_decoder(pass_id, encoded, self.size)
+        )
         self.encoded[pass_id] = encoded[:1]
+
+    def record_all(self) -> None:
+        """Record every pass."""
+        for pass_id in range(len(self.passes)):
+            self.record(pass_id)
+
+    def _timed(self, pass_id: int, half: Half, run: Callable[[], T]) -> T:
+        """Run a half; where a device only queues it, wait for it, for its seconds to count."""
+        start, found = time.perf_counter(), run()
+        if self.stages.queued:
+            torch.cuda.synchronize(self.device)
+            member = self.passes[pass_id].member
+            self.stages.networks[member, half] += time.perf_counter() - start
+        return found
 
     def mean(self, pass_ids: Sequence[int]) -> Tensor:
         """Mean probabilities (classes, H, W) of recorded passes, without those that gave NaN."""

@@ -11,7 +11,7 @@ from kernel.device import pick_device
 from kernel.ensemble import load_ensemble
 from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import Stages, progress
-from kernel.manifest import load_manifest
+from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import list_images, one_folder
 from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.json_files import to_json, write_json
@@ -30,7 +30,7 @@ def score_strip(recorded: RecordedPasses, truth: Masks, scores: dict[str, Scores
             recorded.record(pass_id)
             scores[each.member].add(recorded.replay([pass_id]).masks, truth)
     order = sorted((i for i, _ in passes), key=lambda i: i not in recorded.probabilities)
-    scores["ensemble"].add(recorded.replay(order).masks, truth)
+    scores[TOGETHER].add(recorded.replay(order).masks, truth)
 
 
 EXAMPLE = "  python evaluation/score.py --images data/steel/test_images --truth data/steel/test.csv"
@@ -64,11 +64,11 @@ def score(args: argparse.Namespace) -> int:
         image = read_image(images / name, competition)
         masks = decode_scored_masks(truth, name, size_of(image), competition)
         score_strip(RecordedPasses(ensemble, image, name), masks, scores)
-        summary = {
-            member: each.summary() | {"intervals": each.intervals()}
-            for member, each in scores.items()
-        }
-        write_json(args.out, summary)
+        write_json(args.out, {member: each.summary() for member, each in scores.items()})
+    summary = {
+        member: each.summary() | {"intervals": each.intervals()} for member, each in scores.items()
+    }
+    write_json(args.out, summary)
     print(to_json(summary), end="")
     return 0
 

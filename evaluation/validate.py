@@ -30,8 +30,8 @@ def validate(args: argparse.Namespace) -> int:
     competition = find_competition(args.competition)
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder of images")
-    layout, pairs = read_sample(args.sample, None, competition)
     check_instances(args.sample, read_rows(args.sample, competition=competition)[1], competition)
+    layout, pairs = read_sample(args.sample, None, competition)
     images, columns = args.images and one_folder(args.images, competition), layout.columns
     findings = check_submission(args.submission, columns, pairs, images, competition)
     print("\n".join(findings.lines()))

@@ -25,6 +25,7 @@ from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
 FIT = "fit"  # the kernel that fits; a build leaves it
+LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
 
 # --- staging --------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def check_out(out: Path) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"{out}: is a file; choose another --out")
-    found = {path.name for path in out.iterdir()}
+    found = {path.name for path in out.iterdir()} - LEFT_BY_SYSTEMS
     complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
     if found - {FIT} and not complete:
         listed = ", ".join(sorted(found)[:3])

@@ -34,6 +34,9 @@ OWN_OPTIONS = {  # of train.py, and what they are on Kaggle
     "--device": "the GPU that is free",
 }
 
+PATHS = ("--extra", "--start-from", "--unlabelled", "--heads-on", "--teacher")  # of train.py
+CHOICES = ("held-out", "train", "none")  # of --heads-on, which are no paths
+
 DOCSTRING = '''\
 """Fits the members of a list on Kaggle, and leaves what build_kernel.py --weights packs.
 
@@ -100,14 +103,17 @@ def read_members(path: Path) -> str:
 
     Raises:
         ValueError: it is no text, names no member, or two of them alike, or has an option of which
-            the kernel on Kaggle says itself what it is.
+            the kernel on Kaggle says itself what it is, or a path of this machine.
     """
     try:
         text = path.read_text(encoding="utf-8")
         lines = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--name")
-        names = [parser.parse_known_args(words)[0].name for words in lines]
+        for option in PATHS:
+            parser.add_argument(option, dest="paths", nargs="*", action="extend", default=[])
+        parsed = [parser.parse_known_args(words)[0] for words in lines]
+        names = [each.name for each in parsed]
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
     except (ValueError, argparse.ArgumentError) as error:  # no UTF-8, a quote that is not closed
@@ -118,6 +124,9 @@ def read_members(path: Path) -> str:
                 f"{path}: {shlex.join(words)}: leave {own[0]} out, with --fit it is "
                 f"{OWN_OPTIONS[own[0].split('=')[0]]}"
             )
+    for given in (given for each in parsed for given in each.paths if given not in CHOICES):
+        if Path(given.rsplit("=", 1)[0]).exists():
+            raise ValueError(f"{path}: {given}: lies on this machine, which Kaggle's does not see")
     if not names or None in names or len(set(names)) < len(names):
         raise ValueError(
             f"{path}: members {names}, expected at least one, each with a --name of its own"

@@ -9,12 +9,12 @@ import re
 import warnings
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path, PosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 PRETRAINED_FILES = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained, new and old
@@ -24,9 +24,14 @@ SAVE_WEIGHTS = (
 )
 
 # Beside the weights: numpy's numbers and arrays, under numpy 2's names and numpy 1's, timm's
-# arguments, and paths.
+# arguments, and paths, under the names that Python 3.13 gives them and those before.
 SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-PLAIN_DATA: list[Any] = [argparse.Namespace, PosixPath, np.dtype, np.ndarray]
+PLAIN_DATA: list[Any] = [argparse.Namespace, np.dtype, np.ndarray]
+PLAIN_DATA += [
+    (PurePath, f"{module}.{name}")
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+]
 PLAIN_DATA += [SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 PLAIN_DATA += [ARRAY, (ARRAY, "numpy.core.multiarray._reconstruct")]
 PLAIN_DATA += [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "u4", "?")]
@@ -217,15 +222,18 @@ class Content:
     member: dict[str, Any]  # the entry of a manifest in a safetensors header, as training writes it
 
 
-def _read_safetensors(path: Path) -> Content:
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the entry of a manifest in a safetensors header; nothing of a file that has none."""
     try:
-        member = json.loads(header.get("member", "{}"))
-    except ValueError:
-        member = {}
-    return Content(tensors, member if isinstance(member, dict) else {})
+        with safe_open(path, "pt") as file:
+            member = json.loads((file.metadata() or {}).get("member", "{}"))
+    except (ValueError, OSError, SafetensorError):
+        return {}
+    return member if isinstance(member, dict) else {}
+
+
+def _read_safetensors(path: Path) -> Content:
+    return Content(load_file(path), read_header(path))
 
 
 def _read_pickle(path: Path) -> Content:

@@ -1,5 +1,6 @@
 """The source manifest: which checkpoints are to be packed, and as what."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -10,8 +11,11 @@ from kernel.competition import Competition, load_competition
 from kernel.faults import short
 from kernel.manifest import MANIFEST, Manifest, parse_manifest
 from kernel.members import check_sha256
+from kernel.rows import replace_file
 from packing.models import read_model, with_todays_options, without_activation
-from packing.reading import no_such_checkpoint, weights_file
+from packing.reading import no_such_checkpoint, read_header, weights_file
+
+HEADER = ("name", "file", "model", "mean", "std", "image_size", "channels")  # of a member's entry
 
 
 def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
@@ -39,19 +43,44 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 
+def propose_manifest(path: Path) -> None:
+    """Write a manifest of the checkpoints beside it that say themselves what they are, and say so.
+
+    `training/train.py` writes a member's entry into its checkpoint's header. What is of the
+    ensemble is the default.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {file: read_header(file) for file in sorted(path.parent.glob("*.safetensors"))}
+    members = [entry | {"file": file.name} for file, entry in found.items() if entry]
+    if not members:
+        raise ValueError(f"{path}: no such file; write one, or give its folder with --weights")
+    default = Manifest([])
+    entries = {
+        "format": default.format, "threshold": default.threshold, "min_area": default.min_area,
+        "flips": default.flips,
+        "members": [{key: entry[key] for key in HEADER if key in entry} for entry in members],
+    }  # fmt: skip
+    replace_file(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    files = ", ".join(entry["file"] for entry in members)
+    print(f"{path}: was not there; written of what {files} say of themselves: look at it")
+
+
 def read_sources(
     weights: Path, competition: Competition | None = None
 ) -> tuple[Manifest, list[Path]]:
     """Return the bundle's manifest, hashes and flops to come, and each member's checkpoint.
 
-    The competition is the one asked for, else the one described beside the manifest.
+    The competition is the one asked for, else the one described beside the manifest. A manifest
+    that is not there is written, where the checkpoints say what they are.
 
     Raises:
         ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing or changed.
     """
     path = weights / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; write one, or give its folder with --weights")
+        propose_manifest(path)
     entries = read_json(path)
     members = entries.get("members")
     if isinstance(members, list):

@@ -31,14 +31,17 @@ def _numbers(packed: list[PackedMember]) -> tuple[str, str, str]:
     return f"{parameters:,}", f"{megabytes:.1f}", f"{gflop:.1f}"
 
 
-def print_fit_next(out: Path, metadata: dict[str, Any]) -> None:
-    """Print the commands that fit on Kaggle and fetch what was fitted."""
-    _print_owner(str(metadata["id"]).split("/")[0])
+def print_fit_next(out: Path, metadata: dict[str, Any], hours: float, members: Path | None) -> None:
+    """Print the commands that fit on Kaggle, fetch what was fitted, and go on."""
+    owner = str(metadata["id"]).split("/")[0]
+    _print_owner(owner)
     print(f"  kaggle kernels push -p {shlex.quote(str(out / 'fit'))}")
     print(f"and when it has run (kaggle kernels status {metadata['id']}):")
     print(f"  kaggle kernels output {metadata['id']} -p my_weights")
-    print("  python build_kernel.py --weights my_weights")
-    print("Members that are not finished go on: build with --fit --resume, and push again.")
+    print(f"  python build_kernel.py --weights my_weights --owner {owner}")
+    again = f"--fit --resume --hours {hours:g} --owner {owner}"
+    again += f" --members {shlex.quote(str(members))}" if members else ""
+    print(f"Members that are not finished go on: build with {again}, and push again.")
 
 
 def _print_owner(owner: str) -> None:

@@ -1,5 +1,6 @@
 """One experiment: everything that decides what its weights will be."""
 
+import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,15 @@ from pathlib import Path
 from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, MemberSpec
 from kernel.threshold import threshold_logit
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """A size like 256x1600, height × width in pixels."""
+    height, times, width = text.partition("x")
+    if not (times and height.isdecimal() and width.isdecimal() and int(height) * int(width)):
+        raise argparse.ArgumentTypeError(f"size is {text!r}, expected HEIGHTxWIDTH like 256x1600")
+    return int(height), int(width)
+
 
 PRECISIONS = ("32", "16-mixed", "bf16-mixed")
 NO_FOLD = -1  # nothing is held out
@@ -63,6 +73,13 @@ class Config:
     precision: str = "32"  # one of PRECISIONS
 
     @property
+    def steadier(self) -> str:
+        """What to try where numbers grow too large."""
+        if self.precision == "16-mixed":
+            return "with --precision bf16-mixed or 32, or a lower --learning-rate"
+        return "with a lower --learning-rate"
+
+    @property
     def steps(self) -> int:
         """Steps of both parts together."""
         return self.crop_steps + self.whole_steps
@@ -110,8 +127,10 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--classes {config.classes}, expected 1 or more")
     if not math.isfinite(config.evenness):
         raise ValueError(f"--evenness {config.evenness}, expected a number like 0.5")
-    if min(config.crop_steps, config.whole_steps, config.seed) < 0:
-        raise ValueError("--crop-steps, --whole-steps and --seed are 0 or more")
+    steps = {"--crop-steps": config.crop_steps, "--whole-steps": config.whole_steps}
+    for option, value in (steps | {"--seed": config.seed}).items():
+        if value < 0:
+            raise ValueError(f"{option} {value}, expected 0 or more")
     if config.crops < 0:
         raise ValueError(f"--crops {config.crops}, expected 1 or more")
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
@@ -124,4 +143,5 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--mean {config.mean}, --std {config.std}: of grey in [0, 1]")
     shares = (config.moved_share, config.defect_share, *config.extra_shares)
     if not all(0 <= share <= 1 for share in shares) or sum(config.extra_shares) >= 1:
-        raise ValueError(f"shares {shares}: each from 0 to 1, --extra's below 1 together")
+        given = f"--moved-share {config.moved_share}, --extra's {list(config.extra_shares)}"
+        raise ValueError(f"{given}: each from 0 to 1, --extra's below 1 together")

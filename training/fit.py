@@ -1,11 +1,12 @@
 """Fitting: both parts' steps through Lightning's Trainer, each resumable at every saved state."""
 
+import itertools
 import logging
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +28,12 @@ from tqdm import tqdm
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import is_out_of_memory
 from kernel.faults import one_line
-from kernel.images import image_to_tensor, read_image
+from kernel.images import Image, image_to_tensor, read_image
 from kernel.logs import log, progress
 from training.batch_norm import retake_statistics
 from training.batches import Batches
 from training.config import Config, Part
-from training.module import MemberModule, load_into_network, new_network
+from training.module import COUNTER, MemberModule, load_into_network, new_network
 from training.states import EXPERIMENT, AtomicCheckpointIO, read_state
 from training.strips import Strips
 
@@ -44,6 +45,7 @@ STATISTICS_STRIPS = 24
 LOADER_TIMEOUT_S = 600  # a worker that died without a word ends the run instead of hanging it
 MAX_CROPS = 64
 SHM = Path("/dev/shm")
+TOO_LARGE = "out of memory with one crop or strip a step: take a smaller --encoder, or --device cpu"
 
 
 class Diverged(ValueError):
@@ -157,7 +159,7 @@ class Watch(Callback):
         loss, step = float(outputs["loss"]), trainer.global_step
         if not np.isfinite(loss):
             raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
-                           f"{self.part.name}: lower --learning-rate")  # fmt: skip
+                           f"{self.part.name}: fit it anew {self.config.steadier}")  # fmt: skip
         self.ends.append(time.perf_counter())
         self.seconds += self.ends[-1] - self.start
         self.smooth = loss if np.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
@@ -296,6 +298,15 @@ def fit_part(
 # --- all parts ------------------------------------------------------------------------------------
 
 
+def readable(paths: Iterable[Path], competition: Competition) -> Iterator[Image]:
+    """Yield the images that can be read; log the others."""
+    for path in paths:
+        try:
+            yield read_image(path, competition)
+        except (ValueError, OSError) as error:
+            log.warning("left out: %s", one_line(error))
+
+
 def retake_from_strips(
     network: Any,
     config: Config,
@@ -307,16 +318,21 @@ def retake_from_strips(
 
     Pooling branches (DeepLab's, PAN's) normalise over a batch alone, and one is too few for them:
     a strip whose neighbour has another size stands beside its mirror image.
+
+    Raises:
+        ValueError: no strip can be read; of others it is logged.
     """
-    order = np.random.default_rng(config.seed).permutation(len(paths))[:STATISTICS_STRIPS]
-    chosen = [paths[index] for index in order]
+    order = np.random.default_rng(config.seed).permutation(len(paths))
     module = MemberModule(network, config, config.parts[1]).to(machine.device)
 
     def batches() -> Iterator[Tensor]:
+        images = readable((paths[index] for index in order), competition)
+        chosen = list(itertools.islice(images, STATISTICS_STRIPS))
+        if not chosen:
+            raise ValueError(f"batch-norm statistics: none of {len(paths)} strips can be read")
         pairs = list(zip(chosen[::2], chosen[1::2] or chosen, strict=False))
         for pair in progress(pairs, "batch-norm statistics", "pair"):
-            images = (read_image(path, competition) for path in pair)
-            first, second = (image_to_tensor(image, machine.device) for image in images)
+            first, second = (image_to_tensor(image, machine.device) for image in pair)
             second = second if second.shape == first.shape else first.flip(-1)
             yield module.prepare(torch.cat([first, second]))
 
@@ -328,31 +344,46 @@ def fit_network(
     config: Config,
     machine: Machine,
     experiment: dict[str, Any],
+    statistics: Sequence[Path],
     start_from: Mapping[str, Tensor] | None = None,
-    statistics: Sequence[Path] = (),
 ) -> tuple[Any, float]:
     """Fit the network of an experiment through both parts; return it and the seconds of its steps.
 
-    `statistics` are images from which the batch-norm statistics are taken.
+    `statistics` are images from which the batch-norm statistics are taken. A fit without steps
+    leaves the network as it came.
 
     Raises:
-        ValueError: as `fit_part`, or SMP builds no such network.
+        ValueError: as `fit_part`, SMP builds no such network, or `start_from` does not fit it.
         RuntimeError, KeyboardInterrupt: as `fit_part`.
     """
-    network = new_network(config)
+    states = (machine.runs / config.name / f"{part.name}.ckpt" for part in config.parts)
+    resumed = any(path.is_file() for path in states)  # which needs no download any more
+    network = new_network(replace(config, encoder_weights="") if resumed else config)
     if start_from:
-        count = load_into_network(network, start_from, presence=not config.steps)
-        log.info("%s starts from %d of %d tensors", config.name, count, len(network.state_dict()))
-        if not count:
+        lacking = load_into_network(network, start_from, presence=not config.steps)
+        every = sum(not key.endswith(COUNTER) for key in network.state_dict())
+        log.info("%s starts from %d of %d tensors", config.name, every - len(lacking), every)
+        if lacking and not config.steps:
+            raise ValueError(
+                f"--start-from: without steps it has to be this network, and it has no {lacking[0]}"
+                f" of {config.encoder} with {config.arch}: give the --encoder, --arch and "
+                "--channels that it was fitted with"
+            )
+        if len(lacking) == every:
             raise ValueError(
                 f"--start-from: no tensor of it fits {config.encoder} with {config.arch}: it has "
                 f"{min(start_from)}, …, expected {min(network.state_dict())}, …"
             )
     crops, strips = config.parts
     seconds = fit_part(network, sources, config, crops, machine, experiment)
-    if strips.steps:
+    if config.steps:
         retake_from_strips(network, config, statistics, machine, sources[0].competition)
-        seconds += fit_part(network, sources, config, strips, machine, experiment)
+        try:
+            seconds += fit_part(network, sources, config, strips, machine, experiment)
+        except RuntimeError as error:
+            if is_out_of_memory(error):  # which fewer crops would not mend
+                raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
+            raise
     return network.to(machine.device).eval(), seconds
 
 
@@ -387,9 +418,7 @@ def fit_within_memory(fit: Callable[[Config], T], config: Config) -> T:
             if not is_out_of_memory(error):
                 raise
             if config.crops == 1:
-                raise ValueError(
-                    f"GPU out of memory with one crop or strip a step: {one_line(error)}"
-                ) from error
+                raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
         config = replace(config, crops=config.crops // 2)
         torch.cuda.empty_cache()
-        log.warning("GPU out of memory: from here on %d crops a step", config.crops)
+        log.warning("out of memory: from here on %d crops a step", config.crops)

@@ -137,7 +137,8 @@ def fit_all(
             job.log.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, str(SCRIPT), *job.options, "--device", device]
             process = processes.start(command, job.log)
-            log.info("%s starts on %s, its log is %s", job.name, device, job.log)
+            if process:
+                log.info("%s starts on %s, its log is %s", job.name, device, job.log)
             code = process.wait() if process else INTERRUPTED
             return job, INTERRUPTED if code and processes.stopped else code
         finally:

@@ -25,7 +25,9 @@ def split_folds(strips: Strips, folds: int, fold: int) -> tuple[Strips, Strips]:
     if fold == NO_FOLD:
         return strips, replace(strips, names=[])
     if len(strips.names) < folds:
-        raise ValueError(f"{strips.folder}: {len(strips.names)} strips for {folds} folds")
+        raise ValueError(
+            f"{strips.folder}: {len(strips.names)} strips for {folds} folds; give fewer --folds"
+        )
     labels = [
         [c in strips.truth.get(name, {}) for c in range(1, strips.classes + 1)]
         for name in strips.names
@@ -73,15 +75,19 @@ EXAMPLE = "  python training/folds.py --data severstal --folds 3 --fold 0 --out 
 
 
 def write_strips(strips: Strips, folder: Path) -> None:
-    """Copy strips and their ground truth into a folder like the competition's, and say how many."""
+    """Copy strips and their ground truth into a folder like the competition's, and say how many.
+
+    The truth, which may be hours of work, comes first.
+    """
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
     layout = list(layouts_of(strips.competition).values())[-1]
     rows = [csv_line(layout.columns)]
     for name in strips.names:
-        shutil.copyfile(strips.folder / name, folder / "train_images" / name)
         labels = sorted(strips.truth.get(name, {}).items())
         rows += [layout.line(name, label, rle) for label, rle in labels]
     (folder / "train.csv").write_text("".join(rows), encoding="utf-8", newline="")
+    for name in strips.names:
+        shutil.copyfile(strips.folder / name, folder / "train_images" / name)
     counts = [len(strips.with_class(label)) for label in range(1, strips.classes + 1)]
     classes = ", ".join(strips.competition.classes)
     found = f"{len(strips.names)} strips, {len(strips.clean())} clean"
@@ -109,7 +115,7 @@ def split(args: argparse.Namespace) -> int:
     if args.folds < 2 or not 0 <= args.fold < args.folds:
         raise ValueError(f"--fold {args.fold} of --folds {args.folds}: expected 0 to folds - 1")
     if args.out.exists():
-        raise ValueError(f"{args.out}: is there already")
+        raise ValueError(f"{args.out}: is there already; give another --out, or remove it")
     competition = read_competition(args)
     parts = split_folds(read_strips(args.data, competition), args.folds, args.fold)
     for strips, name in zip(parts, ("train", "held_out"), strict=True):

@@ -1,6 +1,7 @@
 """The last fit: both heads once more, the network in front of them as it is."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernel.faults import one_line
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log, progress
 from kernel.members import Member
@@ -17,7 +19,7 @@ from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
 from training.strips import Strips
-from training.teacher import presence_probabilities
+from training.teacher import presence_probabilities, read_teacher
 
 PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last
 L2_SP_WEIGHT = 0.01  # keeps the presence head near the trained one: few strips have a rare class
@@ -66,9 +68,22 @@ class SampledPairs:
 
 
 def load_each(pairs: Pairs, what: str) -> Iterator[Pair]:
-    """Yield every pair, with progress lines."""
+    """Yield every pair that can be read, with progress lines.
+
+    Raises:
+        ValueError: none can; of others it is logged.
+    """
+    read = 0
     for index in progress(range(len(pairs)), what, "strip"):
-        yield pairs[index]
+        try:
+            pair = pairs[index]
+        except (ValueError, OSError) as error:  # after hours of steps, which it must not cost
+            log.warning("left out: %s", one_line(error))
+            continue
+        read += 1
+        yield pair
+    if not read:
+        raise ValueError(f"{what}: none of {len(pairs)} strips can be read")
 
 
 # --- presence head --------------------------------------------------------------------------------
@@ -92,13 +107,23 @@ def pooled_features(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]
 
 
 def taught_features(module: MemberModule, teacher: Member, strips: Strips) -> tuple[Tensor, Tensor]:
-    """Return what the presence head sees (N, channels), and a teacher's gates (N, classes)."""
+    """Return what the presence head sees (N, channels), and a teacher's gates (N, classes).
+
+    Raises:
+        ValueError: no image can be read; of others it is logged.
+    """
     pooled, gates = [], []
     for name in progress(strips.names, "taught gates", "strip"):
-        image = read_image(strips.folder / name, strips.competition)
+        try:
+            image = read_image(strips.folder / name, strips.competition)
+        except (ValueError, OSError) as error:
+            log.warning("left out: %s", one_line(error))
+            continue
         images = image_to_tensor(image, module.mean.device)
         pooled.append(pool(module, images))
         gates.append(presence_probabilities(teacher, images))
+    if not pooled:
+        raise ValueError(f"{strips.folder}: no image can be read")
     return torch.cat(pooled), torch.cat(gates)
 
 
@@ -199,6 +224,6 @@ def refit_taught_gates(module: MemberModule, strips: Strips) -> None:
     what a presence looks like on others than they do. It should not have been fitted on these.
     """
     module.eval()
-    [teacher] = module.teachers
+    teacher = read_teacher(Path(module.config.teacher), module.config.classes)
     pooled, gates = taught_features(module, teacher, strips)
     refit_presence(presence_layer(module.network), pooled, gates, 1.0, TAUGHT_L2_SP_WEIGHT)

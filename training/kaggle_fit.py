@@ -9,7 +9,6 @@ build_kernel.py --weights packs, out_of_fold.json, experiments.csv and curves.pn
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -19,8 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from kernel.checks import read_json
 from kernel.command import INTERRUPTED, run_command
@@ -33,7 +30,7 @@ from kernel.mounts import find_one, folders_with
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.json_files import write_json
-from training.results import SCORES
+from training.results import SCORES, read_entry
 from training.states import hash_file
 from training.strips import image_names
 
@@ -89,7 +86,7 @@ def bring_earlier(root: Path, resume: bool) -> None:
     for path in found[0].glob("*.safetensors"):
         try:
             manifest_entry(path)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             log.warning("%s is damaged (%s): it is fitted anew", path, error)
             Path(path.name).unlink()
 
@@ -144,9 +141,8 @@ def read_once(paths: Sequence[Path]) -> None:
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """Return the entry of a manifest that a checkpoint's header holds."""
-    with safe_open(path, framework="pt") as file:
-        entry: dict[str, Any] = json.loads(file.metadata()["member"])
+    """Return what a source manifest has of the entry in a checkpoint's header; as `read_entry`."""
+    entry = read_entry(path)
     return {field: entry[field] for field in SPEC_FIELDS}
 
 
@@ -162,10 +158,25 @@ def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
             "image_size": image_size, "classes": default.classes, "threshold": default.threshold,
             "min_area": default.min_area, "flips": default.flips, "members": members,
         })  # fmt: skip
-    draw_curves(RUNS, [job.name for job in jobs], Path("curves.png"))
     for name in finished:
         for state in (RUNS / name).glob("*.ckpt"):
             state.unlink()
+    try:
+        draw_curves(RUNS, [job.name for job in jobs], Path("curves.png"))
+    except (ValueError, OSError) as error:  # a log that a fit is writing, or that was cut off
+        log.warning("no learning curves: %s", one_line(error))
+
+
+def check_list(jobs: Sequence[Job]) -> None:
+    """Raise ValueError where an earlier output is here, and none of its members in the list."""
+    earlier = set(read_json(Path(RECORD))) if Path(RECORD).is_file() else set[str]()
+    earlier |= {path.name for path in RUNS.glob("*") if path.is_dir()}
+    names = [job.name for job in jobs]
+    if earlier and earlier.isdisjoint(names):
+        raise ValueError(
+            f"the earlier output is of {', '.join(sorted(earlier))}, the list of "
+            f"{', '.join(names)}: build with the --members of then, or without --resume"
+        )
 
 
 # --- the session ----------------------------------------------------------------------------------
@@ -203,6 +214,7 @@ def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
     workers = max(1, (os.cpu_count() or 1) // len(devices))
     common = ["--data", str(data), "--runs", str(RUNS), "--out", ".", "--workers", str(workers)]
     jobs = read_jobs(args.members, common)
+    check_list(jobs)
     folder = data / "train_images"
     names = image_names(folder)
     image_size = size_of(read_image(folder / names[0]))

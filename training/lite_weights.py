@@ -21,17 +21,16 @@ from training.config import Config
 
 LITE_MEAN, LITE_STD = 127 / 255, 128 / 255  # of the values in [0, 1] that Lite takes
 OPEN = 3.0  # a gate's logit: sigmoid gives 0.95
+LITE_FILE = "efficientnet-lite0-57934424.pth"  # as the package names it
 
-EXAMPLE = """\
-  python training/lite_weights.py --weights efficientnet-lite0-57934424.pth --out data/lite0
-"""
+EXAMPLE = f"  python training/lite_weights.py --weights {LITE_FILE} --out data/lite0.safetensors\n"
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a B0 encoder for one grey channel, as a member's checkpoint names them.
 
     Raises:
-        ValueError: a layer has another name or shape.
+        ValueError: a layer is missing or has another shape.
     """
     state = smp.encoders.get_encoder("efficientnet-b0", in_channels=1, weights=None).state_dict()
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
@@ -45,8 +44,8 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     found |= {k: torch.full_like(v, OPEN) for k, v in state.items() if "_se_expand.bias" in k}
     for key, value in state.items():
         if "_se_" not in key and (key not in found or found[key].shape != value.shape):
-            what = f"{tuple(found[key].shape)}" if key in found else "nothing"
-            raise ValueError(f"{key}: {what}, EfficientNet-Lite0 has {tuple(value.shape)}")
+            what = f"has {tuple(found[key].shape)}" if key in found else "is missing"
+            raise ValueError(f"{key} {what}, expected {tuple(value.shape)}; give {LITE_FILE}")
     return {f"encoder.{key}": value.contiguous() for key, value in found.items()}
 
 
@@ -66,7 +65,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def write(args: argparse.Namespace) -> int:
     """Convert and write."""
-    weights = convert(torch.load(args.weights, map_location="cpu", weights_only=True))
+    loaded = torch.load(args.weights, map_location="cpu", weights_only=True)
+    try:
+        weights = convert(loaded)
+    except ValueError as error:
+        raise ValueError(f"{args.weights}: {error}") from None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, args.out)
     return 0

@@ -17,6 +17,8 @@ from training.config import Config, Part
 from training.losses import MASK_WEIGHT, Outputs, member_loss, run_network, taught_loss
 from training.teacher import mask_probabilities, read_teacher
 
+COUNTER = "num_batches_tracked"  # a batch norm's, which no network needs
+
 
 def new_network(config: Config) -> Any:
     """Build the network of an experiment, seeded, its encoder's weights downloaded if asked.
@@ -39,8 +41,10 @@ def new_network(config: Config) -> Any:
         raise ValueError(f"{what}: {error}") from error
 
 
-def load_into_network(network: nn.Module, weights: Mapping[str, Tensor], presence: bool) -> int:
-    """Load what fits by name and shape, a whole member or another's encoder; return its count.
+def load_into_network(
+    network: nn.Module, weights: Mapping[str, Tensor], presence: bool
+) -> list[str]:
+    """Load what fits by name and shape, a whole member or another's encoder; return what does not.
 
     Without `presence` that head stays as drawn: its last fit leaves all gates open for single
     cells, which is no start for more steps.
@@ -53,7 +57,7 @@ def load_into_network(network: nn.Module, weights: Mapping[str, Tensor], presenc
         if key in own.keys() - head and value.shape == own[key].shape
     }
     network.load_state_dict(own | fitting)
-    return len(fitting)
+    return [key for key in own if key not in fitting and not key.endswith(COUNTER)]
 
 
 class MemberModule(L.LightningModule):
@@ -74,9 +78,6 @@ class MemberModule(L.LightningModule):
             values = torch.tensor(of_channels, device=device).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.stride = int(network.encoder.output_stride)
-        self.teachers = []  # one or none; in a list it is no part of the member
-        if config.teacher:
-            self.teachers.append(read_teacher(Path(config.teacher), config.classes))
         self.frozen = part.name == "strips"  # whether batch-norm statistics stay as they are
 
     def autocast(self) -> torch.autocast:
@@ -114,7 +115,8 @@ class MemberModule(L.LightningModule):
         """Return the loss of images (B, channels, H, W) and their masks."""
         outputs = self(images).float()
         loss = member_loss(outputs, pad_to_multiple(masks.float(), self.stride))
-        for teacher in self.teachers:
+        if self.config.teacher:
+            teacher = read_teacher(Path(self.config.teacher), self.config.classes)  # once a process
             taught = mask_probabilities(teacher, images)
             loss = loss + MASK_WEIGHT * taught_loss(outputs.masks, taught)
         return loss

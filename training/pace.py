@@ -99,7 +99,7 @@ def choose_steps(
         ValueError: no time is left for one step, the file of the steps is broken, or a state beside
             it is of another experiment.
     """
-    path, own = machine.runs / config.name / STEPS, asdict(replace(config, crops=0))
+    path, own = machine.runs / config.name / STEPS, asdict(replace(config, crops=0, teacher=""))
     asked = json.loads(json.dumps(own))  # tuples as JSON has them
     saved = read_json(path) if path.is_file() else {}
     if saved.get("asked") != asked:

@@ -4,13 +4,16 @@ import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from kernel.ensemble import Ensemble
+from kernel.faults import one_line
 from kernel.images import Strip
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
@@ -29,7 +32,8 @@ def validate(
 ) -> Scores:
     """Score the member alone, gated, without flips, on whole strips, by the kernel's own code.
 
-    A strip that it cannot answer counts as an empty answer, which is what the kernel would write.
+    A strip that it cannot answer counts as an empty answer, which is what the kernel would write;
+    one that cannot be read, or its truth, counts as none.
     """
     device = device or torch.device("cpu")
     manifest = Manifest([config.spec], config.classes, flips=("none",))
@@ -37,12 +41,30 @@ def validate(
     scheduler = Scheduler(Ensemble(manifest, [member], device, Stages()))
     scores = Scores()
     for name in progress(strips.names, "validation", "strip"):
-        image, masks = strips.load(name)
+        try:
+            image, masks = strips.load(name)
+        except (ValueError, OSError) as error:  # after hours of steps, which it must not cost
+            log.warning("not scored: %s", one_line(error))
+            continue
         (state,) = scheduler.predict_strips([Strip(name, image)])
         if state.fault:
             log.warning("%s counts as an empty answer: %s", name, state.fault)
         scores.add(np.zeros_like(masks) if state.fault else state.masks, masks)
     return scores
+
+
+def read_entry(path: Path) -> dict[str, Any]:
+    """Return the entry of a manifest that `write_checkpoint` put into a header.
+
+    Raises:
+        ValueError: it is no such checkpoint, or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            entry: dict[str, Any] = json.loads(file.metadata()["member"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no checkpoint of train.py: {one_line(error)}") from error
+    return entry
 
 
 def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
@@ -57,7 +79,7 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
         if not value.isfinite().all():
             raise ValueError(
                 f"{config.name}: {key} holds NaN, or more than half precision can: no checkpoint "
-                "is written; fit it again with a lower --learning-rate"
+                f"is written; fit it again {config.steadier}"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")

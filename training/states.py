@@ -1,5 +1,6 @@
 """Saved states: what a killed run goes on from, and what must not be mixed up."""
 
+import contextlib
 import hashlib
 import shutil
 from dataclasses import asdict
@@ -59,6 +60,14 @@ def describe_experiment(config: Config, data: str, start_from: str) -> dict[str,
     described = asdict(config) | {"data": data, "start_from": start_from, "teacher": teacher}
     described = {k: v for k, v in described.items() if v or k not in ("means", "stds", "teacher")}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
+
+
+def crops_of(folder: Path) -> int:
+    """Return the crops a step of a run that may go on; 0 where none was begun."""
+    for path in sorted(folder.glob("*.ckpt")):
+        with contextlib.suppress(Exception):  # a broken one is refused where it is read
+            return int(torch.load(path, map_location="cpu", weights_only=True)["crops"])
+    return 0
 
 
 def read_state(path: Path, experiment: dict[str, Any]) -> dict[str, Any] | None:

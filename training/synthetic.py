@@ -31,6 +31,7 @@ from kernel.logs import progress
 from kernel.mounts import expand_rows, list_images
 from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import LAYOUTS, Layout, layouts_of, write_submission
+from training.config import parse_size
 from training.ground_truth import read_truth
 
 Rng = np.random.Generator
@@ -532,7 +533,7 @@ def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[i
             if name not in leave_out:
                 outlines.setdefault(number, []).append(rle)
     if not outlines:
-        raise ValueError(f"{path}: no mask")
+        raise ValueError(f"{path}: no mask; give a train.csv that has some, or leave out fewer")
     return outlines
 
 
@@ -778,8 +779,8 @@ def write_competition(
     shared out among its classes.
 
     Raises:
-        ValueError: the layout is unknown, or strips are there already: those that no new row names
-            would count as clean.
+        ValueError: the layout is unknown, or a file that it writes is there already, or strips:
+            those that no new row names would count as clean.
     """
     layouts = layouts_of(competition)
     layout = list(layouts)[-1] if competition != SEVERSTAL else layout
@@ -791,6 +792,9 @@ def write_competition(
     for each in (train_plan.folder, test_plan.folder):
         if each.is_dir() and any(each.iterdir()):
             raise ValueError(f"{each}: holds files already; give another --out, or remove it")
+    for each in (folder / name for name in ("train.csv", "test.csv", "sample_submission.csv")):
+        if each.exists():
+            raise ValueError(f"{each}: is there already; give another --out, or remove it")
     train_strips = write_split(train_plan, train, jobs)
     test_strips = write_split(test_plan, test, jobs)
     write_truth(folder / "train.csv", train_strips, layout, competition)
@@ -818,14 +822,6 @@ def write_sample(path: Path, names: Sequence[str], competition: Competition, siz
 # --- command line ------------------------------------------------------------
 
 EXAMPLE = "  python training/synthetic.py --out data/steel --train 1200 --test 400"
-
-
-def parse_size(text: str) -> Size:
-    """A size like 256x1600, height × width in pixels."""
-    height, times, width = text.partition("x")
-    if not (times and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"size is {text!r}, expected HEIGHTxWIDTH like 256x1600")
-    return int(height), int(width)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,17 +1,15 @@
 """A teacher: a fitted member whose masks, or gates, another one learns (distillation)."""
 
 import functools
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernel.images import pad_to_multiple
 from kernel.manifest import MemberSpec
 from kernel.members import Member, load_member
+from training.results import read_entry
 
 
 @functools.cache
@@ -22,11 +20,10 @@ def read_teacher(path: Path, classes: int) -> Member:
         ValueError: it is no such checkpoint, or knows another number of classes.
     """
     try:
-        with safe_open(path, "pt") as file:
-            spec = MemberSpec(**json.loads(file.metadata()["member"]))
-        member = load_member(path.parent, replace(spec, file=path.name), torch.device("cpu"))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--teacher {path}: no checkpoint of train.py: {error}") from error
+        spec = MemberSpec(**read_entry(path) | {"file": path.name})
+        member = load_member(path.parent, spec, torch.device("cpu"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--teacher {error}") from error
     if spec.model["classes"] != classes:
         raise ValueError(f"--teacher {path}: {spec.model['classes']} classes, expected {classes}")
     return member

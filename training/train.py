@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from kernel.logs import log
 from kernel.members import to_channels
 from kernel.mounts import one_folder
 from training.batches import Batches
-from training.config import NO_FOLD, PRECISIONS, Config, check_config
+from training.config import NO_FOLD, PRECISIONS, Config, check_config, parse_size
 from training.fit import Machine, find_crops, fit_network, fit_within_memory
 from training.folds import (
     add_competition_options,
@@ -58,8 +59,15 @@ from training.json_files import to_json
 from training.module import MemberModule
 from training.moved_defects import METHODS
 from training.pace import choose_steps
-from training.results import SCORES, add_experiment, validate, write_checkpoint, write_scores
-from training.states import describe_experiment, hash_file
+from training.results import (
+    SCORES,
+    add_experiment,
+    read_entry,
+    validate,
+    write_checkpoint,
+    write_scores,
+)
+from training.states import crops_of, describe_experiment, hash_file
 from training.strips import Strips, image_names, read_strips
 from training.teacher import read_teacher
 
@@ -123,7 +131,11 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network and steps").add_argument
     add("--name", required=True, help="the member's name, and its file's")
     add("--encoder", required=True, help="any encoder that SMP or tu- names")
-    add("--arch", default=Config.arch, help="any SMP architecture (default %(default)s)")
+    add(
+        "--arch",
+        default=Config.arch,
+        help="of SMP, with its forward, like Unet (default %(default)s)",
+    )
     about = "weights that SMP downloads for the encoder, like imagenet (default: none)"
     add("--encoder-weights", default=Config.encoder_weights, metavar="NAME", help=about)
     about = "a checkpoint whose weights to begin with, all that fit"
@@ -147,6 +159,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=float, default=0.0, help=about)
     about = "crops a step; auto: as many as fit into the GPU's memory, up to 64 (default 4)"
     add("--crops", type=parse_crops, default=Config.crops, help=about)
+    about = "HEIGHTxWIDTH of a crop in pixels (default 128x256)"
+    add("--crop-size", type=parse_size, default=Config.crop_size, help=about)
     add("--learning-rate", type=float, default=Config.learning_rate, help="its peak (default 3e-4)")
     add("--seed", type=int, default=Config.seed)
 
@@ -292,10 +306,12 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         raise ValueError("--crops auto needs a GPU, whose memory it fills")
     if args.minutes and not (0 < args.minutes < math.inf and config.steps):
         raise ValueError(f"--minutes {args.minutes}, expected a number above 0, and steps to scale")
-    if args.save_every < 1 or not args.present_weight > 0:
-        raise ValueError("--save-every is 1 or more, --present-weight above 0")
-    if min(args.presence_strips, args.validation_strips) < 0:
-        raise ValueError("--presence-strips and --validation-strips are 0 or more")
+    if not args.present_weight > 0:
+        raise ValueError(f"--present-weight {args.present_weight}, expected a number above 0")
+    for option, least in (("save-every", 1), ("presence-strips", 0), ("validation-strips", 0)):
+        value = getattr(args, option.replace("-", "_"))
+        if value < least:
+            raise ValueError(f"--{option} {value}, expected {least} or more")
     return config
 
 
@@ -306,18 +322,28 @@ def read_machine(args: argparse.Namespace, device: torch.device) -> Machine:
     return Machine(device, workers, args.save_every, args.runs)
 
 
-def read_start(path: Path | None) -> tuple[dict[str, Tensor], str]:
+def read_start(path: Path | None, config: Config) -> tuple[dict[str, Tensor], str]:
     """Return the weights to start from and their file's hash; nothing of no file.
 
     Raises:
-        ValueError: it is no safetensors file.
+        ValueError: it is no safetensors file, or without steps one of another mean or std.
     """
     if path is None:
         return {}, ""
     try:
-        return load_file(path), hash_file(path)
+        weights = load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"--start-from {path}: no safetensors file: {error}") from error
+    entry, own = dict[str, Any](), {"mean": config.spec.mean, "std": config.spec.std}
+    with suppress(ValueError):  # a file of another program's has none
+        entry = read_entry(path)
+    given = {key: entry[key] for key in own if key in entry}
+    if any(set(given[key]) != set(own[key]) for key in given):  # of one channel or three
+        fault = f"--start-from {path}: was fitted with {given}, this fit has {own}"
+        if not config.steps:
+            raise ValueError(f"{fault}: give its --mean and --std")
+        log.warning("%s", fault)
+    return weights, hash_file(path)
 
 
 def choose_head_pairs(
@@ -339,6 +365,12 @@ def choose_head_pairs(
     strips = Strips(Path(asked), [], {}, held_out.competition)
     if asked != "none":
         strips = read_strips(Path(asked), held_out.competition)
+        known = {name for each in sources for name in each.names}.intersection(strips.names)
+        if known:
+            log.warning(
+                "--heads-on %s: %d of its strips, %s, are trained on too: they look easier than "
+                "others, and gates will be too sure", asked, len(known), min(known),
+            )  # fmt: skip
     return StripPairs(strips.some(0, most)), scored
 
 
@@ -353,25 +385,32 @@ def train(args: argparse.Namespace) -> int:
     train_strips, held_out = split_folds(own, config.folds, config.fold)
     sources = [train_strips, *(read_strips(path, competition) for path, _ in args.extra)]
     check_classes(sources)
+    for (path, _), extra in zip(args.extra, sources[1:], strict=True):
+        if leaked := set(held_out.names).intersection(extra.names):
+            raise ValueError(
+                f"--extra {path}: holds {len(leaked)} held-out strips, like {min(leaked)}: what is "
+                "scored would have been trained on; leave them out there, or give --fold none"
+            )
     counts = " + ".join(str(len(strips.names)) for strips in sources)
     log.info("%s: %s strips to train on, %d held out, on %s in %s", config.name, counts,
              len(held_out.names), device, config.precision)  # fmt: skip
     pairs, scored = choose_head_pairs(args, config, sources, held_out)
-    weights, start_from = read_start(args.start_from)
+    weights, start_from = read_start(args.start_from, config)
     unlabelled = list[Strips]()
     if args.unlabelled:
         folder = one_folder(args.unlabelled, competition)
         unlabelled = [Strips(folder, image_names(folder), {}, competition)]
     statistics = [each.folder / name for each in (train_strips, *unlabelled) for name in each.names]
     data = hash_of([own, *sources[1:], *unlabelled])
-    crops = config.crops or find_crops(config, device)
+    crops = config.crops or crops_of(machine.runs / config.name) or find_crops(config, device)
     if args.minutes:
         strips, fitted = 2 * len(pairs) + len(scored.names), replace(config, crops=crops)
+        strips += len(unlabelled[0].names) if args.taught_gates else 0
         chosen = choose_steps(fitted, sources, machine, args.minutes, strips)
         config = replace(chosen, crops=config.crops)
     experiment = describe_experiment(config, data, start_from)
     network, seconds = fit_within_memory(
-        lambda fitted: fit_network(sources, fitted, machine, experiment, weights, statistics),
+        lambda fitted: fit_network(sources, fitted, machine, experiment, statistics, weights),
         replace(config, crops=crops),
     )
     if len(pairs):

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,11 @@ from helpers import (
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
+from cluster.engine import Workers
+from cluster.images import ImageSet
 from cluster.predict import main
 from kernel.competition import find_competition, load_competition
+from kernel.images import read_image
 from training import synthetic
 
 NAMES = [f"{index:02}.jpg" for index in range(10)]
@@ -133,6 +137,29 @@ def test_a_run_with_nothing_left_to_do_changes_nothing(
     before = all_bytes(done.folder / "out")
     assert exit_code(main, *options_of(done.folder)) == 0
     assert all_bytes(done.folder / "out") == before
+
+
+def test_images_that_came_later_and_are_all_bad_have_their_rows_too(
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers are checked on the first image of all, not of those that are left."""
+    shutil.copytree(session_light, tmp_path / "dataset")
+    save_strips(tmp_path / "images", ["a.jpg", "b.jpg"])
+    write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"])
+    (tmp_path / "images" / "b.jpg").write_bytes(b"torn")
+    asked = list[Any]()
+
+    def stop(rest: ImageSet, _: int, __: object, constructor: dict[str, Any], *___: object) -> None:
+        asked.extend([rest.names, constructor["image"]])
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
+    monkeypatch.setattr("cluster.predict.predict_parts", stop)
+    monkeypatch.setattr("cluster.output.Output.done", lambda _: {"a.jpg"})
+    assert exit_code(main, *options_of(tmp_path)) == 2
+    assert asked[0] == ["b.jpg"]
+    np.testing.assert_array_equal(asked[1], read_image(tmp_path / "images" / "a.jpg"))
 
 
 # --- refused before any work ----------------------------------------------------------------------

@@ -125,6 +125,28 @@ def test_a_device_that_is_lost_half_way_costs_no_image(
     assert worker.scheduler.source.device == CPU  # loaded anew
 
 
+def test_what_the_networks_fail_on_runs_again_on_plain_pytorch(
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the kernel; an image that could not be read does not."""
+    save_strips(tmp_path, NAMES)
+    (tmp_path / NAMES[3]).write_bytes(b"no image")
+    worker, part = make_worker(session_light, tmp_path), part_of(tmp_path, NAMES)
+    expected = rles_of(worker(part))
+    run_encoder, calls = worker.scheduler.source.run_encoder, list[int]()
+
+    def fail(pass_id: int, images: Any) -> Any:
+        calls.append(pass_id)
+        if len(calls) in (2, 5):
+            raise RuntimeError("no kernel image is available")
+        return run_encoder(pass_id, images)
+
+    monkeypatch.setattr(worker.scheduler.source, "run_encoder", fail)
+    rows = worker(part)
+    assert rles_of(rows) == expected
+    assert {row["image"] for row in rows.to_pylist() if row["fault"]} == {NAMES[3]}
+
+
 def describe(bundle: Path) -> None:
     (bundle / "competition.json").write_text((ROOT / "competitions" / "severstal.json").read_text())
 

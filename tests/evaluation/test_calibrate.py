@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LABELS, change_manifest, error_of, exit_code, read_manifest
+from helpers import change_manifest, error_of, exit_code, read_manifest, save_strips
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,6 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image
 from kernel.logs import Stages
 from kernel.manifest import MANIFEST, load_manifest
-from training.ground_truth import read_truth
 
 SHARES = [0.1, 0.2, 0.4, 0.6]
 
@@ -85,26 +84,46 @@ def test_the_kernels_gates_have_the_shares_once_the_shifts_are_in_its_manifest(
         assert {**new, "gate_shift": 0} == {**old, "gate_shift": 0}
 
 
-def test_shares_are_counted_in_a_training_set(
-    dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_checkpoints_of_any_form_are_calibrated_and_a_torn_image_left_out(
+    dataset: Path, labelled_strips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "train_images").symlink_to(labelled_strips / "test_images")
-    (data / "train.csv").write_bytes((labelled_strips / "test.csv").read_bytes())
-    truth = read_truth(data / "train.csv", load_manifest(dataset).competition)
-    images = labelled_strips / "test_images"
-    options = ["--bundle", dataset, "--images", images, "--data", data]
-    count = len(list(images.iterdir()))
-    expected = [sum(label in truth.get(p.name, {}) for p in images.iterdir()) for label in LABELS]
-    code = exit_code(calibrate.main, *options)
-    if not all(0 < each < count for each in expected):
-        assert code == 2
-        assert "a class without an image cannot be calibrated" in capsys.readouterr().err
-        return
-    assert code == 0
+    """An entry may have its checkpoint in a folder, and leave its model to `save_pretrained`."""
+    weights, images = tmp_path / "weights", tmp_path / "images"
+    entries = read_manifest(dataset)["members"]
+    for entry in entries:
+        pretrained = weights / entry["name"]
+        pretrained.mkdir(parents=True)
+        shutil.copyfile(dataset / entry["file"], pretrained / "model.safetensors")
+        config = entry["model"] | {"_model_class": entry["model"].pop("arch")}
+        (pretrained / "config.json").write_text(json.dumps(config))
+    own = [{k: e[k] for k in ("name", "mean", "std")} | {"file": e["name"]} for e in entries]
+    (weights / MANIFEST).write_text(json.dumps({"members": own}))
+    shutil.copytree(labelled_strips / "test_images", images)
+    (images / "0torn.jpg").write_bytes(b"torn")
+    options = ["--bundle", dataset, "--images", images, "--shares", *SHARES]
+    write = ["--weights", weights, "--write", weights / MANIFEST]
+    assert exit_code(calibrate.main, *options, *write) == 0
+    assert "left out: " in caplog.text and "0torn.jpg" in caplog.text
+    after = read_manifest(weights)["members"]
+    assert any("gate_shift" in entry for entry in after)
+    assert [{k: v for k, v in entry.items() if k != "gate_shift"} for entry in after] == own
+
+
+def test_shares_are_counted_in_a_training_set(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, data = ["a.png", "b.png", "c.png", "d.png", "e.png"], tmp_path / "data"
+    save_strips(data / "train_images", names)
+    classes = {"a.png": [1, 2, 3, 4], "b.png": [3, 4], "c.png": [3], "e.png": [3, 4]}
+    rows = [f"{name},{label},1 9\n" for name, labels in classes.items() for label in labels]
+    (data / "train.csv").write_text("ImageId,ClassId,EncodedPixels\n" + "".join(rows))
+    options = ["--bundle", dataset, "--images", data / "train_images", "--data", data]
+    assert exit_code(calibrate.main, *options) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["shares"] == pytest.approx([each / count for each in expected])
+    assert found["shares"] == [0.2, 0.2, 0.8, 0.6]
+    (data / "train.csv").write_text("ImageId,ClassId,EncodedPixels\n" + "".join(rows[1:]))
+    assert exit_code(calibrate.main, *options) == 2
+    assert "a class without an image cannot be calibrated" in error_of(capsys.readouterr().err)
 
 
 def test_gates_are_those_of_the_gated_members(dataset: Path, labelled_strips: Path) -> None:
@@ -148,9 +167,10 @@ def test_shifts_are_not_added_twice(
     entries = read_manifest(dataset)
     [gated, *_] = [m for m in entries["members"] if m["model"].get("aux_params")]
     gated["gate_shift"] = [1, 1, 1, 1]
-    (tmp_path / MANIFEST).write_text(json.dumps(entries))
+    weights = Path(shutil.copytree(dataset, tmp_path / "weights"))
+    (weights / MANIFEST).write_text(json.dumps(entries))
     options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
-    write = ["--weights", tmp_path, "--write", tmp_path / MANIFEST]
+    write = ["--weights", weights, "--write", weights / MANIFEST]
     assert exit_code(calibrate.main, *options, "--shares", *SHARES, *write) == 2
     assert "build it of this file" in error_of(capsys.readouterr().err)
 

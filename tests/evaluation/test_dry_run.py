@@ -327,6 +327,20 @@ def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(
     assert report["clean"]["ok"] is report["ready"] is False
 
 
+def test_a_report_is_there_when_the_ablation_is_interrupted(
+    bundle: Path, strips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dry_run, "ablate", interrupt)
+    options = ("--images", strips / "test_images", "--ground-truth", strips / "test.csv")
+    assert exit_code(dry_run.main, "--bundle", bundle, *options) == 130
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    assert report["clean"]["ok"] and report["ablation"] is None
+    assert "<h1>" in (bundle / "report" / "index.html").read_text()
+
+
 def test_a_submission_that_kaggle_would_refuse_is_not_ready(
     bundle: Path, strips: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,20 @@ def test_members_past_the_last_are_the_first_ones_again(ensemble: Ensemble) -> N
     assert choices["members", 3] == choices["flips", 3]
 
 
+def test_a_bundle_of_more_members_is_among_what_is_compared(
+    ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "MOST_MEMBERS", 2)
+    assert list_choices(ensemble, ["none"])["members", 3] == choose(ensemble, 3, ["none"])
+
+
+def test_members_of_a_size_of_their_own_cost_the_same_whatever_a_strips(ensemble: Ensemble) -> None:
+    own, other = ensemble.manifest.members[:2]
+    own = replace(own, image_size=(64, 96))
+    at = {size: growth.flops_at([own, other], size) for size in ((64, 96), (128, 96))}
+    assert at[128, 96] - at[64, 96] == pytest.approx(growth.flops_at([other], (64, 96)), rel=0.01)
+
+
 def test_a_replay_costs_what_the_kernel_runs(ensemble: Ensemble, tmp_path: Path) -> None:
     images = save_strips(tmp_path, ["a.png", "b.png"])
     replays = growth.record_strips(ensemble, [tmp_path / name for name in images], ["none"])
@@ -57,7 +71,6 @@ def test_the_command_writes_its_figures_and_a_plot(
 ) -> None:
     save_strips(tmp_path / "strips", ["a.png", "b.png", "c.png"])
     monkeypatch.setattr(growth, "SIZES", ((64, 96), (128, 96)))
-    monkeypatch.setattr(growth, "IMAGE_SIZE", (64, 96))
     out = tmp_path / "growth.json"
     words = ["--bundle", tiny_bundle / "dataset", "--images", tmp_path / "strips", "--out", out]
     growth.main([*map(str, words), "--strips", "2"])

@@ -11,9 +11,12 @@ from helpers import SMALL, draw_described, error_of, exit_code, shrunk, write_de
 
 from evaluation import pseudo_labels
 from evaluation.pseudo_labels import label_strip
+from evaluation.recorded import RecordedPasses
 from kernel.competition import find_competition
 from packing.bundle import build
-from training.strips import read_strips
+from training.folds import write_strips
+from training.ground_truth import read_truth
+from training.strips import Strips, read_strips
 
 MIN_AREA = 4
 SURE = ("--gate-shifts", 50, 50, "--min-area", 1)  # every gate open, and any mask counts
@@ -92,6 +95,56 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(
     assert exit_code(pseudo_labels.main, *options, *SURE) == 0
     assert read_strips(tmp_path / "pseudo").names == kept
     assert "left out: " in caplog.text and "0torn.jpg" in caplog.text
+
+
+def test_a_strip_that_takes_too_much_memory_is_left_out(
+    dataset: Path,
+    labelled_strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, *others = sorted(path.name for path in (labelled_strips / "test_images").iterdir())
+
+    def record_all(recorded: RecordedPasses) -> None:
+        if recorded.name == first:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        original(recorded)
+
+    original = RecordedPasses.record_all
+    monkeypatch.setattr(RecordedPasses, "record_all", record_all)
+    options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
+    assert exit_code(pseudo_labels.main, *options, "--out", tmp_path / "pseudo", *SURE) == 0
+    assert read_strips(tmp_path / "pseudo").names == others
+    assert f"{first} is left out: CUDA out of memory" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    dataset: Path,
+    labelled_strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pseudo_labels, "load_ensemble", None)
+    options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
+    assert exit_code(pseudo_labels.main, *options, "--out", tmp_path / "file" / "pseudo") == 2
+    assert str(tmp_path / "file") in error_of(capsys.readouterr().err)
+
+
+def test_labels_are_there_when_the_copies_of_the_strips_do_not_fit(
+    labelled_strips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.folds.shutil.copyfile", full)
+    folder, rle = labelled_strips / "test_images", "1 3"
+    name = min(path.name for path in folder.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        write_strips(Strips(folder, [name], {name: {2: rle}}), tmp_path / "out")
+    assert read_truth(tmp_path / "out" / "train.csv") == {name: {2: rle}}
 
 
 def test_what_is_labelled_before_ctrl_c_is_written(

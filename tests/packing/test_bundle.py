@@ -160,6 +160,12 @@ def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Pa
         check_out(tmp_path)
 
 
+@pytest.mark.parametrize("left", [".DS_Store", "Thumbs.db"])
+def test_what_a_system_leaves_in_a_folder_is_no_reason_to_refuse_it(left: str, built: Path) -> None:
+    (built / left).touch()
+    check_out(built)
+
+
 def test_what_is_called_fit_and_is_none_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "fit").write_text("my results")
     with pytest.raises(ValueError, match="fit: is a file; choose another --out"):

@@ -1,9 +1,11 @@
 """Any framework's checkpoint: the one network in it, its EMA copy, and what is left out."""
 
 import argparse
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -434,6 +436,22 @@ def test_the_average_that_pytorch_keeps_is_taken(network: nn.Module, tmp_path: P
     found = read_checkpoint(tmp_path / "m.pt")
     assert_same(found.weights, random_network(MODEL, seed=8).state_dict())
     assert found.notes[0] == "took the EMA copy (other.module)"
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
+def test_a_path_beside_the_weights_is_read_whichever_python_wrote_it(
+    name: str, module: str, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.13 calls its class another name than those before and after it."""
+    written = type(name, (PurePosixPath,), {"__module__": module})
+    there = types.ModuleType(module)
+    monkeypatch.setattr(there, name, written, raising=False)
+    beside = {"state_dict": network.state_dict(), "hyper_parameters": {"root": written("/data")}}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, there)
+        torch.save(beside, tmp_path / "last.ckpt")
+    assert_same(read_checkpoint(tmp_path / "last.ckpt").weights, network.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore")  # Catalyst's own, of what it cannot import

@@ -78,6 +78,7 @@ LISTS = {
     "twice.txt": b"--name a\n--name=a --arch Unet\n",
     "clouds.txt": b"--name a --competition=clouds\n",
     "data.txt": b"--name b\n--name a --data mine\n",
+    "extra.txt": b"--name a --heads-on none --extra clouds.txt=0.3\n",
 }
 
 
@@ -106,6 +107,7 @@ def test_any_list_is_carried_as_it_stands(text: str) -> None:
         (["--members", "name.txt"], "name.txt: no list of members: argument --name: expected one"),
         (["--members", "twice.txt"], "twice.txt: members ['a', 'a'], expected"),
         (["--members", "clouds.txt"], "clouds.txt: --name a --competition=clouds: leave --comp"),
+        (["--members", "extra.txt"], "clouds.txt=0.3: lies on this machine, which Kaggle's does"),
         (["--members", "data.txt"], "leave --data out, with --fit it is the competition's, as"),
         (["--owner", "Two Words"], "dataset-metadata.json: Kaggle refuses it: id 'Two Words/"),
     ],
@@ -124,6 +126,18 @@ def test_a_fit_kernel_that_cannot_be_is_refused_in_one_line(
     assert exit_code(main, *words) == 2
     assert message in error_of(capsys.readouterr().err)
     assert not (tmp_path / "dist").exists()
+
+
+def test_how_to_go_on_is_said_with_the_options_of_the_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = tmp_path / "my list.txt"
+    members.write_text("--name a --heads-on held-out --teacher b.safetensors")
+    words = ["--fit", "--owner", "me", "--out", tmp_path / "dist", "--hours", 23]
+    assert exit_code(main, *words, "--members", members) == 0
+    said = capsys.readouterr().out
+    assert f"--fit --resume --hours 23 --owner me --members '{members}', and push" in said
+    assert "build_kernel.py --weights my_weights --owner me\n" in said
 
 
 def test_a_fit_kernel_is_not_written_among_other_things(

@@ -13,7 +13,16 @@ import cv2
 import nbformat
 import numpy as np
 import pytest
-from helpers import SMALL, draw_described, save_strips, shrunk, write_described, write_sample
+from helpers import (
+    LABELS,
+    SMALL,
+    draw_described,
+    read_submission,
+    save_strips,
+    shrunk,
+    write_described,
+    write_sample,
+)
 from kaggle_stub import run_client, serve
 
 from kernel.competition import find_competition
@@ -52,6 +61,13 @@ def test_it_is_a_valid_notebook_of_the_same_code_that_explains_itself_first() ->
     assert "draw_submission(options.output, task.images, competition)" in picture
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown" and "submission.csv" in first["source"]
+
+
+def test_what_no_file_is_needed_for_goes_without_one() -> None:
+    """A notebook has no `__file__`, and an error names the descriptions that ship beside it."""
+    names = dict[str, Any](__name__="__main__")
+    exec(join_modules(SCRIPT).removesuffix(GUARD), names)
+    assert names["shipped_names"]() == []
 
 
 def test_code_without_its_last_lines_is_no_kernel() -> None:
@@ -102,7 +118,7 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
 
     mounted = tmp_path / "input"
     shutil.copytree(tmp_path / "dist" / "dataset", mounted / "bundle")
-    images, names = mounted / "competition" / "test_images", ["a.jpg", "b.jpg", "c.jpg"]
+    images, names = mounted / "competition" / "test_images", ["b.jpg", "c.jpg", "a.jpg"]
     save_strips(images, names)
     sample = write_sample(images.with_name(SAMPLE), names)
     (tmp_path / "working").mkdir()
@@ -111,6 +127,7 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     layout, pairs = read_sample(sample)
     submission = tmp_path / "working" / "submission.csv"
     assert check_submission(submission, layout.columns, pairs, images).errors == []
+    assert list(read_submission(submission)) == [(name, c) for name in names for c in LABELS]
     said = "".join(output.get("text", "") for output in cells[-2]["outputs"])
     assert " INFO valid\n" in said
     [picture] = [output["data"]["image/jpeg"] for output in cells[-1]["outputs"]]

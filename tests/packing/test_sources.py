@@ -1,12 +1,16 @@
 """The source manifest: each rule that it may break, and where its checkpoints must lie."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import read_manifest, tiny_entry, tiny_model, write_manifest
+from safetensors.torch import save_file
 
-from kernel.manifest import parse_manifest
+from kernel.manifest import Manifest, parse_manifest
 from packing.sources import read_sources
 
 
@@ -20,6 +24,10 @@ def model(**changes: Any) -> dict[str, Any]:
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no members": ({"members": []}, "no members"),
+    "a name that all have together": (
+        {"members": [member(name="ensemble")]},
+        "name 'ensemble', expected another",
+    ),
     "one name twice": (
         {"members": [member(), member(file="b.safetensors")]},
         "two members named .*one",
@@ -100,6 +108,28 @@ def test_a_folder_without_weights_names_the_file_that_it_lacks(tmp_path: Path) -
     words = r"member one: .*one/model\.safetensors: no such checkpoint; .*correct `file`"
     with pytest.raises(ValueError, match=words):
         read_sources(tmp_path)
+
+
+def test_checkpoints_that_say_what_they_are_get_a_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `training/train.py` writes them; others in the folder are no members."""
+    entries = [member(name=name, file=f"{name}.safetensors") for name in ("two", "one")]
+    for entry in entries:
+        header = {"member": json.dumps(entry | {"sha256": "", "flops": [1, 1]})}
+        save_file({"weight": torch.zeros(1)}, tmp_path / entry["file"], header)
+    (tmp_path / "one.safetensors").rename(tmp_path / "1.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    manifest, sources = read_sources(tmp_path)
+    assert sources == [tmp_path / "1.safetensors", tmp_path / "two.safetensors"]
+    assert [spec.name for spec in manifest.members] == ["one", "two"]
+    assert replace(manifest, members=[]) == Manifest([])
+    written = (tmp_path / "ensemble.json").read_bytes()
+    assert "was not there; written of what 1.safetensors, two.safe" in capsys.readouterr().out
+    assert read_sources(tmp_path) == (manifest, sources)
+    assert (tmp_path / "ensemble.json").read_bytes() == written
+    assert not capsys.readouterr().out
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:

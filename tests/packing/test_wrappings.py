@@ -35,7 +35,6 @@ from packing.sources import read_sources
 
 CASES = settings(
     max_examples=int(os.environ.get("FUZZ", "1200")) // 4,
-    deadline=None,
     phases=[
         Phase.explicit,
         Phase.reuse,

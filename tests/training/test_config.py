@@ -1,12 +1,13 @@
 """One experiment: its cycles of the learning rate, the kernel's level, and impossible values."""
 
+import argparse
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from training.config import NO_FOLD, Config, check_config
+from training.config import NO_FOLD, Config, check_config, parse_size
 
 
 def test_each_part_has_a_cycle_of_its_own_and_no_step_stands_still(config: Config) -> None:
@@ -44,14 +45,14 @@ def test_the_manifests_entry_has_a_mean_for_every_channel(channels: int, config:
         ({"folds": 1}, "--folds 1, expected 2 or more"),
         ({"fold": 7}, "--fold 7, expected 0 to 4 or none"),
         ({"channels": 2}, "--channels 2, expected 1 or 3"),
-        ({"crop_steps": -1}, "--crop-steps, --whole-steps and --seed are 0 or more"),
-        ({"seed": -1}, "--crop-steps, --whole-steps and --seed are 0 or more"),
+        ({"crop_steps": -1}, "--crop-steps -1, expected 0 or more"),
+        ({"seed": -1}, "--seed -1, expected 0 or more"),
         ({"crops": -1}, "--crops -1, expected 1 or more"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0, expected a number above 0"),
         ({"learning_rate": math.nan}, "--learning-rate nan"),
         ({"std": 0.0}, "--mean 0.34, --std 0.0: of grey in [0, 1]"),
         ({"mean": 87.0}, "--mean 87.0"),
-        ({"moved_share": 1.5}, "shares (1.5, 0.6): each from 0 to 1"),
+        ({"moved_share": 1.5}, "--moved-share 1.5, --extra's []: each from 0 to 1"),
         ({"extra_shares": (0.5, 0.5)}, "--extra's below 1 together"),
         ({"std": math.nan}, "--std nan"),
         ({"classes": 0}, "--classes 0"),
@@ -69,3 +70,10 @@ def test_a_value_that_no_experiment_can_have_is_refused(
 def test_what_an_experiment_can_be_is_not_refused(config: Config) -> None:
     check_config(config)
     check_config(replace(config, fold=NO_FOLD, crops=0, extra_shares=(0.5, 0.4)))
+
+
+def test_a_size_that_is_none_is_refused_with_an_example() -> None:
+    assert parse_size("64x128") == (64, 128)
+    for text in ("big", "64", "64x", "-1x9", "0x64"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text}.*256x1600"):
+            parse_size(text)

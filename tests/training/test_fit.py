@@ -17,7 +17,7 @@ from training import fit
 from training.batch_norm import freeze_statistics
 from training.batches import Batches
 from training.config import Config
-from training.fit import Machine, fit_network
+from training.fit import Machine, fit_network, fit_within_memory
 from training.module import MemberModule, new_network
 from training.states import describe_experiment
 from training.strips import Strips
@@ -182,7 +182,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_earlier_state_stays(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemberModule, "batch_loss", diverging)
-        message = "tiny: the loss is nan at step 3 of its crops: lower --learning-rate"
+        message = (
+            "tiny: the loss is nan at step 3 of its crops: fit it anew with a lower --learning-rate"
+        )
         with pytest.raises(ValueError, match=message):
             fit_it(config, strips, machine)
     assert seen == [0, 1, 2]
@@ -291,7 +293,7 @@ def test_a_state_with_fewer_crops_goes_on_with_them(
     """After an out-of-memory error; the experiment's own number stands in its description."""
     experiment = describe_experiment(config, "data", "")
     fewer = replace(config, crops=1, whole_steps=0)
-    seen: list[int] = []
+    seen, paths = list[int](), [strips.folder / strips.names[0]]
     batch_loss = MemberModule.batch_loss
 
     def counted(module: MemberModule, images: Tensor, masks: Tensor) -> Tensor:
@@ -301,8 +303,8 @@ def test_a_state_with_fewer_crops_goes_on_with_them(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemberModule, "batch_loss", counted)
         with killed_at(3):
-            fit_network([strips], fewer, machine, experiment)
-        fit_network([strips], replace(config, whole_steps=0), machine, experiment)
+            fit_network([strips], fewer, machine, experiment, paths)
+        fit_network([strips], replace(config, whole_steps=0), machine, experiment, paths)
     assert seen == [1] * 5  # steps 1 to 3, then 3 and 4 once more
 
 
@@ -319,3 +321,56 @@ def test_statistics_of_strips_of_several_sizes_are_taken(
     assert after is not None and torch.isfinite(after).all() and not torch.equal(before, after)
     fit.retake_from_strips(network, config, paths[:1], machine)
     assert not torch.equal(after, before)
+
+
+def test_statistics_come_from_the_strips_that_can_be_read(
+    config: Config,
+    strips: Strips,
+    machine: Machine,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    whole = [strips.folder / name for name in strips.names[:2]]
+    found, expected = new_network(config), new_network(config)
+    fit.retake_from_strips(found, config, [*whole, tmp_path / "torn.png"], machine)
+    fit.retake_from_strips(expected, config, whole, machine)
+    mean, by_hand = first_norm(found).running_mean, first_norm(expected).running_mean
+    assert mean is not None and by_hand is not None and torch.allclose(mean, by_hand, atol=1e-5)
+    assert "left out: " in caplog.text and "torn.png" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 strips can be read"):
+        fit.retake_from_strips(found, config, [tmp_path / "torn.png"], machine)
+
+
+def test_a_fit_of_crops_alone_ends_with_the_statistics_of_strips(
+    config: Config, strips: Strips, machine: Machine
+) -> None:
+    """Those of crops, most of them on defects, are of no strip."""
+    paths, experiment = [strips.folder / name for name in strips.names[:2]], {"a": "b"}
+    network, _ = fit_network([strips], replace(config, whole_steps=0), machine, experiment, paths)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fit.retake_from_strips(network, config, paths, machine)
+    for name, value in network.state_dict().items():
+        assert torch.allclose(value.float(), before[name].float(), atol=1e-6), name
+
+
+def test_memory_that_does_not_hold_a_strip_is_not_asked_for_again_and_again(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer crops would not mend it."""
+    batch_loss, tried = MemberModule.batch_loss, list[int]()
+
+    def hungry(module: MemberModule, images: Tensor, masks: Tensor) -> Tensor:
+        if module.part.name == "strips":
+            tried.append(len(images))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch_loss(module, images, masks)
+
+    monkeypatch.setattr(MemberModule, "batch_loss", hungry)
+    paths, experiment = [strips.folder / name for name in strips.names[:2]], {"a": "b"}
+    with pytest.raises(ValueError, match=r"out of memory .*: take a smaller --encoder"):
+        fit_within_memory(
+            lambda tried: fit_network([strips], tried, machine, experiment, paths),
+            replace(config, crops=8),
+        )
+    assert len(tried) == 1

@@ -122,5 +122,8 @@ def test_a_folder_that_is_there_is_not_written_into(
     steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_folds(steel, tmp_path) == 2
-    assert error_of(capsys.readouterr().err) == f"{tmp_path}: is there already"
+    assert (
+        error_of(capsys.readouterr().err)
+        == f"{tmp_path}: is there already; give another --out, or remove it"
+    )
     assert not list(tmp_path.iterdir())

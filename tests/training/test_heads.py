@@ -53,6 +53,19 @@ def test_the_presence_layer_on_pooled_features_is_the_networks_presence(
     assert pooled.std() > 0
 
 
+def test_a_strip_that_cannot_be_read_is_left_out_of_the_last_fit(
+    network: Any, config: Config, strips: Strips, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = replace(strips, names=[strips.names[0], "gone.png", strips.names[1]])
+    module = module_of(network, config)
+    found = pooled_features(module, StripPairs(named))
+    expected = pooled_features(module, StripPairs(strips.some(0, 2)))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert "left out: " in caplog.text and "gone.png" in caplog.text
+    with pytest.raises(ValueError, match="presence head: none of 1 strips can be read"):
+        pooled_features(module, StripPairs(replace(strips, names=["gone.png"])))
+
+
 def refit_example() -> tuple[nn.Linear, Tensor, Tensor]:
     """A head that shuts every gate; features of which one tells a class of one strip in thirty."""
     draw = torch.Generator().manual_seed(4)

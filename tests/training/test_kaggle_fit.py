@@ -221,6 +221,34 @@ def test_what_an_earlier_session_left_outlasts_one_that_cannot_begin(
     assert Path("runs/a/crops.ckpt").read_bytes() == b"state"
 
 
+def test_a_list_of_other_members_does_not_take_an_earlier_outputs_place(
+    session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where --resume was given without the --members of then."""
+    assert session("a") == 0
+    earlier = Path().resolve().rename(tmp_path / "input" / "earlier")
+    (tmp_path / "working").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "working")
+        assert session("b") == 0
+        assert "the earlier output is of a, the list of b: build with the --members" in caplog.text
+        for name in ("a.safetensors", "out_of_fold.json", "ensemble.json"):
+            assert Path(name).read_bytes() == (earlier / name).read_bytes()
+        assert not Path("b.safetensors").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_session(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def torn(*_: object) -> None:
+        raise ValueError("No columns to parse from file")
+
+    monkeypatch.setattr(kaggle_fit, "draw_curves", torn)
+    assert session("a", "b") == 0
+    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a", "b"}
+    assert "no learning curves: No columns to parse" in caplog.text
+
+
 def test_every_strip_is_read_before_a_pace_is_measured(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

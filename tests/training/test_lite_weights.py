@@ -67,12 +67,14 @@ def test_weights_of_another_network_are_one_line(
 ) -> None:
     drawn_weights(tmp_path / "lite.pth")
     weights = torch.load(tmp_path / "lite.pth", weights_only=True)
-    expected = "_blocks.3._project_conv.weight: nothing"
+    expected = "other.pth: _blocks.3._project_conv.weight is missing, expected (40, "
     if change == "missing":
         del weights["_blocks.3._project_conv.weight"]
     else:
         weights["_conv_stem.weight"] = torch.zeros(64, 3, 7, 7)
-        expected = "_conv_stem.weight: (64, 1, 7, 7)"
+        expected = (
+            "_conv_stem.weight has (64, 1, 7, 7), expected (32, 1, 3, 3); give efficientnet-lite0-"
+        )
         weights["_bn0.running_mean"] = torch.zeros(64)
     torch.save(weights, tmp_path / "other.pth")
     options = ["--weights", tmp_path / "other.pth", "--out", tmp_path / "start"]

@@ -92,6 +92,16 @@ def test_a_strip_that_it_cannot_answer_counts_as_an_empty_answer(
     assert f"{defective} counts as an empty answer: every pass gave NaN" in caplog.text
 
 
+def test_a_strip_that_cannot_be_read_costs_no_validation(
+    network: Any, config: Config, strips: Strips, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After hours of steps, which would be lost with it."""
+    named = replace(strips, names=[strips.names[0], "gone.png", strips.names[1]])
+    expected = validate(network, config, replace(strips, names=strips.names[:2]))
+    assert validate(network, config, named).dices == expected.dices
+    assert "not scored: " in caplog.text and "gone.png" in caplog.text
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -1,6 +1,5 @@
 """The synthetic strips: reproducible, labelled right, and statistically like the real ones."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -202,13 +201,6 @@ def test_the_script_writes_in_two_processes_what_the_function_writes_in_one(tmp_
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_size_that_is_none_is_refused_with_an_example() -> None:
-    assert synthetic.parse_size("64x128") == (64, 128)
-    for text in ("big", "64", "64x", "-1x9"):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"{text}.*256x1600"):
-            synthetic.parse_size(text)
-
-
 @pytest.mark.parametrize("count", [8, 40, 400])
 def test_among_few_strips_that_are_drawn_evenly_the_share_of_defective_ones_is_kept(
     count: int,
@@ -310,6 +302,17 @@ def test_clean_strips_are_those_of_a_list_and_of_a_truth_those_it_does_not_name(
     listed.write_text("clean-b.png\nelsewhere.png\n", encoding="utf-8")
     found = synthetic.find_backgrounds(real / "train_images", listed)
     assert [path.name for path in found] == ["clean-b.png"]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "sample_submission.csv"])
+def test_a_csv_that_is_there_is_not_replaced(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("the competition's own")
+    assert exit_code(synthetic.main, "--out", tmp_path, "--train", 1, "--test", 0) == 2
+    assert f"{tmp_path / name}: is there already" in error_of(capsys.readouterr().err)
+    assert (tmp_path / name).read_text() == "the competition's own"
+    assert not (tmp_path / "train_images").exists()
 
 
 def test_names_left_out_give_no_mask(real: Path) -> None:

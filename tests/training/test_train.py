@@ -20,6 +20,7 @@ from training import fit, pace, train
 from training.config import Config
 from training.heads import SampledPairs, StripPairs
 from training.module import MemberModule
+from training.states import crops_of
 from training.strips import Strips
 from training.teacher import presence_probabilities
 
@@ -136,7 +137,7 @@ def test_a_fit_starts_from_a_checkpoint(
     start = fitted / "mine.safetensors"
     options = ["--start-from", start, "--crop-steps", 0, "--whole-steps", 0, "--heads-on", "none"]
     assert run_train(steel, tmp_path, *options) == 0
-    count = len(load_file(start))
+    count = sum(not key.endswith("num_batches_tracked") for key in load_file(start))
     assert f"mine starts from {count} of {count} tensors" in caplog.text
     found, expected = load_file(tmp_path / "mine.safetensors"), load_file(start)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -257,7 +258,53 @@ def test_a_state_with_other_unlabelled_strips_is_refused(
     assert "state of another experiment (data " in error_of(capsys.readouterr().err)
 
 
+def test_automatic_crops_of_a_fit_that_goes_on_are_its_own(again: Path, tmp_path: Path) -> None:
+    """Another program may hold some of the GPU's memory this time."""
+    assert crops_of(again / "runs" / "mine") == 2
+    assert crops_of(tmp_path) == 0
+
+
 # --- what it refuses ------------------------------------------------------------------------------
+
+
+NO_STEPS = ("--crop-steps", 0, "--whole-steps", 0, "--heads-on", "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "FPN"], "without steps it has to be this network, and it has no decoder."),
+        (["--channels", 3], "it has no encoder."),
+        (["--mean", 0.5], "was fitted with {'mean': [0.34], 'std': [0.13]}, this fit has {'mean'"),
+    ],
+)
+def test_a_member_that_takes_no_steps_is_not_replaced_by_a_half_drawn_one(
+    options: list[object],
+    message: str,
+    again: Path,
+    steel: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = again / "mine.safetensors"
+    before, runs = path.read_bytes(), ("--runs", again / "other runs")
+    assert run_train(steel, again, *runs, *NO_STEPS, "--start-from", path, *options) == 2
+    assert message in error_of(capsys.readouterr().err)
+    assert path.read_bytes() == before
+    assert run_train(steel, again, *runs, *NO_STEPS, "--start-from", path) == 0
+
+
+def test_held_out_strips_are_in_no_further_folder(
+    steel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train(steel, tmp_path, "--extra", f"{steel}=0.5") == 2
+    assert "holds 8 held-out strips, like " in error_of(capsys.readouterr().err)
+
+
+def test_a_last_fit_on_strips_that_were_trained_on_is_told(
+    steel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_train(steel, tmp_path, "--heads-on", steel, "--crop-size", "64x96") == 0
+    assert f"--heads-on {steel}: 16 of its strips, " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -282,10 +329,10 @@ def test_a_state_with_other_unlabelled_strips_is_refused(
         (["--precision", "16-mixed"], "--precision 16-mixed needs a GPU"),
         (["--minutes", -1], "--minutes -1.0, expected a number above 0"),
         (["--minutes", "nan"], "--minutes nan, expected a number above 0"),
-        (["--save-every", 0], "--save-every is 1 or more"),
+        (["--save-every", 0], "--save-every 0, expected 1 or more"),
         (["--taught-gates"], "--taught-gates needs a --teacher with a presence head, and"),
-        (["--present-weight", 0], "--present-weight above 0"),
-        (["--presence-strips", -1], "--presence-strips and --validation-strips are 0 or more"),
+        (["--present-weight", 0], "--present-weight 0.0, expected a number above 0"),
+        (["--presence-strips", -1], "--presence-strips -1, expected 0 or more"),
     ],
 )
 def test_bad_input_ends_in_one_line(
