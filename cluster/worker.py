@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from cluster.images import ImageSet, open_local
@@ -91,6 +92,7 @@ class Worker:
             raise ValueError(f"{self.bundle}: is another bundle than the one this run began with")
         self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
         self.batch_size, self.early_exit = batch_size, early_exit
+        self.threads = torch.get_num_threads()
         self.scheduler = self._load(pick_device())
 
     @functools.cached_property
@@ -117,16 +119,27 @@ class Worker:
             self.scheduler = self._load(torch.device("cpu"))
             rest = (strip for strip in unpack_strips(strips) if strip.name not in found)
             self._predict(self.scheduler, rest, found)
-        faults = {name: rows[0]["fault"] for name, rows in found.items() if rows[0]["fault"]}
-        failed = [
-            strip for strip in unpack_strips(strips) if strip.name in faults and not strip.fault
-        ]
-        if failed:
-            fault = faults[failed[0].name]
-            log.warning("%s; %d images run again, on plain PyTorch", fault, len(failed))
-            self._predict(self.plain, iter(failed), found)
+        self._try_again(strips, found)
         rows = (row for name in strips["image"].to_pylist() for row in found[name])
         return pa.Table.from_pylist(list(rows), schema=ROWS)
+
+    def _try_again(self, strips: pa.Table, found: dict[str, list[dict[str, Any]]]) -> None:
+        """What the networks failed on once more, on plain PyTorch; where that fails, it stays."""
+        faults = {name: rows[0]["fault"] for name, rows in found.items() if rows[0]["fault"]}
+        read = pc.is_valid(strips["pixels"])
+        names = [name for name in strips.filter(read)["image"].to_pylist() if name in faults]
+        if not names:
+            return
+        fault, threads = faults[names[0]], torch.get_num_threads()
+        log.warning("%s; %d images run again, on plain PyTorch", fault, len(names))
+        torch.set_num_threads(self.threads)  # one where OpenVINO's members run
+        try:
+            failed = (strip for strip in unpack_strips(strips) if strip.name in names)
+            self._predict(self.plain, failed, found)
+        except Exception as error:  # short of memory for a second ensemble, for one
+            log.warning("plain PyTorch fails, too: %r", error)
+        finally:
+            torch.set_num_threads(threads)
 
     def _predict(
         self, scheduler: Scheduler, strips: Iterator[Strip], found: dict[str, list[dict[str, Any]]]

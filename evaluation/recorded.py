@@ -34,7 +34,7 @@ class RecordedPasses:
         self.manifest: Manifest = self.ensemble.manifest
         self.passes: list[Pass] = self.ensemble.passes
         self.device: torch.device = self.ensemble.device
-        self.stages: Stages = self.ensemble.stages
+        self.stages = Stages()  # a replay's, which is no work of the ensemble
         self.images = self.ensemble.prepare(self.image)
 
     @property
@@ -61,10 +61,10 @@ class RecordedPasses:
     def _timed(self, pass_id: int, half: Half, run: Callable[[], T]) -> T:
         """Run a half; where a device only queues it, wait for it, for its seconds to count."""
         start, found = time.perf_counter(), run()
-        if self.stages.queued:
+        stages = self.ensemble.stages
+        if stages.queued:
             torch.cuda.synchronize(self.device)
-            member = self.passes[pass_id].member
-            self.stages.networks[member, half] += time.perf_counter() - start
+            stages.networks[self.passes[pass_id].member, half] += time.perf_counter() - start
         return found
 
     def mean(self, pass_ids: Sequence[int]) -> Tensor:

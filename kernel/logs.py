@@ -81,7 +81,8 @@ class Stages:
         with _timed(taken, member, self.threads):
             yield
         for half, count in zip(Half, flops, strict=True):
-            self._table[member, half] += taken[member] * count / sum(flops)
+            seconds = taken[member] * count / sum(flops)
+            self._table[member, half] += seconds
 
     @property
     def _table(self) -> defaultdict[tuple[str, Half], float]:

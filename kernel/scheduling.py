@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ class StripState:
 def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
     """A batch of `size`, filled up with the last tensor; a batch of one is not copied."""
     filled = list(tensors) + [tensors[-1]] * (size - len(tensors))
-    return torch.cat(filled) if size > 1 else tensors[0]
+    return torch.cat(filled) if len(filled) > 1 else filled[0]
 
 
 def one_row(batch: Tensor, row: int) -> Tensor:
@@ -274,8 +275,10 @@ class Scheduler:
         return StripState(strip, images, tally, pass_ids, size, fault=fault)
 
     def _batch_size_of(self, state: StripState) -> int:
-        """How many strips of its size run at once."""
-        return self.smaller.get(state.images.shape, self.batch_size)
+        """How many strips of its size run at once: no more than of one that is no larger."""
+        values = state.images.numel()
+        known = [n for shape, n in list(self.smaller.items()) if shape.numel() <= values]
+        return min(known, default=self.batch_size)
 
     def _run_next_step(self, states: list[StripState]) -> None:
         """Run the step whose batch is fullest, and of equals the one furthest behind."""
@@ -334,7 +337,8 @@ class Scheduler:
     def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
         """Queue a step; return what its strips' `settle` takes, (B, 4, classes)."""
         encoded, probabilities = self._run_networks(step, pass_id, states)
-        with self.source.stages("tally"):
+        stages = self.source.stages  # where networks are queued, so are the sums: both are waited
+        with nullcontext() if stages.queued else stages("tally"):  # for, and counted, together
             launched = [
                 state.launch(
                     tuple(one_row(tensor, row) for tensor in encoded),

@@ -150,8 +150,9 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
     They are new ones on the same GPUs, for a GPU's fault may end with its process, and then one on
-    the CPU: the image at which that dies is left out, and another goes on behind it. Images never
-    run in this process, for what killed a worker would end the run.
+    the CPU: the image at which that dies is left out, and another goes on behind it. What killed a
+    worker would end the run, so images run in this process only where every worker refused its
+    input: then it says why.
     """
     outcome, rest, died, in_vain = Outcome(), task, "", 0
     for attempt in itertools.count(1):

@@ -20,7 +20,7 @@ from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
 from packing.notebook import build_notebook
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
-from packing.sources import read_sources
+from packing.sources import propose_manifest, read_sources
 from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
@@ -138,6 +138,8 @@ def build(
     check_place(out)
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
+    if not (weights / MANIFEST).is_file():
+        propose_manifest(weights / MANIFEST)
     manifest, sources = read_sources(weights, competition)
     metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)

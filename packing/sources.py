@@ -47,15 +47,12 @@ def propose_manifest(path: Path) -> None:
     """Write a manifest of the checkpoints beside it that say themselves what they are, and say so.
 
     `training/train.py` writes a member's entry into its checkpoint's header. What is of the
-    ensemble is the default.
-
-    Raises:
-        ValueError: there is none.
+    ensemble is the default. Where no checkpoint says so nothing is written.
     """
     found = {file: read_header(file) for file in sorted(path.parent.glob("*.safetensors"))}
     members = [entry | {"file": file.name} for file, entry in found.items() if entry]
     if not members:
-        raise ValueError(f"{path}: no such file; write one, or give its folder with --weights")
+        return
     default = Manifest([])
     entries = {
         "format": default.format, "threshold": default.threshold, "min_area": default.min_area,
@@ -72,15 +69,14 @@ def read_sources(
 ) -> tuple[Manifest, list[Path]]:
     """Return the bundle's manifest, hashes and flops to come, and each member's checkpoint.
 
-    The competition is the one asked for, else the one described beside the manifest. A manifest
-    that is not there is written, where the checkpoints say what they are.
+    The competition is the one asked for, else the one described beside the manifest.
 
     Raises:
         ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing or changed.
     """
     path = weights / MANIFEST
     if not path.is_file():
-        propose_manifest(path)
+        raise ValueError(f"{path}: no such file; write one, or give its folder with --weights")
     entries = read_json(path)
     members = entries.get("members")
     if isinstance(members, list):

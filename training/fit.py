@@ -45,7 +45,9 @@ STATISTICS_STRIPS = 24
 LOADER_TIMEOUT_S = 600  # a worker that died without a word ends the run instead of hanging it
 MAX_CROPS = 64
 SHM = Path("/dev/shm")
-TOO_LARGE = "out of memory with one crop or strip a step: take a smaller --encoder, or --device cpu"
+TOO_LARGE = (
+    "out of memory with one crop or strip a step, take a smaller --encoder, or a CPU for a GPU"
+)
 
 
 class Diverged(ValueError):
@@ -377,8 +379,8 @@ def fit_network(
     crops, strips = config.parts
     seconds = fit_part(network, sources, config, crops, machine, experiment)
     if config.steps:
-        retake_from_strips(network, config, statistics, machine, sources[0].competition)
         try:
+            retake_from_strips(network, config, statistics, machine, sources[0].competition)
             seconds += fit_part(network, sources, config, strips, machine, experiment)
         except RuntimeError as error:
             if is_out_of_memory(error):  # which fewer crops would not mend

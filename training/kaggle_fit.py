@@ -143,6 +143,8 @@ def read_once(paths: Sequence[Path]) -> None:
 def manifest_entry(path: Path) -> dict[str, Any]:
     """Return what a source manifest has of the entry in a checkpoint's header; as `read_entry`."""
     entry = read_entry(path)
+    if lacking := set(SPEC_FIELDS) - entry.keys():
+        raise ValueError(f"{path}: its header lacks {min(lacking)}")
     return {field: entry[field] for field in SPEC_FIELDS}
 
 
@@ -168,15 +170,20 @@ def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
 
 
 def check_list(jobs: Sequence[Job]) -> None:
-    """Raise ValueError where an earlier output is here, and none of its members in the list."""
+    """Raise ValueError where an earlier output is here, and none of its members in the list.
+
+    Some that the list lacks are logged: they are in what is written no more.
+    """
     earlier = set(read_json(Path(RECORD))) if Path(RECORD).is_file() else set[str]()
-    earlier |= {path.name for path in RUNS.glob("*") if path.is_dir()}
+    earlier |= {path.parent.name for path in RUNS.glob("*/*.ckpt")}
     names = [job.name for job in jobs]
     if earlier and earlier.isdisjoint(names):
         raise ValueError(
             f"the earlier output is of {', '.join(sorted(earlier))}, the list of "
             f"{', '.join(names)}: build with the --members of then, or without --resume"
         )
+    if left_out := earlier.difference(names):
+        log.warning("no member of the list, so not of the output: %s", ", ".join(sorted(left_out)))
 
 
 # --- the session ----------------------------------------------------------------------------------

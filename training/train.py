@@ -287,9 +287,9 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         raise ValueError("--precision 16-mixed needs a GPU; on a CPU 32 or bf16-mixed")
     config = Config(
         name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
-        crop_steps=args.crop_steps, whole_steps=args.whole_steps, 
-        classes=strips.classes,
-        seed=args.seed, learning_rate=args.learning_rate, precision=precision,
+        crop_steps=args.crop_steps, whole_steps=args.whole_steps, crop_size=args.crop_size,
+        classes=strips.classes, seed=args.seed,
+        learning_rate=args.learning_rate, precision=precision,
         evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
         teacher=str(args.teacher or ""),
         **choose_normalisation(args, strips), crops=args.crops, moved_share=args.moved_share,
@@ -386,7 +386,12 @@ def train(args: argparse.Namespace) -> int:
     sources = [train_strips, *(read_strips(path, competition) for path, _ in args.extra)]
     check_classes(sources)
     for (path, _), extra in zip(args.extra, sources[1:], strict=True):
-        if leaked := set(held_out.names).intersection(extra.names):
+        leaked = [
+            name
+            for name in set(held_out.names).intersection(extra.names)
+            if (held_out.folder / name).read_bytes() == (extra.folder / name).read_bytes()
+        ]
+        if leaked:
             raise ValueError(
                 f"--extra {path}: holds {len(leaked)} held-out strips, like {min(leaked)}: what is "
                 "scored would have been trained on; leave them out there, or give --fold none"

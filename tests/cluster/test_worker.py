@@ -142,9 +142,44 @@ def test_what_the_networks_fail_on_runs_again_on_plain_pytorch(
         return run_encoder(pass_id, images)
 
     monkeypatch.setattr(worker.scheduler.source, "run_encoder", fail)
+    assert "plain" not in vars(worker)  # loaded where it is needed
     rows = worker(part)
     assert rles_of(rows) == expected
     assert {row["image"] for row in rows.to_pylist() if row["fault"]} == {NAMES[3]}
+    assert worker.plain.source.device == CPU
+
+
+def test_where_plain_pytorch_fails_too_the_first_fault_stands(
+    session_light: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As for want of memory for a second ensemble: no other image's rows are lost with it."""
+    save_strips(tmp_path, NAMES)
+    worker, part = make_worker(session_light, tmp_path), part_of(tmp_path, NAMES)
+    expected = rles_of(worker(part))
+    run_encoder = worker.scheduler.source.run_encoder
+
+    def fail(pass_id: int, images: Any) -> Any:
+        calls.append(pass_id)
+        if len(calls) == 2:
+            raise RuntimeError("no kernel image is available")
+        return run_encoder(pass_id, images)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    calls = list[int]()
+    monkeypatch.setattr(worker.scheduler.source, "run_encoder", fail)
+    monkeypatch.setattr(worker, "_load", refuse)
+    rows = worker(part)
+    assert "plain PyTorch fails, too: MemoryError()" in caplog.text
+    failed = {row["image"] for row in rows.to_pylist() if row["fault"]}
+    assert len(failed) == 1
+    assert rles_of(rows) == {
+        pair: "" if pair[0] in failed else rle for pair, rle in expected.items()
+    }
 
 
 def describe(bundle: Path) -> None:

@@ -234,7 +234,11 @@ def test_where_networks_are_only_queued_their_seconds_are_waited_for(
     stages.queued = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.02))
     path = min((strips / "train_images").iterdir())
-    RecordedPasses(queued, read_image(path)).record_all()
+    recorded = RecordedPasses(queued, read_image(path))
+    recorded.record_all()
+    before = dict(stages.networks)
+    recorded.replay(range(9))
+    assert stages.networks == before
     assert len(stages.networks) == 6
     assert all(seconds > 3 * 0.02 for seconds in stages.networks.values())  # of three flips
 

@@ -384,7 +384,9 @@ def test_a_large_image_makes_batches_of_its_own_size_alone_smaller(
         source, "run_decoder", lambda i, encoded, _: source.probabilities[i, encoded[1][:, 0]]
     )
     strips = numbered()
-    strips[4] = Strip("4", np.full((SIZE[0], 3 * SIZE[1]), 4, np.uint8))
+    for number, times in ((4, 3), (7, 4)):  # one that is larger still need not be tried
+        large = np.full((SIZE[0], times * SIZE[1]), number, np.uint8)
+        strips[number] = Strip(str(number), large)
     states = run(Scheduler(source, batch_size=4), strips)
     assert len(states) == N_STRIPS and not any(state.fault for state in states.values())
     assert sizes[True][:3] == [4, 2, 1] and set(sizes[True][2:]) == {1}

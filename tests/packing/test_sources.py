@@ -11,7 +11,7 @@ from helpers import read_manifest, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import save_file
 
 from kernel.manifest import Manifest, parse_manifest
-from packing.sources import read_sources
+from packing.sources import propose_manifest, read_sources
 
 
 def member(**changes: Any) -> dict[str, Any]:
@@ -121,15 +121,17 @@ def test_checkpoints_that_say_what_they_are_get_a_manifest(
     (tmp_path / "one.safetensors").rename(tmp_path / "1.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    path = tmp_path / "ensemble.json"
+    propose_manifest(path)
     manifest, sources = read_sources(tmp_path)
     assert sources == [tmp_path / "1.safetensors", tmp_path / "two.safetensors"]
     assert [spec.name for spec in manifest.members] == ["one", "two"]
     assert replace(manifest, members=[]) == Manifest([])
-    written = (tmp_path / "ensemble.json").read_bytes()
     assert "was not there; written of what 1.safetensors, two.safe" in capsys.readouterr().out
-    assert read_sources(tmp_path) == (manifest, sources)
-    assert (tmp_path / "ensemble.json").read_bytes() == written
-    assert not capsys.readouterr().out
+    for name in ("1.safetensors", "two.safetensors", path.name):
+        (tmp_path / name).unlink()
+    propose_manifest(path)
+    assert not path.exists()
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:

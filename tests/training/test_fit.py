@@ -368,7 +368,7 @@ def test_memory_that_does_not_hold_a_strip_is_not_asked_for_again_and_again(
 
     monkeypatch.setattr(MemberModule, "batch_loss", hungry)
     paths, experiment = [strips.folder / name for name in strips.names[:2]], {"a": "b"}
-    with pytest.raises(ValueError, match=r"out of memory .*: take a smaller --encoder"):
+    with pytest.raises(ValueError, match=r"out of memory .*, take a smaller --encoder"):
         fit_within_memory(
             lambda tried: fit_network([strips], tried, machine, experiment, paths),
             replace(config, crops=8),

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, draw_image, error_of, exit_code, save_image
+from helpers import CPU, SMALL, draw_image, error_of, exit_code, save_image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kernel.images import image_to_tensor, read_image
-from kernel.members import load_member
+from kernel.members import build_network, load_member
 from training import fit, pace, train
 from training.config import Config
 from training.heads import SampledPairs, StripPairs
@@ -23,6 +24,7 @@ from training.module import MemberModule
 from training.states import crops_of
 from training.strips import Strips
 from training.teacher import presence_probabilities
+from training.train import read_config
 
 SPEC = Config("mine", "tu-test_resnet", "Unet").spec
 
@@ -258,10 +260,32 @@ def test_a_state_with_other_unlabelled_strips_is_refused(
     assert "state of another experiment (data " in error_of(capsys.readouterr().err)
 
 
-def test_automatic_crops_of_a_fit_that_goes_on_are_its_own(again: Path, tmp_path: Path) -> None:
+def test_automatic_crops_of_a_fit_that_goes_on_are_its_own(
+    again: Path,
+    steel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Another program may hold some of the GPU's memory this time."""
     assert crops_of(again / "runs" / "mine") == 2
     assert crops_of(tmp_path) == 0
+    monkeypatch.setattr(train, "find_crops", None)
+    monkeypatch.setattr(train, "read_config", lambda *asked: replace(read_config(*asked), crops=0))
+    assert run_train(steel, again) == 2  # of another number than was asked for at first
+    assert "state of another experiment (crops 2, now 0)" in error_of(capsys.readouterr().err)
+
+
+def test_a_fit_that_goes_on_needs_no_download_any_more(
+    again: Path, steel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = build_network(SPEC.model)
+    monkeypatch.setattr("segmentation_models_pytorch.create_model", None)
+    monkeypatch.setattr("training.module.build_network", lambda _: network)
+    words = ["--encoder-weights", "imagenet"]
+    assert run_train(steel, again, *words) == 2
+    found = error_of(capsys.readouterr().err)
+    assert "state of another experiment (encoder_weights , now imagenet)" in found
 
 
 # --- what it refuses ------------------------------------------------------------------------------
@@ -301,9 +325,20 @@ def test_held_out_strips_are_in_no_further_folder(
 
 
 def test_a_last_fit_on_strips_that_were_trained_on_is_told(
-    steel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    steel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert run_train(steel, tmp_path, "--heads-on", steel, "--crop-size", "64x96") == 0
+    seen, batch_loss = set[tuple[int, ...]](), MemberModule.batch_loss
+
+    def seen_sizes(module: MemberModule, images: Tensor, masks: Tensor) -> Tensor:
+        seen.add(tuple(images.shape[-2:]))
+        return batch_loss(module, images, masks)
+
+    monkeypatch.setattr(MemberModule, "batch_loss", seen_sizes)
+    assert run_train(steel, tmp_path, "--heads-on", steel, "--crop-size", "32x48") == 0
+    assert seen == {(32, 48), SMALL}
     assert f"--heads-on {steel}: 16 of its strips, " in caplog.text
 
 
