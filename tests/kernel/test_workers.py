@@ -166,7 +166,9 @@ kernel.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("killer", "place"), [("0.png", "decoder"), ("2.png", "networks")])
+@pytest.mark.parametrize(
+    ("killer", "place"), [("0.png", "decoder"), ("2.png", "decoder"), ("2.png", "networks")]
+)
 def test_an_image_that_kills_every_process_costs_its_own_rows(
     killer: str,
     place: str,
