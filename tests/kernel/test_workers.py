@@ -141,13 +141,14 @@ def start_instead(monkeypatch: pytest.MonkeyPatch, script: Path, **environment: 
 
 
 DEADLY = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
 admit, decode = kernel.Scheduler._admit, kernel.decode_strip
 
 def die(name, place):
     if (name, place) == (os.environ["KILLER"], os.environ["PLACE"]):
+        time.sleep(0.5)  # what goes ahead is ahead by then
         os.abort()  # as a segmentation fault in a library
 
 def deadly_admit(scheduler, strip):
