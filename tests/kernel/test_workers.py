@@ -144,7 +144,7 @@ DEADLY = """
 import os, sys, time
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
-admit, decode = kernel.Scheduler._admit, kernel.decode_strip
+admit, decode, decoded = kernel.Scheduler._admit, kernel.decode_strip, []
 
 def die(name, place):
     if (name, place) == (os.environ["KILLER"], os.environ["PLACE"]):
@@ -159,6 +159,9 @@ def deadly_admit(scheduler, strip):
 
 def deadly_decode(folder, name, *rules):
     die(name, "decoder")
+    if name in decoded:  # the first time is for the check of the engines
+        die(name, "decoder, the second time")
+    decoded.append(name)
     return decode(folder, name, *rules)
 
 kernel.Scheduler._admit, kernel.decode_strip = deadly_admit, deadly_decode
@@ -168,7 +171,8 @@ kernel.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(
-    ("killer", "place"), [("0.png", "decoder"), ("2.png", "decoder"), ("2.png", "networks")]
+    ("killer", "place"),
+    [("0.png", "decoder"), ("0.png", "decoder, the second time"), ("2.png", "networks")],
 )
 def test_an_image_that_kills_every_process_costs_its_own_rows(
     killer: str,
