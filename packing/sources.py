@@ -57,7 +57,9 @@ def propose_manifest(path: Path) -> None:
     entries = {
         "format": default.format, "threshold": default.threshold, "min_area": default.min_area,
         "flips": default.flips,
-        "members": [{key: entry[key] for key in HEADER if key in entry} for entry in members],
+        "members": [
+            {key: entry[key] for key in HEADER if entry.get(key) is not None} for entry in members
+        ],
     }  # fmt: skip
     replace_file(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
     files = ", ".join(entry["file"] for entry in members)

@@ -116,7 +116,7 @@ def test_checkpoints_that_say_what_they_are_get_a_manifest(
     """As `training/train.py` writes them; others in the folder are no members."""
     entries = [member(name=name, file=f"{name}.safetensors") for name in ("two", "one")]
     for entry in entries:
-        header = {"member": json.dumps(entry | {"sha256": "", "flops": [1, 1]})}
+        header = {"member": json.dumps(entry | {"sha256": "", "image_size": None})}
         save_file({"weight": torch.zeros(1)}, tmp_path / entry["file"], header)
     (tmp_path / "one.safetensors").rename(tmp_path / "1.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -126,6 +126,7 @@ def test_checkpoints_that_say_what_they_are_get_a_manifest(
     manifest, sources = read_sources(tmp_path)
     assert sources == [tmp_path / "1.safetensors", tmp_path / "two.safetensors"]
     assert [spec.name for spec in manifest.members] == ["one", "two"]
+    assert json.loads(path.read_text())["members"][1] == entries[0]
     assert replace(manifest, members=[]) == Manifest([])
     assert "was not there; written of what 1.safetensors, two.safe" in capsys.readouterr().out
     for name in ("1.safetensors", "two.safetensors", path.name):
