@@ -232,7 +232,10 @@ def _short(cells: list[str]) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, then moved there."""
+    """Write a file whole or not at all: beside its place, then moved there; or to a device."""
+    if path.exists() and not path.is_file():  # it is not to be replaced
+        path.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     part.replace(path)

@@ -15,6 +15,7 @@ from helpers import predict, read_submission, run_script, save_strips, write_sam
 
 from kernel import inference, workers
 from kernel.mounts import Options, find_one, find_task, list_images
+from kernel.rows import LAYOUTS, Submission
 from kernel.scheduling import Scheduler, StripState
 
 
@@ -71,6 +72,10 @@ def test_an_output_that_is_no_regular_file_stays_what_it_is(
     options = Options(bundle=session_light, images=images, output=pipe)
     with pytest.raises(ValueError, match=r"--output .*pipe: is no regular file"):
         inference.run_options(options)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    Submission(pipe, LAYOUTS["two-column"], [("a.png", 1)]).save()  # written to, not replaced
+    assert os.read(reader, 100) == b"ImageId_ClassId,EncodedPixels\na.png_1,\n"
+    os.close(reader)
     assert pipe.is_fifo()
 
 
