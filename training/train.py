@@ -374,6 +374,22 @@ def choose_head_pairs(
     return StripPairs(strips.some(0, most)), scored
 
 
+def check_held_out(held_out: Strips, extras: Sequence[Strips]) -> None:
+    """Raise ValueError where a further folder holds held-out strips; names the first."""
+    for extra in extras:
+        leaked = [
+            name
+            for name in set(held_out.names).intersection(extra.names)
+            if (held_out.folder / name).read_bytes() == (extra.folder / name).read_bytes()
+        ]
+        if leaked:
+            raise ValueError(
+                f"--extra {extra.folder}: holds {len(leaked)} held-out strips, like {min(leaked)}: "
+                "what is scored would have been trained on; leave them out there, or give --fold "
+                "none"
+            )
+
+
 # --- the fit --------------------------------------------------------------------------------------
 
 
@@ -385,17 +401,7 @@ def train(args: argparse.Namespace) -> int:
     train_strips, held_out = split_folds(own, config.folds, config.fold)
     sources = [train_strips, *(read_strips(path, competition) for path, _ in args.extra)]
     check_classes(sources)
-    for (path, _), extra in zip(args.extra, sources[1:], strict=True):
-        leaked = [
-            name
-            for name in set(held_out.names).intersection(extra.names)
-            if (held_out.folder / name).read_bytes() == (extra.folder / name).read_bytes()
-        ]
-        if leaked:
-            raise ValueError(
-                f"--extra {path}: holds {len(leaked)} held-out strips, like {min(leaked)}: what is "
-                "scored would have been trained on; leave them out there, or give --fold none"
-            )
+    check_held_out(held_out, sources[1:])
     counts = " + ".join(str(len(strips.names)) for strips in sources)
     log.info("%s: %s strips to train on, %d held out, on %s in %s", config.name, counts,
              len(held_out.names), device, config.precision)  # fmt: skip
