@@ -79,10 +79,11 @@ class Deadline:
         """Count the seconds of one half of a member for a batch of strips."""
         self.seconds[member, half].add(seconds, strips)
 
-    def strip_done(self, passes: Sequence[Pass]) -> None:
-        """Count one more strip as done, which began with these passes."""
+    def strips_done(self, plans: Sequence[Sequence[Pass]]) -> None:
+        """Count strips that end together, each by the passes it began with: each took as long."""
         now = self.clock()
-        self.ratio.add(now - self.last, self.full_s(passes))
+        for passes in plans:
+            self.ratio.add((now - self.last) / len(plans), self.full_s(passes))
         self.last = now
 
     def full_s(self, passes: Iterable[Pass]) -> float:

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -46,10 +45,6 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--streams {options.streams}: expected 1 or more")
     if options.budget_s is not None and not 0 < options.budget_s < math.inf:
         raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
-    if options.shard:
-        found = re.fullmatch("([0-9]+)/([0-9]+)", options.shard)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise ValueError(f"--shard {options.shard!r}: expected number/count like 2/3")
     output, report = options.output, options.record
     for option, path in (("--output", output), ("--report", report)):
         if not path.parent.is_dir():
@@ -75,7 +70,7 @@ def open_submission(options: Options, task: Task) -> Submission:
     output = Path(
         os.path.realpath(options.output)
     )  # a link stays, and what it points to is replaced
-    submission = Submission(output, task.layout, task.pairs, whole=not options.shard)
+    submission = Submission(output, task.layout, task.pairs, whole=not options.worker)
     submission.save()
     return submission
 
@@ -179,9 +174,6 @@ def run(options: Options) -> dict[str, Any]:
     manifest = load_manifest(bundle)
     competition = manifest.competition
     task = find_task(options, competition)
-    if options.shard:
-        number, count = map(int, options.shard.split("/"))
-        task = task.shard(number - 1, count)
     submission = open_submission(options, task)
     log_kinds(task)
     context = RunContext(options, bundle, manifest, submission, stages, start)
@@ -191,7 +183,7 @@ def run(options: Options) -> dict[str, Any]:
         finally:  # interrupted too: what is done stays
             with stages("write"):
                 rows = submission.save(manifest.empty_rows or not task.layout.may_omit_empty)
-        if not options.shard:
+        if not options.worker:
             with stages("validate"):
                 log_findings(options.output, task, context.until_watchdog_s())
     record = build_run_record(context, task, outcome, rows, time.monotonic() - start)
@@ -225,7 +217,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
     add("--streams", type=int, default=Options.streams, help=about)
     add("--workers", type=int, default=0, help="processes; default one a GPU")
-    add("--shard", default="", help="2/3: the second of three workers, as the first starts them")
+    add("--worker", action="store_true", help="as the first process starts others")
     about = "seconds until everything is written; default: the competition's limit, an hour"
     add("--budget-s", type=float, help=about)
     add("--strict", action="store_true", help="exit code 1 where a strip failed")

@@ -31,7 +31,7 @@ class Options:
     early_exit: bool = True
     streams: int = 1  # strips at once on a CPU, in threads that share its cores
     workers: int = 0  # processes; 0 is one a GPU
-    shard: str = ""  # "2/3" in the second of three workers
+    worker: bool = False  # one of several processes, for rows of its own
     budget_s: float | None = None  # from the start of `run`; None: the competition's limit
     strict: bool = False  # a strip that failed is an error
     allow_missing_members: bool = False

@@ -1,6 +1,7 @@
 """Prediction in one process: every image through the ensemble and into the submission."""
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,22 +23,36 @@ from kernel.manifest import Manifest
 from kernel.mounts import Options, Task
 from kernel.rle import encode_rle
 from kernel.rows import Submission
-from kernel.scheduling import TOO_LATE, Scheduler
+from kernel.scheduling import TOO_LATE, Scheduler, StripState
 from kernel.tta import Pass
 from kernel.watchdog import margin_s
 
+Way = tuple[torch.device, bool]  # where images run, and whether on plain PyTorch
 LAST = ".last"  # beside a worker's csv: the image that it began last
 MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs
 
 
 def decode_ahead(
-    folder: Path, names: Iterable[str], ahead: int, competition: Competition = SEVERSTAL
+    folder: Path,
+    names: Iterable[str],
+    ahead: int,
+    competition: Competition = SEVERSTAL,
+    deadline: Deadline | None = None,
 ) -> Iterator[Strip]:
-    """Yield strips in order, up to `ahead` of them decoded beside the networks."""
+    """Yield strips in order, up to `ahead` of them decoded beside the networks.
+
+    Once a deadline is over no file is read any more: what is left would take its reserve.
+    """
+
+    def decode(name: str) -> Strip:
+        if deadline and deadline.over:
+            return Strip(name, None, TOO_LATE)
+        return decode_strip(folder, name, competition)
+
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting: list[Future[Strip]] = []
         for name in names:
-            waiting.append(pool.submit(decode_strip, folder, name, competition))
+            waiting.append(pool.submit(decode, name))
             if len(waiting) > ahead:
                 yield waiting.pop(0).result()
         for strip in waiting:
@@ -60,8 +75,8 @@ def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]
         yield strip
 
 
-def names_of(task: Task, submission: Submission) -> Iterator[str]:
-    """Yield a task's images; of a worker's the last one stands in a file, whatever it does."""
+def note_names(task: Task, submission: Submission) -> Iterator[str]:
+    """Yield a task's images; a worker first writes each into a file, for it may die at it."""
     for name in task.names:
         if not submission.whole:
             with suppress(OSError):  # a disk that is full costs no strip
@@ -129,7 +144,7 @@ class RunContext:
     def n_workers(self, task: Task) -> int:
         """Processes that share a task: one a GPU, or as many as were asked for."""
         asked = self.options.workers or max(torch.cuda.device_count(), 1)
-        return 1 if self.options.shard else min(asked, len(task.names))
+        return 1 if self.options.worker else min(asked, len(task.names))
 
 
 class EngineFails(Exception):
@@ -172,40 +187,52 @@ def predict_task(
     Raises:
         EngineFails: the networks failed on `patience` images, one after another.
     """
-    stages, in_a_row = scheduler.source.stages, 0
-    rules = task.layout.competition
-    alone = not submission.whole and scheduler.source.device.type == "cpu"  # so that it is known
-    ahead = 0 if alone else 4 * scheduler.batch_size  # which image a worker dies at
-    strips = decode_ahead(task.images, names_of(task, submission), ahead, rules)
+    stages, rules, in_a_row = scheduler.source.stages, task.layout.competition, 0
+    # A worker on the CPU decodes no strip ahead: so it is known at which image it dies.
+    alone = not submission.whole and scheduler.source.device.type == "cpu"
+    ahead, names = 0 if alone else 4 * scheduler.batch_size, note_names(task, submission)
+    strips = decode_ahead(task.images, names, ahead, rules, scheduler.deadline)
     stages.threads = scheduler.threads
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)
     with progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
-            name = state.strip.name
-            if state.fault:
-                outcome.faults[name] = state.fault
-                if state.strip.image is None or state.fault == TOO_LATE:
-                    log.warning("%s stays empty: %s", name, state.fault)
-                else:
-                    outcome.failed.add(name)
-                    in_a_row += 1
-            else:
+            if not state.fault:
+                sizes.add(state.strip.name, state.size)
                 in_a_row = 0
-                sizes.add(name, state.size)
-                with stages("rle"):
-                    masks = enumerate(state.masks, 1)
-                    rles = {label: encode_rle(mask, rules) for label, mask in masks}
-                    submission.set_masks(name, rles)
-                outcome.work[name] = scheduler.work(state)
+            in_a_row += _take(state, scheduler, submission, outcome)
             with stages("write"):
                 submission.save_throttled()
             before, since = time.monotonic(), before
-            outcome.strip_s[name] = before - since
+            outcome.strip_s[state.strip.name] = before - since
             bar.update()
             if in_a_row >= patience:
                 raise EngineFails(f"on {in_a_row} images in a row {state.fault}")
     sizes.log_counts()
+    late = sum(fault == TOO_LATE for fault in outcome.faults.values())
+    if late:
+        log.warning("%d images stay empty: %s", late, TOO_LATE)
+
+
+def _take(
+    state: StripState, scheduler: Scheduler, submission: Submission, outcome: Outcome
+) -> bool:
+    """Take over a strip that is done, its masks or its fault; whether the networks failed on it."""
+    name, rules = state.strip.name, submission.layout.competition
+    if not state.fault:
+        with scheduler.source.stages("rle"):
+            masks = enumerate(state.masks, 1)
+            submission.set_masks(name, {label: encode_rle(mask, rules) for label, mask in masks})
+        outcome.work[name] = scheduler.work(state)
+        return False
+    outcome.faults[name] = state.fault
+    if state.fault == TOO_LATE:  # one of many: they are counted
+        return False
+    if state.strip.image is None:
+        log.warning("%s stays empty: %s", name, state.fault)
+        return False
+    outcome.failed.add(name)
+    return True
 
 
 def log_resizing(ensemble: Ensemble, image: Image | None) -> None:
@@ -227,7 +254,7 @@ def predict_on(
     """
     options, on_gpu = run.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, image = run.deadline(), first_image(task, names_of(task, run.submission))
+    deadline, image = run.deadline(), first_image(task, note_names(task, run.submission))
     try:
         ensemble = load_ensemble(
             run.bundle,
@@ -257,7 +284,7 @@ def predict_on(
             outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def _next_way(device: torch.device, plain: bool, lost: bool) -> tuple[torch.device, bool] | None:
+def _next_way(device: torch.device, plain: bool, lost: bool) -> Way | None:
     """Where images run that were left on this device, and whether on plain PyTorch."""
     cpu = torch.device("cpu")
     if lost:
@@ -265,6 +292,27 @@ def _next_way(device: torch.device, plain: bool, lost: bool) -> tuple[torch.devi
     if not plain:
         return device, True
     return None if device == cpu else (cpu, True)
+
+
+def _attempt(
+    way: Way, run: RunContext, task: Task, found: Outcome, bundle_fault: bool
+) -> tuple[bool, str]:
+    """Run a task one way; return whether the device was lost, and what ended it early.
+
+    Where nothing was done `bundle_fault` says that what ended it is the bundle's, and is raised.
+    """
+    try:
+        predict_on(way[0], run, task, found, plain=way[1])
+    except (DeviceLost, EngineFails) as error:
+        lost = isinstance(error, DeviceLost)
+        if lost and run.options.worker:
+            raise
+        return lost, str(error)
+    except Exception as error:
+        if bundle_fault and not found.work:
+            raise
+        return False, repr(error)
+    return False, ""
 
 
 def predict_here(run: RunContext, task: Task) -> Outcome:
@@ -276,27 +324,22 @@ def predict_here(run: RunContext, task: Task) -> Outcome:
     Raises:
         DeviceLost: in a worker, for another process may have the GPU again.
     """
-    outcome, rest, threads = Outcome(), task, torch.get_num_threads()
-    losses = 0
-    way: tuple[torch.device, bool] | None = (pick_device(), False)
+    outcome, rest, threads, lost_before = Outcome(), task, torch.get_num_threads(), False
+    device = pick_device()
+    if run.options.worker and os.environ.get("CUDA_VISIBLE_DEVICES") and device.type == "cpu":
+        raise DeviceLost("the GPU of this worker does not work")  # another's may
+    way: Way | None = (device, False)
     while way:
-        found, lost, fault = Outcome(), False, ""
+        found = Outcome()
         torch.set_num_threads(threads)  # one where OpenVINO's members ran
-        try:
-            predict_on(way[0], run, rest, found, plain=way[1])
-        except (DeviceLost, EngineFails) as error:
-            lost, fault = isinstance(error, DeviceLost), str(error)
-            if lost and run.options.shard:
-                raise
-            losses += lost
-        except Exception as error:
-            if rest is task and not found.work:  # what is wrong from the first is the bundle
-                raise
-            fault = repr(error)
+        last = _next_way(*way, False) is None
+        bundle_fault = rest is task or (last and not outcome.work)
+        lost, fault = _attempt(way, run, rest, found, bundle_fault)
         outcome.add(found)
         rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
         more = rest.names and not run.deadline().over
-        way = _next_way(*way, lost and losses == 1) if more else None
+        way = _next_way(*way, lost and not lost_before) if more else None
+        lost_before = lost_before or lost
         if way:
             fault = fault or found.faults.get(min(found.failed, default=""), "")
             where = "again, on plain PyTorch" if way[1] else "on the CPU"

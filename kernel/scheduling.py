@@ -5,7 +5,7 @@ import math
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -234,11 +234,13 @@ class Scheduler:
                 for state in states:
                     state.finalize()
             self._run_next_step([state for state in states if not state.done])
-            for state in (state for state in states if state.done):
+            done = [state for state in states if state.done]
+            plans = [[self.source.passes[i] for i in s.planned] for s in done if s.planned]
+            if plans:
+                self.deadline.strips_done(plans)
+            for state in done:
                 state.encoded.clear()  # hundreds of MB, and whoever gets it may keep it
                 self.deadline.strips_left -= 1
-                if state.planned:
-                    self.deadline.strip_done([self.source.passes[i] for i in state.planned])
                 yield state
             states = [state for state in states if not state.done]
 
@@ -281,14 +283,19 @@ class Scheduler:
         return min(known, default=self.batch_size)
 
     def _run_next_step(self, states: list[StripState]) -> None:
-        """Run the step whose batch is fullest, and of equals the one furthest behind."""
+        """Run the step whose batch is fullest, and of equals the one furthest behind.
+
+        Before those come sizes of fewer strips than a batch: what would fill it may never come.
+        """
         groups = defaultdict(list)
         for state in states:
             groups[*state.next_step, state.images.shape].append(state)
         if groups:
+            there = Counter(state.images.shape for state in states)
             sizes = {key: self._batch_size_of(group[0]) for key, group in groups.items()}
+            rare = {key: there[key[-1]] < sizes[key] for key in groups}
             full = {key: min(len(group) / sizes[key], 1) for key, group in groups.items()}
-            key = max(groups, key=lambda key: (full[key], -key[1]))
+            key = max(groups, key=lambda key: (rare[key], 0 if rare[key] else full[key], -key[1]))
             self._run_step(key[0], key[1], groups[key][: sizes[key]])
 
     def _run_step(self, step: Step, pass_id: int, states: list[StripState]) -> None:

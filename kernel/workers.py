@@ -7,56 +7,122 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from kernel.checks import read_json
 from kernel.command import BAD_INPUT
+from kernel.faults import one_line
 from kernel.logs import Stages, log
 from kernel.mounts import Task
 from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
+from kernel.scheduling import TOO_LATE
 from kernel.tta import Half, Pass
+from kernel.watchdog import margin_s
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
 ENDING_S = 30.0  # that an interrupted worker has for its last save
 GPU_ROUNDS = 2  # in which images run on the GPUs
 MOST_IN_VAIN = 3  # rounds on the CPU in a row that give no image
-SHARED_SAMPLE = "sample.csv"  # the rows of all workers, which each shards alike
+REFUSALS = {1, BAD_INPUT}  # exit codes of Python's own: what was given, and no crash
+
+
+# --- one worker -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A process with images of its own; its files are its csv and others beside that."""
+
+    number: int
+    gpu: str  # for CUDA_VISIBLE_DEVICES; "" is the CPU
+    task: Task
+    csv: Path
+    process: subprocess.Popen[bytes]
+    followed: bool = False  # by another, or the last that may be
+    taken_ns: int = 0  # when the csv was written that was taken over last
+
+    @property
+    def record(self) -> Path:
+        """Its run.json."""
+        return self.csv.with_suffix(".json")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self.process.poll() is not None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended without a record, and not because of what it was given."""
+        return self.ended and not self.record.is_file() and self.process.returncode not in REFUSALS
+
+    def collect(self, submission: Submission) -> None:
+        """Take over what it has written so far; its csv has the images that are done."""
+        written_ns = self.csv.stat().st_mtime_ns if self.csv.is_file() else 0
+        if written_ns == self.taken_ns:
+            return
+        self.taken_ns, rules = written_ns, submission.layout.competition
+        for image, label, rle in read_rows(self.csv, competition=rules, cut_off=0)[1]:
+            submission.set_masks(image, {label: rle})
+
+    def last_image(self) -> str:
+        """The image that it began last, by what `note_names` writes beside its csv."""
+        path = self.csv.with_suffix(LAST)
+        if not path.is_file():
+            return ""
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+    def end(self, patience_s: float) -> None:
+        """Wait for its end; kill it if it hears no signal."""
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 def start_worker(
-    run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on_gpu: bool = True
-) -> subprocess.Popen[bytes]:
-    """Start this script once more, for one shard of the images on one GPU; results to `folder`."""
-    (number, count), options, left_s = shard, run.options, run.until_watchdog_s()
-    script = run.bundle / "inference.py"  # a notebook has no file of its own
-    if not script.is_file():
-        script = Path(__file__).resolve().with_name("inference.py")
-    command = [sys.executable, str(script)]
+    run: RunContext, task: Task, folder: Path, number: int, count: int, gpu: str
+) -> Worker:
+    """Start this script once more, for a task of its own on one GPU: one of `count` that run."""
+    options, left_s = run.options, run.until_watchdog_s()
+    csv = folder / f"{number}.csv"
+    if csv.with_suffix(".sample").exists():  # of the one before it
+        csv = folder / f"{number}-again.csv"
+    write_rows(csv.with_suffix(".sample"), task)
+    command = [sys.executable, str(find_script(run.bundle)), "--worker"]
     named = {
         "bundle": run.bundle,
         "images": task.images,
-        "sample": folder / SHARED_SAMPLE,
-        "shard": f"{number}/{count}",
-        "output": folder / f"{number}.csv",
-        "report": folder / f"{number}.json",
-        "batch-size": options.batch_size if on_gpu else 1,
-        "streams": options.streams if on_gpu else 1,
+        "sample": csv.with_suffix(".sample"),
+        "output": csv,
+        "report": csv.with_suffix(".json"),
+        "batch-size": options.batch_size if gpu else 1,
+        "streams": options.streams if gpu else 1,
         "budget-s": max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
     command += [] if options.early_exit else ["--no-early-exit"]
     command += ["--allow-missing-members"] if options.allow_missing_members else []
     threads = max((os.cpu_count() or 1) // count, 1)
-    gpu = _gpu_of(number) if on_gpu else ""
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
     # Ctrl-C is for this process alone, which ends its workers:
-    return subprocess.Popen(command, env=os.environ | environment, process_group=0)
+    process = subprocess.Popen(command, env=os.environ | environment, process_group=0)
+    return Worker(number, gpu, task, csv, process)
+
+
+def find_script(bundle: Path) -> Path:
+    """Return the file that this code runs from, of a notebook, which has none, the bundle's own."""
+    here = Path(globals().get("__file__", "")).resolve()
+    if __name__ != "__main__":  # a module of it
+        here = here.with_name("inference.py")
+    return here if here.is_file() else bundle / "inference.py"
 
 
 def write_rows(path: Path, task: Task) -> None:
@@ -65,30 +131,12 @@ def write_rows(path: Path, task: Task) -> None:
     path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _gpu_of(number: int) -> str:
-    """The GPU of a worker, from 1, among those that CUDA_VISIBLE_DEVICES leaves, if it is set."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = max(torch.cuda.device_count(), 1)
-    gpus = list(map(str, range(count))) if visible is None else visible.split(",")
-    return gpus[(number - 1) % len(gpus)]
-
-
-def collect(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
-    """Take over what the workers have written so far; a csv of theirs has the images done."""
-    rules = submission.layout.competition
-    for path in (folder / f"{number}.csv" for number in numbers):
-        if path.is_file():
-            for image, label, rle in read_rows(path, competition=rules, cut_off=0)[1]:
-                submission.set_masks(image, {label: rle})
-    submission.save_throttled()
-
-
-def read_last(csv: Path) -> str:
-    """Return the image that a worker began last, by what `predict_task` notes beside its csv."""
-    path = csv.with_suffix(LAST)
-    if not path.is_file():
-        return ""
-    return path.read_text(encoding="utf-8", errors="surrogateescape")
+def gpus_of(count: int) -> list[str]:
+    """The GPU of each of `count` workers, of those that CUDA_VISIBLE_DEVICES leaves."""
+    there = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(there))))
+    gpus = visible.split(",")[:there] or [""]
+    return [gpus[index % len(gpus)] for index in range(count)]
 
 
 def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
@@ -104,76 +152,122 @@ def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
     return Outcome(**same, passes=passes, dropped=Counter(record["dropped"]))
 
 
+# --- all of them ----------------------------------------------------------------------------------
+
+
 @dataclass
 class Round:
     """What the workers of one round gave, and which of them died: without a record of theirs."""
 
-    outcome: Outcome
-    codes: dict[int, int]  # number → exit code, of those that died
+    outcome: Outcome = field(default_factory=Outcome)
+    codes: dict[int, int] = field(default_factory=dict)  # number → exit code, of those that died
     last: str = ""  # the image that the first of these was at
+    gpus: set[str] = field(default_factory=set)  # on which a worker ended as it should
 
 
-def run_workers(run: RunContext, task: Task, count: int, on_gpus: bool) -> Round:
-    """Share a task among `count` processes; their masks go to the submission."""
-    found, numbers = Round(Outcome(), {}), range(1, count + 1)
+def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
+    """Share a task among a worker on each of `gpus`; their masks go to the submission.
+
+    With `again` each that crashes is followed by another at once, for a GPU's fault may end with
+    its process.
+    """
+    found, workers, count = Round(), list[Worker](), len(gpus)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_rows(folder / SHARED_SAMPLE, task)
-        workers: list[subprocess.Popen[bytes]] = []
+        folder, running = Path(scratch), True
         try:
-            for number in numbers:
-                workers.append(start_worker(run, task, folder, (number, count), on_gpus))
-            while any(worker.poll() is None for worker in workers):
+            for index, gpu in enumerate(gpus):
+                shard = task.shard(index, count)
+                workers.append(start_worker(run, shard, folder, index + 1, count, gpu))
+            # One that hangs without ending itself is not waited for until the hour is over:
+            while running and run.until_watchdog_s() > margin_s(run.budget_s) / 3:
                 time.sleep(COLLECT_S)
-                collect(folder, numbers, run.submission)
+                running = not all(worker.ended for worker in workers)
+                _collect(workers, run.submission)
+                if again and not run.deadline().over:
+                    followers = _follow_crashed(run, workers, folder, count)
+                    workers, running = workers + followers, running or bool(followers)
         finally:  # interrupted: no worker outlives this process, and its finished rows stay
             for worker in workers:
-                worker.terminate()
+                worker.process.terminate()
             for worker in workers:
-                try:
-                    worker.wait(ENDING_S)
-                except subprocess.TimeoutExpired:  # a call that hears no signal
-                    worker.kill()
-                    worker.wait()
-            collect(folder, numbers, run.submission)
-        for number, worker in zip(numbers, workers, strict=True):
+                worker.end(min(ENDING_S, max(run.until_watchdog_s() / 2, 1.0)))
+            _collect(workers, run.submission)
+        for worker in workers:
             try:
-                outcome = read_worker(folder / f"{number}.json", run.stages, 1 / count)
-                found.outcome.add(outcome)
+                found.outcome.add(read_worker(worker.record, run.stages, 1 / count))
+                found.gpus.add(worker.gpu)
+                found.codes.pop(worker.number, None)
             except (OSError, ValueError, KeyError):
-                found.codes[number] = worker.returncode
-                found.last = found.last or read_last(folder / f"{number}.csv")
+                found.codes[worker.number] = worker.process.returncode
+                found.last = found.last or worker.last_image()
     return found
+
+
+def _collect(workers: Iterable[Worker], submission: Submission) -> None:
+    for worker in workers:
+        worker.collect(submission)
+    submission.save_throttled()
+
+
+def _follow_crashed(
+    run: RunContext, workers: Sequence[Worker], folder: Path, count: int
+) -> list[Worker]:
+    """Start a worker for what each one leaves that crashed; once, on the same GPU."""
+    followers = []
+    for worker in (each for each in workers if each.crashed and not each.followed):
+        worker.followed = True
+        rest = worker.task.without(run.submission.done)
+        if not rest.names:
+            continue
+        what = "worker %d ended with exit code %d: the %d images that it leaves run in another"
+        log.warning(what, worker.number, worker.process.returncode, len(rest.names))
+        try:
+            follower = start_worker(run, rest, folder, worker.number, count, worker.gpu)
+        except OSError as error:  # the others go on
+            log.warning("no other can be started: %s", one_line(error))
+            continue
+        follower.followed = True  # enough
+        followers.append(follower)
+    return followers
 
 
 def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
-    They are new ones on the same GPUs, for a GPU's fault may end with its process, and then one on
-    the CPU: the image at which that dies is left out, and another goes on behind it. What killed a
-    worker would end the run, so images run in this process only where every worker refused its
-    input: then it says why.
+    On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
+    that leaves runs on the GPUs that work, and then in one worker on the CPU: the image at which
+    that dies is left out, and another goes on behind it. What killed a worker would end the run, so
+    images run in this process only where every worker refused its input: then it says why.
     """
     outcome, rest, died, in_vain = Outcome(), task, "", 0
+    gpus = gpus_of(count)
     for attempt in itertools.count(1):
-        on_gpus = attempt <= GPU_ROUNDS
-        processes = min(count if on_gpus else 1, len(rest.names))
-        done = len(run.submission.done)
-        found = run_workers(run, rest, processes, on_gpus)
-        in_vain = 0 if on_gpus or len(run.submission.done) > done else in_vain + 1
+        done, shared = len(run.submission.done), bool(gpus)
+        gpus = gpus[: len(rest.names)] or [""]
+        try:
+            found = run_workers(run, rest, gpus, again=attempt == 1)
+        except OSError as error:
+            if not run.submission.done:
+                raise
+            died = f"no worker can be started: {one_line(error)}"
+            break
+        in_vain = 0 if shared or len(run.submission.done) > done else in_vain + 1
         outcome.add(found.outcome)
         if found.codes:
             number, code = min(found.codes.items())
-            died = f"worker {number} of {processes} ended with exit code {code}"
+            ended_in_time = code == 0 and run.deadline().over  # by its watchdog
+            died = f"worker {number} of {len(gpus)} ended with exit code {code}"
             log.warning("%s", died)
-            if not run.submission.done and set(found.codes.values()) == {BAD_INPUT}:
+            died = TOO_LATE if ended_in_time else died
+            if not run.submission.done and set(found.codes.values()) <= REFUSALS:
                 return predict_here(run, task)  # it says what is wrong, as in one process
-            if not on_gpus and found.last and found.last not in run.submission.done:
+            if not shared and found.last and found.last not in run.submission.done:
                 outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
-        stuck = in_vain == MOST_IN_VAIN or (not on_gpus and not found.last)
+        stuck = in_vain == MOST_IN_VAIN or (not shared and not found.last)
         if not found.codes or not rest.names or run.deadline().over or stuck:
             break
+        gpus = [gpu for gpu in gpus if gpu in found.gpus] if attempt < GPU_ROUNDS else []
         log.warning("%d images are left, and run in another", len(rest.names))
     outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

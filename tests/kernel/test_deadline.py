@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.deadline import Deadline
+from kernel.images import Strip, decode_strip
 from kernel.tta import Half, Pass, list_passes
 
 MACHINES = int(os.environ.get("MACHINES", "500"))  # simulated, by each property
@@ -60,7 +62,7 @@ class Machine:
                 for half in (Half.ENCODER,) if clean else Half:
                     if not deadline.over:
                         self.take(deadline, self.passes[number].member, half, strip)
-            deadline.strip_done([self.passes[number] for number in plan])
+            deadline.strips_done([[self.passes[number] for number in plan]])
             log.seconds.append(self.now - before)
         return log
 
@@ -180,11 +182,27 @@ def test_time_outside_the_networks_counts() -> None:
     deadline.half_done("a", Half.DECODER, 5.0, 1)
     deadline.start_strips()
     now[0] = 60.0  # a strip of three passes, 30 s of them in networks
-    deadline.strip_done(passes)
+    deadline.strips_done([passes])
     left_s = deadline.end - 60.0
     assert len(deadline.select_passes(passes, int(left_s / 60))) == 3
     assert len(deadline.select_passes(passes, int(left_s / 60) + 1)) == 2
     assert len(deadline.select_passes(passes, int(left_s / 40) + 1)) == 1
+
+
+def test_strips_that_end_together_count_alike() -> None:
+    """Eight of 3 s each: a plan for as many as there is time for drops nothing."""
+    now = [0.0]
+    deadline = Deadline(1000, 0.0, clock=lambda: now[0])
+    passes = list_passes([("a", (1, 1))], FLIPS)
+    for half in Half:
+        deadline.half_done("a", half, 8 * 0.5, 8)
+    deadline.start_strips()
+    for _ in range(4):
+        now[0] += 8 * 3.0
+        deadline.strips_done([passes] * 8)
+    strips = int((deadline.end - now[0]) / 3.0)
+    assert len(deadline.select_passes(passes, strips)) == 3
+    assert len(deadline.select_passes(passes, strips + 1)) == 2
 
 
 @pytest.mark.parametrize("warm_up", [0.0, Deadline.WARM_UP])
@@ -204,22 +222,33 @@ def test_a_gpu_that_warms_up_loses_no_pass(
 
 
 def test_strips_for_which_there_is_no_time_are_named_and_keep_their_rows(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """With a clock that jumps to the end after ten strips."""
-    strip_done, seen = Deadline.strip_done, list[int]()
+    strips_done, seen = Deadline.strips_done, list[int]()
 
-    def jump(deadline: Deadline, passes: Sequence[Pass]) -> None:
-        seen.append(len(passes))
-        strip_done(deadline, passes)
+    def jump(deadline: Deadline, plans: Sequence[Sequence[Pass]]) -> None:
+        seen.append(len(plans))
+        strips_done(deadline, plans)
         if len(seen) == 10:
             deadline.end = deadline.clock()
 
-    monkeypatch.setattr(Deadline, "strip_done", jump)
-    names = [f"{index:02}.png" for index in range(40)]
+    monkeypatch.setattr(Deadline, "strips_done", jump)
+    names, decoded = [f"{index:02}.png" for index in range(40)], list[str]()
+
+    def decode(folder: Path, name: str, *rules: Any) -> Strip:
+        decoded.append(name)
+        return decode_strip(folder, name, *rules)
+
+    monkeypatch.setattr("kernel.predict.decode_strip", decode)
     save_strips(tmp_path / "strips", names)
     output = tmp_path / "submission.csv"
     record = predict(tiny_bundle / "dataset", tmp_path / "strips", output)
+    assert len(decoded) < 20  # what is left is not read: of half a million it would take minutes
+    assert "30 images stay empty: no time was left for it" in caplog.messages
     assert list(record["work"]) == names[:10]
     assert record["faults"] == dict.fromkeys(names[10:], "no time was left for it")
     rows = read_submission(output)

@@ -250,6 +250,22 @@ def test_a_device_that_stays_lost_is_not_tried_for_ever(
     assert record["faults"] == dict.fromkeys(NAMES, "was not predicted")
 
 
+def test_what_fails_every_way_before_a_strip_is_done_is_raised(
+    session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the bundle, or a library, though the GPU is blamed first; a run of none is no run."""
+
+    def fail(device: torch.device, *_: Any, plain: bool = False) -> None:
+        if device == CUDA:
+            raise DeviceLost("cuda fails: operator torchvision::nms does not exist")
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("kernel.predict.pick_device", lambda: CUDA)
+    monkeypatch.setattr("kernel.predict.predict_on", fail)
+    with pytest.raises(RuntimeError, match="operator torchvision::nms does not exist"):
+        predict(session_light, images, images.parent / "submission.csv")
+
+
 def test_strips_that_no_time_is_left_to_run_again_stay_named(
     bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,13 +470,13 @@ def test_every_strip_that_is_done_is_on_disk_when_the_next_one_starts(
 ) -> None:
     monkeypatch.setattr(Submission, "MAX_SAVING_SHARE", 1e9)  # a save costs less than that here
     output, seen = images.parent / "submission.csv", list[int]()
-    strip_done = Deadline.strip_done
+    strips_done = Deadline.strips_done
 
-    def spied(deadline: Deadline, passes: Sequence[Pass]) -> None:
+    def spied(deadline: Deadline, plans: Sequence[Sequence[Pass]]) -> None:
         seen.append(sum(1 for rle in read_submission(output).values() if rle))
-        strip_done(deadline, passes)
+        strips_done(deadline, plans)
 
-    monkeypatch.setattr(Deadline, "strip_done", spied)
+    monkeypatch.setattr(Deadline, "strips_done", spied)
     predict(bundle, images, output)
     assert seen[0] == 0
     assert len(seen) == len(NAMES)

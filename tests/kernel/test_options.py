@@ -33,9 +33,6 @@ NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
     "no time": ({"budget_s": 0.0}, "--budget-s 0.0"),
     "time without end": ({"budget_s": math.inf}, "--budget-s inf"),
     "no number": ({"budget_s": math.nan}, "--budget-s nan"),
-    "a shard of no number": ({"shard": "two"}, "--shard 'two'"),
-    "a shard above its count": ({"shard": "3/2"}, "--shard '3/2'"),
-    "shard 0": ({"shard": "0/2"}, "--shard '0/2'"),
     "a report in no folder": ({"report": Path("nowhere/run.json")}, "--report nowhere/run.json"),
     "a report that is a folder": ({"report": Path(os.sep)}, f"--report {os.sep}: is no regular"),
 }
@@ -147,7 +144,7 @@ def test_a_worker_takes_a_gpu_of_those_that_are_visible(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [workers._gpu_of(number) for number in (1, 2, 3)] == expected
+    assert workers.gpus_of(3) == expected
 
 
 def test_names_that_are_not_utf_8_and_a_line_break_keep_their_bytes(

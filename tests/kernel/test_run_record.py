@@ -6,6 +6,7 @@ ids, schedulers or records.
 
 import errno
 import json
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 
 from kernel.deadline import Deadline
 from kernel.images import Image
-from kernel.inference import main, run_options
+from kernel.inference import main, parse_options, run_options
 from kernel.members import Member, build_network
-from kernel.mounts import Task
-from kernel.predict import Outcome, RunContext
+from kernel.predict import Outcome
 from kernel.tta import Half, Pass
 
 NAMES = [f"{number}.png" for number in range(6)]
@@ -370,7 +370,7 @@ def test_after_a_lost_device_both_parts_are_numbered_alike(
     assert record["work"]["5.png"]["passes"] == second  # fpn-b is the cheapest member
 
 
-class Worker:
+class Ended:
     """A worker that ran in this process, and has ended."""
 
     returncode = 0
@@ -391,22 +391,17 @@ def test_two_workers_give_the_union_of_what_each_ran(
 ) -> None:
     member, aside = dataset / "fpn-b.safetensors", dataset / "aside"
 
-    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], _: bool) -> Worker:
-        number, count = shard
+    def start(command: list[str], **_: object) -> Ended:
+        options = parse_options(command[2:])
+        number = int(options.output.stem)
         if number == lacking:
             member.rename(aside)
-        options = replace(
-            run.options,
-            shard=f"{number}/{count}",
-            output=folder / f"{number}.csv",
-            report=folder / f"{number}.json",
-        )
         assert run_options(options) == 0
         if number == lacking:
             aside.rename(member)
-        return Worker()
+        return Ended()
 
-    monkeypatch.setattr("kernel.workers.start_worker", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     record = run_record(dataset, images, workers=2, allow_missing_members=True)
     assert record["workers"] == 2
     assert_record_is_what_ran(record, spy, NAMES)

@@ -1,12 +1,14 @@
 """Several processes: the same submission as one, also where one of them dies."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ from kernel.logs import Stages
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE, Options, Task
 from kernel.predict import Outcome, RunContext
-from kernel.rows import LAYOUTS, Submission
+from kernel.rows import LAYOUTS, Submission, read_rows
 from kernel.watchdog import margin_s
-from kernel.workers import Round, collect, predict_by_workers, start_worker
+from kernel.workers import Round, Worker, predict_by_workers, run_workers, start_worker
 
 NAMES = [f"{index}.png" for index in range(5)]
 
@@ -58,6 +60,21 @@ def alone(
     return output.read_bytes(), record
 
 
+def kill_workers(monkeypatch: pytest.MonkeyPatch, killed: Sequence[str]) -> list[str]:
+    """Kill the workers that write these files as they start; return the files of all."""
+    starts = list[str]()
+
+    def start(*args: Any) -> Worker:
+        worker = start_worker(*args)
+        starts.append(worker.csv.name)
+        if worker.csv.name in killed:
+            worker.process.kill()
+        return worker
+
+    monkeypatch.setattr("kernel.workers.start_worker", start)
+    return starts
+
+
 def test_two_workers_write_what_one_process_writes(
     bundle: Path,
     images: Path,
@@ -87,16 +104,11 @@ def test_a_worker_that_is_killed_costs_no_row(
 ) -> None:
     expected, record_alone = alone
 
-    def killed(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], *on: bool) -> Any:
-        worker = start_worker(run, task, folder, shard, *on)
-        if shard == (2, 2) and len(task.names) == 5:  # of the first ones
-            worker.kill()
-        return worker
-
-    monkeypatch.setattr("kernel.workers.start_worker", killed)
+    starts = kill_workers(monkeypatch, ["2.csv"])
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
-    assert "worker 2 of 2 ended with exit code -9" in caplog.messages
-    assert "2 images are left, and run in another" in caplog.messages
+    what = "worker 2 ended with exit code -9: the 2 images that it leaves run in another"
+    assert what in caplog.messages
+    assert starts == ["1.csv", "2.csv", "2-again.csv"]
     assert (tmp_path / "submission.csv").read_bytes() == expected
     for key in ("strips", "passes", "work", "faults"):
         assert record[key] == record_alone[key], key
@@ -108,17 +120,11 @@ def test_workers_share_the_rows_of_the_sample_and_not_the_folder(
 ) -> None:
     """In the sample's order, which is not the folder's, and without an image that it lacks."""
 
-    def killed(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], *on: bool) -> Any:
-        worker = start_worker(run, task, folder, shard, *on)
-        if dies and shard == (2, 2) and len(task.names) == 4:
-            worker.kill()
-        return worker
-
     mounted = tmp_path / "input" / "severstal"
     write_sample(mounted / SAMPLE, ["4.png", "2.png", "1.png", "0.png"])
     (mounted / "test_images").symlink_to(images)
     predict(bundle, None, tmp_path / "alone.csv", input=tmp_path / "input")
-    monkeypatch.setattr("kernel.workers.start_worker", killed)
+    kill_workers(monkeypatch, ["2.csv"] if dies else [])
     shared = tmp_path / "shared.csv"
     record = predict(bundle, None, shared, input=tmp_path / "input", workers=2)
     assert sorted(record["work"]) == ["0.png", "1.png", "2.png", "4.png"]
@@ -191,7 +197,8 @@ def test_an_image_that_kills_every_process_costs_its_own_rows(
     assert record["faults"].keys() == {killer, "3.png"}
     assert record["faults"][killer] == "worker 1 of 1 ended with exit code -6"
     if place == "networks":
-        assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | {killer: 3}
+        # at first, in the one that follows, on the GPU of the other, and on the CPU
+        assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | {killer: 4}
     expected = read_submission_of(alone[0], tmp_path / "alone.csv")
     assert any(rle for (name, _), rle in expected.items() if name == killer)
     expected |= {pair: "" for pair in expected if pair[0] == killer}
@@ -206,15 +213,23 @@ import inference as kernel
 def lose(*_, **options):
     raise kernel.DeviceLost("cuda fails: launch failure")
 
-seen = pathlib.Path(os.environ["SEEN"], sys.argv[sys.argv.index("--shard") + 1].replace("/", "-"))
-if not seen.exists():
-    seen.touch()
+if pathlib.Path(sys.argv[sys.argv.index("--output") + 1]).name in os.environ["LOSE"].split():
     kernel.predict_on = lose
 kernel.main(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize(
+    ("gpus", "lose", "logged"),
+    [
+        (["", ""], "1.csv 2.csv", "worker 1 ended with exit code 3: the 3 images that it leaves"),
+        (["7", ""], "", "worker 1 of 2 ended with exit code 3"),  # no such GPU: then on the other
+    ],
+)
 def test_workers_that_lose_their_gpus_are_followed_by_new_ones(
+    gpus: list[str],
+    lose: str,
+    logged: str,
     bundle: Path,
     images: Path,
     alone: tuple[bytes, dict[str, Any]],
@@ -225,10 +240,11 @@ def test_workers_that_lose_their_gpus_are_followed_by_new_ones(
     """Another process may have the GPU again; and the first one touches none."""
     script = tmp_path / "lost.py"
     script.write_text(LOST, encoding="utf-8")
-    start_instead(monkeypatch, script, BUNDLE=bundle, SEEN=tmp_path)
+    start_instead(monkeypatch, script, BUNDLE=bundle, LOSE=lose)
+    monkeypatch.setattr("kernel.workers.gpus_of", lambda count: gpus[:count])
     monkeypatch.setattr("kernel.workers.predict_here", lambda *_: pytest.fail("in this process"))
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
-    assert "worker 1 of 2 ended with exit code 3" in caplog.messages
+    assert logged in caplog.text
     assert (tmp_path / "submission.csv").read_bytes() == alone[0]
     assert list(record["faults"]) == ["3.png"]
 
@@ -256,22 +272,29 @@ def test_what_a_worker_wrote_before_it_died_without_a_record_stands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It has done all of its images, and its record is torn: none of them is lost or repeated."""
-    starts = list[tuple[int, int]]()
+    starts = list[int]()
 
-    def torn(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], *on: bool) -> Any:
-        starts.append(shard)
-        worker = start_worker(run, task, folder, shard, *on)
-        if shard == (1, 2):
-            assert worker.wait() == 0
-            (folder / "1.json").write_text('{"torn', encoding="utf-8")
+    def torn(*args: Any) -> Worker:
+        worker = start_worker(*args)
+        starts.append(worker.number)
+        if worker.number == 1:
+            assert worker.process.wait() == 0
+            worker.record.write_text('{"torn', encoding="utf-8")
         return worker
 
     monkeypatch.setattr("kernel.workers.start_worker", torn)
     record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert (tmp_path / "submission.csv").read_bytes() == alone[0]
-    assert starts == [(1, 2), (2, 2)]
+    assert starts == [1, 2]
     assert list(record["faults"]) == ["3.png"]
     assert list(record["work"]) == ["1.png"]
+
+
+def ended() -> subprocess.Popen[bytes]:
+    """A process that runs no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process
 
 
 def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_comes_from_a_worker(
@@ -283,9 +306,36 @@ def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_comes_from_a_worker
     made.set_masks("a.jpg", {1: rle})
     made.save()
     taken = Submission(tmp_path / "out.csv", LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
-    collect(tmp_path, [1, 2], taken)
+    worker = Worker(1, "", Task(Path(), made.layout, [("a.jpg", 1)]), made.path, ended())
+    worker.collect(taken)
     assert taken.rles == {("a.jpg", 1): rle}
     assert taken.done == {"a.jpg"}
+
+
+def test_what_a_worker_has_not_written_again_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of half a million rows that would take a core."""
+    path, reads = tmp_path / "1.csv", list[Path]()
+    task = Task(Path(), LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
+    made = Submission(path, task.layout, task.pairs, whole=False)
+    taken = Submission(tmp_path / "out.csv", task.layout, task.pairs)
+
+    def read(path: Path, **options: Any) -> Any:
+        reads.append(path)
+        return read_rows(path, **options)
+
+    monkeypatch.setattr("kernel.workers.read_rows", read)
+    worker = Worker(1, "", task, path, ended())
+    worker.collect(taken)
+    for done in ("a.jpg", "b.jpg"):
+        made.set_masks(done, {1: "1 1"})
+        made.save()
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))  # whatever the disk's clock counts
+        for _ in range(3):
+            worker.collect(taken)
+        assert done in taken.done
+    assert reads == [path, path]
 
 
 # --- when no more workers are started ------------------------------------------------------------
@@ -293,45 +343,97 @@ def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_comes_from_a_worker
 
 def rounds_of(
     given: Sequence[Round], submission: Submission, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Outcome, int]:
-    """The outcome of rounds that give this, the last of them again and again; their number."""
-    calls = list[bool]()
+) -> tuple[Outcome, list[Sequence[str]]]:
+    """The outcome of rounds that give this, the last of them again and again; and their GPUs."""
+    calls = list[Sequence[str]]()
 
-    def run_workers(run: RunContext, task: Task, count: int, on_gpus: bool) -> Round:
-        calls.append(on_gpus)
+    def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
+        assert again == (not calls)
+        calls.append(gpus)
         return replace(given[min(len(calls), len(given)) - 1], outcome=Outcome())
 
     monkeypatch.setattr("kernel.workers.run_workers", run_workers)
+    monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
     run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
-    return predict_by_workers(run, task, 2), len(calls)
+    return predict_by_workers(run, task, 2), calls
 
 
 DIES = Round(Outcome(), {1: -11})
 
 
 @pytest.mark.parametrize(
-    ("last", "rounds"), [("", 3), ("4.png", 5)], ids=["before the first image", "each time"]
+    ("last", "working", "rounds"),
+    [
+        ("", [], [["0", "1"], [""]]),
+        ("", ["1"], [["0", "1"], ["1"], [""]]),
+        ("4.png", [], [["0", "1"], [""], [""], [""]]),
+    ],
+    ids=["before the first image", "on one GPU", "each time"],
 )
 def test_workers_that_give_nothing_are_not_started_for_ever(
-    last: str, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    last: str,
+    working: list[str],
+    rounds: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two rounds on GPUs, then on the CPU."""
+    """On all GPUs, on those that work, then on the CPU."""
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     submission.done.add("4.png")
-    outcome, count = rounds_of([replace(DIES, last=last)], submission, monkeypatch)
-    assert count == rounds
-    reason = f"worker 1 of {1 if rounds > 2 else 2} ended with exit code -11"
+    dies = replace(DIES, last=last, gpus=set(working))
+    outcome, calls = rounds_of([dies], submission, monkeypatch)
+    assert calls == rounds
+    reason = "worker 1 of 1 ended with exit code -11"
     assert outcome.faults == dict.fromkeys(NAMES[:4], reason)
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(-9, "worker 1 of 2 ended with exit code -9"), (0, "no time was left for it")],
+    ids=["killed", "ended by its watchdog"],
+)
 def test_no_worker_is_started_when_time_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Deadline, "over", True)
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
-    outcome, count = rounds_of([DIES], submission, monkeypatch)
-    assert count == 1 and outcome.faults.keys() == set(NAMES)
+    submission.done.add("4.png")
+    dies = replace(DIES, codes={1: code})
+    outcome, calls = rounds_of([dies], submission, monkeypatch)
+    assert len(calls) == 1 and outcome.faults == dict.fromkeys(NAMES[:4], reason)
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_what_every_worker_refuses_is_refused_in_this_process(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback of Python's too, as that of a library that cannot be imported."""
+    monkeypatch.setattr("kernel.workers.predict_here", lambda *_: Outcome({"a.jpg": "here"}))
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    refused = replace(DIES, codes={1: code, 2: code})
+    outcome, calls = rounds_of([refused], submission, monkeypatch)
+    assert len(calls) == 1 and outcome.faults == {"a.jpg": "here"}
+
+
+def test_a_later_worker_that_cannot_be_started_costs_what_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    submission.done.add("4.png")
+    rounds = iter([DIES])
+
+    def run_workers(*_: object) -> Round:
+        for each in rounds:
+            return each
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("kernel.workers.run_workers", lambda *args, again: run_workers())
+    task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
+    run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
+    faults = predict_by_workers(run, task, 2).faults
+    assert faults.keys() == set(NAMES[:4])
+    assert "Resource temporarily unavailable" in faults["0.png"]
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])
@@ -347,7 +449,7 @@ def test_there_is_a_process_a_gpu_unless_told_otherwise(
 
     assert count(Options()) == max(gpus, 1)
     assert count(Options(workers=3)) == 3
-    assert count(Options(workers=3, shard="1/2")) == 1
+    assert count(Options(workers=3, worker=True)) == 1
     assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == 2
 
 
@@ -358,19 +460,19 @@ def started(
     options: Options,
     monkeypatch: pytest.MonkeyPatch,
     left_s: float = 100,
-    on_gpu: bool = True,
+    gpu: str = "1",
 ) -> tuple[list[str], dict[str, str]]:
     """The command and the environment of the second of three workers."""
     calls = list[tuple[list[str], dict[str, str]]]()
     monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: calls.append((command, env)))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     bundle, manifest = Path("bundle"), Manifest([])
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(Path("out.csv"), task.layout, task.pairs)
     budget_s = options.budget_s or 100
     start, options = time.monotonic() + left_s - budget_s, replace(options, budget_s=budget_s)
     run = RunContext(options, bundle, manifest, submission, Stages(), start)
-    start_worker(run, task, Path("scratch"), (2, 3), on_gpu)
+    with tempfile.TemporaryDirectory() as scratch:
+        start_worker(run, task, Path(scratch), 2, 3, gpu)
     return calls[0]
 
 
@@ -385,7 +487,6 @@ def started(
 def test_a_worker_gets_the_options_of_its_run(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (_, _, *words), environment = started(options, monkeypatch)
     found = parse_options(words)
     assert found.budget_s and 60 < found.budget_s <= 67  # its watchdog comes first
@@ -393,10 +494,10 @@ def test_a_worker_gets_the_options_of_its_run(
         options,
         bundle=Path("bundle"),
         images=Path("strips"),
-        sample=Path("scratch/sample.csv"),
-        shard="2/3",
-        output=Path("scratch/2.csv"),
-        report=Path("scratch/2.json"),
+        sample=found.output.with_name("2.sample"),
+        worker=True,
+        output=found.output.with_name("2.csv"),
+        report=found.output.with_name("2.json"),
         budget_s=found.budget_s,
     )
     assert found == expected
@@ -407,7 +508,7 @@ def test_a_worker_gets_the_options_of_its_run(
 def test_on_the_cpu_a_worker_has_one_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is known at which image it dies."""
     options = Options(batch_size=8, streams=2)
-    (_, _, *words), environment = started(options, monkeypatch, on_gpu=False)
+    (_, _, *words), environment = started(options, monkeypatch, gpu="")
     found = parse_options(words)
     assert (found.batch_size, found.streams) == (1, 1)
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
@@ -454,18 +555,21 @@ def interrupted(
     """Exit codes of two workers that run this code, once a run is interrupted under them."""
     workers = list[subprocess.Popen[bytes]]()
 
-    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on: bool) -> Any:
-        workers.append(subprocess.Popen([sys.executable, "-c", code, str(folder), str(shard[0])]))
+    def start(command: list[str], **_: object) -> Any:
+        output = Path(command[command.index("--output") + 1])
+        words = [sys.executable, "-c", code, str(output.parent), output.stem]
+        workers.append(popen(words))
         return workers[-1]
 
-    def interrupt(folder: Path, numbers: Iterable[int], submission: Submission) -> None:
-        while len(list(folder.glob("*.ready"))) < 2:
+    def interrupt(worker: Worker, submission: Submission) -> None:
+        while len(list(worker.csv.parent.glob("*.ready"))) < 2:
             time.sleep(0.05)
-        monkeypatch.setattr("kernel.workers.collect", collect)
+        monkeypatch.setattr(Worker, "collect", collect)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kernel.workers.start_worker", start)
-    monkeypatch.setattr("kernel.workers.collect", interrupt)
+    popen, collect = subprocess.Popen, Worker.collect
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(Worker, "collect", interrupt)
     with pytest.raises(KeyboardInterrupt):
         predict(bundle, images, output, workers=2)
     return [worker.poll() for worker in workers]
@@ -483,13 +587,14 @@ def test_a_worker_that_cannot_be_started_leaves_no_other_behind(
 ) -> None:
     workers = list[subprocess.Popen[bytes]]()
 
-    def start(run: RunContext, task: Task, folder: Path, shard: tuple[int, int], on: bool) -> Any:
+    def start(command: list[str], **_: object) -> Any:
         if workers:
             raise OSError(12, "Cannot allocate memory")
-        workers.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        workers.append(popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         return workers[-1]
 
-    monkeypatch.setattr("kernel.workers.start_worker", start)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert workers[0].poll() == -15
@@ -504,3 +609,25 @@ def test_what_workers_do_in_their_last_second_stands_too(
     rows = read_submission(tmp_path / "submission.csv")
     found = {pair: rle for pair, rle in rows.items() if rle}
     assert found == {("1.png", 1): "1 1", ("2.png", 1): "1 2"}
+
+
+def test_a_worker_that_hangs_is_killed_before_the_hour_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own watchdog does not end it: it hangs before or after that, and hears no signal."""
+    workers = list[subprocess.Popen[bytes]]()
+
+    def start(command: list[str], **_: object) -> Any:
+        workers.append(popen([sys.executable, "-c", DEAF, str(tmp_path), "1"]))
+        return workers[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    options, begin = Options(budget_s=5), time.monotonic()
+    run = RunContext(options, Path("bundle"), Manifest([]), submission, Stages(), begin)
+    found = run_workers(run, task, [""], again=True)
+    assert found.codes == {1: -9} and not found.gpus
+    assert len(workers) == 1
+    assert run.left_s() > 0
