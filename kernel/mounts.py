@@ -4,13 +4,16 @@ import atexit
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.logs import log
+from kernel.logs import log, progress
 from kernel.rows import Layout, Row, layouts_of, read_rows
 
 SAMPLE = "sample_submission.csv"
@@ -157,7 +160,8 @@ def find_images(
 ) -> Path:
     """Find the folder with most of a sample's images: below the sample's own, else below `root`.
 
-    Of images in folders of their own it is a new one, of links to those that the sample names.
+    Of images in folders of their own it is a new one, of links to those that the sample names; of
+    images in a zip a new one, with them unpacked.
 
     Raises:
         ValueError: no folder holds any.
@@ -172,11 +176,66 @@ def find_images(
         best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
         if shares.get(best):
             return best
+    if unzipped := unzip_images(names, root, competition):
+        return unzipped
     raise ValueError(
         f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
         f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; of images in "
         "folders of their own `image_path` says the names (docs/competitions.md)"
     )
+
+
+# --- zips, as some old competitions are mounted ---------------------------------------------------
+
+
+def unzip(archive: Path, members: Mapping[str, str]) -> Path:
+    """Return a folder of files of a zip, name → path in it, that goes when this process ends.
+
+    Raises:
+        ValueError: the zip is damaged, or the disk has no room for them.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="unzipped_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            needed = sum(opened.getinfo(path).file_size for path in members.values())
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise ValueError(
+                    f"{archive}: {needed / 1e9:.1f} GB to unpack, {free / 1e9:.1f} free in {folder}"
+                )
+            for name, path in progress(members.items(), f"unpacking {archive.name}", "file"):
+                with opened.open(path) as source, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{archive}: {error}; fetch it again") from error
+    return folder
+
+
+def find_sample(root: Path, competition: Competition) -> Path:
+    """Find the sample under `root`, or unpack the zip of it; ValueError as `find_one`."""
+    what = f"the competition {competition.slug}"
+    zipped = f"{SAMPLE}.zip"
+    if find_folders(root, SAMPLE) or not find_folders(root, zipped):
+        return find_one(root, SAMPLE, what, "--sample") / SAMPLE
+    archive = find_one(root, zipped, what, "--sample") / zipped
+    return unzip(archive, {SAMPLE: SAMPLE}) / SAMPLE
+
+
+def unzip_images(names: Set[str], root: Path, competition: Competition) -> Path | None:
+    """Unpack those of a sample's images that one zip below `root` holds, if one does."""
+    best, archive = dict[str, str](), Path()
+    for folder, files in _walk(root):
+        for path in (folder / file for file in sorted(files) if file.endswith(".zip")):
+            with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as opened:
+                found = {competition.name_of_file(each): each for each in opened.namelist()}
+            held = {name: found[name] for name in found.keys() & names}
+            if len(held) > len(best):
+                best, archive = held, path
+    return unzip(archive, best) if best else None
+
+
+# --- the task -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -266,8 +325,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)
     else:
-        what = f"the competition {competition.slug}"
-        sample = sample or find_one(options.input, SAMPLE, what, "--sample") / SAMPLE
+        sample = sample or find_sample(options.input, competition)
         layout, pairs = read_sample(sample, options.layout, competition)
         known = {name for name, _ in pairs}
         if not known:

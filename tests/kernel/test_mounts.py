@@ -1,9 +1,14 @@
 """What Kaggle mounts where: the kernel finds bundle, sample and images by what they are."""
 
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kernel.competition import SEVERSTAL
 from kernel.inference import run
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE, Options, find_one, find_task
@@ -93,4 +98,63 @@ def test_a_tree_without_the_competition_names_it_and_what_is_there(tmp_path: Pat
     with pytest.raises(ValueError, match=r"no sample_submission\.csv under .* there is ensemble:"):
         find_task(Options(input=tmp_path))
     with pytest.raises(ValueError, match=f"add the competition {COMPETITION} to the kernel's"):
+        find_task(Options(input=tmp_path))
+
+
+# --- zips -----------------------------------------------------------------------------------------
+
+
+def write_zip(path: Path, files: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def mount_zips(root: Path, sample_too: bool, below: str) -> None:
+    """As Kaggle mounts salt and, with the sample zipped too, Carvana."""
+    rows = "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\nb.jpg,1 1,0\n"
+    if sample_too:
+        write_zip(root / COMPETITION / f"{SAMPLE}.zip", {SAMPLE: rows, f"__MACOSX/._{SAMPLE}": ""})
+    else:
+        write(root / COMPETITION / SAMPLE, rows)
+    test = {f"{below}{name}.jpg": f"pixels of {name}" for name in "abc"}
+    write_zip(root / COMPETITION / "test.zip", {below: ""} | test if below else test)
+    write_zip(root / COMPETITION / "train.zip", {f"train/{name}.jpg": "" for name in "axyz"})
+
+
+@pytest.mark.parametrize("below", ["", "images/", "test/deeper/"])
+@pytest.mark.parametrize("sample_too", [False, True])
+def test_a_competition_that_is_mounted_as_zips_is_unpacked(
+    sample_too: bool, below: str, tmp_path: Path
+) -> None:
+    mount_zips(tmp_path, sample_too, below)
+    task = find_task(Options(input=tmp_path))
+    assert task.names == ["a.jpg", "b.jpg"]
+    read = {path.name: path.read_text(encoding="utf-8") for path in task.images.iterdir()}
+    assert read == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
+
+
+def test_images_of_a_zip_have_the_names_that_image_path_makes(tmp_path: Path) -> None:
+    write(tmp_path / SAMPLE, "ImageId,EncodedPixels,ClassId\ncase1_2,1 1,0\n")
+    write_zip(tmp_path / "test.zip", {"test/case1/2_266.png": "pixels", "test/case3/2_266.png": ""})
+    nested = replace(SEVERSTAL, suffix=".png", image_path=r"(case\d+)/(\d+)_.*")
+    task = find_task(Options(input=tmp_path), nested)
+    assert [path.name for path in task.images.iterdir()] == ["case1_2.png"]
+
+
+def test_a_zip_that_is_damaged_or_has_no_room_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount_zips(tmp_path, sample_too=False, below="test/")
+    archive = tmp_path / COMPETITION / "test.zip"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5))
+    with pytest.raises(ValueError, match=r"test\.zip: 0\.0 GB to unpack"):
+        find_task(Options(input=tmp_path))
+    monkeypatch.undo()
+    data = bytearray(archive.read_bytes())
+    start = data.index(b"test/a.jpg") + len(b"test/a.jpg")
+    data[start : start + 4] = bytes(4)
+    archive.write_bytes(data)
+    with pytest.raises(ValueError, match=r"test\.zip: .*; fetch it again"):
         find_task(Options(input=tmp_path))
