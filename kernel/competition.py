@@ -104,6 +104,15 @@ N_CLEAN_TRAINING_IMAGES = 5902  # of Severstal's
 # --- rules ----------------------------------------------------------------------------------------
 
 
+CHOICES: dict[str, tuple[object, ...]] = {
+    "run_order": ("columns", "rows"),
+    "first_index": (1, 0),
+    "channels": (1, 3),
+    "bits": (8, 16),
+    "dark_outside": (False, True),
+}
+
+
 def check_competition(competition: Competition) -> None:
     """Raise ValueError for the first rule that is broken, naming the field and the value."""
     slug = competition.slug
@@ -127,15 +136,6 @@ def check_competition(competition: Competition) -> None:
     seconds = competition.time_limit_s
     expect(is_number(seconds) and seconds > 0, "time_limit_s", seconds, "seconds above 0")
     _check_counts(competition)
-
-
-CHOICES: dict[str, tuple[object, ...]] = {
-    "run_order": ("columns", "rows"),
-    "first_index": (1, 0),
-    "channels": (1, 3),
-    "bits": (8, 16),
-    "dark_outside": (False, True),
-}
 
 
 def _check_classes(competition: Competition) -> None:

@@ -92,7 +92,7 @@ class Deadline:
         return sum(self.seconds[key].mean for key in keys if key in self.seconds)
 
     def select_passes(self, passes: Sequence[Pass], strips: int) -> list[int]:
-        """Return the ids of the passes for the next strip; `strips` are still to be done."""
+        """Return the indices of the passes for the next strip; `strips` are still to be done."""
         now = self.clock()
         if now >= self.restart_at:
             self.restart_at = math.inf
@@ -104,13 +104,13 @@ class Deadline:
         ratio = self.ratio.mean or 1.0
         first_flip = passes[0].flip
 
-        def value(pass_id: int) -> tuple[bool, float]:
-            return passes[pass_id].flip == first_flip, -self.full_s([passes[pass_id]])
+        def value(index: int) -> tuple[bool, float]:
+            return passes[index].flip == first_flip, -self.full_s([passes[index]])
 
-        for pass_id in sorted(kept, key=value)[:-1]:
+        for index in sorted(kept, key=value)[:-1]:
             if strips * ratio * self.full_s([passes[i] for i in kept]) <= left_s:
                 break
-            kept.remove(pass_id)
+            kept.remove(index)
         self._count_dropped([str(each) for i, each in enumerate(passes) if i not in kept])
         return kept
 

@@ -1,7 +1,6 @@
 """Images: a file → pixels, grey or RGB → the tensor that every network reads."""
 
 import contextlib
-import functools
 import io
 import warnings
 import zlib
@@ -34,6 +33,86 @@ MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run'
 def size_of(image: npt.NDArray[Any]) -> Size:
     """(H, W) of an image."""
     return image.shape[0], image.shape[1]
+
+
+# --- colour and depth, as a competition says ------------------------------------------------------
+
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # of Pillow
+LOOKED_AT = 8  # images, before a run
+_LOGGED = set[str]()  # kinds of images that were named already
+
+
+def _log_once(kind: str, text: str) -> None:
+    if kind not in _LOGGED:
+        _LOGGED.add(kind)
+        log.warning("%s", text)
+
+
+def _log_other(name: str, what: str, said: str, instead: str) -> None:
+    """Log, once a kind, an image of another colour or depth than the description says."""
+    _log_once(what, f"{name} is {what}, its competition.json says {said}: correct it; {instead}")
+
+
+def _to_bits(pixels: npt.NDArray[Any], bits: int, name: str) -> Image:
+    """Scale to the competition's depth; 16 bits to 8 by what the values need: 10, 12, 14 or 16.
+
+    Cameras store 10 to 14 bits in 16, and few say so in the file.
+    """
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixels are {pixels.dtype}, expected 8 or 16 bits")
+    if bits == 8 * pixels.dtype.itemsize:
+        return pixels
+    if bits == 16:
+        _log_other(name, "of 8 bits", "bits 16", "its white stays white")
+        return pixels.astype(np.uint16) * 257
+    _log_other(name, "of 16 bits", "bits 8", "its values are scaled to 8")
+    highest = int(pixels.max())
+    depth = next(depth for depth in (10, 12, 14, 16) if highest < 2**depth)
+    if depth < 16:
+        text = f"16-bit images without a value above {2**depth - 1}: read as {depth} bits"
+        _log_once(f"{depth} bits", text)
+    return (pixels >> (depth - 8)).astype(np.uint8)
+
+
+def is_coloured(pixels: npt.NDArray[Any]) -> bool:
+    """Whether pixels as a file stores them have colours, more than a JPEG's noise."""
+    noise = 8 * np.iinfo(pixels.dtype).max // 255
+    return pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > noise).any())
+
+
+def check_kinds(folder: Path, names: Sequence[str], competition: Competition) -> None:
+    """Look at some images of a folder before a run; those that cannot be read are left to it.
+
+    Raises:
+        ValueError: one is of another colour or depth than the competition's; names it.
+    """
+    for name in names[:: max(len(names) // LOOKED_AT, 1)]:
+        with contextlib.suppress(OSError):
+            fault = _kind_fault((folder / name).read_bytes(), competition)
+            if fault:
+                raise ValueError(
+                    f"{folder / name}: {fault}: correct it there, or save the images so"
+                )
+
+
+def _kind_fault(data: bytes, competition: Competition) -> str:
+    """How an image is of another kind than a competition's; nothing where it is as said."""
+    try:
+        mode = _check_header(data)
+    except ValueError:
+        return ""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+        return ""
+    says, bits = f"{competition.slug}'s competition.json says", 8 * pixels.dtype.itemsize
+    if competition.channels == 1 and is_coloured(pixels):
+        return f"in colour, {says} channels 1"
+    if competition.channels == 3 and mode in GREY_MODES:
+        return f"grey, {says} channels 3"
+    return "" if bits == competition.bits else f"of {bits} bits, {says} bits {competition.bits}"
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def read_image(
@@ -75,13 +154,7 @@ def decode_image(
         if colour and mode in GREY_MODES:
             _log_other(name, "grey", "channels 3", "its grey stands for each")
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
-        if competition.bits == 8:
-            if pixels.dtype == np.uint16:
-                _log_other(name, "of 16 bits", "bits 8", "its values are scaled to 8")
-            return _to_8_bits(pixels)
-        if pixels.dtype == np.uint8:
-            _log_other(name, "of 8 bits", "bits 16", "its white stays white")
-        return _to_16_bits(pixels)
+        return _to_bits(pixels, competition.bits, name)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -114,90 +187,6 @@ def _check_whole(data: bytes, colour: bool) -> None:
         PIL.Image.open(io.BytesIO(data)).load()
     except (OSError, SyntaxError, zlib.error) as error:
         raise ValueError(f"damaged: {error}") from error
-
-
-def _to_16_bits(pixels: npt.NDArray[Any]) -> Image:
-    """Scale 8 bits to 16; 16 bits stay as they are, for values are scaled by their type."""
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"pixels are {pixels.dtype}, expected 8 or 16 bits")
-    return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
-
-
-def _to_8_bits(pixels: npt.NDArray[Any]) -> Image:
-    """Scale 16 bits to 8 by the depth that the values need: 10, 12, 14 or 16 bits.
-
-    Cameras store 10 to 14 bits in 16, and few say so in the file.
-    """
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype != np.uint16:
-        raise ValueError(f"pixels are {pixels.dtype}, expected 8 or 16 bits")
-    highest = int(pixels.max())
-    bits = next(bits for bits in (10, 12, 14, 16) if highest < 2**bits)
-    _log_depth(bits)
-    return (pixels >> (bits - 8)).astype(np.uint8)
-
-
-# --- colour and depth, as a competition says ------------------------------------------------------
-
-LOOKED_AT = 8  # images, before a run
-
-
-def is_coloured(pixels: npt.NDArray[Any]) -> bool:
-    """Whether pixels as a file stores them have colours, more than a JPEG's noise."""
-    noise = 8 * np.iinfo(pixels.dtype).max // 255
-    return pixels.ndim == 3 and bool((np.ptp(pixels[..., :3].astype(int), axis=2) > noise).any())
-
-
-def check_kinds(folder: Path, names: Sequence[str], competition: Competition) -> None:
-    """Look at some images of a folder before a run; those that cannot be read are left to it.
-
-    Raises:
-        ValueError: one is of another colour or depth than the competition's; names it.
-    """
-    for name in names[:: max(len(names) // LOOKED_AT, 1)]:
-        with contextlib.suppress(OSError):
-            fault = _kind_fault((folder / name).read_bytes(), competition)
-            if fault:
-                raise ValueError(
-                    f"{folder / name}: {fault}: correct it there, or save the images so"
-                )
-
-
-def _kind_fault(data: bytes, competition: Competition) -> str:
-    """How an image is of another kind than a competition's; nothing where it is as said."""
-    try:
-        mode = _check_header(data)
-    except ValueError:
-        return ""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
-        return ""
-    says, bits = f"{competition.slug}'s competition.json says", 8 * pixels.dtype.itemsize
-    if competition.channels == 1 and is_coloured(pixels):
-        return f"in colour, {says} channels 1"
-    if competition.channels == 3 and mode in GREY_MODES:
-        return f"grey, {says} channels 3"
-    return "" if bits == competition.bits else f"of {bits} bits, {says} bits {competition.bits}"
-
-
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # of Pillow
-_OTHERS = set[str]()  # kinds of other images that were logged
-
-
-def _log_other(name: str, what: str, said: str, instead: str) -> None:
-    """Log, once a kind, an image of another colour or depth than the description says."""
-    if what not in _OTHERS:
-        _OTHERS.add(what)
-        log.warning(
-            "%s is %s, its competition.json says %s: correct it; %s", name, what, said, instead
-        )
-
-
-@functools.cache
-def _log_depth(bits: int) -> None:  # once, not for every image
-    if bits < 16:
-        log.warning("16-bit images without a value above %d: read as %d bits", 2**bits - 1, bits)
 
 
 # --- strips ---------------------------------------------------------------------------------------
@@ -235,7 +224,7 @@ def image_to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Images (B, 1, H, W) with the last row and column repeated up to the next multiple."""
+    """Images (B, channels, H, W) with the last row and column repeated up to the next multiple."""
     height, width = images.shape[-2:]
     padding = (0, -width % multiple, 0, -height % multiple)
     return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images

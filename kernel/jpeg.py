@@ -68,7 +68,43 @@ def check_height(data: bytes) -> None:
         )
 
 
-def walk_markers(data: bytes) -> tuple["Frame", list[int]]:
+@dataclass
+class Frame:
+    """What a JPEG's headers say of its scans."""
+
+    width: int = 0
+    height: int = 0
+    sampling: dict[int, tuple[int, int]] = field(default_factory=dict)  # component → (H, V)
+    missing: dict[int, int] = field(default_factory=dict)  # → coefficients that no scan completes
+    height_at: int = 0  # where the file has its two bytes
+    interval: int = 0  # minimum coded units between restart markers; 0: there are none
+
+    def read_header(self, segment: bytes) -> None:
+        """Read a frame header (B.2.2)."""
+        self.height, self.width = int.from_bytes(segment[1:3]), int.from_bytes(segment[3:5])
+        parts = [segment[6 + 3 * index : 9 + 3 * index] for index in range(segment[5])]
+        self.sampling = {part[0]: (part[1] // 16, part[1] % 16) for part in parts}
+        self.missing = dict.fromkeys(self.sampling, ALL_COEFFICIENTS)
+
+    def read_scan_header(self, segment: bytes) -> int:
+        """Read a scan header (B.2.3); return in how many pieces its data come."""
+        components = segment[1 : 1 + 2 * segment[0] : 2]
+        first, last, depth = segment[-3], segment[-2], segment[-1]
+        if depth % 16 == 0:  # the coefficients' last bits
+            for component in components:
+                self.missing[component] &= ~(2 ** (last + 1) - 2**first)
+        if not self.interval:
+            return 1
+        widest = max(horizontal for horizontal, _ in self.sampling.values())
+        highest = max(vertical for _, vertical in self.sampling.values())
+        # several components are interleaved in units of the widest; one alone comes block by block
+        blocks = self.sampling[components[0]] if len(components) == 1 else (1, 1)
+        across = -(-self.width * blocks[0] // (8 * widest))
+        down = -(-self.height * blocks[1] // (8 * highest))
+        return -(-across * down // self.interval)
+
+
+def walk_markers(data: bytes) -> tuple[Frame, list[int]]:
     """Walk a JPEG's markers; return its headers, and where each piece of its data ends.
 
     A piece ends at a restart marker or with its scan. What follows the end marker is padding.
@@ -106,42 +142,6 @@ def walk_markers(data: bytes) -> tuple["Frame", list[int]]:
         except (IndexError, KeyError, ZeroDivisionError) as error:  # a segment that is too short
             raise ValueError(DAMAGED) from error
     raise ValueError(f"a JPEG that breaks off after {len(data)} bytes")
-
-
-@dataclass
-class Frame:
-    """What a JPEG's headers say of its scans."""
-
-    width: int = 0
-    height: int = 0
-    sampling: dict[int, tuple[int, int]] = field(default_factory=dict)  # component → (H, V)
-    missing: dict[int, int] = field(default_factory=dict)  # → coefficients that no scan completes
-    height_at: int = 0  # where the file has its two bytes
-    interval: int = 0  # minimum coded units between restart markers; 0: there are none
-
-    def read_header(self, segment: bytes) -> None:
-        """Read a frame header (B.2.2)."""
-        self.height, self.width = int.from_bytes(segment[1:3]), int.from_bytes(segment[3:5])
-        parts = [segment[6 + 3 * index : 9 + 3 * index] for index in range(segment[5])]
-        self.sampling = {part[0]: (part[1] // 16, part[1] % 16) for part in parts}
-        self.missing = dict.fromkeys(self.sampling, ALL_COEFFICIENTS)
-
-    def read_scan_header(self, segment: bytes) -> int:
-        """Read a scan header (B.2.3); return in how many pieces its data come."""
-        components = segment[1 : 1 + 2 * segment[0] : 2]
-        first, last, depth = segment[-3], segment[-2], segment[-1]
-        if depth % 16 == 0:  # the coefficients' last bits
-            for component in components:
-                self.missing[component] &= ~(2 ** (last + 1) - 2**first)
-        if not self.interval:
-            return 1
-        widest = max(horizontal for horizontal, _ in self.sampling.values())
-        highest = max(vertical for _, vertical in self.sampling.values())
-        # several components are interleaved in units of the widest; one alone comes block by block
-        blocks = self.sampling[components[0]] if len(components) == 1 else (1, 1)
-        across = -(-self.width * blocks[0] // (8 * widest))
-        down = -(-self.height * blocks[1] // (8 * highest))
-        return -(-across * down // self.interval)
 
 
 def _piece_ends(data: bytes, scan: range, pieces: int) -> list[int]:

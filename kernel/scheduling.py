@@ -35,7 +35,7 @@ class PassSource(Protocol):
     stages: Stages
 
     def prepare(self, image: Image) -> Tensor:
-        """Return an image (H, W) as a pass takes it, (1, 1, H, W)."""
+        """Return an image, grey or RGB, as a pass takes it, (1, channels, H, W)."""
 
     def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
         """Return gates (B, classes), then whatever `run_decoder` needs."""
@@ -60,7 +60,7 @@ class StripState:
     """A strip between its first pass and its masks."""
 
     strip: Strip
-    images: Tensor  # (1, 1, H, W), on the device
+    images: Tensor  # (1, channels, H, W), on the device
     tally: Tally
     pass_ids: list[int] = field(default_factory=list)  # of the passes in its mean, in their order
     size: Size = (0, 0)  # of the strip

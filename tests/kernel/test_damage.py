@@ -202,13 +202,11 @@ def test_a_png_that_breaks_off_is_refused(share: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
 def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
-    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kernel.images._LOGGED", set())
     image = grey(3)
     cv2.imwrite(str(tmp_path / "a.png"), image.astype(np.uint16) << (bits - 8))
-    from kernel.images import _log_depth
-
-    _log_depth.cache_clear()
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
     said = [record.message for record in caplog.records if "read as" in record.message]
     assert said == ([] if bits == 16 else [said[0]])

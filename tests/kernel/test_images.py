@@ -202,7 +202,7 @@ def test_another_colour_or_depth_than_said_is_named_once_and_read_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("kernel.images._OTHERS", set())
+    monkeypatch.setattr("kernel.images._LOGGED", set())
     grey = draw_image(0, (8, 12))
     for name in ("a.png", "b.png"):
         save_image(tmp_path / name, grey)
