@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from kernel.command import run_command
-from kernel.contact_sheet import draw_submission  # noqa: F401 - for the notebook's last cell
+from kernel.competition import load_competition
+from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import DeviceLost
 from kernel.faults import one_line
 from kernel.images import check_kinds
 from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, Options, Task, find_one, find_task
+from kernel.mounts import SAMPLE, Options, Task, find_one, find_task, unpack_images
 from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import Submission, replace_file
 from kernel.validator import check_submission
@@ -161,6 +162,12 @@ def log_summary(record: dict[str, Any], output: Path) -> None:
     )
 
 
+def find_bundle(options: Options) -> Path:
+    """Return the folder of the bundle: the one that was named, else the one that is mounted."""
+    what = "the dataset that `kaggle datasets create` made of the bundle"
+    return options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
+
+
 def run(options: Options) -> dict[str, Any]:
     """Predict and write the submission; return the run record.
 
@@ -168,17 +175,16 @@ def run(options: Options) -> dict[str, Any]:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
         KeyboardInterrupt: as it came, when the submission holds what was done.
     """
-    start, stages = time.monotonic(), Stages()
-    what = "the dataset that `kaggle datasets create` made of the bundle"
-    bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
+    start, stages, bundle = time.monotonic(), Stages(), find_bundle(options)
     manifest = load_manifest(bundle)
     competition = manifest.competition
     task = find_task(options, competition)
     submission = open_submission(options, task)
-    log_kinds(task)
     context = RunContext(options, bundle, manifest, submission, stages, start)
     with watchdog(submission, context.left_s()):
         try:
+            task = unpack_images(task, competition)
+            log_kinds(task)
             outcome = predict(context, task)
         finally:  # interrupted too: what is done stays
             with stages("write"):
@@ -225,6 +231,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     about = "seconds, work per strip and every failed strip (default: run.json beside the output)"
     add("--report", type=Path, help=about)
     return Options(**vars(parser.parse_args(arguments)))
+
+
+def draw_found(arguments: Sequence[str] | None = None) -> Picture:
+    """Draw what the run with these arguments found, for the notebook's last cell."""
+    options = parse_options(arguments)
+    competition = load_competition(find_bundle(options))
+    task = unpack_images(find_task(options, competition), competition)
+    return draw_submission(options.output, task.images, competition)
 
 
 def run_options(options: Options) -> int:

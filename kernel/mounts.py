@@ -1,6 +1,7 @@
 """Mounts: finding the bundle, the sample and its images."""
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -8,7 +9,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from kernel.logs import log, progress
 from kernel.rows import Layout, Row, layouts_of, read_rows
 
 SAMPLE = "sample_submission.csv"
+SPARE_BYTES = 100_000_000  # of disk, beside what is unpacked
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 
 
@@ -161,7 +162,7 @@ def find_images(
     """Find the folder with most of a sample's images: below the sample's own, else below `root`.
 
     Of images in folders of their own it is a new one, of links to those that the sample names; of
-    images in a zip a new one, with them unpacked.
+    images in a zip it is the zip.
 
     Raises:
         ValueError: no folder holds any.
@@ -176,8 +177,11 @@ def find_images(
         best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
         if shares.get(best):
             return best
-    if unzipped := unzip_images(names, root, competition):
-        return unzipped
+    zips = [below / file for below, files in _walk(root) for file in files if file.endswith(".zip")]
+    held = {archive: len(list_zip(archive, names, competition)) for archive in sorted(zips)}
+    best = max(held, key=lambda archive: held[archive], default=root)
+    if held.get(best):
+        return best
     raise ValueError(
         f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
         f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; of images in "
@@ -188,51 +192,61 @@ def find_images(
 # --- zips, as some old competitions are mounted ---------------------------------------------------
 
 
-def unzip(archive: Path, members: Mapping[str, str]) -> Path:
-    """Return a folder of files of a zip, name → path in it, that goes when this process ends.
+@functools.cache
+def unzip(archive: Path, members: tuple[tuple[str, str], ...]) -> Path:
+    """Return a folder of files of a zip, (name, path in it), that goes when this process ends.
 
     Raises:
-        ValueError: the zip is damaged, or the disk has no room for them.
+        ValueError: the zip is damaged or of an unknown kind, or the disk has no room for them.
     """
     folder = Path(tempfile.mkdtemp(prefix="unzipped_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as opened:
-            needed = sum(opened.getinfo(path).file_size for path in members.values())
+            needed = sum(opened.getinfo(path).file_size for _, path in members)
             free = shutil.disk_usage(folder).free
-            if needed > free:
+            if needed + SPARE_BYTES > free:
                 raise ValueError(
                     f"{archive}: {needed / 1e9:.1f} GB to unpack, {free / 1e9:.1f} free in {folder}"
                 )
-            for name, path in progress(members.items(), f"unpacking {archive.name}", "file"):
+            for name, path in progress(members, f"unpacking {archive.name}", "file"):
                 with opened.open(path) as source, (folder / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{archive}: {error}; fetch it again") from error
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # encrypted, another method
+        raise ValueError(f"{archive}: {error}; fetch it again, or unpack it") from error
     return folder
+
+
+def list_zip(
+    archive: Path, names: Set[str], competition: Competition
+) -> tuple[tuple[str, str], ...]:
+    """List those of a sample's images that a zip holds, (name, path in it); of two the first."""
+    found: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            paths = [path for path in opened.namelist() if not path.endswith("/")]
+    except zipfile.BadZipFile as error:
+        log.warning("%s is no whole zip: %s", archive, error)
+        return ()
+    for path in paths:
+        name = competition.name_of_file(path)
+        if name in names and found.setdefault(name, path) != path:
+            log.warning(
+                "%s: %s and %s are both %r: the first is taken", archive, found[name], path, name
+            )
+    return tuple(found.items())
 
 
 def find_sample(root: Path, competition: Competition) -> Path:
     """Find the sample under `root`, or unpack the zip of it; ValueError as `find_one`."""
-    what = f"the competition {competition.slug}"
-    zipped = f"{SAMPLE}.zip"
-    if find_folders(root, SAMPLE) or not find_folders(root, zipped):
+    what, zipped = f"the competition {competition.slug}", f"{SAMPLE}.zip"
+    if folders_with(root, SAMPLE) or not folders_with(root, zipped):
         return find_one(root, SAMPLE, what, "--sample") / SAMPLE
     archive = find_one(root, zipped, what, "--sample") / zipped
-    return unzip(archive, {SAMPLE: SAMPLE}) / SAMPLE
-
-
-def unzip_images(names: Set[str], root: Path, competition: Competition) -> Path | None:
-    """Unpack those of a sample's images that one zip below `root` holds, if one does."""
-    best, archive = dict[str, str](), Path()
-    for folder, files in _walk(root):
-        for path in (folder / file for file in sorted(files) if file.endswith(".zip")):
-            with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as opened:
-                found = {competition.name_of_file(each): each for each in opened.namelist()}
-            held = {name: found[name] for name in found.keys() & names}
-            if len(held) > len(best):
-                best, archive = held, path
-    return unzip(archive, best) if best else None
+    held = list_zip(archive, {SAMPLE}, SEVERSTAL)
+    if not held:
+        raise ValueError(f"{archive}: no {SAMPLE} in it; give --sample")
+    return unzip(archive, held) / SAMPLE
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -242,7 +256,7 @@ def unzip_images(names: Set[str], root: Path, competition: Competition) -> Path 
 class Task:
     """The images to predict and the rows to write."""
 
-    images: Path
+    images: Path  # a folder, or a zip for `unpack_images`
     layout: Layout
     pairs: list[tuple[str, int]]  # (image, class) of every row, in order
 
@@ -259,6 +273,15 @@ class Task:
     def without(self, names: Set[str]) -> "Task":
         """The rows of all other images."""
         return replace(self, pairs=[pair for pair in self.pairs if pair[0] not in names])
+
+
+def unpack_images(task: Task, competition: Competition) -> Task:
+    """Return a task whose images lie in a folder: those of a zip are unpacked."""
+    if task.images.is_dir():
+        return task
+    return replace(
+        task, images=unzip(task.images, list_zip(task.images, set(task.names), competition))
+    )
 
 
 def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
@@ -334,7 +357,8 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         task = Task(images or find_images(sample, known, options.input, competition), layout, pairs)
     if not task.pairs:
         raise ValueError(no_images(task.images, competition.suffix))
-    others = set(list_images(task.images)) - set(task.names)
-    if others:
+    there = list_images(task.images) if task.images.is_dir() else []
+    others = set(there) - set(task.names)
+    if others and not options.worker:  # they are other workers'
         log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))
     return task

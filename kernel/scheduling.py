@@ -5,7 +5,7 @@ import math
 import queue
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -49,6 +49,7 @@ class PassSource(Protocol):
 
 Step = tuple[Half, ...]  # the halves of a pass that run at once
 TOO_LATE = "no time was left for it"  # the one fault that no other engine could mend
+LONGEST_WAIT = 16  # batches' worth of strips that may end before one that came earlier
 ENCODE, DECODE, WHOLE = (Half.ENCODER,), (Half.DECODER,), (Half.ENCODER, Half.DECODER)
 
 
@@ -64,6 +65,7 @@ class StripState:
     tally: Tally
     pass_ids: list[int] = field(default_factory=list)  # of the passes in its mean, in their order
     size: Size = (0, 0)  # of the strip
+    since: int = 0  # strips that had ended when it came
     encoded: list[tuple[Tensor, ...]] = field(default_factory=list)  # and not decoded yet
     ran: dict[Half, list[int]] = field(default_factory=lambda: {half: [] for half in Half})
     next_step: tuple[Step, int] = (ENCODE, 0)  # which halves of which pass
@@ -222,22 +224,23 @@ class Scheduler:
 
     @torch.inference_mode()
     def _predict_started(self, strips: Iterable[Strip]) -> Iterator[StripState]:
-        coming, states = iter(strips), list[StripState]()
+        coming, states, n_ended = iter(strips), list[StripState](), 0
         while not self.stopped:
             size = min(map(self._batch_size_of, states), default=self.batch_size)
             most = 1 if size == 1 else 4 * size  # so that batches stay full
             room = max(most - len(states), 0)
-            states += [self._admit(strip) for strip in itertools.islice(coming, room)]
+            states += [self._admit(strip, n_ended) for strip in itertools.islice(coming, room)]
             if not states:
                 return
             if self.deadline.over:
                 for state in states:
                     state.finalize()
-            self._run_next_step([state for state in states if not state.done])
+            self._run_next_step([state for state in states if not state.done], n_ended)
             done = [state for state in states if state.done]
             plans = [[self.source.passes[i] for i in s.planned] for s in done if s.planned]
             if plans:
                 self.deadline.strips_done(plans)
+            n_ended += len(done)
             for state in done:
                 state.encoded.clear()  # hundreds of MB, and whoever gets it may keep it
                 self.deadline.strips_left -= 1
@@ -260,7 +263,7 @@ class Scheduler:
             "share": float(share),
         }
 
-    def _admit(self, strip: Strip) -> StripState:
+    def _admit(self, strip: Strip, n_ended: int) -> StripState:
         """A strip before its first pass; one that could not be read is done."""
         source, pass_ids, images, size = self.source, list[int](), torch.empty(0), (0, 0)
         fault = strip.fault
@@ -274,7 +277,7 @@ class Scheduler:
             except RuntimeError as error:  # out of memory
                 fault = self._fault_of(error)
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
-        return StripState(strip, images, tally, pass_ids, size, fault=fault)
+        return StripState(strip, images, tally, pass_ids, size, since=n_ended, fault=fault)
 
     def _batch_size_of(self, state: StripState) -> int:
         """How many strips of its size run at once: no more than of one that is no larger."""
@@ -282,20 +285,20 @@ class Scheduler:
         known = [n for shape, n in list(self.smaller.items()) if shape.numel() <= values]
         return min(known, default=self.batch_size)
 
-    def _run_next_step(self, states: list[StripState]) -> None:
+    def _run_next_step(self, states: list[StripState], n_ended: int) -> None:
         """Run the step whose batch is fullest, and of equals the one furthest behind.
 
-        Before those come sizes of fewer strips than a batch: what would fill it may never come.
+        Before those comes what has waited too long: of a rare size a batch may never fill.
         """
         groups = defaultdict(list)
         for state in states:
             groups[*state.next_step, state.images.shape].append(state)
         if groups:
-            there = Counter(state.images.shape for state in states)
             sizes = {key: self._batch_size_of(group[0]) for key, group in groups.items()}
-            rare = {key: there[key[-1]] < sizes[key] for key in groups}
             full = {key: min(len(group) / sizes[key], 1) for key, group in groups.items()}
-            key = max(groups, key=lambda key: (rare[key], 0 if rare[key] else full[key], -key[1]))
+            since = {key: min(state.since for state in group) for key, group in groups.items()}
+            late = {key: n_ended - since[key] > LONGEST_WAIT * sizes[key] for key in groups}
+            key = max(groups, key=lambda key: (late[key], full[key], -key[1]))
             self._run_step(key[0], key[1], groups[key][: sizes[key]])
 
     def _run_step(self, step: Step, pass_id: int, states: list[StripState]) -> None:

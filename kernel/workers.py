@@ -27,9 +27,9 @@ from kernel.watchdog import margin_s
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
 ENDING_S = 30.0  # that an interrupted worker has for its last save
-GPU_ROUNDS = 2  # in which images run on the GPUs
+LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
 MOST_IN_VAIN = 3  # rounds on the CPU in a row that give no image
-REFUSALS = {1, BAD_INPUT}  # exit codes of Python's own: what was given, and no crash
+REFUSALS = {1, BAD_INPUT}  # exit codes of a traceback and of bad input: no crash
 
 
 # --- one worker -----------------------------------------------------------------------------------
@@ -44,7 +44,8 @@ class Worker:
     task: Task
     csv: Path
     process: subprocess.Popen[bytes]
-    followed: bool = False  # by another, or the last that may be
+    follows: bool = False  # on one that crashed
+    seen: bool = False  # when it had crashed
     taken_ns: int = 0  # when the csv was written that was taken over last
 
     @property
@@ -96,6 +97,7 @@ def start_worker(
     if csv.with_suffix(".sample").exists():  # of the one before it
         csv = folder / f"{number}-again.csv"
     write_rows(csv.with_suffix(".sample"), task)
+    alone = count == 1 and not gpu  # its strips one at a time: so it is known at which it dies
     command = [sys.executable, str(find_script(run.bundle)), "--worker"]
     named = {
         "bundle": run.bundle,
@@ -103,8 +105,8 @@ def start_worker(
         "sample": csv.with_suffix(".sample"),
         "output": csv,
         "report": csv.with_suffix(".json"),
-        "batch-size": options.batch_size if gpu else 1,
-        "streams": options.streams if gpu else 1,
+        "batch-size": 1 if alone else options.batch_size,
+        "streams": 1 if alone else options.streams,
         "budget-s": max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
@@ -162,45 +164,41 @@ class Round:
     outcome: Outcome = field(default_factory=Outcome)
     codes: dict[int, int] = field(default_factory=dict)  # number → exit code, of those that died
     last: str = ""  # the image that the first of these was at
-    gpus: set[str] = field(default_factory=set)  # on which a worker ended as it should
+    gpus: set[str] = field(default_factory=set)  # on which something was done
 
 
 def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
     """Share a task among a worker on each of `gpus`; their masks go to the submission.
 
-    With `again` each that crashes is followed by another at once, for a GPU's fault may end with
-    its process.
+    With `again` another follows at once on one that crashes, for a GPU's fault may end with its
+    process. Where none does the round ends: the others plan their time without what is left.
     """
-    found, workers, count = Round(), list[Worker](), len(gpus)
+    workers, count = list[Worker](), len(gpus)
     with tempfile.TemporaryDirectory() as scratch:
-        folder, running = Path(scratch), True
+        folder = Path(scratch)
         try:
             for index, gpu in enumerate(gpus):
                 shard = task.shard(index, count)
                 workers.append(start_worker(run, shard, folder, index + 1, count, gpu))
             # One that hangs without ending itself is not waited for until the hour is over:
-            while running and run.until_watchdog_s() > margin_s(run.budget_s) / 3:
+            last_call_s = min(margin_s(run.budget_s) / 3, LAST_CALL_S)
+            running = True
+            while running and run.until_watchdog_s() > last_call_s:
                 time.sleep(COLLECT_S)
-                running = not all(worker.ended for worker in workers)
+                running, started = not all(worker.ended for worker in workers), len(workers)
                 _collect(workers, run.submission)
-                if again and not run.deadline().over:
-                    followers = _follow_crashed(run, workers, folder, count)
-                    workers, running = workers + followers, running or bool(followers)
+                if not run.deadline().over:
+                    if not _follow_crashed(run, workers, folder, count, again):
+                        break
+                    running = running or len(workers) > started
         finally:  # interrupted: no worker outlives this process, and its finished rows stay
+            workers.sort(key=lambda worker: not worker.ended)  # those that ended by themselves
             for worker in workers:
                 worker.process.terminate()
             for worker in workers:
                 worker.end(min(ENDING_S, max(run.until_watchdog_s() / 2, 1.0)))
             _collect(workers, run.submission)
-        for worker in workers:
-            try:
-                found.outcome.add(read_worker(worker.record, run.stages, 1 / count))
-                found.gpus.add(worker.gpu)
-                found.codes.pop(worker.number, None)
-            except (OSError, ValueError, KeyError):
-                found.codes[worker.number] = worker.process.returncode
-                found.last = found.last or worker.last_image()
-    return found
+        return _read_round(run, workers, 1 / count)
 
 
 def _collect(workers: Iterable[Worker], submission: Submission) -> None:
@@ -210,25 +208,42 @@ def _collect(workers: Iterable[Worker], submission: Submission) -> None:
 
 
 def _follow_crashed(
-    run: RunContext, workers: Sequence[Worker], folder: Path, count: int
-) -> list[Worker]:
-    """Start a worker for what each one leaves that crashed; once, on the same GPU."""
-    followers = []
-    for worker in (each for each in workers if each.crashed and not each.followed):
-        worker.followed = True
+    run: RunContext, workers: list[Worker], folder: Path, count: int, again: bool
+) -> bool:
+    """Start a worker for what each one leaves that crashed, once; False where that is not to be."""
+    for worker in [each for each in workers if each.crashed and not each.seen]:
+        worker.seen = True
+        worker.collect(run.submission)  # its last rows
         rest = worker.task.without(run.submission.done)
         if not rest.names:
             continue
+        if not again or worker.follows:
+            return False
         what = "worker %d ended with exit code %d: the %d images that it leaves run in another"
         log.warning(what, worker.number, worker.process.returncode, len(rest.names))
         try:
-            follower = start_worker(run, rest, folder, worker.number, count, worker.gpu)
-        except OSError as error:  # the others go on
+            workers.append(start_worker(run, rest, folder, worker.number, count, worker.gpu))
+        except OSError as error:
             log.warning("no other can be started: %s", one_line(error))
-            continue
-        follower.followed = True  # enough
-        followers.append(follower)
-    return followers
+            return False
+        workers[-1].follows = True
+    return True
+
+
+def _read_round(run: RunContext, workers: Iterable[Worker], share: float) -> Round:
+    """Read what workers recorded, each for its `share` of the time."""
+    found = Round()
+    for worker in workers:
+        try:
+            found.outcome.add(read_worker(worker.record, run.stages, share))
+            found.codes.pop(worker.number, None)
+            found.gpus.add(worker.gpu)
+        except (OSError, ValueError, KeyError):
+            found.codes[worker.number] = worker.process.returncode
+            found.last = found.last or worker.last_image()
+        if not run.submission.done.isdisjoint(worker.task.names):
+            found.gpus.add(worker.gpu)
+    return found
 
 
 def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
@@ -236,38 +251,43 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
 
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
     that leaves runs on the GPUs that work, and then in one worker on the CPU: the image at which
-    that dies is left out, and another goes on behind it. What killed a worker would end the run, so
-    images run in this process only where every worker refused its input: then it says why.
+    that dies is left out, and the others go on on the GPUs. What killed a worker would end the run,
+    so images run in this process only where every worker refused its input: then it says why.
     """
     outcome, rest, died, in_vain = Outcome(), task, "", 0
-    gpus = gpus_of(count)
-    for attempt in itertools.count(1):
+    every, working = gpus_of(count), set[str]()
+    gpus = every
+    for attempt in itertools.count():
         done, shared = len(run.submission.done), bool(gpus)
         gpus = gpus[: len(rest.names)] or [""]
         try:
-            found = run_workers(run, rest, gpus, again=attempt == 1)
+            found = run_workers(run, rest, gpus, again=attempt == 0)
         except OSError as error:
             if not run.submission.done:
                 raise
-            died = f"no worker can be started: {one_line(error)}"
+            died = f"the workers cannot run: {one_line(error)}"
+            rest = task.without(run.submission.done | outcome.faults.keys())
             break
-        in_vain = 0 if shared or len(run.submission.done) > done else in_vain + 1
+        in_vain = 0 if len(run.submission.done) > done else in_vain + (not shared)
         outcome.add(found.outcome)
+        working |= found.gpus
         if found.codes:
-            number, code = min(found.codes.items())
-            ended_in_time = code == 0 and run.deadline().over  # by its watchdog
+            number, code = next(iter(found.codes.items()))
             died = f"worker {number} of {len(gpus)} ended with exit code {code}"
             log.warning("%s", died)
-            died = TOO_LATE if ended_in_time else died
-            if not run.submission.done and set(found.codes.values()) <= REFUSALS:
+            if not (attempt or run.submission.done) and set(found.codes.values()) <= REFUSALS:
+                log.warning("all of them did so, and all images run in this process")
                 return predict_here(run, task)  # it says what is wrong, as in one process
+            if code == 0 and run.deadline().over:  # its watchdog ended it
+                died = TOO_LATE
             if not shared and found.last and found.last not in run.submission.done:
                 outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
         stuck = in_vain == MOST_IN_VAIN or (not shared and not found.last)
         if not found.codes or not rest.names or run.deadline().over or stuck:
             break
-        gpus = [gpu for gpu in gpus if gpu in found.gpus] if attempt < GPU_ROUNDS else []
+        on_cpu = shared and attempt > 0
+        gpus = [] if on_cpu else [gpu for gpu in every if gpu in working]
         log.warning("%d images are left, and run in another", len(rest.names))
     outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

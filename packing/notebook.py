@@ -22,12 +22,7 @@ PICTURE_CELL = """\
 try:
     import IPython.display
 
-    options = parse_options(ARGUMENTS)
-    what = "the bundle's dataset"
-    bundle = options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
-    competition = load_competition(bundle)
-    task = find_task(options, competition)
-    sheet = draw_submission(options.output, task.images, competition)
+    sheet = draw_found(ARGUMENTS)
     display(IPython.display.Image(data=cv2.imencode(".jpg", sheet)[1].tobytes()))
 except Exception as error:  # a picture must not cost the submission
     log.warning("no contact sheet: %s", error)"""

@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import read_submission
 
-from kernel.competition import SEVERSTAL
+from kernel.competition import SEVERSTAL, Competition
 from kernel.inference import run
 from kernel.manifest import MANIFEST
-from kernel.mounts import SAMPLE, Options, find_one, find_task
+from kernel.mounts import SAMPLE, Options, Task, find_one, find_task, unpack_images
 
 DATASET = "somebody/severstal-steel-ensemble"
 COMPETITION = "severstal-steel-defect-detection"
@@ -123,24 +124,59 @@ def mount_zips(root: Path, sample_too: bool, below: str) -> None:
     write_zip(root / COMPETITION / "train.zip", {f"train/{name}.jpg": "" for name in "axyz"})
 
 
+def unpacked(root: Path, competition: Competition = SEVERSTAL) -> Task:
+    return unpack_images(find_task(Options(input=root), competition), competition)
+
+
 @pytest.mark.parametrize("below", ["", "images/", "test/deeper/"])
 @pytest.mark.parametrize("sample_too", [False, True])
 def test_a_competition_that_is_mounted_as_zips_is_unpacked(
     sample_too: bool, below: str, tmp_path: Path
 ) -> None:
     mount_zips(tmp_path, sample_too, below)
-    task = find_task(Options(input=tmp_path))
+    (tmp_path / COMPETITION / "a_damaged_one.zip").write_bytes(b"PK\3\4")
+    task = unpacked(tmp_path)
     assert task.names == ["a.jpg", "b.jpg"]
     read = {path.name: path.read_text(encoding="utf-8") for path in task.images.iterdir()}
     assert read == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
+    assert unpacked(tmp_path) == task  # once, for the notebook's last cell too
 
 
 def test_images_of_a_zip_have_the_names_that_image_path_makes(tmp_path: Path) -> None:
     write(tmp_path / SAMPLE, "ImageId,EncodedPixels,ClassId\ncase1_2,1 1,0\n")
     write_zip(tmp_path / "test.zip", {"test/case1/2_266.png": "pixels", "test/case3/2_266.png": ""})
     nested = replace(SEVERSTAL, suffix=".png", image_path=r"(case\d+)/(\d+)_.*")
-    task = find_task(Options(input=tmp_path), nested)
+    task = unpacked(tmp_path, nested)
     assert [path.name for path in task.images.iterdir()] == ["case1_2.png"]
+
+
+def test_of_two_images_of_a_name_in_a_zip_the_first_is_taken_and_both_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / SAMPLE, "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\n")
+    write_zip(tmp_path / "all.zip", {"images/a.jpg": "pixels", "masks/a.jpg": "a mask"})
+    task = unpacked(tmp_path)
+    assert (task.images / "a.jpg").read_text(encoding="utf-8") == "pixels"
+    assert "images/a.jpg and masks/a.jpg are both 'a.jpg'" in caplog.text
+
+
+@pytest.mark.parametrize("size", [10, 200])
+def test_a_zip_that_breaks_off_is_named(
+    size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_zips(tmp_path, sample_too=False, below="test/")
+    archive = tmp_path / COMPETITION / "test.zip"
+    archive.write_bytes(archive.read_bytes()[:size])
+    archive.with_name("train.zip").unlink()
+    with pytest.raises(ValueError, match="holds the images"):
+        unpacked(tmp_path)
+    assert f"{archive} is no whole zip" in caplog.text
+
+
+def test_a_sample_that_its_zip_lacks_is_asked_for(tmp_path: Path) -> None:
+    write_zip(tmp_path / f"{SAMPLE}.zip", {"other.csv": ""})
+    with pytest.raises(ValueError, match=rf"{SAMPLE}\.zip: no {SAMPLE} in it; give --sample"):
+        unpacked(tmp_path)
 
 
 def test_a_zip_that_is_damaged_or_has_no_room_is_named(
@@ -150,11 +186,27 @@ def test_a_zip_that_is_damaged_or_has_no_room_is_named(
     archive = tmp_path / COMPETITION / "test.zip"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5))
     with pytest.raises(ValueError, match=r"test\.zip: 0\.0 GB to unpack"):
-        find_task(Options(input=tmp_path))
+        unpacked(tmp_path)
     monkeypatch.undo()
     data = bytearray(archive.read_bytes())
     start = data.index(b"test/a.jpg") + len(b"test/a.jpg")
     data[start : start + 4] = bytes(4)
     archive.write_bytes(data)
     with pytest.raises(ValueError, match=r"test\.zip: .*; fetch it again"):
-        find_task(Options(input=tmp_path))
+        unpacked(tmp_path)
+
+
+def test_rows_stand_before_images_are_unpacked(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount_zips(tmp_path, sample_too=True, below="test/")
+    output = tmp_path / "submission.csv"
+
+    def disk_usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=0 if output.exists() else 10**9)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    options = Options(input=tmp_path, bundle=tiny_bundle / "dataset", output=output)
+    with pytest.raises(ValueError, match=r"test\.zip: 0\.0 GB to unpack"):
+        run(options)
+    assert len(read_submission(output)) == 8

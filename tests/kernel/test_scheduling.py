@@ -556,13 +556,16 @@ def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: Draw
         np.testing.assert_array_equal(state.masks, source.masks(int(name), state.planned))
 
 
-def test_a_strip_of_another_size_does_not_wait_for_a_batch_that_never_fills(
-    source: DrawnPasses,
+@pytest.mark.parametrize(("others", "end"), [([1], range(6, 11)), ([1, 3], range(3))])
+def test_a_strip_of_another_size_waits_for_one_like_it_but_not_for_ever(
+    others: list[int], end: range, source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strips = numbered()
-    strips[1] = Strip("1", np.full((SIZE[0], SIZE[1] + 8), 1, np.uint8))
+    monkeypatch.setattr("kernel.scheduling.LONGEST_WAIT", 3)  # batches' worth, of two strips
+    sizes = dict.fromkeys(others, (SIZE[0], SIZE[1] + 8))
+    images = [np.full(sizes.get(i, SIZE), i % N_STRIPS, np.uint8) for i in range(40)]
+    strips = [Strip(str(index), image) for index, image in enumerate(images)]
     done = list(run(Scheduler(source, 2, early_exit=False), strips))
-    assert done.index("1") <= 2
+    assert done.index("1") in end
 
 
 def test_the_deadline_learns_what_each_half_and_strip_took(source: DrawnPasses) -> None:

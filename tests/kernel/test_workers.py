@@ -157,11 +157,11 @@ def die(name, place):
         time.sleep(0.5)  # what goes ahead is ahead by then
         os.abort()  # as a segmentation fault in a library
 
-def deadly_admit(scheduler, strip):
+def deadly_admit(scheduler, strip, *others):
     with open(os.environ["ADMITTED"], "a") as file:
         file.write(f"{strip.name}\\n")
     die(strip.name, "networks")
-    return admit(scheduler, strip)
+    return admit(scheduler, strip, *others)
 
 def deadly_decode(folder, name, *rules):
     die(name, "decoder")
@@ -368,8 +368,9 @@ DIES = Round(Outcome(), {1: -11})
         ("", [], [["0", "1"], [""]]),
         ("", ["1"], [["0", "1"], ["1"], [""]]),
         ("4.png", [], [["0", "1"], [""], [""], [""]]),
+        ("4.png", ["1"], [["0", "1"], ["1"], [""], ["1"], [""], ["1"], [""]]),
     ],
-    ids=["before the first image", "on one GPU", "each time"],
+    ids=["before the first image", "on one GPU", "each time", "each time but on one GPU"],
 )
 def test_workers_that_give_nothing_are_not_started_for_ever(
     last: str,
@@ -461,6 +462,7 @@ def started(
     monkeypatch: pytest.MonkeyPatch,
     left_s: float = 100,
     gpu: str = "1",
+    count: int = 3,
 ) -> tuple[list[str], dict[str, str]]:
     """The command and the environment of the second of three workers."""
     calls = list[tuple[list[str], dict[str, str]]]()
@@ -472,7 +474,7 @@ def started(
     start, options = time.monotonic() + left_s - budget_s, replace(options, budget_s=budget_s)
     run = RunContext(options, bundle, manifest, submission, Stages(), start)
     with tempfile.TemporaryDirectory() as scratch:
-        start_worker(run, task, Path(scratch), 2, 3, gpu)
+        start_worker(run, task, Path(scratch), 2, count, gpu)
     return calls[0]
 
 
@@ -508,7 +510,7 @@ def test_a_worker_gets_the_options_of_its_run(
 def test_on_the_cpu_a_worker_has_one_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is known at which image it dies."""
     options = Options(batch_size=8, streams=2)
-    (_, _, *words), environment = started(options, monkeypatch, gpu="")
+    (_, _, *words), environment = started(options, monkeypatch, gpu="", count=1)
     found = parse_options(words)
     assert (found.batch_size, found.streams) == (1, 1)
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
@@ -615,19 +617,56 @@ def test_a_worker_that_hangs_is_killed_before_the_hour_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own watchdog does not end it: it hangs before or after that, and hears no signal."""
-    workers = list[subprocess.Popen[bytes]]()
 
     def start(command: list[str], **_: object) -> Any:
-        workers.append(popen([sys.executable, "-c", DEAF, str(tmp_path), "1"]))
-        return workers[-1]
+        worker = popen([sys.executable, "-c", DEAF, str(tmp_path), "1"])
+        while not (tmp_path / "1.ready").exists():
+            time.sleep(0.05)
+        return worker
 
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", start)
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
-    options, begin = Options(budget_s=5), time.monotonic()
+    options, begin = Options(budget_s=100), time.monotonic() - 94  # 3 s until the watchdog
     run = RunContext(options, Path("bundle"), Manifest([]), submission, Stages(), begin)
     found = run_workers(run, task, [""], again=True)
     assert found.codes == {1: -9} and not found.gpus
-    assert len(workers) == 1
     assert run.left_s() > 0
+
+
+WORKS = """
+import pathlib, signal, sys, time
+output = pathlib.Path(sys.argv[1])
+output.write_text("ImageId_ClassId,EncodedPixels\\nb.jpg_1,1 1\\n")
+time.sleep(60)
+"""
+
+
+def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one plans its time for its own images alone: the next round for all."""
+    starts = list[str]()
+
+    def start(command: list[str], **_: object) -> Any:
+        output = Path(command[command.index("--output") + 1])
+        starts.append(output.name)
+        if output.name != "2.csv":
+            return popen([sys.executable, "-c", "import os; os.abort()"])
+        worker = popen([sys.executable, "-c", WORKS, str(output)])
+        while not output.exists():
+            time.sleep(0.05)
+        return worker
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [(f"{name}.jpg", 1) for name in "abcd"])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    run = RunContext(
+        Options(budget_s=3600), Path("x"), Manifest([]), submission, Stages(), time.monotonic()
+    )
+    found = run_workers(run, task, ["0", "1"], again=True)
+    assert starts == ["1.csv", "2.csv", "1-again.csv"]
+    assert next(iter(found.codes.items())) == (1, -6) and found.codes[2] == -15
+    assert found.gpus == {"1"} and submission.done == {"b.jpg"}

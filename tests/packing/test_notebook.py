@@ -58,7 +58,7 @@ def test_it_is_a_valid_notebook_of_the_same_code_that_explains_itself_first() ->
     words = "\n".join(sections).split()
     assert words == code.removesuffix(GUARD).split()
     assert run.endswith("main(ARGUMENTS)")
-    assert "draw_submission(options.output, task.images, competition)" in picture
+    assert "draw_found(ARGUMENTS)" in picture
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown" and "submission.csv" in first["source"]
 
