@@ -18,6 +18,8 @@ from kernel.checks import read_json
 from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.tta import Half, Pass
+from kernel.watchdog import margin_s
+from kernel.workers import worker_budget_s
 from packing.bundle import CALIBRATION
 from training.json_files import write_json
 from training.metrics import Floats
@@ -164,8 +166,13 @@ class Projection:
         return self.fixed_s + self.n_images * self.strip_s
 
 
-def usable_s(budget_s: float) -> float:
-    """Return the seconds of a budget that the kernel plans with; the rest is its reserve."""
+def usable_s(budget_s: float, workers: int = 1) -> float:
+    """Return the seconds of a budget that the kernel plans with; the rest is its reserve.
+
+    Several workers have less: each ends by itself before the run's watchdog would.
+    """
+    if workers > 1:
+        budget_s = worker_budget_s(budget_s - margin_s(budget_s))
     return (1 - Deadline.RESERVE) * budget_s - Deadline.RESERVE_S
 
 
@@ -261,6 +268,11 @@ class Machine:
     attained: float  # share of the peak
     source: str
 
+    @property
+    def workers(self) -> int:
+        """The kernel's processes there: one a GPU."""
+        return self.units if self.gpu else 1
+
 
 T4 = (
     "65 TFLOP/s fp16 in NVIDIA's data sheet; attained: ResNet-50 in PyTorch's mixed precision, "
@@ -286,6 +298,7 @@ class Estimate:
     """The scored run on one of Kaggle's machines."""
 
     machine: str
+    workers: int  # that share the strips
     seconds: float
     calibrated: bool  # by the rate of a run there; else estimated from assumptions
     basis: str  # where the rate comes from
@@ -299,7 +312,7 @@ def _estimate_assumed(machine: Machine, run: RunRecord) -> Estimate:
     strip_s = run.strip_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
     seconds = run.fixed_s + run.n_images * strip_s / machine.units
     basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
-    return Estimate(machine.name, seconds, calibrated=False, basis=basis + machine.source)
+    return Estimate(machine.name, machine.workers, seconds, False, basis + machine.source)
 
 
 def _machine_of(run: RunRecord) -> str:
@@ -341,6 +354,6 @@ def list_estimates(run: RunRecord, calibration: dict[str, Any]) -> list[Estimate
         if known:
             seconds = known["fixed_s"] + run.n_images * run.strip_flops / known["rate"]
             basis = f"{known['rate'] / 1e9:,.0f} GFLOP/s in a run of {known['strips']} strips"
-            estimate = Estimate(machine.name, seconds, calibrated=True, basis=basis)
+            estimate = Estimate(machine.name, machine.workers, seconds, True, basis)
         found.append(estimate)
     return found

@@ -9,7 +9,7 @@ It answers "will this run on Kaggle?" first, and its parts apart:
 - `kaggle`: what the scored run would take on Kaggle's machine: `seconds`, `calibrated` by a run
   there or else estimated, `fits`: the kernel would run every pass in time.
 - `here`: the same of this machine, measured and projected. It decides nothing about Kaggle.
-- `budget_s`: what both may take; `usable_s` of it the kernel plans with.
+- `budget_s`: what both may take; `usable_s` of it the kernel plans with, there and here.
 
 Then the numbers: `run`, `stages`, `passes`, `histogram`, `machines`, `drops`, `drop_to_fit`,
 `faults`, and, where a ground truth is known, `dice` and `ablation`.
@@ -105,25 +105,30 @@ def time_on_kaggle(
     limit_s = competition.time_limit_s
     limit = "the hour" if limit_s == 3600 else "the limit"
     budget = limit if budget_s == limit_s else "the budget"
-    fits = estimate.seconds <= usable_s(budget_s)
+    plan_s = usable_s(budget_s, estimate.workers)
+    fits = estimate.seconds <= plan_s
     words = (
         f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s; "
-        f"the kernel plans with {usable_s(budget_s):,.0f} s of {budget}'s {budget_s:,.0f} s"
+        f"the kernel plans with {plan_s:,.0f} s of {budget}'s {budget_s:,.0f} s"
     )
     if not fits:
         words += ", so it would drop passes there to end in time"
-    return asdict(estimate) | {"fits": fits, "words": words}
+    return asdict(estimate) | {"usable_s": plan_s, "fits": fits, "words": words}
 
 
-def time_here(projection: Projection, budget_s: float) -> dict[str, Any]:
-    """Say whether the scored run would have time for every pass on this machine."""
+def time_here(projection: Projection, plan_s: float) -> dict[str, Any]:
+    """Say whether the scored run would have time for every pass on this machine.
+
+    `plan_s` is what the kernel plans with here.
+    """
     total_s, interval = projection.total_s, f"{projection.low_s:,.0f}–{projection.high_s:,.0f} s"
-    fits = total_s <= usable_s(budget_s)
+    fits = total_s <= plan_s
     outcome = "which is time for every pass"
     if not fits:
         outcome = "so here the kernel would drop passes to end in time; Kaggle's machine decides"
     words = f"{projection.n_images:,} strips would take {total_s:,.0f} s ({interval}), {outcome}"
-    return asdict(projection) | {"total_s": total_s, "fits": fits, "words": words}
+    more = {"total_s": total_s, "usable_s": plan_s, "fits": fits, "words": words}
+    return asdict(projection) | more
 
 
 def _verdict(clean: bool, kaggle: dict[str, Any], budget_s: float) -> str:
@@ -209,8 +214,9 @@ def build_report(
     budget_s = min(budget_s or limit_s, limit_s)
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
-    clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, budget_s)
-    dropped = drop_to_fit(run, projection.total_s, usable_s(budget_s))
+    plan_s = usable_s(budget_s, run.workers)
+    clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, plan_s)
+    dropped = drop_to_fit(run, projection.total_s, plan_s)
     return {
         "verdict": _verdict(clean, kaggle, budget_s),
         "ready": clean and kaggle["fits"],
@@ -218,7 +224,6 @@ def build_report(
         "kaggle": kaggle,
         "here": here,
         "budget_s": budget_s,
-        "usable_s": usable_s(budget_s),
         "run": {
             **asdict(result),
             "strips": run.strips,

@@ -88,11 +88,16 @@ class Worker:
             self.process.wait()
 
 
+def worker_budget_s(left_s: float) -> float:
+    """Return a worker's budget where `left_s` seconds are left until the run's watchdog."""
+    return max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0)
+
+
 def start_worker(
     run: RunContext, task: Task, folder: Path, number: int, count: int, gpu: str
 ) -> Worker:
     """Start this script once more, for a task of its own on one GPU: one of `count` that run."""
-    options, left_s = run.options, run.until_watchdog_s()
+    options = run.options
     csv = folder / f"{number}.csv"
     if csv.with_suffix(".sample").exists():  # of the one before it
         csv = folder / f"{number}-again.csv"
@@ -107,7 +112,7 @@ def start_worker(
         "report": csv.with_suffix(".json"),
         "batch-size": 1 if alone else options.batch_size,
         "streams": 1 if alone else options.streams,
-        "budget-s": max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0),
+        "budget-s": worker_budget_s(run.until_watchdog_s()),
     }
     command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
     command += [] if options.early_exit else ["--no-early-exit"]

@@ -1,6 +1,7 @@
 """What a run's seconds become for 5,506 strips: here, on Kaggle, and with less to do."""
 
 import json
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,9 +29,14 @@ from evaluation.projection import (
 from kernel.deadline import Deadline
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Size
+from kernel.inference import parse_options
 from kernel.logs import Stages
-from kernel.manifest import load_manifest
+from kernel.manifest import Manifest, load_manifest
+from kernel.mounts import Options, Task
+from kernel.predict import RunContext
+from kernel.rows import LAYOUTS, Submission
 from kernel.tta import Half, Pass
+from kernel.workers import start_worker
 
 STRIPS = 5506
 ALL = [0, 1, 2, 3]
@@ -71,6 +77,21 @@ def test_two_workers_share_the_strips() -> None:
 
 def test_the_kernel_plans_with_as_many_seconds_of_a_budget_as_its_deadline() -> None:
     assert usable_s(3600) == Deadline(3600, start=0).end == 3410
+
+
+def test_several_workers_plan_with_less_each_by_a_budget_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands = list[list[str]]()
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(RunContext, "left_s", lambda run: run.budget_s)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
+    submission = Submission(Path("out.csv"), task.layout, task.pairs)
+    run = RunContext(Options(budget_s=3600), Path(), Manifest([]), submission, Stages(), 0)
+    start_worker(run, task, Path("scratch"), (1, 2))
+    budget_s = parse_options(commands[0][2:]).budget_s
+    assert budget_s
+    assert usable_s(3600, workers=2) == Deadline(budget_s, start=0).end == 3324.5
 
 
 # --- what ran -------------------------------------------------------------------------------------
