@@ -6,7 +6,7 @@ in `MACHINES`, until `calibrate` has read the run.json of a real run there.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kernel.checks import read_json
 from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
+from kernel.scheduling import TOO_LATE
 from kernel.tta import Half, Pass
 from kernel.watchdog import margin_s
 from kernel.workers import worker_budget_s
@@ -51,6 +52,7 @@ class RunRecord:
     networks: Mapping[tuple[str, Half], float]  # seconds of each half of each member, likewise
     passes: list[Pass]  # of the members that were loaded; a pass id is a position in this list
     work: list[StripWork]  # of the strips that did not fail
+    late: int  # strips that no time was left for
     strip_s: Floats  # (strips,), seconds since the one before
     device: str
     workers: int
@@ -83,11 +85,35 @@ class RunRecord:
     @property
     def counts(self) -> Ints:
         """How many strips each half of each pass ran for, (passes, 2)."""
+        return self._count(self.work)
+
+    def _count(self, works: Iterable[StripWork]) -> Ints:
         counts = np.zeros((len(self.passes), 2), np.int64)
-        for work in self.work:
+        for work in works:
             counts[list(work.encoders), 0] += 1
             counts[list(work.decoders), 1] += 1
         return counts
+
+    @property
+    def full_work(self) -> list[StripWork]:
+        """The work of strips for which no pass was dropped: at least the first ones."""
+        most = max((len(work.planned) for work in self.work), default=0)
+        return [work for work in self.work if len(work.planned) == most]
+
+    @property
+    def dropped(self) -> bool:
+        """Whether passes or whole strips were dropped for the run to end in time."""
+        return self.late > 0 or len(self.full_work) < len(self.work)
+
+    @property
+    def full_share(self) -> float:
+        """How many strips one of the `full_work` stands for among as many with all passes."""
+        return len(self.work) / max(self.strips - self.late, 1) / max(len(self.full_work), 1)
+
+    @property
+    def full_counts(self) -> Floats:
+        """How often each half of each pass runs for a strip if none is dropped, (passes, 2)."""
+        return self._count(self.full_work).astype(np.float64) * self.full_share
 
     @property
     def ran(self) -> Ints:
@@ -111,8 +137,19 @@ class RunRecord:
 
     @property
     def strip_flops(self) -> float:
-        """Mean flops of a strip."""
+        """Mean flops of a strip, of what ran."""
         return float((self.counts * self.flops).sum() / self.strips)
+
+    @property
+    def full_flops(self) -> float:
+        """Mean flops of a strip if no pass is dropped."""
+        return float((self.full_counts * self.flops).sum())
+
+    @property
+    def dropped_s(self) -> float:
+        """Seconds that each strip would add in the networks if no pass were dropped."""
+        fewer = self.full_counts - self.counts / self.strips
+        return float((fewer * self.half_s).sum()) / self.workers
 
 
 def parse_run_record(
@@ -138,6 +175,7 @@ def parse_run_record(
                 StripWork(*(tuple(work[key]) for key in ("passes", "encoders", "decoders")))
                 for work in record["work"].values()
             ],
+            late=list(record["faults"].values()).count(TOO_LATE),
             strip_s=np.array(list(record["strip_s"].values())),
             device=record["device"],
             workers=record["workers"],
@@ -152,7 +190,7 @@ def parse_run_record(
 
 @dataclass(frozen=True)
 class Projection:
-    """The projected seconds of the scored run on this machine."""
+    """The projected seconds of the scored run on this machine, with every pass."""
 
     fixed_s: float  # once
     strip_s: float  # for each strip
@@ -181,9 +219,10 @@ def project(run: RunRecord, resamples: int = 2000) -> Projection:
     strip_s, rng = run.strip_s / run.workers, np.random.default_rng(0)
     drawn = [rng.choice(strip_s, strip_s.size).mean() for _ in range(resamples)]
     low, high = np.quantile(drawn, (0.025, 0.975)) - strip_s.mean()
-    total_s = run.fixed_s + run.n_images * run.per_strip_s
+    mean_s = run.per_strip_s + run.dropped_s
+    total_s = run.fixed_s + run.n_images * mean_s
     low_s, high_s = (float(total_s + run.n_images * offset) for offset in (low, high))
-    return Projection(run.fixed_s, run.per_strip_s, low_s, high_s, run.n_images)
+    return Projection(run.fixed_s, mean_s, low_s, high_s, run.n_images)
 
 
 # --- what could be dropped ------------------------------------------------------------------------
@@ -203,14 +242,15 @@ def _kept_that_run(planned: Sequence[int], ran: Sequence[int], kept: Collection[
 def estimate_s(run: RunRecord, kept: Collection[int]) -> float:
     """Estimate the scored run's seconds in the networks, with only the passes `kept`.
 
-    Every strip is assumed to be decided after the same share of its passes as in the run.
+    Every strip is assumed to be decided after the same share of its passes as those strips of the
+    run for which no pass was dropped.
     """
     half_s, seconds = run.half_s, 0.0
-    for work, strips in Counter(run.work).items():
+    for work, strips in Counter(run.full_work).items():
         for column, ran in enumerate((work.encoders, work.decoders)):
             pass_ids = _kept_that_run(work.planned, ran, kept)
             seconds += strips * float(half_s[pass_ids, column].sum())
-    return seconds / run.workers / run.strips * run.n_images
+    return seconds * run.full_share / run.workers * run.n_images
 
 
 @dataclass(frozen=True)
@@ -309,7 +349,7 @@ def _estimate_assumed(machine: Machine, run: RunRecord) -> Estimate:
 
     What no stage counts is left out: most of it is memory that the CPU's engine gives back.
     """
-    strip_s = run.strip_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
+    strip_s = run.full_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
     seconds = run.fixed_s + run.n_images * strip_s / machine.units
     basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
     return Estimate(machine.name, machine.workers, seconds, False, basis + machine.source)
@@ -352,7 +392,7 @@ def list_estimates(run: RunRecord, calibration: dict[str, Any]) -> list[Estimate
     for machine in MACHINES:
         estimate, known = _estimate_assumed(machine, run), calibration.get(machine.name)
         if known:
-            seconds = known["fixed_s"] + run.n_images * run.strip_flops / known["rate"]
+            seconds = known["fixed_s"] + run.n_images * run.full_flops / known["rate"]
             basis = f"{known['rate'] / 1e9:,.0f} GFLOP/s in a run of {known['strips']} strips"
             estimate = Estimate(machine.name, machine.workers, seconds, True, basis)
         found.append(estimate)

@@ -38,6 +38,7 @@ from evaluation.projection import (
 )
 from kernel.competition import SEVERSTAL, Competition
 from kernel.contact_sheet import COLOURS
+from kernel.scheduling import TOO_LATE
 from kernel.tta import Half
 
 # --- was the run clean? ---------------------------------------------------------------------------
@@ -73,11 +74,10 @@ def check_process(result: ProcessResult) -> list[Check]:
 
 
 def check_record(run_record: dict[str, Any]) -> list[Check]:
-    """Check what run.json says of strips that failed and of passes that were dropped."""
-    faults, dropped = run_record["faults"], run_record["dropped"]
-    checks = [
-        Check(not faults, f"strips that failed: {len(faults)}" if faults else "no strip failed")
-    ]
+    """Check what run.json says of strips that failed, and of what was dropped to end in time."""
+    dropped, late = run_record["dropped"], list(run_record["faults"].values()).count(TOO_LATE)
+    failed = len(run_record["faults"]) - late
+    checks = [Check(not failed, f"strips that failed: {failed}" if failed else "no strip failed")]
     nan = Counter(pass_id for work in run_record["work"].values() for pass_id in work["nan"])
     if nan:
         named = [run_record["passes"][pass_id] for pass_id in sorted(nan)]
@@ -86,7 +86,10 @@ def check_record(run_record: dict[str, Any]) -> list[Check]:
     if dropped:
         passes, strips = ", ".join(sorted(dropped)), max(dropped.values())
         words = f"to end in time here, {passes} were dropped for up to {strips:,} strips"
-        checks.append(Check(None, f"{words}: all numbers are of a run with less to do"))
+        checks.append(Check(None, f"{words}: what it took is of a run with less to do"))
+    if late:
+        ok = None if run_record["work"] else False  # where none ran, there is nothing to judge by
+        checks.append(Check(ok, f"no time was left here for {late:,} strips: they stay empty"))
     return checks
 
 
@@ -116,15 +119,17 @@ def time_on_kaggle(
     return asdict(estimate) | {"usable_s": plan_s, "fits": fits, "words": words}
 
 
-def time_here(projection: Projection, plan_s: float) -> dict[str, Any]:
+def time_here(projection: Projection, plan_s: float, dropped: bool) -> dict[str, Any]:
     """Say whether the scored run would have time for every pass on this machine.
 
-    `plan_s` is what the kernel plans with here.
+    `plan_s` is what the kernel plans with here; `dropped` says that this run dropped passes.
     """
     total_s, interval = projection.total_s, f"{projection.low_s:,.0f}–{projection.high_s:,.0f} s"
-    fits = total_s <= plan_s
+    fits = total_s <= plan_s and not dropped
     outcome = "which is time for every pass"
-    if not fits:
+    if dropped:
+        outcome = "with every pass, and in this run passes were dropped; Kaggle's machine decides"
+    elif not fits:
         outcome = "so here the kernel would drop passes to end in time; Kaggle's machine decides"
     words = f"{projection.n_images:,} strips would take {total_s:,.0f} s ({interval}), {outcome}"
     more = {"total_s": total_s, "usable_s": plan_s, "fits": fits, "words": words}
@@ -215,7 +220,7 @@ def build_report(
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     plan_s = usable_s(budget_s, run.workers)
-    clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, plan_s)
+    clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, plan_s, run.dropped)
     dropped = drop_to_fit(run, projection.total_s, plan_s)
     return {
         "verdict": _verdict(clean, kaggle, budget_s),

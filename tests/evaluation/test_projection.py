@@ -35,6 +35,7 @@ from kernel.manifest import Manifest, load_manifest
 from kernel.mounts import Options, Task
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
+from kernel.scheduling import TOO_LATE
 from kernel.tta import Half, Pass
 from kernel.workers import start_worker
 
@@ -130,11 +131,44 @@ def test_a_strip_whose_flip_was_dropped_is_charged_what_ran() -> None:
     assert run.counts.tolist() == [[2, 2], [1, 1], [2, 1], [1, 1]]
     np.testing.assert_allclose(run.half_s[:, 0], [2.1 / 3, 2.1 / 3, 2.4 / 3, 2.4 / 3])
     np.testing.assert_allclose(run.half_s[:, 1], [1.2 / 3, 1.2 / 3, 2.0 / 2, 2.0 / 2])
-    assert estimate_s(run, ALL) == pytest.approx(7.7 / 2 * STRIPS)
-    # without the flip the first strip costs as much as before: 2 encoders and 1 decoder
-    # and the second one half of its four of each
-    expected = (2 * (0.7 + 0.8) + 0.4 + (0.4 + 1.0)) / 2 * STRIPS
-    assert estimate_s(run, [0, 2]) == pytest.approx(expected)
+    # with the flip and without it, by the second strip alone: its four of each, and half of them
+    assert estimate_s(run, ALL) == pytest.approx(2 * (0.7 + 0.8 + 0.4 + 1.0) * STRIPS)
+    assert estimate_s(run, [0, 2]) == pytest.approx((0.7 + 0.8 + 0.4 + 1.0) * STRIPS)
+
+
+TRUNCATED: dict[str, Any] = {  # of four strips one had every pass, and one no time at all
+    "work": {"1.jpg": strip_work(ALL, ALL), "2.jpg": strip_work([0, 2], [0, 2], passes=[0, 2])},
+    "faults": {"3.jpg": "no image", "4.jpg": TOO_LATE},
+}
+
+
+def test_what_was_dropped_here_is_in_the_seconds_of_every_pass() -> None:
+    run = a_run(**TRUNCATED)
+    # a pass takes 0.7 + 0.4 s of a, 0.8 + 2 / 3 s of b; of three strips in time two could be read
+    full_s = 2 * (0.7 + 0.4 + 0.8 + 2 / 3) * 2 / 3
+    assert run.dropped and not a_run().dropped
+    assert estimate_s(run, ALL) == pytest.approx(full_s * STRIPS)
+    assert project(run).strip_s == pytest.approx(3 + full_s - 7.7 / 4)
+    assert project(a_run()).strip_s == 3
+    for workers in (1, 2):
+        shared = a_run(**TRUNCATED, workers=workers)
+        assert estimate_s(shared, ALL) == pytest.approx(full_s * STRIPS)
+        assert project(shared).strip_s == pytest.approx(3 + full_s - 7.7 / 4)
+
+
+def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
+    full_flops = 2 * (10 + 20 + 30 + 40) * 2 / 3
+    known = {"one T4": {"rate": 1e3, "fixed_s": 8.0, "strips": 9}}
+    found = {each.machine: each.seconds for each in list_estimates(a_run(**TRUNCATED), known)}
+    assert found["one T4"] == pytest.approx(8 + STRIPS * full_flops / 1e3)
+    added = STRIPS * full_flops / (18.7e12 * 0.2)
+    assert found["P100"] == pytest.approx(8 + STRIPS * 0.5 / 4 + added, abs=1e-9)
+
+
+def test_a_rate_is_that_of_what_ran(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(run_json(**TRUNCATED, device="cuda")))
+    calibrate(tmp_path, tmp_path / "run.json")
+    assert read_calibration(tmp_path)["one T4"]["rate"] == pytest.approx((200 + 100) / 4 / 3)
 
 
 def test_a_pass_that_gave_nan_is_charged_for_the_halves_that_ran() -> None:
@@ -211,8 +245,10 @@ class Calls:
         assert run.counts.tolist() == counts
         seconds = sum(s for halves in record["networks"].values() for s in halves.values())
         assert estimate_s(run, range(len(run.passes))) == pytest.approx(
-            seconds / record["strips"] * STRIPS
+            (seconds / record["strips"] + run.dropped_s) * STRIPS
         )
+        if not record["dropped"]:
+            assert run.dropped_s == pytest.approx(0)
         return run
 
 
@@ -258,13 +294,17 @@ def test_a_flip_that_the_deadline_dropped_is_not_charged(
     calls = Calls(monkeypatch, None)
 
     def without_horizontal(self: Deadline, passes: Sequence[Pass], strips: int) -> list[int]:
-        return [i for i, each in enumerate(passes) if each.flip != "horizontal" or strips == 2]
+        kept = [i for i, each in enumerate(passes) if each.flip != "horizontal" or strips == 2]
+        self.dropped.update(str(each) for i, each in enumerate(passes) if i not in kept)
+        return kept
 
     monkeypatch.setattr(Deadline, "select_passes", without_horizontal)
     record = predict(tiny_bundle / "dataset", images, tmp_path / "out.csv", early_exit=False)
     run = calls.check(record)
     flips = {each.flip: run.counts[i].tolist() for i, each in enumerate(run.passes)}
     assert flips == {"none": [2, 2], "horizontal": [1, 1], "vertical": [2, 2]}
+    horizontal = [each.flip == "horizontal" for each in run.passes]
+    assert run.dropped_s == pytest.approx(run.half_s[horizontal].sum() / 2)
 
 
 @pytest.mark.parametrize("half", Half)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers import Page
-from run_records import a_run, run_json
+from run_records import a_run, run_json, strip_work
 
 from evaluation.drawing import AnnotatedStrip
 from evaluation.report import (
@@ -22,6 +22,7 @@ from evaluation.report import (
     check_record,
     list_stages,
 )
+from kernel.scheduling import TOO_LATE
 from training.json_files import to_json
 
 RESULT = ProcessResult(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
@@ -91,6 +92,18 @@ TOO_LONG = "Not ready for Kaggle: the run was clean, but 2×T4 would take {} ({}
 NOT_CLEAN = "Not ready for Kaggle: the run was not clean"
 
 
+DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with every pass, 115 ran
+    "seconds": 10.0,
+    "networks": {"a": {"encoder": 0.2, "decoder": 0.1}, "b": {"encoder": 0.2, "decoder": 0.2}},
+    "dropped": {"b/vertical": 2},
+    "work": {
+        "1.jpg": strip_work([0, 1, 2, 3], [0, 1, 2, 3]),
+        "2.jpg": strip_work([0, 1, 2], [0, 1, 2], passes=[0, 1, 2]),
+        "3.jpg": strip_work([0, 1, 2], [0, 1, 2], passes=[0, 1, 2]),
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "verdict", "ready", "marks"),
     [
@@ -126,7 +139,22 @@ NOT_CLEAN = "Not ready for Kaggle: the run was not clean"
             id="Kaggle would refuse the submission",
         ),
         pytest.param(
-            {"dropped": {"b/vertical": 2}}, READY, True, "✓✓✓–✓✓–", id="passes were dropped here"
+            DROPPED, READY_FOR.format("834 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
+            id="passes were dropped here",
+        ),
+        pytest.param(
+            DROPPED | {"calibration": {"2×T4": FAST["2×T4"] | {"rate": 220.0}}},
+            TOO_LONG.format("3,762 s of 3,600 s", "calibrated"), False, "✓✓✓–✓✗–",
+            id="passes were dropped here, and all of them are too long there",
+        ),
+        pytest.param(
+            {"seconds": 10.0, "faults": {"4.jpg": TOO_LATE}},
+            READY_FOR.format("760 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
+            id="no time was left here for a strip",
+        ),
+        pytest.param(
+            {"faults": {"4.jpg": TOO_LATE, "5.jpg": "no image"}}, NOT_CLEAN, False, "✓✓✗–✓✓–",
+            id="nor could another be read",
         ),
         pytest.param(
             {"result": ProcessResult(3, 10.0, True, 1)}, NOT_CLEAN, False, "✗✓✓✓✓–", id="exit code"
@@ -183,6 +211,23 @@ def test_time_is_enough_up_to_what_so_many_workers_plan_with(workers: int, plan_
         machines = {each["machine"]: each for each in a_report(calibration=known)["machines"]}
         assert machines[machine]["seconds"] == pytest.approx(8 + 5506 * strip_s)
         assert (machines[machine]["usable_s"], machines[machine]["fits"]) == (plan_s, fits)
+
+
+def test_where_passes_were_dropped_there_is_never_time_for_all_here() -> None:
+    here = a_report(**DROPPED)["here"]
+    assert here["total_s"] < here["usable_s"]
+    assert not here["fits"]
+    words = "with every pass, and in this run passes were dropped; Kaggle's machine decides"
+    assert here["words"].endswith(words)
+
+
+def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
+    record = run_json(faults={"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"})
+    said = {check.words: check.ok for check in check_record(record)}
+    assert said["strips that failed: 1"] is False
+    words = "no time was left here for 2 strips: they stay empty"
+    assert said[words] is None
+    assert Check(False, words) in check_record(record | {"work": {}})
 
 
 def test_what_was_dropped_is_named() -> None:
