@@ -17,8 +17,9 @@ from evaluation.recorded import RecordedPasses
 from kernel.checks import read_json
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
+from kernel.faults import one_line
 from kernel.images import read_image
-from kernel.logs import Stages, progress
+from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
@@ -145,7 +146,8 @@ def collect_stats(
 ) -> tuple[dict[str, AblationStats], Ints]:
     """Run every pass for the strips that can be read; return each variant's statistics.
 
-    And the true areas (strips, classes) in pixels; a strip that `truth` does not name is clean.
+    And the true areas (strips, classes) in pixels; a strip that `truth` does not name is clean, and
+    one that the networks fail on is left out.
     """
     variants = list_variants(ensemble.passes)
     stats = {name: AblationStats(pass_ids) for name, pass_ids in variants.items()}
@@ -153,15 +155,18 @@ def collect_stats(
     for name in progress(names, "every pass", "strip"):
         try:
             image = read_image(images / name, ensemble.manifest.competition)
+            recorded = RecordedPasses(ensemble, image, name)
+            recorded.record_all()
         except (ValueError, OSError):
             continue  # the kernel's log has named it
-        recorded = RecordedPasses(ensemble, image, name)
-        recorded.record_all()
+        except RuntimeError as error:  # out of memory, which the kernel survives in other ways
+            log.warning("%s is not compared: %s", name, one_line(error))
+            continue
         masks = decode_scored_masks(truth, name, recorded.size, ensemble.manifest.competition)
         areas.append(masks.sum(axis=(-2, -1)))
         for each in stats.values():
             each.add(recorded, masks, thresholds)
-    return stats, np.stack(areas)
+    return stats, np.array(areas, np.int64).reshape(-1, ensemble.manifest.classes)
 
 
 def half_seconds(ensemble: Ensemble, strips: int) -> Floats:
@@ -176,13 +181,19 @@ def ablate(
     names: Sequence[str],
     truth: dict[str, dict[int, str]],
     proposal: Path,
-) -> dict[str, Any]:
-    """Run every pass for the strips `names` and compare the variants; write the `proposal`."""
+) -> dict[str, Any] | None:
+    """Run every pass for the strips `names` and compare the variants; write the `proposal`.
+
+    None, and no proposal, where no strip could be compared.
+    """
     manifest = load_manifest(bundle)
     ensemble = load_ensemble(bundle, manifest, pick_device(), Stages())
     thresholds = sorted({*THRESHOLDS, manifest.threshold})
     min_areas = sorted({*AREAS, manifest.min_area})
     stats, areas = collect_stats(ensemble, images, names, truth, thresholds)
+    if not len(areas):
+        log.warning("no strip ran through every pass: nothing is compared")
+        return None
     half_s, rows = half_seconds(ensemble, len(areas)), []
     for name, each in stats.items():
         best = best_setting(each, areas, min_areas, thresholds, manifest)

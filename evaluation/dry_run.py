@@ -238,7 +238,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     print(f"\n{as_lines(report)}\n")
     for name in RESULTS:
         print(f"   {run.out / name}")
-    if run.ablation:
+    if report["ablation"]:
         print(f"   {run.out / MANIFEST} is the proposal; yours is as it was")
     return 0 if report["ready"] else 1
 

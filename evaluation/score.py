@@ -9,8 +9,9 @@ from evaluation.recorded import RecordedPasses
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import load_ensemble
+from kernel.faults import one_line
 from kernel.images import check_kinds, read_image, size_of
-from kernel.logs import Stages, progress
+from kernel.logs import Stages, log, progress
 from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import list_images, one_folder
 from training.ground_truth import check_names, decode_scored_masks, read_truth
@@ -18,19 +19,22 @@ from training.json_files import to_json, write_json
 from training.metrics import Masks, Scores
 
 
-def score_strip(recorded: RecordedPasses, truth: Masks, scores: dict[str, Scores]) -> None:
-    """Add one strip to every member's score, alone and without flips, and to the ensemble's.
+def predict_strip(recorded: RecordedPasses) -> dict[str, Masks]:
+    """Return the masks that every member finds, alone and without flips, and the ensemble.
 
     In the ensemble the members' own passes come first, for they have run; of the others only those
     run that can still change a mask.
+
+    Raises:
+        RuntimeError: the networks failed.
     """
-    passes = list(enumerate(recorded.passes))
+    passes, found = list(enumerate(recorded.passes)), dict[str, Masks]()
     for pass_id, each in passes:
         if each.flip == "none":
             recorded.record(pass_id)
-            scores[each.member].add(recorded.replay([pass_id]).masks, truth)
+            found[each.member] = recorded.replay([pass_id]).masks
     order = sorted((i for i, _ in passes), key=lambda i: i not in recorded.probabilities)
-    scores[TOGETHER].add(recorded.replay(order).masks, truth)
+    return found | {TOGETHER: recorded.replay(order).masks}
 
 
 EXAMPLE = "  python evaluation/score.py --images data/steel/test_images --truth data/steel/test.csv"
@@ -50,7 +54,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def score(args: argparse.Namespace) -> int:
-    """Score every strip of `--images`; those that `--truth` does not name are clean."""
+    """Score every strip of `--images`; those that `--truth` does not name are clean.
+
+    A strip that the networks fail on, out of memory, is named and left out.
+    """
     manifest = load_manifest(args.bundle)
     competition = manifest.competition
     images = one_folder(args.images, competition)
@@ -63,8 +70,16 @@ def score(args: argparse.Namespace) -> int:
     for name in progress(names, "strips", "strip"):
         image = read_image(images / name, competition)
         masks = decode_scored_masks(truth, name, size_of(image), competition)
-        score_strip(RecordedPasses(ensemble, image, name), masks, scores)
+        try:
+            found = predict_strip(RecordedPasses(ensemble, image, name))
+        except RuntimeError as error:
+            log.warning("%s is not scored: %s", name, one_line(error))
+            continue
+        for member, each in found.items():
+            scores[member].add(each, masks)
         write_json(args.out, {member: each.summary() for member, each in scores.items()})
+    if not scores:
+        raise ValueError(f"{images}: the networks failed on every strip, as the lines above say")
     summary = {
         member: each.summary() | {"intervals": each.intervals()} for member, each in scores.items()
     }

@@ -215,6 +215,43 @@ def test_a_strip_that_cannot_be_read_is_skipped_and_one_without_truth_is_clean(
     assert all(len(each.areas) == 1 for each in stats.values())
 
 
+def fail_on(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks are short of memory for these strips."""
+
+    def record(recorded: RecordedPasses, pass_id: int) -> None:
+        if pass_id == 1 and recorded.name in names:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        original(recorded, pass_id)
+
+    original = RecordedPasses.record
+    monkeypatch.setattr(RecordedPasses, "record", record)
+
+
+def test_a_strip_that_the_networks_fail_on_is_named_and_left_out(
+    ensemble: Ensemble,
+    strips: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = strips / "train_images"
+    first, second, *_ = sorted(path.name for path in folder.iterdir())
+    fail_on([first], monkeypatch)
+    stats, areas = collect_stats(ensemble, folder, [first, second], {}, THRESHOLDS)
+    assert len(areas) == 1
+    assert all(len(each.areas) == 1 for each in stats.values())
+    assert f"{first} is not compared: CUDA out of memory" in caplog.messages
+
+
+def test_where_no_strip_can_be_compared_nothing_is_proposed(
+    tiny_bundle: Path, strips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, proposal = strips / "train_images", tmp_path / "proposal.json"
+    names = sorted(path.name for path in folder.iterdir())
+    fail_on(names, monkeypatch)
+    assert ablate(tiny_bundle / "dataset", folder, names, {}, proposal) is None
+    assert not proposal.exists()
+
+
 def test_the_seconds_of_a_half_are_those_of_one_strip_and_one_flip(ensemble: Ensemble) -> None:
     stages = Stages()
     stages.networks |= {(m, Half.ENCODER): 12.0 for m in ("fpn-b", "unet-a", "unet-c")}
@@ -256,6 +293,7 @@ def test_a_proposal_is_written_and_the_bundle_stays_as_it_was(
     names = sorted(path.name for path in (strips / "train_images").iterdir())
     truth = read_truth(strips / "train.csv")
     ablation = ablate(dataset, strips / "train_images", names, truth, tmp_path / "proposal.json")
+    assert ablation
     assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
     rows = {row["name"]: row for row in ablation["variants"]}
     assert all(row["strip_s"] > 0 for row in rows.values())

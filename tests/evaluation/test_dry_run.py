@@ -25,6 +25,7 @@ from helpers import (
 from run_records import PASSES, run_json
 
 from evaluation import dry_run
+from evaluation.recorded import RecordedPasses
 from evaluation.report import ProcessResult
 from kernel.contact_sheet import BAR, GAP
 from kernel.manifest import load_manifest
@@ -339,6 +340,26 @@ def test_a_report_is_there_when_the_ablation_is_interrupted(
     report = json.loads((bundle / "report" / "report.json").read_text())
     assert report["clean"]["ok"] and report["ablation"] is None
     assert "<h1>" in (bundle / "report" / "index.html").read_text()
+
+
+def test_an_ablation_that_the_networks_fail_in_costs_no_verdict(
+    bundle: Path,
+    strips: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel survives it: it has smaller batches, plain PyTorch and the CPU to go to."""
+
+    def fail(_: RecordedPasses) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(RecordedPasses, "record_all", fail)
+    options = ("--images", strips / "test_images", "--ground-truth", strips / "test.csv")
+    assert exit_code(dry_run.main, "--bundle", bundle, *options) == 0
+    captured = capfd.readouterr()
+    assert "== Ready for Kaggle: the run was clean" in captured.out
+    assert "is the proposal" not in captured.out
+    assert not (bundle / "report" / "ensemble.json").exists()
 
 
 def test_a_submission_that_kaggle_would_refuse_is_not_ready(

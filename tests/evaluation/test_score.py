@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     LABELS,
     SMALL,
@@ -18,6 +19,7 @@ from helpers import (
 )
 
 from evaluation import score
+from evaluation.recorded import RecordedPasses
 from training.ground_truth import decode_masks, read_truth
 from training.metrics import Masks, Scores
 
@@ -62,6 +64,43 @@ def test_the_ensemble_and_each_member_score_what_their_submissions_do(
         change_manifest(dataset, members=[entry], flips=["none"])
         expected = scores_of_a_submission(dataset, labelled_strips, tmp_path / entry["name"])
         assert scores[entry["name"]] == expected
+
+
+@pytest.mark.parametrize("every_strip", [False, True])
+def test_a_strip_that_the_networks_fail_on_is_named_and_left_out(
+    every_strip: bool,
+    dataset: Path,
+    labelled_strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of all members at once, whichever of them failed."""
+    images, out = labelled_strips / "test_images", tmp_path / "scores.json"
+    first = min(path.name for path in images.iterdir())
+    entries = read_manifest(dataset)["members"]
+    change_manifest(dataset, members=entries[:2], flips=["none"])
+
+    def record(recorded: RecordedPasses, pass_id: int) -> None:
+        if pass_id == 1 and (every_strip or recorded.name == first):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        original(recorded, pass_id)
+
+    def new_scores() -> Scores:
+        counted.append(Scores())
+        return counted[-1]
+
+    original, counted = RecordedPasses.record, list[Scores]()
+    monkeypatch.setattr(RecordedPasses, "record", record)
+    monkeypatch.setattr(score, "Scores", new_scores)
+    options = ("--images", images, "--truth", labelled_strips / "test.csv", "--out", out)
+    assert exit_code(score.main, "--bundle", dataset, *options) == (2 if every_strip else 0)
+    assert f"{first} is not scored: CUDA out of memory" in caplog.messages
+    assert [len(each.dices) for each in counted] == ([] if every_strip else [1] * 3)
+    if every_strip:
+        error = error_of(capsys.readouterr().err)
+        assert error == f"{images}: the networks failed on every strip, as the lines above say"
 
 
 def test_a_ground_truth_that_is_missing_is_one_line_and_code_2(
