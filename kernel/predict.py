@@ -109,7 +109,7 @@ class Outcome:
         self.failed |= other.failed
         self.dropped += other.dropped
         self.strip_s |= other.strip_s
-        self.device = other.device or self.device
+        self.device = self.device or other.device  # the machine's, whatever took leftovers
         self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
 
 

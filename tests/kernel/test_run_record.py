@@ -329,7 +329,7 @@ def test_outcomes_whose_passes_differ_are_added_by_the_names_of_their_passes() -
     }
     assert json.dumps(second.work) == given
     assert (first.faults, first.strip_s) == ({"2": "no image"}, {"3": 0.5})
-    assert (first.device, first.gpu_bytes, first.dropped) == ("cpu", 7, {"a/none": 2})
+    assert (first.device, first.gpu_bytes, first.dropped) == ("cuda", 7, {"a/none": 2})
 
 
 def test_the_same_pass_of_other_flops_is_another_pass() -> None:
