@@ -93,7 +93,7 @@ class Worker:
         self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
         self.batch_size, self.early_exit = batch_size, early_exit
         self.threads = torch.get_num_threads()
-        self.scheduler = self._load(pick_device())
+        self.scheduler = self._load(torch.device("cpu") if cpus else pick_device())
 
     @functools.cached_property
     def plain(self) -> Scheduler:

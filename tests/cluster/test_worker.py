@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from helpers import (
     CPU,
     LABELS,
@@ -102,6 +103,20 @@ def test_every_pass_gives_the_same_rows_as_the_early_exit(dataset: Path, tmp_pat
     assert rles_of(early) == rles_of(every)
     assert set(every["share"].to_pylist()) == {1.0}
     assert min(early["share"].to_pylist()) < 1
+
+
+@pytest.mark.parametrize(("cpus", "device"), [(0, "meta"), (2, "cpu")])
+def test_only_a_worker_without_processors_of_its_own_takes_the_gpu(
+    cpus: int, device: str, session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that share a machine's processors would all take its first one."""
+    devices = list[torch.device]()
+    monkeypatch.setattr("cluster.worker.pick_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(Worker, "_load", lambda _, device: devices.append(device))
+    save_strips(tmp_path, NAMES[:1])
+    image, sha256 = read_image(tmp_path / NAMES[0]), manifest_hash(session_light)
+    Worker(str(session_light), sha256, image, 0, True, cpus)
+    assert devices == [torch.device(device)]
 
 
 def test_a_device_that_is_lost_half_way_costs_no_image(
