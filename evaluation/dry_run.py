@@ -296,7 +296,7 @@ def _run_bundle(args: argparse.Namespace, root: Path) -> int:
         read_truth(truth_csv, competition) if truth_csv else None,
         one_folder(images, competition),
     )
-    if truth and truth_csv:
+    if truth is not None and args.ground_truth:
         check_names(truth, list_images(flat), truth_csv, images)
         check_truth(truth, flat, truth_csv, competition)
     run = DryRun(args.bundle, competition, flat, truth, args.budget_s, bool(args.ground_truth))

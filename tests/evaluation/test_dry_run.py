@@ -259,6 +259,23 @@ def test_a_mask_that_leaves_its_image_is_refused_before_anything_runs(
     assert line.startswith(f"{truth}: the masks of {name}: run 900000 5 leaves an image")
 
 
+def test_a_ground_truth_without_a_row_is_refused_before_anything_runs(
+    bundle: Path,
+    strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every strip would count as clean."""
+    monkeypatch.setattr(dry_run, "run_kernel", lambda *_: pytest.fail("it ran"))
+    truth = tmp_path / "truth.csv"
+    truth.write_text("ImageId,ClassId,EncodedPixels\n")
+    given = ("--images", strips / "test_images", "--ground-truth", truth)
+    assert exit_code(dry_run.main, "--bundle", bundle, *given) == 2
+    line = error_of(capsys.readouterr().err)
+    assert line == f"{truth}: no row below its header; name the csv that has the masks"
+
+
 def test_metadata_without_an_id_is_one_line(
     bundle: Path, strips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
