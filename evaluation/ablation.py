@@ -27,6 +27,7 @@ from training.ground_truth import decode_scored_masks
 from training.metrics import Floats, Masks, Scores, dice_of
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
+ADDED = ("sha256", "flops")  # fields of a member that a build fills in
 AREAS = (0, 64, 128, 256, 512, 1024, 2048)  # pixels
 
 # --- variants -------------------------------------------------------------------------------------
@@ -126,9 +127,13 @@ def propose(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def write_proposal(
     bundle: Path, members: set[str], flips: set[str], best: dict[str, Any], path: Path
 ) -> None:
-    """Write the bundle's ensemble.json with only these members and flips, at this setting."""
+    """Write the bundle's ensemble.json with only these members and flips, at this setting.
+
+    Without what a build adds for its own files: the hash of another file is refused.
+    """
     entries = read_json(bundle / MANIFEST)
-    entries["members"] = [m for m in entries["members"] if m["name"] in members]
+    kept = [entry for entry in entries["members"] if entry["name"] in members]
+    entries["members"] = [{k: v for k, v in entry.items() if k not in ADDED} for entry in kept]
     entries["flips"] = [flip for flip in load_manifest(bundle).flips if flip in flips]
     entries |= {key: best[key] for key in ("threshold", "min_area")}
     path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
