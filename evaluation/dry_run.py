@@ -338,7 +338,7 @@ def dry_run(args: argparse.Namespace) -> int:
         check_kinds(images, names, built)
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
-        log.info("%s has the rate of %s from now on", machine, args.calibrate)
+        log.info("the verdict is of %s from now on, at the rate of %s", machine, args.calibrate)
     with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
         return _run_bundle(args, Path(root))
 

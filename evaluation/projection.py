@@ -365,7 +365,7 @@ def _machine_of(run: RunRecord) -> str:
 def calibrate(bundle: Path, path: Path) -> str:
     """Keep the rate of a run on Kaggle, its run.json at `path`, in the bundle's folder.
 
-    Return the machine's name.
+    Return the machine's name, by which the report judges from then on.
 
     Raises:
         ValueError: the file is no run.json, or no strip was predicted in that run.
@@ -375,13 +375,14 @@ def calibrate(bundle: Path, path: Path) -> str:
         raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
     machine, known = _machine_of(run), read_calibration(bundle)
+    known.pop(machine, None)  # the last one stands last
     known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": run.strips}
     write_json(bundle / CALIBRATION, known)
     return machine
 
 
 def read_calibration(bundle: Path) -> dict[str, Any]:
-    """Read what `calibrate` kept, by machine; empty before."""
+    """Read what `calibrate` kept, by machine, the last one last; empty before."""
     path = bundle / CALIBRATION
     return read_json(path) if path.is_file() else {}
 

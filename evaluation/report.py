@@ -6,8 +6,9 @@ It answers "will this run on Kaggle?" first, and its parts apart:
   runs every pass in time.
 - `clean`: whether nothing was wrong in this run, as `ok`, and its `checks`, each `ok` true, false,
   or null where it decides nothing.
-- `kaggle`: what the scored run would take on Kaggle's machine: `seconds`, `calibrated` by a run
-  there or else estimated, `fits`: the kernel would run every pass in time.
+- `kaggle`: what the scored run would take on Kaggle's machine, the one that was calibrated last or
+  else two T4: `seconds`, `calibrated` by a run there or else estimated, `fits`: the kernel would
+  run every pass in time.
 - `here`: the same of this machine, measured and projected. It decides nothing about Kaggle.
 - `budget_s`: what both may take; `usable_s` of it the kernel plans with, there and here.
 
@@ -27,6 +28,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluation.drawing import AnnotatedStrip
 from evaluation.projection import (
+    MACHINES,
     Estimate,
     Projection,
     RunRecord,
@@ -220,7 +222,9 @@ def build_report(
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     plan_s = usable_s(budget_s, run.workers)
-    clean, kaggle, here = is_clean(checks), machines[0], time_here(projection, plan_s, run.dropped)
+    judged = next(reversed(calibration), MACHINES[0].name)
+    kaggle = next(machine for machine in machines if machine["machine"] == judged)
+    clean, here = is_clean(checks), time_here(projection, plan_s, run.dropped)
     dropped = drop_to_fit(run, projection.total_s, plan_s)
     return {
         "verdict": _verdict(clean, kaggle, budget_s),
@@ -272,12 +276,12 @@ def _answer_lines(report: dict[str, Any]) -> list[str]:
     clean, kaggle, here = report["clean"], report["kaggle"], report["here"]
     checks = [f"   {MARKS[check['ok']]:<4}{check['words']}" for check in clean["checks"]]
     how = "calibrated" if kaggle["calibrated"] else "estimated"
+    machine = kaggle["machine"].removeprefix("Kaggle's ")
     here_mark = MARKS[here["fits"] or None]
     return [
         f"== {report['verdict']}",
         "\n".join([f"   The run was {'clean' if clean['ok'] else 'NOT clean'}", *checks]),
-        f"   On Kaggle's {kaggle['machine']}, {how}\n"
-        f"   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
+        f"   On Kaggle's {machine}, {how}\n   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
         f"   On this machine, projected\n   {here_mark:<4}{here['words']}",
     ]
 

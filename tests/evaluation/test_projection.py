@@ -366,12 +366,18 @@ def test_a_run_on_kaggle_replaces_the_assumption_and_is_remembered(
             assert found.seconds == pytest.approx(8 + STRIPS * 0.5)
 
 
-def test_a_second_machine_does_not_forget_the_first(tmp_path: Path) -> None:
+def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "run.json"
-    for device in ("cuda", "cpu"):
+    for device, known in (
+        ("cuda", ["one T4"]),
+        ("cpu", ["one T4", "Kaggle's CPU"]),
+        ("cuda", ["Kaggle's CPU", "one T4"]),
+    ):
         path.write_text(json.dumps(run_json(device=device)))
         calibrate(tmp_path, path)
-    assert sorted(read_calibration(tmp_path)) == ["Kaggle's CPU", "one T4"]
+        assert list(read_calibration(tmp_path)) == known
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,18 @@ def test_run_kaggle_and_this_machine_are_kept_apart_with_the_hour_beside() -> No
     assert not [a for t, a in page.tags if t == "li" and a.get("class") == "bad"]
 
 
+def test_the_verdict_is_of_the_machine_that_was_calibrated_last() -> None:
+    """Whatever is assumed of another: a user may have no GPU left, or Kaggle gave none."""
+    slow = {"rate": 1e2, "fixed_s": 8.0, "strips": 9}
+    report = a_report(calibration=FAST | {"Kaggle's CPU": slow})
+    expected = "5,652 s of 3,600 s (calibrated) and drop passes"
+    assert report["verdict"].endswith(f"but Kaggle's CPU would take {expected}")
+    assert not report["ready"]
+    assert "   On Kaggle's CPU, calibrated\n" in as_lines(report)
+    assert "On Kaggle's CPU" in Page(as_page(report, [])).said("h2")
+    assert a_report(calibration={"Kaggle's CPU": slow} | FAST)["ready"]
+
+
 def test_a_budget_is_named_as_one() -> None:
     assert "1,830 s of the budget's 2,000 s" in as_lines(a_report(budget_s=2000.0))
 
