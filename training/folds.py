@@ -85,7 +85,9 @@ def write_strips(strips: Strips, folder: Path) -> None:
     for name in strips.names:
         labels = sorted(strips.truth.get(name, {}).items())
         rows += [layout.line(name, label, rle) for label, rle in labels]
-    (folder / "train.csv").write_text("".join(rows), encoding="utf-8", newline="")
+    (folder / "train.csv").write_text(
+        "".join(rows), encoding="utf-8", errors="surrogateescape", newline=""
+    )
     for name in strips.names:
         shutil.copyfile(strips.folder / name, folder / "train_images" / name)
     counts = [len(strips.with_class(label)) for label in range(1, strips.classes + 1)]

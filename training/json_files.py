@@ -7,9 +7,14 @@ from typing import Any
 
 
 def to_json(entries: Any) -> str:
-    """Return entries as a JSON text; NaN, a mean of nothing, which JSON does not have, as null."""
+    """Return entries as a JSON text.
+
+    NaN, a mean of nothing, which JSON does not have, is null; bytes of a name that are no UTF-8 are
+    escaped.
+    """
     plain = json.loads(json.dumps(entries), parse_constant=lambda _: None)
-    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def write_json(path: Path, entries: Any) -> None:

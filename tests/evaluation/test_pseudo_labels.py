@@ -1,5 +1,6 @@
 """Pseudo-labels: what an ensemble is sure of, by sums done by hand."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,18 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(
     assert exit_code(pseudo_labels.main, *options, *SURE) == 0
     assert read_strips(tmp_path / "pseudo").names == kept
     assert "left out: " in caplog.text and "0torn.jpg" in caplog.text
+
+
+def test_a_strip_whose_name_is_no_utf_8_is_labelled(
+    dataset: Path, labelled_strips: Path, tmp_path: Path
+) -> None:
+    name, images = os.fsdecode(b"caf\xe9.jpg"), labelled_strips / "test_images"
+    (tmp_path / "images").mkdir()
+    shutil.copy(min(images.iterdir()), tmp_path / "images" / name)
+    options = ["--bundle", dataset, "--images", tmp_path / "images", "--out", tmp_path / "pseudo"]
+    assert exit_code(pseudo_labels.main, *options, *SURE) == 0
+    strips = read_strips(tmp_path / "pseudo")
+    assert strips.names == [name] and strips.truth[name]
 
 
 def test_a_strip_that_takes_too_much_memory_is_left_out(

@@ -17,6 +17,12 @@ def test_a_mean_of_nothing_is_null() -> None:
     assert "Größe" in text and text.endswith("}\n")
 
 
+def test_a_name_that_is_no_utf_8_is_the_same_when_it_is_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    write_json(tmp_path / "run.json", {name: "Größe"})
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {name: "Größe"}
+
+
 def test_a_write_that_fails_leaves_the_file_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
