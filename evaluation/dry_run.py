@@ -43,6 +43,7 @@ from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import progress
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder, read_sample
+from kernel.rows import read_rows
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
@@ -133,10 +134,11 @@ def check_answer(submission: Path, sample: Path, competition: Competition) -> Ch
     """Return the validator's verdict; its table and warnings stand in the kernel's log."""
     layout, pairs = read_sample(sample, None, competition)
     images = one_folder(sample.parent / IMAGES, competition)
-    errors = check_submission(submission, layout.columns, pairs, images, competition).errors
-    if errors:
-        return Check(False, f"{submission.name} is invalid: {'; '.join(errors)}")
-    return Check(True, f"{submission.name} is valid: {len(pairs):,} rows")
+    found = check_submission(submission, layout.columns, pairs, images, competition, cut_off=0)
+    if found.errors:
+        return Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")
+    rows = read_rows(submission, competition=competition, cut_off=0)[1]
+    return Check(True, f"{submission.name} is valid: {len(rows):,} rows")
 
 
 def check_on_pytorch(root: Path, bundle: Path, images: Path) -> Check:
@@ -190,7 +192,7 @@ def _write_report(
 ) -> dict[str, Any]:
     """Write picture, report.json and page beside the submission; return the report."""
     out, competition = run.out, run.competition
-    rles = read_truth(run.out / "submission.csv", competition)
+    rles = read_truth(out / "submission.csv", competition, cut_off=0)  # no spreadsheet's
     names = sorted(run_record["work"].keys() | run_record["faults"].keys())
     pictures, scores = Predictions(run.images, names, rles, run.truth, competition).draw()
     write_sheet(pictures, out / "contact_sheet.png")
@@ -207,7 +209,8 @@ def _write_report(
 
     def write() -> None:
         write_json(out / "report.json", report)
-        (out / "index.html").write_text(as_page(report, pictures), encoding="utf-8")
+        page = as_page(report, pictures)
+        (out / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
     write()  # what follows is long, and may be interrupted
     if run.truth is not None and run.ablation and run_record["work"]:

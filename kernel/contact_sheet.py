@@ -73,13 +73,13 @@ def draw_submission(
     competition: Competition = SEVERSTAL,
     most: int = MAX_STRIPS,
 ) -> Picture:
-    """Draw the first strips of a submission that have a mask.
+    """Draw the first strips of a kernel's submission that have a mask.
 
     Raises:
         ValueError: none has.
     """
     masks: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, label, rle in read_rows(submission, competition=competition)[1]:
+    for name, label, rle in read_rows(submission, competition=competition, cut_off=0)[1]:
         if rle:
             masks[name][label] = rle
     if not masks:

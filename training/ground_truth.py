@@ -13,7 +13,7 @@ from kernel.images import Size
 from kernel.logs import log
 from kernel.mounts import no_images
 from kernel.rle import decode_rle, join_rles, rle_fault
-from kernel.rows import Row, read_rows
+from kernel.rows import SPREADSHEET_CELL, Row, read_rows
 from training.metrics import Masks
 
 NEAREST = cv2.INTER_NEAREST
@@ -21,8 +21,10 @@ NEAREST = cv2.INTER_NEAREST
 Truth = dict[str, dict[int, str]]  # image → class → RLE; an image without a mask is clean
 
 
-def read_truth(path: Path, competition: Competition = SEVERSTAL) -> Truth:
-    """Read a train.csv, in any layout of a competition.
+def read_truth(
+    path: Path, competition: Competition = SEVERSTAL, cut_off: int = SPREADSHEET_CELL
+) -> Truth:
+    """Read a train.csv, in any layout of a competition; `cut_off` is as in `read_rows`.
 
     Several rows of an image and class, one a defect, are joined.
 
@@ -41,7 +43,7 @@ def read_truth(path: Path, competition: Competition = SEVERSTAL) -> Truth:
         return f"{name}, class {competition.name_of(label)}: {fault}" if fault else None
 
     masks: defaultdict[str, dict[int, list[str]]] = defaultdict(dict)
-    for name, label, rle in read_rows(path, check, competition)[1]:
+    for name, label, rle in read_rows(path, check, competition, cut_off)[1]:
         if rle:
             masks[name].setdefault(label, []).append(rle)
         else:

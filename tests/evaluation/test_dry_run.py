@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers import (
+    LABELS,
     ROOT,
     all_bytes,
     decode_by_hand,
@@ -20,15 +21,19 @@ from helpers import (
     exit_code,
     read_table,
     run_script,
+    save_strips,
     site_without_smp,
+    write_sample,
 )
-from run_records import PASSES, run_json
+from run_records import PASSES, run_json, strip_work
 
 from evaluation import dry_run
 from evaluation.recorded import RecordedPasses
-from evaluation.report import ProcessResult
+from evaluation.report import Check, ProcessResult
+from kernel.competition import SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.manifest import load_manifest
+from kernel.rows import SPREADSHEET_CELL
 from training import synthetic
 
 
@@ -195,6 +200,32 @@ def test_what_lies_beside_the_images_is_not_mounted(
     assert len(found) == 3 and not {"sample_submission.csv", "ensemble.json"} & set(found)
 
 
+@pytest.mark.parametrize("layout", ["three-column", "two-column"])
+def test_a_valid_answer_is_named_with_the_rows_it_has(layout: str, tmp_path: Path) -> None:
+    """Some layouts leave out empty masks; a mask may be as long as a spreadsheet's cell."""
+    save_strips(tmp_path / "test_images", ["a.jpg", "b.jpg"])
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"], layout)
+    header, rle = sample.read_text().split("\n")[0], "1 3".ljust(SPREADSHEET_CELL)
+    rows = [f"a.jpg,{rle},1"]
+    if layout == "two-column":
+        rows = [f"{name}_{label},{rle}" for name in ("a.jpg", "b.jpg") for label in LABELS]
+    answer = tmp_path / "submission.csv"
+    answer.write_text("\n".join([header, *rows, ""]))
+    check = dry_run.check_answer(answer, sample, SEVERSTAL)
+    assert check == Check(True, f"submission.csv is valid: {len(rows)} rows")
+
+
+def test_a_mask_as_long_as_a_spreadsheets_cell_is_in_the_report(tmp_path: Path) -> None:
+    save_strips(tmp_path / "images", ["a.jpg"])
+    run = dry_run.DryRun(tmp_path, SEVERSTAL, tmp_path / "images", None, None, False)
+    run.out.mkdir()
+    rows = f"ImageId,EncodedPixels,ClassId\na.jpg,{'1 3'.ljust(SPREADSHEET_CELL)},1\n"
+    (run.out / "submission.csv").write_text(rows)
+    record = run_json(work={"a.jpg": strip_work([0], [0])}, faults={})
+    report = dry_run._write_report(run, record, ProcessResult(0, 20.0, True, 1), [])
+    assert report["histogram"]["encoders"]["defective"] == [0, 1, 0, 0, 0]
+
+
 def test_a_bundle_with_openvino_is_run_without_it_too(
     bundle: Path, strips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +388,21 @@ def test_a_report_is_there_when_the_ablation_is_interrupted(
     report = json.loads((bundle / "report" / "report.json").read_text())
     assert report["clean"]["ok"] and report["ablation"] is None
     assert "<h1>" in (bundle / "report" / "index.html").read_text()
+
+
+def test_a_name_that_is_no_utf_8_costs_no_verdict(
+    bundle: Path, strips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images, odd = tmp_path / "images", [os.fsdecode(b) for b in (b"caf\xe9.jpg", b"torn\xe9.jpg")]
+    images.mkdir()
+    shutil.copy(min((strips / "test_images").iterdir()), images / odd[0])
+    (images / odd[1]).touch()
+    assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == 1
+    assert "== Not ready for Kaggle: the run was not clean" in capfd.readouterr().out
+    report = json.loads((bundle / "report" / "report.json").read_text(encoding="utf-8"))
+    assert list(report["faults"]) == odd[1:]
+    page = (bundle / "report" / "index.html").read_text(encoding="utf-8")
+    assert r"<span>caf\udce9.jpg</span>" in page and r"<td>torn\udce9.jpg</td>" in page
 
 
 def test_an_ablation_that_the_networks_fail_in_costs_no_verdict(

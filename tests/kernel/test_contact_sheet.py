@@ -19,6 +19,7 @@ from kernel.contact_sheet import (
     stack,
     to_picture,
 )
+from kernel.rows import SPREADSHEET_CELL
 
 COLOURS = np.array([(66, 66, 245), (96, 201, 60), (245, 176, 66), (212, 86, 214)])  # BGR
 BACKGROUND = 24  # of a caption
@@ -170,6 +171,13 @@ def test_the_first_strips_with_a_mask_are_drawn_in_their_order(tmp_path: Path) -
         assert (drawn[:, untouched] == images[name][:, untouched, None]).all()
         assert not part[BAR + height :].any()
     assert draw_submission(path, tmp_path, SEVERSTAL).shape == (3 * rest, width, 3)
+
+
+def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_is_drawn(tmp_path: Path) -> None:
+    """No spreadsheet has saved what the kernel wrote."""
+    save_strips(tmp_path, ["a.png"])
+    path = write(tmp_path / "out.csv", [("a.png", 1, "1 3".ljust(SPREADSHEET_CELL))])
+    assert draw_submission(path, tmp_path).shape == (BAR + SMALL[0] + GAP, SMALL[1], 3)
 
 
 def test_another_competitions_masks_are_drawn_by_its_rules(tmp_path: Path) -> None:

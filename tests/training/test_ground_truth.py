@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernel.rows import SPREADSHEET_CELL
 from training.ground_truth import check_names, decode_masks, read_truth
 
 SIZE = (4, 6)
@@ -37,6 +38,16 @@ def test_the_truth_is_the_same_in_both_layouts(text: str, tmp_path: Path) -> Non
         "name_with_underscores.jpg": {4: "9 1"},
     }
     assert not truth.get("clean.jpg")
+
+
+def test_a_mask_may_be_as_long_as_a_spreadsheets_cell_where_none_can_have_saved_it(
+    tmp_path: Path,
+) -> None:
+    long = "1 2".ljust(SPREADSHEET_CELL)
+    path = write(tmp_path, f"a.jpg,1,{long}\n")
+    assert read_truth(path, cut_off=0) == {"a.jpg": {1: long}}
+    with pytest.raises(ValueError, match="where spreadsheets cut a cell off"):
+        read_truth(path)
 
 
 def test_decoded_truth_has_one_mask_a_class_and_empty_ones_for_the_rest() -> None:
