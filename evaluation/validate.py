@@ -26,8 +26,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def validate(args: argparse.Namespace) -> int:
-    """Print the findings; return 1 where Kaggle would refuse the submission."""
+    """Print the findings; return 1 where Kaggle would refuse the submission.
+
+    Raises:
+        OSError: the submission is no file that can be read, of which nothing is said.
+    """
     competition = find_competition(args.competition)
+    with args.submission.open("rb"):
+        pass
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder of images")
     check_instances(args.sample, read_rows(args.sample, competition=competition)[1], competition)

@@ -35,6 +35,19 @@ def test_an_invalid_submission_ends_the_command_with_code_1(
     assert capsys.readouterr().out.splitlines()[-1].startswith("INVALID")
 
 
+@pytest.mark.parametrize(
+    ("name", "fault"), [("gone.csv", "no such file or folder"), (".", "a folder, expected a file")]
+)
+def test_a_submission_that_is_no_file_is_no_verdict(
+    name: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"])
+    assert exit_code(validate.main, tmp_path / name, "--sample", sample) == 2
+    captured = capsys.readouterr()
+    assert error_of(captured.err).startswith(f"{tmp_path / name}: {fault}")
+    assert "INVALID" not in captured.out
+
+
 def test_a_sample_that_is_missing_is_one_line_and_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
