@@ -14,8 +14,10 @@ def sample_strips(
     """Strips of a folder, drawn with a seed; all of them where there are no more than `count`.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds none, or none is asked for.
     """
+    if count < 1:
+        raise ValueError(f"--strips {count}: expected 1 or more")
     folder = one_folder(folder, competition)
     names = list_images(folder)
     if not names:

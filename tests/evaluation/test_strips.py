@@ -16,6 +16,13 @@ def test_strips_are_drawn_with_a_seed(tmp_path: Path) -> None:
     assert len(sample_strips(tmp_path, 20, 1)) == 9
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_fewer_than_one_strip_is_an_error(count: int, tmp_path: Path) -> None:
+    save_strips(tmp_path, ["1.jpg", "2.jpg"])
+    with pytest.raises(ValueError, match=f"--strips {count}: expected 1 or more"):
+        sample_strips(tmp_path, count, 1)
+
+
 def test_a_folder_without_strips_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no images in it; name the folder"):
         sample_strips(tmp_path, 4, 1)
