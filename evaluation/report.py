@@ -126,14 +126,16 @@ def time_here(projection: Projection, plan_s: float, dropped: bool) -> dict[str,
 
     `plan_s` is what the kernel plans with here; `dropped` says that this run dropped passes.
     """
-    total_s, interval = projection.total_s, f"{projection.low_s:,.0f}–{projection.high_s:,.0f} s"
+    total_s, interval = projection.total_s, ""
+    if projection.low_s is not None:
+        interval = f" ({projection.low_s:,.0f}–{projection.high_s:,.0f} s)"
     fits = total_s <= plan_s and not dropped
     outcome = "which is time for every pass"
     if dropped:
         outcome = "with every pass, and in this run passes were dropped; Kaggle's machine decides"
     elif not fits:
         outcome = "so here the kernel would drop passes to end in time; Kaggle's machine decides"
-    words = f"{projection.n_images:,} strips would take {total_s:,.0f} s ({interval}), {outcome}"
+    words = f"{projection.n_images:,} strips would take {total_s:,.0f} s{interval}, {outcome}"
     more = {"total_s": total_s, "usable_s": plan_s, "fits": fits, "words": words}
     return asdict(projection) | more
 
@@ -260,6 +262,11 @@ def build_report(
 MARKS = {True: "ok", False: "NO", None: "–"}
 
 
+def figure(value: float, spec: str = ".3f") -> str:
+    """Format a figure; a mean of nothing, NaN, is a dash."""
+    return format(value, spec) if value == value else "–"
+
+
 def _table(heads: str, rows: Iterable[tuple[str, ...]]) -> str:
     """Columns two spaces apart, the first to the left and the others to the right."""
     table = [tuple(heads.split("|")), *rows]
@@ -345,10 +352,12 @@ def _scored_run_lines(report: dict[str, Any]) -> list[str]:
 
 def _dice_line(dice: dict[str, Any]) -> str:
     """The Dice over all pairs, over those with a defect and of each class."""
-    classes = "".join(f", class {label} {value:.3f}" for label, value in dice["per_class"].items())
+    named = dice["per_class"].items()
+    classes = "".join(f", class {label} {figure(value)}" for label, value in named)
     return (
-        f"   Dice {dice['dice']:.3f} over all pairs, {dice['dice_non_empty']:.3f} over those "
-        f"with a defect{classes}; {dice['clean_left_empty']:.1%} of the clean strips left empty"
+        f"   Dice {figure(dice['dice'])} over all pairs, {figure(dice['dice_non_empty'])} over "
+        f"those with a defect{classes}; {figure(dice['clean_left_empty'], '.1%')} of the clean "
+        "strips left empty"
     )
 
 
@@ -356,9 +365,9 @@ def _ablation_table(ablation: dict[str, Any]) -> str:
     rows = [
         (
             found["name"],
-            *(f"{found[key]:.4f}" for key in ("dice", "dice_non_empty", "clean_left_empty")),
+            *(figure(found[key], ".4f") for key in ("dice", "dice_non_empty", "clean_left_empty")),
             f"{found['strip_s']:.3f}",
-            *(f"{found['best'][key]:.4f}" for key in ("dice", "dice_non_empty")),
+            *(figure(found["best"][key], ".4f") for key in ("dice", "dice_non_empty")),
             f"{found['best']['threshold']:g}",
             str(found["best"]["min_area"]),
             "← proposed" if found["name"] == ablation["proposed"] else "",
@@ -391,7 +400,7 @@ def render_page(template: Path, pictures: list[AnnotatedStrip], **values: Any) -
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["zip"] = zip
+    environment.filters |= {"zip": zip, "figure": figure}
     return environment.get_template(template.name).render(
         pictures=pictures,
         colours=[f"rgb({red}, {green}, {blue})" for blue, green, red in COLOURS],

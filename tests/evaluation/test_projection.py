@@ -69,6 +69,12 @@ def test_the_interval_is_that_of_the_mean_of_so_many_strips() -> None:
     assert projection.high_s == pytest.approx(projection.total_s + half, abs=0.15 * half)
 
 
+def test_of_one_strip_there_is_no_interval() -> None:
+    projection = project(a_run(strips=1, strip_s={"1.jpg": 2.0}))
+    assert (projection.low_s, projection.high_s) == (None, None)
+    assert projection.strip_s == 12
+
+
 def test_two_workers_share_the_strips() -> None:
     """Their seconds for a strip are twice the wall's, and the projection is the wall's."""
     one, two = a_run(), a_run(strip_s={"1.jpg": 4.0, "2.jpg": 8.0, "3.jpg": 10.0}, workers=2)

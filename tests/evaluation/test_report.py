@@ -207,6 +207,11 @@ def test_the_verdict_is_of_the_machine_that_was_calibrated_last() -> None:
     assert a_report(calibration={"Kaggle's CPU": slow} | FAST)["ready"]
 
 
+def test_of_one_strip_no_interval_is_named() -> None:
+    words = a_report(strip_s={"1.jpg": 2.0})["here"]["words"]
+    assert words.startswith("5,506 strips would take 16,526 s, so here the kernel would drop")
+
+
 def test_a_budget_is_named_as_one() -> None:
     assert "1,830 s of the budget's 2,000 s" in as_lines(a_report(budget_s=2000.0))
 
@@ -271,6 +276,18 @@ def test_a_mean_of_nothing_is_null_in_the_json_and_a_dash_on_the_page() -> None:
     assert found["dice"] == DICE | {"dice_non_empty": None, "per_class": {}}
     assert found["run"] == report["run"]
     assert "–" in Page(as_page(report, [])).said("span")
+
+
+def test_a_mean_of_nothing_is_a_dash_on_the_terminal() -> None:
+    nothing = {"dice_non_empty": float("nan"), "clean_left_empty": float("nan")}
+    row = {"name": "all", "strip_s": 4.25, "best": BEST | {"dice_non_empty": float("nan")}}
+    found = ABLATION | {"variants": [row | DICE | nothing], "proposed": "all"}
+    lines = as_lines(a_report(dice=DICE | nothing, ablation=found))
+    assert "Dice 0.910 over all pairs, – over those with a defect, class 3 0.370; – of" in lines
+    (line,) = [line for line in lines.splitlines() if line.endswith("← proposed")]
+    assert line.split() == [
+        "all", "0.9100", "–", "–", "4.250", "0.8750", "–", "0.4", "64", "←", "proposed",
+    ]  # fmt: skip
 
 
 def test_a_bar_is_as_long_as_its_seconds() -> None:
