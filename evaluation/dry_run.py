@@ -7,7 +7,6 @@ exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
 """
 
 import argparse
-import logging
 import math
 import os
 import resource
@@ -40,7 +39,7 @@ from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.competition import Competition, add_competition_option, find_competition
 from kernel.images import check_kinds, read_image, size_of
-from kernel.logs import progress
+from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder, read_sample
 from kernel.rows import read_rows
@@ -52,8 +51,6 @@ from training.json_files import write_json
 IMAGES = "test_images"  # the competition's folder of them
 OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
 RESULTS = ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html")
-
-log = logging.getLogger("kernel")
 
 # --- the Kaggle-like tree -------------------------------------------------------------------------
 
@@ -246,6 +243,54 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     return 0 if report["ready"] else 1
 
 
+# --- the input ------------------------------------------------------------------------------------
+
+
+def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
+    """Return the bundle's competition, and the folder of the images; None: some are to be drawn.
+
+    Raises:
+        ValueError: a file or folder is missing or not what it should be.
+    """
+    if args.strips < 1:
+        raise ValueError(f"--strips {args.strips}: expected 1 or more")
+    if args.budget_s is not None and not 0 < args.budget_s < math.inf:
+        raise ValueError(f"--budget-s {args.budget_s:g}: expected seconds above 0")
+    if args.ground_truth and not args.images:
+        raise ValueError("--ground-truth needs the --images that it is of")
+    if not (args.bundle / "dataset" / MANIFEST).exists():
+        raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
+    if args.images and not args.images.is_dir():
+        raise ValueError(f"{args.images}: no such folder of images")
+    competition = load_manifest(args.bundle / "dataset").competition
+    if args.competition and find_competition(args.competition) != competition:
+        raise ValueError(
+            f"--competition {args.competition}: {args.bundle} was built for {competition.slug}; "
+            "build it again with the same --competition"
+        )
+    if args.images is None:
+        return competition, None
+    images = one_folder(args.images, competition)
+    names = list_images(images)
+    if not names:
+        raise ValueError(no_images(args.images))
+    check_kinds(images, names, competition)
+    return competition, images
+
+
+def check_truth(truth: Truth, images: Path, path: Path, competition: Competition) -> None:
+    """Raise ValueError for a mask that leaves its image, before the run; names the csv."""
+    for name in progress(sorted(truth.keys() & set(list_images(images))), "ground truth", "image"):
+        try:
+            size = size_of(read_image(images / name, competition))
+        except (ValueError, OSError):
+            continue  # the run will name it
+        try:
+            decode_masks(truth, name, size, competition)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 EXAMPLE = "  python evaluation/dry_run.py --bundle dist --images severstal/test_images"
@@ -271,43 +316,29 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_truth(truth: Truth, images: Path, path: Path, competition: Competition) -> None:
-    """Raise ValueError for a mask that leaves its image, before the run; names the csv."""
-    for name in progress(sorted(truth.keys() & set(list_images(images))), "ground truth", "image"):
-        try:
-            size = size_of(read_image(images / name, competition))
-        except (ValueError, OSError):
-            continue  # the run will name it
-        try:
-            decode_masks(truth, name, size, competition)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-
-def _run_bundle(args: argparse.Namespace, root: Path) -> int:
-    """One dry run in the scratch folder `root`."""
-    images, truth_csv = args.images, args.ground_truth
-    competition = load_manifest(args.bundle / "dataset").competition
+def _run_bundle(
+    args: argparse.Namespace, competition: Competition, images: Path | None, root: Path
+) -> int:
+    """One dry run in the scratch folder `root`; without `images`, of strips that are drawn."""
+    mounted, truth_csv = args.images, args.ground_truth
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
         synthetic.write_competition(
             root / "steel", 0, args.strips, args.seed, evenly=True, competition=competition,
             size=competition.image_size or synthetic.IMAGE_SIZE,
         )  # fmt: skip
-        images, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
-    truth, flat = (
-        read_truth(truth_csv, competition) if truth_csv else None,
-        one_folder(images, competition),
-    )
+        mounted, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
+        images = one_folder(mounted, competition)
+    truth = read_truth(truth_csv, competition) if truth_csv else None
     if truth is not None and args.ground_truth:
-        check_names(truth, list_images(flat), truth_csv, images)
-        check_truth(truth, flat, truth_csv, competition)
-    run = DryRun(args.bundle, competition, flat, truth, args.budget_s, bool(args.ground_truth))
+        check_names(truth, list_images(images), truth_csv, mounted)
+        check_truth(truth, images, truth_csv, competition)
+    run = DryRun(args.bundle, competition, images, truth, args.budget_s, bool(args.ground_truth))
     run.out.mkdir(exist_ok=True)
     for name in (*RESULTS, MANIFEST):  # an earlier run's
         (run.out / name).unlink(missing_ok=True)
     log.info("running the kernel in a Kaggle-like tree")
-    sample = make_kaggle_tree(root, run.bundle, images)
+    sample = make_kaggle_tree(root, run.bundle, mounted)
     return _conclude(run, root / "working", run_kernel(root, _find_script(run.bundle)), sample)
 
 
@@ -317,33 +348,12 @@ def dry_run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a file or folder is missing or not what it should be.
     """
-    if args.strips < 1:
-        raise ValueError(f"--strips {args.strips}: expected 1 or more")
-    if args.budget_s is not None and not 0 < args.budget_s < math.inf:
-        raise ValueError(f"--budget-s {args.budget_s:g}: expected seconds above 0")
-    if args.ground_truth and not args.images:
-        raise ValueError("--ground-truth needs the --images that it is of")
-    if not (args.bundle / "dataset" / MANIFEST).exists():
-        raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
-    if args.images and not args.images.is_dir():
-        raise ValueError(f"{args.images}: no such folder of images")
-    built = load_manifest(args.bundle / "dataset").competition
-    if args.competition and find_competition(args.competition) != built:
-        raise ValueError(
-            f"--competition {args.competition}: {args.bundle} was built for {built.slug}; "
-            "build it again with the same --competition"
-        )
-    if args.images:
-        images = one_folder(args.images, built)
-        names = list_images(images)
-        if not names:
-            raise ValueError(no_images(args.images))
-        check_kinds(images, names, built)
+    competition, images = check_args(args)
     if args.calibrate:
         machine = calibrate(args.bundle, args.calibrate)
         log.info("the verdict is of %s from now on, at the rate of %s", machine, args.calibrate)
     with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
-        return _run_bundle(args, Path(root))
+        return _run_bundle(args, competition, images, Path(root))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
