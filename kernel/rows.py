@@ -82,6 +82,7 @@ NO_CSV = {  # first bytes, as they are kept, → what to do
     "\x1f\udc8b": "compressed by gzip, name it .csv.gz",
 }
 
+RowKey = tuple[str, int]  # image, class
 Row = tuple[str, int, str]  # image, class, RLE
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
@@ -252,12 +253,12 @@ class Submission:
     MAX_SAVING_SHARE = 0.01  # of the time
 
     def __init__(
-        self, path: Path, layout: Layout, pairs: Iterable[tuple[str, int]], whole: bool = True
+        self, path: Path, layout: Layout, pairs: Iterable[RowKey], whole: bool = True
     ) -> None:
         self.path, self.layout, self.whole = path, layout, whole
         self.done = set[str]()  # images whose masks are set
         self.lines = {pair: layout.line(*pair, "") for pair in pairs}
-        self.rles: dict[tuple[str, int], str] = {}  # (image, class) with a mask
+        self.rles: dict[RowKey, str] = {}  # of rows with a mask
         self.next_s = 0.0  # time.monotonic() of the next save within that share
         self.saving = threading.Lock()  # the watchdog saves too
 
@@ -301,7 +302,7 @@ class Submission:
 
 
 def write_submission(
-    path: Path, layout: Layout, pairs: Iterable[tuple[str, int]], rles: dict[tuple[str, int], str]
+    path: Path, layout: Layout, pairs: Iterable[RowKey], rles: dict[RowKey, str]
 ) -> None:
     """Write all rows at once, with the masks of `rles`."""
     submission = Submission(path, layout, pairs)

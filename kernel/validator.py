@@ -16,9 +16,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
 from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
-from kernel.rows import SPREADSHEET_CELL, Layout, read_rows
-
-Pair = tuple[str, int]  # (image, class)
+from kernel.rows import SPREADSHEET_CELL, Layout, Row, RowKey, read_rows
 
 # --- the rows -------------------------------------------------------------------------------------
 
@@ -30,7 +28,7 @@ def first_few(faults: Iterable[str], most: int = 3) -> list[str]:
     return listed[:most] + ([f"… and {more:,} more like this"] if more > 0 else [])
 
 
-def describe_row(pair: Pair, competition: Competition) -> str:
+def describe_row(pair: RowKey, competition: Competition) -> str:
     """Name a row by its image and, where there are several, its class."""
     image, label = pair
     several = len(competition.classes) > 1
@@ -38,7 +36,7 @@ def describe_row(pair: Pair, competition: Competition) -> str:
 
 
 def misplaced(
-    found: Sequence[Pair], expected: Sequence[Pair], competition: Competition
+    found: Sequence[RowKey], expected: Sequence[RowKey], competition: Competition
 ) -> Iterator[str]:
     """Yield the first row that is not in the sample's place, of rows that both have once."""
     for row, wanted in zip(found, expected, strict=True):
@@ -50,9 +48,7 @@ def misplaced(
             return
 
 
-def row_faults(
-    layout: Layout, rows: Sequence[tuple[str, int, str]], pairs: list[Pair]
-) -> list[str]:
+def row_faults(layout: Layout, rows: Sequence[Row], pairs: list[RowKey]) -> list[str]:
     """Return missing, repeated, unknown and misplaced rows; `pairs` are the sample's.
 
     Where a layout may leave out rows of empty masks, it is all of them or was by mistake.
@@ -61,7 +57,7 @@ def row_faults(
     sparse = layout.may_omit_empty and all(rle for *_, rle in rows)
     lacking = [] if sparse else [pair for pair in pairs if pair not in times]
 
-    def row(pair: Pair) -> str:
+    def row(pair: RowKey) -> str:
         return f"row {describe_row(pair, layout.competition)}"
 
     in_both = [pair for pair in times if pair in wanted], [pair for pair in pairs if pair in times]
@@ -119,9 +115,10 @@ def check_image(
     faults = {label: rle_fault(rle, n_pixels, competition) for label, rle in rles.items()}
     row = {label: describe_row((name, label), competition) for label in rles}
     words = [f"row {row[label]}: {fault}" for label, fault in faults.items() if fault]
-    sound = {label: rle for label, rle in rles.items() if size and not faults[label]}
-    stats = [mask_stats(c, rle, size, black, competition) for c, rle in sound.items() if size]
-    return words, stats
+    if size is None:
+        return words, []
+    sound = [label for label in rles if not faults[label]]
+    return words, [mask_stats(c, rles[c], size, black, competition) for c in sound]
 
 
 def class_table(
@@ -224,7 +221,7 @@ class Findings:
 def check_submission(
     path: Path,
     columns: Sequence[str],
-    pairs: list[Pair],
+    pairs: list[RowKey],
     images: Path | None = None,
     competition: Competition = SEVERSTAL,
     cut_off: int = SPREADSHEET_CELL,
