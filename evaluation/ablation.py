@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.projection import Ints
 from evaluation.recorded import RecordedPasses
 from kernel.checks import read_json
 from kernel.device import pick_device
@@ -23,8 +22,8 @@ from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
-from training.ground_truth import decode_scored_masks
-from training.metrics import Floats, Masks, Scores, dice_of
+from training.ground_truth import Truth, decode_scored_masks
+from training.metrics import Floats, Ints, Masks, Scores, dice_of
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
 ADDED = ("sha256", "flops")  # fields of a member that a build fills in
@@ -146,7 +145,7 @@ def collect_stats(
     ensemble: Ensemble,
     images: Path,
     names: Sequence[str],
-    truth: dict[str, dict[int, str]],
+    truth: Truth,
     thresholds: Sequence[float],
 ) -> tuple[dict[str, AblationStats], Ints]:
     """Run every pass for the strips that can be read; return each variant's statistics.
@@ -184,7 +183,7 @@ def ablate(
     bundle: Path,
     images: Path,
     names: Sequence[str],
-    truth: dict[str, dict[int, str]],
+    truth: Truth,
     proposal: Path,
 ) -> dict[str, Any] | None:
     """Run every pass for the strips `names` and compare the variants; write the `proposal`.

@@ -1,6 +1,7 @@
 """Drawing: a run's masks on its strips, with the ground truth where one is known."""
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kernel.contact_sheet import (
 )
 from kernel.images import read_image, size_of
 from kernel.logs import progress
-from training.ground_truth import decode_masks, decode_scored_masks
+from training.ground_truth import Truth, decode_masks, decode_scored_masks
 from training.metrics import Scores, dice
 
 
@@ -45,38 +46,36 @@ class AnnotatedStrip:
         return caption_of(self.name, self.classes, self.competition) + dice_part
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """A run's masks, and the ground truth if there is one."""
+def draw_predictions(
+    images: Path,
+    names: Sequence[str],
+    rles: Truth,
+    truth: Truth | None,
+    competition: Competition = SEVERSTAL,
+) -> tuple[list[AnnotatedStrip], Scores]:
+    """Draw a run's masks `rles` on the first strips; score all of them by the `truth`, if any.
 
-    images: Path
-    names: list[str]
-    rles: dict[str, dict[int, str]]  # image → class → RLE; empty ones may be missing
-    truth: dict[str, dict[int, str]] | None  # likewise; an image that it does not name is clean
-    competition: Competition = SEVERSTAL
-
-    def draw(self, most: int = MAX_STRIPS) -> tuple[list[AnnotatedStrip], Scores]:
-        """Draw the first `most` strips; score all of them where there is a ground truth."""
-        pictures, scores = list[AnnotatedStrip](), Scores()
-        for name in progress(self.names, "drawing", "strip"):
-            if self.truth is None and len(pictures) == most:
-                break
-            try:
-                image = read_image(self.images / name, self.competition)
-            except (ValueError, OSError):
-                continue  # the kernel's log has named it
-            size, rles, truth, value = size_of(image), self.rles.get(name, {}), None, None
-            mask_size = self.competition.size_of_mask(size)
-            masks = decode_masks(self.rles, name, mask_size, self.competition)
-            if self.truth is not None:
-                truth = decode_scored_masks(self.truth, name, size, self.competition)
-                value = float(np.mean(dice(masks, truth)))
-                scores.add(masks, truth)
-            if len(pictures) < most:
-                canvas = overlay_masks(image, masks, () if truth is None else truth)
-                found = sorted(rles)
-                pictures.append(AnnotatedStrip(name, canvas, found, value, self.competition))
-        return pictures, scores
+    An image or class that either of both does not name has no mask.
+    """
+    pictures, scores = list[AnnotatedStrip](), Scores()
+    for name in progress(names, "drawing", "strip"):
+        if truth is None and len(pictures) == MAX_STRIPS:
+            break
+        try:
+            image = read_image(images / name, competition)
+        except (ValueError, OSError):
+            continue  # the kernel's log has named it
+        size, true, value = size_of(image), None, None
+        masks = decode_masks(rles, name, competition.size_of_mask(size), competition)
+        if truth is not None:
+            true = decode_scored_masks(truth, name, size, competition)
+            value = float(np.mean(dice(masks, true)))
+            scores.add(masks, true)
+        if len(pictures) < MAX_STRIPS:
+            canvas = overlay_masks(image, masks, () if true is None else true)
+            found = sorted(rles.get(name, {}))
+            pictures.append(AnnotatedStrip(name, canvas, found, value, competition))
+    return pictures, scores
 
 
 def write_sheet(pictures: list[AnnotatedStrip], path: Path) -> None:

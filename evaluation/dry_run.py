@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.ablation import ablate
-from evaluation.drawing import Predictions, write_sheet
-from evaluation.projection import calibrate, parse_run_record, read_calibration
+from evaluation.drawing import draw_predictions, write_sheet
+from evaluation.projection import keep_rate, parse_run_record, read_rates
 from evaluation.report import (
     Check,
     ProcessResult,
@@ -169,7 +169,7 @@ class DryRun:
     bundle: Path
     competition: Competition  # the bundle's
     images: Path
-    truth: dict[str, dict[int, str]] | None  # image → class → RLE, where it is known
+    truth: Truth | None  # where it is known
     budget_s: float | None  # None: the competition's limit
     ablation: bool  # compare members, flips and settings by the ground truth
 
@@ -191,11 +191,11 @@ def _write_report(
     out, competition = run.out, run.competition
     rles = read_truth(out / "submission.csv", competition, cut_off=0)  # no spreadsheet's
     names = sorted(run_record["work"].keys() | run_record["faults"].keys())
-    pictures, scores = Predictions(run.images, names, rles, run.truth, competition).draw()
+    pictures, scores = draw_predictions(run.images, names, rles, run.truth, competition)
     write_sheet(pictures, out / "contact_sheet.png")
     parsed = parse_run_record(run_record, out / "run.json", competition)
     defective = np.array([bool(rles.get(name)) for name in run_record["work"]], np.bool_)
-    calibration = read_calibration(run.bundle)
+    calibration = read_rates(run.bundle)
     report = build_report(
         run_record, parsed, result, checks, defective, calibration, run.budget_s, competition
     )
@@ -350,7 +350,7 @@ def dry_run(args: argparse.Namespace) -> int:
     """
     competition, images = check_args(args)
     if args.calibrate:
-        machine = calibrate(args.bundle, args.calibrate)
+        machine = keep_rate(args.bundle, args.calibrate)
         log.info("the verdict is of %s from now on, at the rate of %s", machine, args.calibrate)
     with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
         return _run_bundle(args, competition, images, Path(root))

@@ -1,7 +1,7 @@
 """Projection of a run to the scored run: on this machine, on Kaggle's, and with passes dropped.
 
 This machine's seconds are measured. Kaggle's are estimated from counted flops and the assumptions
-in `MACHINES`, until `calibrate` has read the run.json of a real run there.
+in `MACHINES`, until `keep_rate` has read the run.json of a real run there.
 """
 
 import math
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kernel.checks import read_json
 from kernel.competition import SEVERSTAL, Competition
@@ -23,12 +22,10 @@ from kernel.watchdog import margin_s
 from kernel.workers import worker_budget_s
 from packing.bundle import CALIBRATION
 from training.json_files import write_json
-from training.metrics import Floats
+from training.metrics import Floats, Ints
 
 FIXED_STAGES = {"start", "import", "load", "check"}  # paid once, however many the strips
 DEVICE_STAGES = {"prepare", "tally"}  # on the networks' device; on a GPU next to nothing
-
-Ints = npt.NDArray[np.int64]
 
 # --- a run, read back from its run.json -----------------------------------------------------------
 
@@ -364,7 +361,7 @@ def _machine_of(run: RunRecord) -> str:
     return "2×T4" if run.workers > 1 else "one T4"
 
 
-def calibrate(bundle: Path, path: Path) -> str:
+def keep_rate(bundle: Path, path: Path) -> str:
     """Keep the rate of a run on Kaggle, its run.json at `path`, in the bundle's folder.
 
     Return the machine's name, by which the report judges from then on.
@@ -376,15 +373,15 @@ def calibrate(bundle: Path, path: Path) -> str:
     if not run.counts.any():
         raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
-    machine, known = _machine_of(run), read_calibration(bundle)
+    machine, known = _machine_of(run), read_rates(bundle)
     known.pop(machine, None)  # the last one stands last
     known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": run.strips}
     write_json(bundle / CALIBRATION, known)
     return machine
 
 
-def read_calibration(bundle: Path) -> dict[str, Any]:
-    """Read what `calibrate` kept, by machine, the last one last; empty before."""
+def read_rates(bundle: Path) -> dict[str, Any]:
+    """Read what `keep_rate` kept, by machine, the last one last; empty before."""
     path = bundle / CALIBRATION
     return read_json(path) if path.is_file() else {}
 

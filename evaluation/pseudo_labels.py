@@ -32,6 +32,7 @@ from kernel.manifest import load_manifest
 from kernel.mounts import one_folder
 from kernel.rle import encode_rle
 from training.folds import write_strips
+from training.ground_truth import Truth
 from training.losses import SURE
 from training.metrics import Masks
 from training.strips import Strips, image_names
@@ -123,7 +124,7 @@ def label(args: argparse.Namespace) -> int:
     check_kinds(folder, image_names(folder), competition)
     manifest = replace(manifest, competition=competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
-    truth, code = dict[str, dict[int, str]](), 0
+    truth, code = Truth(), 0
     try:
         for name, masks in label_strips(ensemble, folder, (sure, wide), args.min_area):
             truth[name] = masks

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluation.drawing import AnnotatedStrip
@@ -42,6 +41,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.contact_sheet import COLOURS
 from kernel.scheduling import TOO_LATE
 from kernel.tta import Half
+from training.metrics import Bools
 
 # --- was the run clean? ---------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ def _list_passes(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _histogram(run: RunRecord, defective: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def _histogram(run: RunRecord, defective: Bools) -> dict[str, Any]:
     """How many strips ran 0, 1, 2 … encoders and decoders; `defective` (strips,) ones apart."""
     groups = {"clean": ~defective, "defective": defective}
     return {
@@ -209,7 +209,7 @@ def build_report(
     run: RunRecord,
     result: ProcessResult,
     checks: Sequence[Check],
-    defective: npt.NDArray[np.bool_],
+    defective: Bools,
     calibration: dict[str, Any],
     budget_s: float | None,
     competition: Competition = SEVERSTAL,

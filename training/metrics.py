@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles: 95 of 100
 
 
-def dice_of(both: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Floats:
+def dice_of(both: Ints, sizes: Ints) -> Floats:
     """Dice of masks that share `both` pixels and have `sizes` together; 1 for an empty pair."""
     return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)
 
@@ -35,7 +37,7 @@ def ratio(total: Any, count: Any) -> Floats:
         return np.asarray(np.true_divide(total, count), np.float64)
 
 
-def figures(dices: Floats, present: Masks, empty: Masks, weights: Floats) -> dict[str, Floats]:
+def figures(dices: Floats, present: Bools, empty: Bools, weights: Floats) -> dict[str, Floats]:
     """Return the three figures that belong together, each (samples,).
 
     Of `dices` (strips, classes), whether a class is `present` (strips, classes), whether a strip
@@ -90,7 +92,7 @@ class Scores:
             if np.isfinite(values).any()
         }
 
-    def _arrays(self) -> tuple[Floats, Masks, Masks]:
+    def _arrays(self) -> tuple[Floats, Bools, Bools]:
         shape = len(self.dices), len(self.dices[0]) if self.dices else 0
         present = np.array(self.present, np.bool_).reshape(shape)
         return np.array(self.dices).reshape(shape), present, np.array(self.empty, np.bool_)

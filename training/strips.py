@@ -8,7 +8,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.images import check_kinds, read_image, size_of
 from kernel.mounts import list_images, no_images, one_folder
 from training.augmentation import Pair
-from training.ground_truth import check_names, decode_masks, read_truth
+from training.ground_truth import Truth, check_names, decode_masks, read_truth
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Strips:
 
     folder: Path
     names: list[str]
-    truth: dict[str, dict[int, str]]  # image → class → RLE
+    truth: Truth
     competition: Competition = SEVERSTAL
     whole: set[str] = field(default_factory=set, compare=False)  # images that were read already
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from evaluation.projection import (
     RunRecord,
-    calibrate,
     drop_to_fit,
     estimate_s,
+    keep_rate,
     list_drops,
     list_estimates,
     parse_run_record,
     project,
-    read_calibration,
+    read_rates,
     usable_s,
 )
 from kernel.deadline import Deadline
@@ -173,8 +173,8 @@ def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
 
 def test_a_rate_is_that_of_what_ran(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run_json(**TRUNCATED, device="cuda")))
-    calibrate(tmp_path, tmp_path / "run.json")
-    assert read_calibration(tmp_path)["one T4"]["rate"] == pytest.approx((200 + 100) / 4 / 3)
+    keep_rate(tmp_path, tmp_path / "run.json")
+    assert read_rates(tmp_path)["one T4"]["rate"] == pytest.approx((200 + 100) / 4 / 3)
 
 
 def test_a_pass_that_gave_nan_is_charged_for_the_halves_that_ran() -> None:
@@ -364,9 +364,9 @@ def test_a_run_on_kaggle_replaces_the_assumption_and_is_remembered(
 ) -> None:
     path = tmp_path / "from_kaggle.json"
     path.write_text(json.dumps(run_json(device=device, workers=workers, seconds=10.0)))
-    assert calibrate(tmp_path, path) == machine
+    assert keep_rate(tmp_path, path) == machine
     assert (tmp_path / "calibration.json").is_file()
-    for found in list_estimates(a_run(), read_calibration(tmp_path)):
+    for found in list_estimates(a_run(), read_rates(tmp_path)):
         assert found.calibrated == (found.machine == machine)
         if found.calibrated:  # the same flops at the rate of (10 − 8) / 4 seconds a strip
             assert found.seconds == pytest.approx(8 + STRIPS * 0.5)
@@ -382,8 +382,8 @@ def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
         ("cuda", ["Kaggle's CPU", "one T4"]),
     ):
         path.write_text(json.dumps(run_json(device=device)))
-        calibrate(tmp_path, path)
-        assert list(read_calibration(tmp_path)) == known
+        keep_rate(tmp_path, path)
+        assert list(read_rates(tmp_path)) == known
 
 
 @pytest.mark.parametrize(
@@ -400,5 +400,5 @@ def test_a_file_that_has_no_rate_calibrates_nothing(text: str, error: str, tmp_p
     path = tmp_path / "run.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=error):
-        calibrate(tmp_path, path)
+        keep_rate(tmp_path, path)
     assert not (tmp_path / "calibration.json").exists()
