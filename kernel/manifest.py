@@ -47,6 +47,7 @@ class MemberSpec:
     flops: list[int] = field(default_factory=lambda: [1, 1])  # of encoder and decoder, counted
     image_size: tuple[int, int] | None = None  # (H, W) of its own; None: the manifest's
     channels: list[int] | None = None  # the network's output of each class; None: in order
+    softmax: bool = False  # over all outputs, in the place of each one's sigmoid
     mask_shift: float | list[float] = 0.0  # added to the mask logits, one number or one a class
     gate_shift: float | list[float] = 0.0  # and to the presence logits; evaluation/calibrate.py
 
@@ -136,6 +137,7 @@ def _check_member(member: MemberSpec, classes: int) -> None:
     expect(fits, "flops", member.flops, "its encoder's and its decoder's")
     _check_model(member.model)
     _check_channels(member, classes)
+    _check_softmax(member)
     _check_normalisation(member)
     _check_shifts(member, classes)
 
@@ -166,10 +168,11 @@ def _check_model(model: dict[str, Any]) -> None:
                 value = options[key]
                 expect(is_whole(value) and value > 0, f"{where}'s {key}", value, "a whole number")
         if options.get("activation") is not None:
+            softmax = ', or a softmax where the member says "softmax": true' * (where == "model")
             raise ValueError(
                 f"{where}'s activation {short(options['activation'])}: the kernel applies the "
-                "sigmoid, so a packed network gives logits; remove it where the network was "
-                "trained through a sigmoid, else train it so"
+                f"sigmoid{softmax}, so a packed network gives logits; remove it where the network "
+                "was trained through that, else train it so"
             )
 
 
@@ -181,9 +184,11 @@ def _check_channels(member: MemberSpec, classes: int) -> None:
         raise ValueError(f"aux_params's classes {aux.get('classes')}, the model's are {outputs}")
     if member.channels is None:
         if outputs != classes:
+            like = list(range(1, classes + 1))
             raise ValueError(
                 f"model's classes {outputs}, expected {classes}; with other outputs say with "
-                f'`channels` which are the classes, like "channels": {list(range(1, classes + 1))}'
+                f'`channels` which are the classes, like "channels": {like}, and where they were '
+                'trained through one softmax (cross-entropy) "softmax": true'
             )
         return
     found = member.channels
@@ -192,6 +197,15 @@ def _check_channels(member: MemberSpec, classes: int) -> None:
         raise ValueError(
             f"channels {short(found)}, expected {classes} different of 0 to {outputs - 1}"
         )
+
+
+def _check_softmax(member: MemberSpec) -> None:
+    expect(isinstance(member.softmax, bool), "softmax", member.softmax, "true, false")
+    outputs, shift = member.model.get("classes", 1), member.mask_shift
+    if member.softmax and outputs < 2:
+        raise ValueError(f"softmax over model's classes {outputs} is 1 everywhere: leave it out")
+    if member.softmax and (any(shift) if isinstance(shift, list) else shift):
+        raise ValueError(f"mask_shift {short(shift)} shifts no softmax: set it to 0")
 
 
 def _check_normalisation(member: MemberSpec) -> None:

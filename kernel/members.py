@@ -101,15 +101,21 @@ class Decoder(nn.Module):
     def __init__(self, network: Any, spec: MemberSpec, monolithic: bool) -> None:
         super().__init__()
         self.network, self.monolithic = network, monolithic
-        self.channels = spec.channels
+        self.channels, self.softmax = spec.channels, spec.softmax
         self.register_buffer("shift", _shift_of(spec.mask_shift))
 
     def forward(self, gates: Tensor, *features: Tensor) -> Tensor:
-        """Return the soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate."""
+        """Return the soft gate, `sigmoid(mask) × sigmoid(presence)`: never above the gate.
+
+        A softmax over all outputs, the background's too, may stand in the mask's place.
+        """
         if self.monolithic:
             logits = features[0]
         else:
             logits = self.network.segmentation_head(self.network.decoder(list(features)))
+        if self.softmax:
+            masks = _select(_cast(logits, torch.float32).softmax(1), self.channels)
+            return masks * gates[:, :, None, None]
         logits = _cast(_select(logits, self.channels), torch.float32)
         if self.shift is not None:
             logits = logits + self.shift[:, None, None]

@@ -18,7 +18,9 @@ from kernel.members import Member
 
 LOGIT_TOLERANCE = 1e-2  # mean difference of logits in fp32
 LEAST, MOST = 1e-12, 1 - 1e-4  # probabilities, cut off for their logits; near 1 fp32 has few digits
-PACKED = ("model", "mean", "std", "channels", "mask_shift", "gate_shift")  # into OpenVINO's files
+PACKED = (  # into OpenVINO's files
+    "model", "mean", "std", "channels", "softmax", "mask_shift", "gate_shift",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> Non
     """Hold the manifest's entry against all that came with the weights."""
     configs = saved_configs(source, checkpoint)
     for where, config in configs.items():
-        check_config(config, spec.model, where)
+        check_config(config, spec.model, where, spec.softmax)
     check_normalisation(checkpoint, spec, configs)
     check_layers(checkpoint, spec.model)
 

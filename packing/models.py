@@ -28,7 +28,10 @@ from packing.checkpoints import (
 from packing.old_names import rename_old, widen_head
 from packing.reading import weights_file
 
-LOGITS = (None, "identity", "sigmoid")  # activations of a network that the kernel's sigmoid fits
+FITTING = {  # a member's `softmax` → activations of a network that is packed as giving logits
+    False: (None, "identity", "sigmoid"),
+    True: (None, "identity", "softmax", "softmax2d"),
+}
 
 # Options that SMP renamed and still reads: old name → its name today, and whose it was.
 UNETS = ("unet", "unetplusplus", "manet", "linknet")
@@ -72,14 +75,14 @@ def read_model(source: Path) -> dict[str, Any]:
     return {k: v for k, v in model.items() if not k.startswith("_") and k != "encoder_weights"}
 
 
-def without_activation(model: Any) -> Any:
-    """Return the same model giving logits: the sigmoid is the kernel's, twice would be wrong.
+def without_activation(model: Any, softmax: bool = False) -> Any:
+    """Return the same model giving logits: what follows is the kernel's, twice would be wrong.
 
     Another activation stays, for the manifest's rules to refuse.
     """
     if not isinstance(model, dict):
         return model
-    kept = {k: v for k, v in model.items() if k != "activation" or v not in LOGITS}
+    kept = {k: v for k, v in model.items() if k != "activation" or v not in FITTING[softmax]}
     return kept | {k: without_activation(v) for k, v in kept.items() if k == "aux_params"}
 
 
@@ -194,12 +197,14 @@ def _build_declared(model: dict[str, Any]) -> nn.Module:
 # --- held against saved configurations ------------------------------------------------------------
 
 
-def _comparable(model: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(
+    model: Mapping[str, Any], known: Mapping[str, Any], softmax: bool = False
+) -> dict[str, Any]:
     """What a `model` says of the known options, in one spelling."""
     renamed = with_todays_options(dict(model))
     said = {key: value for key, value in renamed.items() if key in known}
     said |= {"arch": str(said["arch"]).lower()} if "arch" in said else {}
-    if said.get("activation") in LOGITS:
+    if said.get("activation") in FITTING[softmax]:
         said["activation"] = None
     if isinstance(said.get("aux_params"), Mapping):
         said["aux_params"] = _comparable(_head_options() | said["aux_params"], _head_options())
@@ -208,15 +213,18 @@ def _comparable(model: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str,
     return plain
 
 
-def check_config(config: Mapping[str, Any], model: dict[str, Any], where: str) -> None:
+def check_config(
+    config: Mapping[str, Any], model: dict[str, Any], where: str, softmax: bool = False
+) -> None:
     """Raise ValueError where a configuration saved with the weights contradicts `model`.
 
-    An option that `model` leaves out has SMP's default.
+    An option that `model` leaves out has SMP's default; the activation fits a member's `softmax`.
     """
     options = _options_of(_class_of(model))
     known = {key: value for key, value in options.items() if key != "encoder_weights"}
     declared = _comparable(known | model, known | {"arch": None})
-    for key, saved in _comparable({"arch": model["arch"], **config}, declared).items():
+    found = _comparable({"arch": model["arch"], **config}, declared, softmax)
+    for key, saved in found.items():
         if key in ("classes", "in_channels") and not isinstance(saved, int):
             continue  # another program's word, such as the classes' names; the weights' shapes tell
         if saved != declared[key]:

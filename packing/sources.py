@@ -38,7 +38,7 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     if not all(isinstance(fields.get(key), str) for key in ("name", "file")):
         return entry
     model = entry["model"] if "model" in entry else read_model(_source_of(weights, entry))
-    model = with_todays_options(without_activation(model))
+    model = with_todays_options(without_activation(model, fields.get("softmax") is True))
     name = re.sub(r"[^\w.-]+", "-", entry["name"])
     return entry | {"file": f"{name}.safetensors", "model": model}
 

@@ -198,12 +198,14 @@ def with_aux(**changes: Any) -> dict[str, Any]:
 
 
 GIVES_LOGITS = (
-    ": the kernel applies the sigmoid, so a packed network gives logits; remove it where the "
-    "network was trained through a sigmoid, else train it so"
+    ", so a packed network gives logits; remove it where the network was trained through that, "
+    "else train it so"
 )
+OR_SOFTMAX = ', or a softmax where the member says "softmax": true'
 OTHER_OUTPUTS = (
     ", expected 4; with other outputs say with `channels` which are the classes, like "
-    '"channels": [1, 2, 3, 4]'
+    '"channels": [1, 2, 3, 4], and where they were trained through one softmax (cross-entropy) '
+    '"softmax": true'
 )
 HALVES = "expected its encoder's and its decoder's"
 MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -250,11 +252,11 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an activation": (
         {"model": model(activation="softmax2d")},
-        f"model's activation 'softmax2d'{GIVES_LOGITS}",
+        f"model's activation 'softmax2d': the kernel applies the sigmoid{OR_SOFTMAX}{GIVES_LOGITS}",
     ),
     "an activation of gates": (
         {"model": with_aux(activation="sigmoid")},
-        f"aux_params's activation 'sigmoid'{GIVES_LOGITS}",
+        f"aux_params's activation 'sigmoid': the kernel applies the sigmoid{GIVES_LOGITS}",
     ),
     "gates of other classes": (
         {"model": with_aux(classes=5)},
@@ -277,6 +279,11 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "channels of three classes": (
         {"channels": [0, 1, 2]},
         "channels [0, 1, 2], expected 4 different of 0 to 3",
+    ),
+    "a softmax in words": ({"softmax": "yes"}, "softmax 'yes', expected true, false"),
+    "a softmax that is shifted": (
+        {"softmax": True, "mask_shift": [0, 0, 1.5, 0]},
+        "mask_shift [0, 0, 1.5, 0] shifts no softmax: set it to 0",
     ),
     "a mean of three channels": (
         {"mean": [0.3] * 3},
@@ -342,6 +349,14 @@ def test_a_member_of_other_outputs_says_which_are_the_classes(tmp_path: Path) ->
     write_manifest(tmp_path, [entry])
     [found] = load_manifest(tmp_path).members
     assert (found.channels, found.image_size) == ([1, 2, 3, 4], (128, 800))
+
+
+def test_a_softmax_of_one_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "competition.json").write_text('{"slug": "mine", "classes": ["a"]}')
+    one = member(model=PLAIN | {"classes": 1}, softmax=True)
+    (tmp_path / "ensemble.json").write_text(json.dumps({"members": [one]}))
+    with pytest.raises(ValueError, match=r"member one: softmax over model's classes 1 is 1 every"):
+        load_manifest(tmp_path)
 
 
 # --- values that are too long to show -------------------------------------------------------------

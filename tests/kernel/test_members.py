@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, read_manifest
+from helpers import CPU, random_network, read_manifest, tiny_entry, tiny_model
 from safetensors.torch import load_file, save_file
 
+from kernel.engines import compile_member, to_half_precision
 from kernel.manifest import MemberSpec, load_manifest
-from kernel.members import load_member
+from kernel.members import Member, load_member, split_network
 
 Weights = dict[str, torch.Tensor]
 
@@ -50,6 +51,43 @@ def test_shifts_move_both_heads_logits(dataset: Path) -> None:
     torch.testing.assert_close(gates, expected)
     torch.testing.assert_close(found, torch.sigmoid(masks + 2) * expected[..., None, None])
     assert (found <= gates[..., None, None]).all()
+
+
+ENGINES: dict[str, tuple[Callable[[Member], Member], float]] = {  # and how near it comes
+    "plain": (lambda member: member, 1e-6),
+    "folded": (lambda member: compile_member(member, CPU), 1e-5),
+    "half precision": (
+        lambda member: split_network(to_half_precision(member.encoder.network), member.spec, CPU),
+        1e-2,
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("presence", [True, False])
+def test_a_softmax_is_over_all_outputs_the_background_too(
+    presence: bool, engine: str, tmp_path: Path
+) -> None:
+    """Against exponentials and their sum in fp64; the gate stays the most that one can be."""
+    model = tiny_model(presence=presence) | {"classes": 5}
+    model |= {"aux_params": {"classes": 5, "pooling": "max"}} if presence else {}
+    network = random_network(model, seed=2)
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    entry = tiny_entry("a", model) | {"channels": [2, 1, 4, 3], "softmax": True}
+    make, tolerance = ENGINES[engine]
+    member = make(load_member(tmp_path, MemberSpec(**entry | {"file": "a.safetensors"}), CPU))
+    images = torch.rand(2, 1, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = network((images - entry["mean"][0]) / entry["std"][0])
+        gates, *features = member.encoder(images)
+        found = member.decoder(gates, *features)
+    logits, presences = outputs if presence else (outputs, torch.full((2, 5), torch.inf))
+    powers = logits.double().exp()
+    shares = (powers / powers.sum(1, keepdim=True))[:, [2, 1, 4, 3]]
+    expected = shares * presences.double().sigmoid()[:, [2, 1, 4, 3], None, None]
+    assert (shares - logits.double().sigmoid()[:, [2, 1, 4, 3]]).abs().mean() > 0.05
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+    assert found.dtype == torch.float32 and (found <= gates[..., None, None]).all()
 
 
 def test_a_missing_member_is_named(light_bundle: Path) -> None:

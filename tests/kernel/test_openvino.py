@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, ROOT, change_member, draw_image, predict, predict_masks, save_strips
+from helpers import (
+    CPU,
+    ROOT,
+    change_member,
+    draw_image,
+    predict,
+    predict_masks,
+    random_network,
+    save_strips,
+    tiny_entry,
+    tiny_model,
+    write_manifest,
+)
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kernel.competition import COMPETITION
@@ -105,6 +118,30 @@ def test_a_member_in_one_piece_gives_the_bits_of_its_halves(openvino_dataset: Pa
         assert isinstance(engine.whole, OpenVino)
         for mine, theirs in zip(engine.whole(images), answers(engine, images), strict=True):
             assert torch.equal(mine, theirs)
+
+
+def test_a_softmax_of_other_outputs_is_packed_whole_and_in_halves(
+    session_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Path(shutil.copytree(session_weights, tmp_path / "weights"))
+    model = tiny_model() | {"classes": 5, "aux_params": {"classes": 5, "pooling": "max"}}
+    save_file(random_network(model, 1).state_dict(), weights / "unet-a.safetensors")
+    entry = tiny_entry("unet-a", model) | {"channels": [4, 2, 3, 1], "softmax": True}
+    write_manifest(weights, [entry])
+    monkeypatch.setattr(bundle, "OPENVINO_WHEEL", {})
+    bundle.build(weights, tmp_path / "dist", "somebody", openvino=True)
+    dataset = tmp_path / "dist" / "dataset"
+    [spec], images = specs_of(dataset), greys(3, 2, 64, 96)
+    engine, plain = engine_of(dataset, spec), load_member(dataset, spec, CPU)
+    assert engine.whole
+    gates, masks = engine.whole(images)
+    for mine, theirs in zip(answers(engine, images), (gates, masks), strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close((gates, masks), answers(plain, images), rtol=0, atol=1e-4)
+    assert (masks <= gates[..., None, None]).all()
+    change_member(dataset, softmax=False)
+    with pytest.raises(ValueError, match="packed with softmax True, the manifest says False"):
+        engine_of(dataset, specs_of(dataset)[0])
 
 
 class Noted:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_network, tiny_entry, tiny_model, write_manifest
+from helpers import change_member, random_network, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -71,6 +71,18 @@ def test_a_sigmoid_is_left_to_the_kernel() -> None:
 def test_an_activation_that_is_no_sigmoid_stays_to_be_refused() -> None:
     model = {"arch": "Unet", "activation": None, "aux_params": {"activation": "softmax"}}
     assert without_activation(model) == {"arch": "Unet", "aux_params": {"activation": "softmax"}}
+
+
+def test_a_softmax_is_left_to_the_kernel_of_a_member_that_has_one() -> None:
+    for activation in ("softmax", "softmax2d"):
+        model = {"arch": "Unet", "activation": activation, "aux_params": {"activation": activation}}
+        kept = {"arch": "Unet", "aux_params": {"activation": activation}}
+        assert without_activation(model, softmax=True) == kept
+        check_config(MODEL | {"activation": activation}, MODEL, "here", softmax=True)
+    sigmoid = {"arch": "Unet", "activation": "sigmoid"}
+    assert without_activation(sigmoid, softmax=True) == sigmoid
+    with pytest.raises(ValueError, match=r"activation is None, here says 'sigmoid'"):
+        check_config(MODEL | sigmoid, MODEL, "here", softmax=True)
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -462,6 +474,10 @@ def test_the_activation_of_a_saved_configuration_is_refused_naming_member_and_op
     write_manifest(tmp_path, [{key: value for key, value in entry.items() if key != "model"}])
     with pytest.raises(ValueError, match="member one: model's activation 'softmax2d'"):
         read_sources(tmp_path)
+    change_member(tmp_path, softmax=True)
+    manifest, [source] = read_sources(tmp_path)
+    packed = pack_member(source, manifest.members[0], manifest, tmp_path, openvino=False)
+    assert packed.spec.softmax and "activation" not in packed.spec.model
 
 
 # --- normalisation --------------------------------------------------------------------------------
