@@ -111,7 +111,7 @@ def check_manifest(manifest: Manifest) -> None:
     expect(isinstance(manifest.empty_rows, bool), "empty_rows", manifest.empty_rows, "true, false")
     for member in manifest.members:
         try:
-            _check_member(member, manifest.classes)
+            _check_member(member, manifest)
             _check_sides(member.image_size, manifest.competition)
         except ValueError as error:
             raise ValueError(f"member {member.name}: {error}") from None
@@ -127,7 +127,7 @@ def _check_unique(what: str, values: list[str]) -> None:
         raise ValueError(f"{what} {short(value)}")
 
 
-def _check_member(member: MemberSpec, classes: int) -> None:
+def _check_member(member: MemberSpec, manifest: Manifest) -> None:
     if Path(member.file).name != member.file or member.file in ("", ".."):
         raise ValueError(f"file {short(member.file)} is not beside the manifest")
     fits = re.fullmatch("([0-9a-fA-F]{64})?", str(member.sha256)) is not None
@@ -136,10 +136,10 @@ def _check_member(member: MemberSpec, classes: int) -> None:
     fits = len(member.flops) == 2 and all(is_whole(each) and each > 0 for each in member.flops)
     expect(fits, "flops", member.flops, "its encoder's and its decoder's")
     _check_model(member.model)
-    _check_channels(member, classes)
+    _check_channels(member, manifest.classes)
     _check_softmax(member)
-    _check_normalisation(member)
-    _check_shifts(member, classes)
+    _check_normalisation(member, manifest.competition.bits)
+    _check_shifts(member, manifest.classes)
 
 
 def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None:
@@ -208,7 +208,7 @@ def _check_softmax(member: MemberSpec) -> None:
         raise ValueError(f"mask_shift {short(shift)} shifts no softmax: set it to 0")
 
 
-def _check_normalisation(member: MemberSpec) -> None:
+def _check_normalisation(member: MemberSpec, bits: int) -> None:
     channels = member.model.get("in_channels", 3)  # SMP's default
     for name, values in (("mean", member.mean), ("std", member.std)):
         fits = isinstance(values, list) and len(values) == channels and channels in (1, 3)
@@ -216,15 +216,27 @@ def _check_normalisation(member: MemberSpec) -> None:
             raise ValueError(
                 f"{name} {short(values)} for {channels} channels, expected 1 or 3 numbers"
             )
-        if max(values) > 1:
-            divided = [round(value / 255, 4) for value in values]
-            raise ValueError(
-                f"{name} {values} is of grey in 0-255, expected of [0, 1]: divide by 255, {divided}"
-            )
+    _check_range(member, 2**bits - 1)
     if min(member.mean) < 0 or min(member.std) <= 0:
         raise ValueError(
             f"mean {member.mean}, std {member.std}: expected a mean from 0, a std above 0"
         )
+
+
+def _check_range(member: MemberSpec, most: int) -> None:
+    """Both of 0-`most` are told at once: a std of 1 would pass beside a mean that was divided."""
+    said = {"mean": member.mean, "std": member.std}
+    if max(member.mean) <= 1 or max(member.std) < 1:
+        said = {name: values for name, values in said.items() if max(values) > 1}
+    if not said:
+        return
+    divided = {name: [float(f"{value / most:.4g}") for value in said[name]] for name in said}
+    found, expected = (
+        ", ".join(f"{name} {values}" for name, values in each.items()) for each in (said, divided)
+    )
+    raise ValueError(
+        f"{found} of grey in 0-{most}, expected of [0, 1]: divide by {most}, {expected}"
+    )
 
 
 def _check_shifts(member: MemberSpec, classes: int) -> None:

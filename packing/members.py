@@ -162,12 +162,12 @@ def pack_reference(member: Member, folder: Path, channels: int = 1) -> int:
     return path.stat().st_size
 
 
-def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec) -> None:
+def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: int) -> None:
     """Hold the manifest's entry against all that came with the weights."""
     configs = saved_configs(source, checkpoint)
     for where, config in configs.items():
         check_config(config, spec.model, where, spec.softmax)
-    check_normalisation(checkpoint, spec, configs)
+    check_normalisation(checkpoint, spec, configs, bits)
     check_layers(checkpoint, spec.model)
 
 
@@ -184,7 +184,7 @@ def _pack(
     source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
 ) -> PackedMember:
     channels, checkpoint = manifest.competition.channels, read_checkpoint(source)
-    _check_source(source, checkpoint, spec)
+    _check_source(source, checkpoint, spec, manifest.competition.bits)
     network = load_into_model(checkpoint, spec.model)
     spec = _write_member(folder, spec, network, checkpoint.path)
     member = load_member(folder, spec, torch.device("cpu"))

@@ -253,14 +253,15 @@ def saved_configs(source: Path, checkpoint: Checkpoint) -> dict[str, Mapping[str
 # --- held against the manifest's normalisation ----------------------------------------------------
 
 
-def _agrees(found: list[float], declared: list[float]) -> bool:
-    """Whether numbers are the declared ones, of [0, 1] or of 0-255; bfloat16 keeps 8 bits."""
+def _fitting_scales(found: list[float], declared: list[float], bits: int) -> set[int]:
+    """At which numbers are the declared ones, 1 for those of [0, 1]; bfloat16 keeps 8 bits."""
     n = max(len(found), len(declared))
     pairs = list(zip(found * (n // len(found)), declared * (n // len(declared)), strict=True))
-    return any(
-        all(abs(a - scale * b) <= 5e-3 * abs(scale * b) + 1e-6 for a, b in pairs)
-        for scale in (1, 255)
-    )
+    return {
+        scale
+        for scale in (1, 255, 2**bits - 1)
+        if all(abs(a - scale * b) <= 5e-3 * abs(scale * b) + 1e-6 for a, b in pairs)
+    }
 
 
 def _numbers(found: object) -> list[float]:
@@ -294,23 +295,43 @@ def _said_of_images(
 
 
 def check_normalisation(
-    checkpoint: Checkpoint, spec: MemberSpec, configs: Mapping[str, Mapping[str, Any]] | None = None
+    checkpoint: Checkpoint,
+    spec: MemberSpec,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    bits: int = 8,
 ) -> None:
     """Hold the manifest's mean and std against every one that came with the weights.
 
-    `configs` are further ones than the checkpoint's own.
+    `configs` are further ones than the checkpoint's own; `bits` are of the competition's images.
 
     Raises:
         ValueError: another one; names it and both values.
     """
     declared = {"mean": spec.mean, "std": spec.std}
     every = {**checkpoint.configs, **(configs or {})}
+    places: dict[str, list[tuple[str, str, list[float], set[int]]]] = {}
     for where, kind, found in _said_of_images(checkpoint, every):
-        if len(found) in (1, 3) and not _agrees(found, declared[kind]):
+        if len(found) not in (1, 3):
+            continue
+        scales = _fitting_scales(found, declared[kind], bits)
+        if not scales:
             raise ValueError(
                 f"{where} is {[round(each, 4) for each in found]}, the manifest's {kind} is "
                 f"{declared[kind]}; write what it was trained with, or save it without that"
             )
+        place = re.sub("(?i)mean|std", "", where)
+        places.setdefault(place, []).append((where, kind, found, scales))
+    for said in places.values():  # a mean of 0-255 has its std of 0-255 beside it
+        fitting = [scales for *_, scales in said]
+        if set.intersection(*fitting):
+            continue
+        scale = max(set.union(*fitting))
+        where, kind, found, _ = next(each for each in said if scale not in each[-1])
+        raise ValueError(
+            f"{where} is {[round(each, 4) for each in found]} of 0-{scale}, as what stands beside "
+            f"it, the manifest's {kind} is {declared[kind]}; divide by {scale}, "
+            f"{[float(f'{each / scale:.4g}') for each in found]}"
+        )
 
 
 # --- layers around the network --------------------------------------------------------------------

@@ -304,11 +304,16 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a std that is a number": ({"std": 0.2}, "std 0.2 for 1 channels, expected 1 or 3 numbers"),
     "a mean of 0-255": (
         {"mean": [87.5]},
-        "mean [87.5] is of grey in 0-255, expected of [0, 1]: divide by 255, [0.3431]",
+        "mean [87.5] of grey in 0-255, expected of [0, 1]: divide by 255, mean [0.3431]",
     ),
     "a dark std of 0-255": (
         {"std": [1.5]},
-        "std [1.5] is of grey in 0-255, expected of [0, 1]: divide by 255, [0.0059]",
+        "std [1.5] of grey in 0-255, expected of [0, 1]: divide by 255, std [0.005882]",
+    ),
+    "a mean of 0-255 beside a std of 1": (
+        {"mean": [123.675], "std": [1]},
+        "mean [123.675], std [1] of grey in 0-255, expected of [0, 1]: divide by 255, "
+        "mean [0.485], std [0.003922]",
     ),
     "a negative mean": (
         {"mean": [-0.1]},
@@ -349,6 +354,14 @@ def test_a_member_of_other_outputs_says_which_are_the_classes(tmp_path: Path) ->
     write_manifest(tmp_path, [entry])
     [found] = load_manifest(tmp_path).members
     assert (found.channels, found.image_size) == ([1, 2, 3, 4], (128, 800))
+
+
+def test_a_mean_of_16_bits_is_to_be_divided_by_what_they_hold(tmp_path: Path) -> None:
+    (tmp_path / "competition.json").write_text('{"slug": "mine", "bits": 16}')
+    deep = member(mean=[13_107], std=[655.35])
+    (tmp_path / "ensemble.json").write_text(json.dumps({"members": [deep]}))
+    with pytest.raises(ValueError, match=r"divide by 65535, mean \[0\.2\], std \[0\.01\]"):
+        load_manifest(tmp_path)
 
 
 def test_a_softmax_of_one_output_is_refused(tmp_path: Path) -> None:

@@ -167,6 +167,14 @@ def test_what_came_with_the_weights_is_held_against_the_manifest(tmp_path: Path)
         pack(tmp_path, entry)
 
 
+def test_what_came_with_the_weights_may_be_of_the_images_16_bits(tmp_path: Path) -> None:
+    (tmp_path / "competition.json").write_text('{"slug": "mine", "bits": 16}')
+    entry = save_member(tmp_path, tiny_model())
+    said = {"mean": torch.tensor(entry["mean"]) * 65_535}
+    save_file(random_network(tiny_model(), 3).state_dict() | said, tmp_path / "a.safetensors")
+    assert pack(tmp_path, entry, competition="mine").notes == ["left out: mean (1 tensor)"]
+
+
 class Stem(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -524,6 +525,30 @@ def test_what_agrees_with_the_manifest_or_normalises_no_images_passes(
     spec: MemberSpec, buffers: dict[str, Any]
 ) -> None:
     check_normalisation(with_buffers(**buffers), spec)
+
+
+ONES = MemberSpec("m", "m.safetensors", {}, [0.485, 0.456, 0.406], [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("names", [("pixel_mean", "pixel_std"), ("pixel_std", "pixel_mean")])
+def test_a_std_is_of_the_range_of_the_mean_beside_it(names: tuple[str, str]) -> None:
+    said = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [1.0, 1.0, 1.0]}
+    saved = with_buffers(**{name: said[name] for name in names})
+    words = r"pixel_std is \[1\.0, 1\.0, 1\.0\] of 0-255, as what stands beside it, .*divide by 255"
+    with pytest.raises(ValueError, match=words + r", \[0\.003922, 0\.003922, 0\.003922\]"):
+        check_normalisation(saved, ONES)
+    check_normalisation(saved, replace(ONES, std=[1 / 255] * 3))
+    check_normalisation(with_buffers(mean=ONES.mean, std=ONES.std), ONES)
+    other = with_buffers(net__mean=said["pixel_mean"], norm__std=[1.0, 1.0, 1.0])
+    check_normalisation(other, ONES)  # another place
+
+
+def test_a_mean_of_16_bits_is_held_against_the_manifests() -> None:
+    saved = with_buffers(mean=[0.34 * 65_535], std=[0.13 * 65_535])
+    check_normalisation(saved, GREY, bits=16)
+    check_normalisation(with_buffers(mean=[0.34 * 255], std=[0.13 * 255]), GREY, bits=16)
+    with pytest.raises(ValueError, match=r"mean is \[22281\.9.*the manifest's mean is \[0\.34\]"):
+        check_normalisation(saved, GREY)
 
 
 SAID = {
