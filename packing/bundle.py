@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next buil
 FIT = "fit"  # the kernel that fits; a build leaves it
 LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
+BUILT = (MANIFEST, SCRIPT.name, DATASET_METADATA.name)  # in the dataset of every bundle
 
 # --- staging --------------------------------------------------------------------------------------
 
@@ -72,12 +73,20 @@ def check_out(out: Path) -> None:
     if not out.is_dir():
         raise ValueError(f"{out}: is a file; choose another --out")
     found = {path.name for path in out.iterdir()} - LEFT_BY_SYSTEMS
-    complete = found <= BUNDLE_ENTRIES and (out / "dataset" / MANIFEST).is_file()
+    built = all((out / "dataset" / name).is_file() for name in BUILT)
+    complete = found <= BUNDLE_ENTRIES and built
     if found - {FIT} and not complete:
         listed = ", ".join(sorted(found)[:3])
         raise ValueError(
             f"{out}: holds other things than a bundle ({listed}); choose another --out"
         )
+
+
+def _check_inputs(paths: Iterable[Path], out: Path) -> None:
+    """Raise ValueError for an input that lies in `out`: the swap would take it away."""
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(out):
+            raise ValueError(f"{path}: lies in {out}, which is replaced; choose another --out")
 
 
 def check_place(folder: Path) -> None:
@@ -141,6 +150,7 @@ def build(
     if not (weights / MANIFEST).is_file():
         propose_manifest(weights / MANIFEST)
     manifest, sources = read_sources(weights, competition)
+    _check_inputs([weights, *sources], out)
     metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
     with scratch_beside(out) as scratch:

@@ -215,6 +215,35 @@ def test_folders_that_only_bear_a_bundles_names_are_not_swapped_away(tmp_path: P
         check_out(tmp_path)
 
 
+def test_checkpoints_in_a_folder_of_a_bundles_name_are_not_swapped_away(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "kaggle"
+    shutil.copytree(tiny_weights, mine / "dataset")
+    before = all_bytes(mine)
+    with pytest.raises(ValueError, match=r"holds other things than a bundle \(dataset\)"):
+        build(mine / "dataset", mine, None)
+    assert all_bytes(mine) == before
+
+
+@pytest.mark.parametrize("place", ["the dataset", "a link to it", "a checkpoint in it"])
+def test_what_is_packed_does_not_lie_where_the_bundle_goes(
+    place: str, built: Path, tiny_weights: Path
+) -> None:
+    before, weights = all_bytes(built), built / "dataset"
+    if place == "a link to it":
+        weights = built.parent / "link"
+        weights.symlink_to(built / "dataset")
+    if place == "a checkpoint in it":
+        weights = built.parent
+        entry = tiny_entry("mine", tiny_model()) | {"file": "dist/dataset/unet-a.safetensors"}
+        write_manifest(weights, [entry])
+    words = rf"{weights}.*: lies in {built}, which is replaced; choose another --out"
+    with pytest.raises(ValueError, match=words):
+        build(weights, built, None)
+    assert all_bytes(built) == before
+
+
 def test_a_link_to_itself_is_no_place_for_a_bundle(tiny_weights: Path, tmp_path: Path) -> None:
     (tmp_path / "dist").symlink_to("dist")
     with pytest.raises(ValueError, match="dist: a link to itself; choose another --out"):
