@@ -29,6 +29,9 @@ UPDATES = (
 )  # 0: the network it began as
 # Words of what only training needs.
 TRAINING = {"loss", "losses", "criterion", "metric", "metrics", "optimizer", "optimizers"}
+LAYER = re.compile(  # a layer's weight, also under weight or spectral norm, or a batch norm without
+    r"(.*\.)?(weight|weight_v|weight_orig|parametrizations\.weight\.original1?|running_var)"
+)
 MAX_LISTED = 3  # tensors of one group by name
 
 
@@ -180,7 +183,7 @@ def said_of_images(name: str) -> str:
 def is_outside_layer(name: str) -> bool:
     """Return whether a tensor's name is that of a layer's weight in no network, nor in a loss."""
     return (
-        name.rpartition(".")[2] == "weight"
+        LAYER.fullmatch(name) is not None
         and not list(_prefixes(name))
         and not words_of(name) & TRAINING
     )

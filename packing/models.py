@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +337,15 @@ def check_normalisation(
 # --- layers around the network --------------------------------------------------------------------
 
 
+def _fits_behind(name: str, weight: Tensor, others: Container[str], classes: int) -> bool:
+    """Whether a layer takes masks: a convolution, in groups too, or a norm, which is no loss's."""
+    if weight.ndim == 4:
+        out, taken = weight.shape[:2]
+        return taken == classes or (out == classes and classes % taken == 0)
+    beside = (f"{name.rpartition('.')[0]}.{each}" for each in ("bias", "running_mean"))
+    return weight.shape == (classes,) and any(each in others for each in beside)
+
+
 def check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """Refuse a trained layer outside the network that fits before its input or behind its masks.
 
@@ -349,7 +358,7 @@ def check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     channels, classes = model.get("in_channels", 3), model.get("classes", 1)  # SMP's defaults
     for name, weight in checkpoint.left_out.items():
         before = weight.shape[:1] == (channels,)
-        behind = weight.ndim == 4 and weight.shape[1] == classes
+        behind = _fits_behind(name, weight, checkpoint.left_out, classes)
         if is_outside_layer(name) and (before or behind):
             raise ValueError(
                 f"{checkpoint.path}: {name}, as {tuple(weight.shape)}, is a layer outside the "

@@ -12,6 +12,7 @@ import torch
 from helpers import change_member, random_network, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from kernel.manifest import MemberSpec
 from kernel.members import build_network
@@ -638,7 +639,13 @@ def with_layer(name: str, *shape: int) -> Checkpoint:
         ("state_dict.stem.weight", (3, 1, 1, 1), "before its input"),
         ("adapter.2.weight", (3, 16, 3, 3), "before its input"),
         ("input_norm.weight", (3,), "before its input"),
+        ("stem.weight_v", (3, 1, 1, 1), "before its input"),
+        ("stem.weight_orig", (3, 1, 1, 1), "before its input"),
+        ("stem.parametrizations.weight.original", (3, 1, 1, 1), "before its input"),
+        ("stem.parametrizations.weight.original1", (3, 1, 1, 1), "before its input"),
         ("net.refine.weight", (8, 4, 3, 3), "behind its masks"),
+        ("refine.weight", (4, 1, 3, 3), "behind its masks"),
+        ("refine.weight", (4, 2, 3, 3), "behind its masks"),
     ],
 )
 def test_a_layer_around_the_network_is_refused(
@@ -649,10 +656,55 @@ def test_a_layer_around_the_network_is_refused(
         check_layers(with_layer(name, *shape), {"in_channels": 3, "classes": 4})
 
 
+LAYERS: dict[str, tuple[nn.Module, str]] = {  # around a network of 3 channels and 4 classes
+    "batch norm": (nn.BatchNorm2d(3), "before its input"),
+    "batch norm that only normalises": (nn.BatchNorm2d(3, affine=False), "before its input"),
+    "batch norm of masks": (nn.BatchNorm2d(4), "behind its masks"),
+    "batch norm that only normalises masks": (nn.BatchNorm2d(4, affine=False), "behind its masks"),
+    "group norm of masks": (nn.GroupNorm(2, 4), "behind its masks"),
+    "a convolution of each mask": (nn.Conv2d(4, 4, 3, groups=4), "behind its masks"),
+    "weight norm": (weight_norm(nn.Conv2d(3, 3, 1)), "before its input"),
+    "spectral norm": (spectral_norm(nn.Conv2d(3, 3, 3)), "before its input"),
+    "spectral norm of old": (nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)), "before its input"),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_in_a_wrapper_is_refused(layer: str, network: nn.Module, tmp_path: Path) -> None:
+    module, place = LAYERS[layer]
+    wrapper = nn.ModuleDict({"net": network, "extra": module})
+    torch.save(wrapper.state_dict(), tmp_path / "member.pt")
+    with pytest.raises(ValueError, match=rf"extra\..*outside the network that fits {place}: "):
+        check_layers(read_checkpoint(tmp_path / "member.pt"), {"in_channels": 3, "classes": 4})
+
+
+BESIDE: dict[str, nn.Module] = {  # it does nothing to images or masks
+    "a loss with weights": nn.CrossEntropyLoss(torch.ones(4)),
+    "a head of another depth": weight_norm(nn.Conv2d(64, 4, 1)),
+    "a norm of features": nn.BatchNorm2d(64),
+    "one that only normalises": nn.BatchNorm2d(64, affine=False),
+}
+
+
+@pytest.mark.parametrize("layer", BESIDE)
+def test_a_layer_in_a_wrapper_that_fits_neither_end_is_named_only(
+    layer: str, network: nn.Module, tmp_path: Path
+) -> None:
+    wrapper = nn.ModuleDict({"net": network, "extra": BESIDE[layer]})
+    torch.save(wrapper.state_dict(), tmp_path / "member.pt")
+    found = read_checkpoint(tmp_path / "member.pt")
+    assert "left out: extra" in found.notes[0]
+    check_layers(found, {"in_channels": 3, "classes": 4})
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
         ("classifier.weight", (4, 512)),  # it reads features
+        ("aux.parametrizations.weight.original0", (4, 1, 1, 1)),  # lengths of weight norm
+        ("ce.weight", (4,)),  # a loss's
+        ("second.conv1.weight", (64, 1, 7, 7)),
+        ("metrics.running_var", (4,)),
         ("second.conv1.weight", (64, 3, 7, 7)),  # a second model
         ("criterion.weight", (3,)),
         ("optimizer.state.0.exp_avg", (3, 1, 1, 1)),
