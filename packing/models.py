@@ -40,6 +40,8 @@ RENAMED_OPTIONS = {
     "psp_use_batchnorm": ("decoder_use_norm", ("pspnet",)),
     "upscale_mode": ("decoder_interpolation", ("pan",)),
 }
+STRIDES = {True: 16, False: 32}  # of SMP 0.1's PAN: encoder_dilation → encoder_output_stride
+NORMS = {True: "batchnorm", False: "identity"}  # decoder_use_norm, in other words
 
 # Tried against a checkpoint of another model: this project's five and the most common others.
 ENCODERS = (
@@ -95,6 +97,9 @@ def with_todays_options(model: Any) -> Any:
         if old in renamed and str(model.get("arch")).lower() in architectures:
             value = renamed.pop(old)
             renamed |= {} if value is None else {new: value}  # as SMP does: None changes nothing
+    alone = isinstance(model.get("encoder_dilation"), bool) and "encoder_output_stride" not in model
+    if alone and str(model.get("arch")).lower() == "pan":
+        renamed["encoder_output_stride"] = STRIDES[renamed.pop("encoder_dilation")]
     return renamed
 
 
@@ -213,6 +218,16 @@ def _comparable(
     return plain
 
 
+def _meaning(key: str, value: Any, model: Mapping[str, Any]) -> Any:
+    """What an option of a whole `model` does, where SMP knows two words for it."""
+    if key == "decoder_use_norm" and isinstance(value, bool):
+        return NORMS[value]
+    if (model["arch"], key, value) == ("deeplabv3", "upsampling", None):
+        depth = model["encoder_depth"]
+        return 2**depth if depth <= 3 else model["encoder_output_stride"]
+    return value
+
+
 def check_config(
     config: Mapping[str, Any], model: dict[str, Any], where: str, softmax: bool = False
 ) -> None:
@@ -227,7 +242,7 @@ def check_config(
     for key, saved in found.items():
         if key in ("classes", "in_channels") and not isinstance(saved, int):
             continue  # another program's word, such as the classes' names; the weights' shapes tell
-        if saved != declared[key]:
+        if _meaning(key, saved, declared) != _meaning(key, declared[key], declared):
             raise ValueError(
                 f"model's {key} is {short(declared[key])}, {where} says {short(saved)}; correct "
                 "`model`, or take that configuration away if it is not of these weights"

@@ -396,6 +396,12 @@ def test_options_that_smp_renamed_have_todays_names() -> None:
     }
     dropped = {"arch": "Unet", "decoder_use_batchnorm": None}
     assert with_todays_options(dropped) == {"arch": "Unet"}
+    for dilation, stride in ((True, 16), (False, 32)):
+        old = {"arch": "PAN", "encoder_dilation": dilation}
+        assert with_todays_options(old) == {"arch": "PAN", "encoder_output_stride": stride}
+        check_options(with_todays_options(old | {"encoder_name": "resnet18"}))
+    both = old | {"encoder_output_stride": 16}
+    assert with_todays_options(both) == both  # and refused
     swallowed = {"arch": "FPN", "decoder_use_batchnorm": False}
     assert with_todays_options(swallowed) == swallowed  # and refused
 
@@ -434,10 +440,65 @@ def test_a_saved_configuration_that_contradicts_the_model_is_refused(
         {"encoder_weights": "imagenet", "decoder_attention_type": None, "lr": 0.1},
         {"aux_params": {"classes": 4, "pooling": "max", "dropout": 0.2, "activation": None}},
         {"classes": ["pit", "scratch"]},  # another program's word
+        {"decoder_use_batchnorm": True},
+        {"decoder_use_norm": True},
     ],
 )
 def test_a_saved_configuration_that_says_the_same_passes(saved: dict[str, Any]) -> None:
     check_config(saved, MODEL, "here")
+
+
+def deeplab(**changes: Any) -> dict[str, Any]:
+    return {"arch": "DeepLabV3", "encoder_name": "resnet18", "classes": 4} | changes
+
+
+@pytest.mark.parametrize(
+    ("saved", "model"),
+    [
+        (deeplab(upsampling=8), deeplab()),  # the default until SMP 0.4
+        (deeplab(upsampling=None), deeplab(upsampling=8)),
+        (MODEL | {"decoder_use_batchnorm": False}, MODEL | {"decoder_use_norm": "identity"}),
+        (
+            {"arch": "PAN", "encoder_name": "resnet18", "encoder_dilation": False},
+            {"arch": "PAN", "encoder_name": "resnet18", "encoder_output_stride": 32},
+        ),
+    ],
+)
+def test_another_word_for_the_same_option_contradicts_nothing(
+    saved: dict[str, Any], model: dict[str, Any]
+) -> None:
+    check_config(saved, model, "here")
+
+
+@pytest.mark.parametrize(
+    ("saved", "model", "words"),
+    [
+        (deeplab(upsampling=4), deeplab(), "upsampling is None, here says 4"),
+        (
+            deeplab(upsampling=8),
+            deeplab(encoder_output_stride=16),
+            "upsampling is None, here says 8",
+        ),
+        (
+            {"encoder_dilation": False},
+            {"arch": "PAN", "encoder_name": "resnet18"},
+            "encoder_output_stride is 16, here says 32",
+        ),
+    ],
+)
+def test_an_old_word_for_another_option_is_refused(
+    saved: dict[str, Any], model: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"model's {words}; correct"):
+        check_config(saved, model, "here")
+
+
+def test_the_sides_of_a_deeplab_that_leaves_upsampling_out_are_those_it_is_compared_with() -> None:
+    for options in ({}, {"encoder_output_stride": 8}, {"encoder_depth": 3}):
+        declared = deeplab(**{"encoder_output_stride": 16} | options)
+        network: Any = build_network(declared)
+        scale = int(network.segmentation_head[1].scale_factor)
+        check_config(declared | {"upsampling": scale}, declared, "here")
 
 
 def test_configurations_are_found_wherever_they_are_saved(network: Any, tmp_path: Path) -> None:
