@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kernel.competition import COMPETITION, Competition
+from kernel.competition import COMPETITION, Competition, load_competition
 from kernel.logs import progress
 from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
@@ -148,7 +148,7 @@ def build(
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
     if not (weights / MANIFEST).is_file():
-        propose_manifest(weights / MANIFEST)
+        propose_manifest(weights / MANIFEST, competition or load_competition(weights))
     manifest, sources = read_sources(weights, competition)
     _check_inputs([weights, *sources], out)
     metadata = read_metadata(owner, manifest, notebook)

@@ -3,11 +3,12 @@
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kernel.checks import read_json
-from kernel.competition import Competition, load_competition
+from kernel.competition import COMPETITION, SEVERSTAL, Competition, load_competition
 from kernel.faults import short
 from kernel.manifest import MANIFEST, Manifest, parse_manifest
 from kernel.members import check_sha256
@@ -15,7 +16,10 @@ from kernel.rows import replace_file
 from packing.models import read_model, with_todays_options, without_activation
 from packing.reading import no_such_checkpoint, read_header, weights_file
 
-HEADER = ("name", "file", "model", "mean", "std", "image_size", "channels")  # of a member's entry
+HEADER = (  # of a member's entry
+    "name", "file", "model", "mean", "std", "image_size", "channels", "softmax", "mask_shift",
+    "gate_shift",
+)  # fmt: skip
 
 
 def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
@@ -43,27 +47,37 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 
-def propose_manifest(path: Path) -> None:
+def _as_json(entries: dict[str, Any]) -> str:
+    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+
+
+def propose_manifest(path: Path, competition: Competition) -> None:
     """Write a manifest of the checkpoints beside it that say themselves what they are, and say so.
 
     `training/train.py` writes a member's entry into its checkpoint's header. What is of the
-    ensemble is the default. Where no checkpoint says so nothing is written.
+    ensemble is the default. Where no checkpoint says so nothing is written. Another competition
+    than Severstal's stands in it, and its description beside it, for builds to come.
     """
     found = {file: read_header(file) for file in sorted(path.parent.glob("*.safetensors"))}
     members = [entry | {"file": file.name} for file, entry in found.items() if entry]
     if not members:
         return
-    default = Manifest([])
+    default, other = Manifest([]), competition != SEVERSTAL
     entries = {
-        "format": default.format, "threshold": default.threshold, "min_area": default.min_area,
+        "format": default.format, **({"competition": competition.slug} if other else {}),
+        "threshold": default.threshold, "min_area": default.min_area,
         "flips": default.flips,
         "members": [
-            {key: entry[key] for key in HEADER if entry.get(key) is not None} for entry in members
+            {key: entry[key] for key in HEADER if entry.get(key)} for entry in members
         ],
     }  # fmt: skip
-    replace_file(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    description, beside = path.with_name(COMPETITION), ""
+    if other and not description.exists():
+        replace_file(description, _as_json(asdict(competition)))
+        beside = f", {COMPETITION} beside it"
+    replace_file(path, _as_json(entries))
     files = ", ".join(entry["file"] for entry in members)
-    print(f"{path}: was not there; written of what {files} say of themselves: look at it")
+    print(f"{path}: was not there; written of what {files} say of themselves{beside}: look at it")
 
 
 def read_sources(

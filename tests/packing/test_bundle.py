@@ -15,6 +15,7 @@ from helpers import (
     all_bytes,
     edit_manifest,
     random_network,
+    read_manifest,
     tiny_entry,
     tiny_model,
     write_manifest,
@@ -22,6 +23,7 @@ from helpers import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kernel.competition import Competition
 from kernel.manifest import load_manifest
 from kernel.members import load_member
 from packing import bundle, metadata
@@ -29,6 +31,7 @@ from packing.bundle import build, check_out
 from packing.fit_kernel import check_fit
 from packing.joining import join_modules
 from packing.paths import SCRIPT
+from packing.sources import read_sources
 
 
 def test_script_and_metadata_are_the_projects(tiny_bundle: Path) -> None:
@@ -94,6 +97,26 @@ def test_metadata_is_checked_before_anything_is_written(
     with pytest.raises(ValueError, match="title 'tiny' has 4 characters"):
         build(session_weights, tmp_path / "dist", None)
     assert not (tmp_path / "dist").exists()
+
+
+@pytest.mark.parametrize("described", ["by the option", "beside the checkpoints"])
+def test_a_manifest_that_a_build_writes_is_of_its_competition(
+    described: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise ValueError("read")
+
+    entry = {"member": json.dumps(tiny_entry("one", tiny_model()))}
+    save_file(random_network(tiny_model(), 3).state_dict(), tmp_path / "one.safetensors", entry)
+    mine: Competition | None = Competition(slug="mine", bits=16)
+    if described == "beside the checkpoints":
+        (tmp_path / "competition.json").write_text('{"slug": "mine", "bits": 16}')
+        mine = None
+    monkeypatch.setattr(bundle, "read_metadata", stop)
+    with pytest.raises(ValueError, match="read"):
+        build(tmp_path, tmp_path / "dist", None, competition=mine)
+    assert read_manifest(tmp_path)["competition"] == "mine"
+    assert read_sources(tmp_path)[0].competition == Competition(slug="mine", bits=16)
 
 
 # --- in the place of another ----------------------------------------------------------------------

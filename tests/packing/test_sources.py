@@ -10,6 +10,7 @@ import torch
 from helpers import read_manifest, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import save_file
 
+from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, parse_manifest
 from packing.sources import propose_manifest, read_sources
 
@@ -116,13 +117,14 @@ def test_checkpoints_that_say_what_they_are_get_a_manifest(
     """As `training/train.py` writes them; others in the folder are no members."""
     entries = [member(name=name, file=f"{name}.safetensors") for name in ("two", "one")]
     for entry in entries:
-        header = {"member": json.dumps(entry | {"sha256": "", "image_size": None})}
+        unsaid = {"sha256": "", "image_size": None, "softmax": False, "mask_shift": 0.0}
+        header = {"member": json.dumps(entry | unsaid)}
         save_file({"weight": torch.zeros(1)}, tmp_path / entry["file"], header)
     (tmp_path / "one.safetensors").rename(tmp_path / "1.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     path = tmp_path / "ensemble.json"
-    propose_manifest(path)
+    propose_manifest(path, SEVERSTAL)
     manifest, sources = read_sources(tmp_path)
     assert sources == [tmp_path / "1.safetensors", tmp_path / "two.safetensors"]
     assert [spec.name for spec in manifest.members] == ["one", "two"]
@@ -131,8 +133,41 @@ def test_checkpoints_that_say_what_they_are_get_a_manifest(
     assert "was not there; written of what 1.safetensors, two.safe" in capsys.readouterr().out
     for name in ("1.safetensors", "two.safetensors", path.name):
         (tmp_path / name).unlink()
-    propose_manifest(path)
+    propose_manifest(path, SEVERSTAL)
     assert not path.exists()
+
+
+def write_packed(folder: Path, **changes: Any) -> None:
+    """A checkpoint with its entry in its header."""
+    header = {"member": json.dumps(member(**changes))}
+    save_file({"weight": torch.zeros(1)}, folder / "one.safetensors", header)
+
+
+def test_a_proposed_manifest_keeps_what_a_packed_member_adds_to_its_logits(tmp_path: Path) -> None:
+    shifts = {"mask_shift": 1.5, "gate_shift": [0.0, -1.0, 0.5, 2.0]}
+    write_packed(tmp_path, **shifts)
+    propose_manifest(tmp_path / "ensemble.json", SEVERSTAL)
+    [spec] = read_sources(tmp_path)[0].members
+    assert {name: getattr(spec, name) for name in shifts} == shifts
+    write_packed(tmp_path, softmax=True)
+    propose_manifest(tmp_path / "ensemble.json", SEVERSTAL)
+    assert read_sources(tmp_path)[0].members[0].softmax
+
+
+def test_a_manifest_that_was_proposed_for_another_competition_stays_its(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = {"classes": 2, "aux_params": {"classes": 2, "pooling": "max"}}
+    write_packed(tmp_path, model=model(**two))
+    mine = replace(SEVERSTAL, slug="mine", classes=("a", "b"), images_with_class=None, bits=16)
+    propose_manifest(tmp_path / "ensemble.json", mine)
+    assert read_manifest(tmp_path)["competition"] == "mine"
+    assert "of themselves, competition.json beside it: look" in capsys.readouterr().out
+    assert read_sources(tmp_path)[0].competition == mine  # without the option
+    (tmp_path / "ensemble.json").unlink()
+    propose_manifest(tmp_path / "ensemble.json", replace(mine, slug="other"))
+    with pytest.raises(ValueError, match="competition 'other', its description is of 'mine'"):
+        read_sources(tmp_path)  # what stands there stays
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
