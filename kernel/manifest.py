@@ -181,7 +181,11 @@ def _check_channels(member: MemberSpec, classes: int) -> None:
     outputs = member.model.get("classes", 1)  # SMP's default
     aux = member.model.get("aux_params") or {"classes": outputs}
     if aux.get("classes") != outputs:
-        raise ValueError(f"aux_params's classes {aux.get('classes')}, the model's are {outputs}")
+        raise ValueError(
+            f"aux_params's classes {aux.get('classes')}, the model's are {outputs}: such a head "
+            "gates no masks; leave aux_params out and save the network without "
+            "classification_head.*"
+        )
     if member.channels is None:
         if outputs != classes:
             like = list(range(1, classes + 1))

@@ -410,6 +410,12 @@ def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict
         )
     if unexpected == head:
         classes = weights[head[-1]].shape[0] if weights[head[-1]].ndim else "?"
+        outputs = model.get("classes", 1)  # SMP's default
+        if classes != outputs:
+            return (
+                f"{faults[0]}: a presence head of {classes} outputs was trained, model's classes "
+                f"are {outputs}: it gates no masks; save the network without classification_head.*"
+            )
         return (
             f"{faults[0]}: a presence head was trained, and model declares none; write "
             f'"aux_params": {{"classes": {classes}, "pooling": "avg" or "max"}} as it was trained, '

@@ -260,7 +260,8 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gates of other classes": (
         {"model": with_aux(classes=5)},
-        "aux_params's classes 5, the model's are 4",
+        "aux_params's classes 5, the model's are 4: such a head gates no masks; leave aux_params "
+        "out and save the network without classification_head.*",
     ),
     "other outputs": ({"model": PLAIN | {"classes": 5}}, f"model's classes 5{OTHER_OUTPUTS}"),
     "SMP's one output": ({"model": no_model("classes")}, f"model's classes 1{OTHER_OUTPUTS}"),

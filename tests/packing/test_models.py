@@ -192,6 +192,16 @@ def test_an_undeclared_presence_head_names_the_option() -> None:
         load_into_model(checkpoint_of(MODEL), declared)
 
 
+def test_a_presence_head_of_other_outputs_is_to_be_left_out_and_then_it_packs() -> None:
+    trained = checkpoint_of(MODEL | {"aux_params": {"classes": 1, "pooling": "max"}})
+    declared = {k: v for k, v in MODEL.items() if k != "aux_params"}
+    words = r"a presence head of 1 outputs was trained, model's classes are 4.*without class"
+    with pytest.raises(ValueError, match=words):
+        load_into_model(trained, declared)
+    kept = {k: v for k, v in trained.weights.items() if not k.startswith("classification_head.")}
+    load_into_model(replace(trained, weights=kept), declared)
+
+
 def test_a_layer_in_the_network_that_smp_has_not_is_refused(network: nn.Module) -> None:
     weights = dict(network.state_dict()) | {"stem.weight": torch.ones(3, 1, 1, 1)}
     with pytest.raises(
