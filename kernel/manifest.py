@@ -3,10 +3,11 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unicodedata import category
+from unicodedata import category, normalize
 
 from kernel.checks import (
     check_fields,
@@ -88,7 +89,7 @@ def check_manifest(manifest: Manifest) -> None:
     expect(
         TOGETHER not in names, "name", TOGETHER, "another, for so are all of them together called"
     )
-    _check_unique("two members share", [member.file for member in manifest.members])
+    _check_unique("two members share", [member.file for member in manifest.members], _one_file)
     expect(is_whole(manifest.classes), "classes", manifest.classes, "a whole number")
     n_classes = len(manifest.competition.classes)
     if manifest.classes != n_classes:
@@ -117,14 +118,20 @@ def check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"member {member.name}: {error}") from None
 
 
-def _check_unique(what: str, values: list[str]) -> None:
+def _one_file(name: str) -> str:
+    """The same for names that are one on a file system that ignores case, or how é is written."""
+    return normalize("NFC", name).casefold()
+
+
+def _check_unique(what: str, values: list[str], same: Callable[[str], str] = str) -> None:
     fits = all(is_text(value) and len(value) <= MAX_NAME for value in values)
     expect(fits, "names and files", values, f"text of at most {MAX_NAME} characters")
     fits = not any(category(sign) in ("Cc", "Cs") for value in values for sign in value)
     expect(fits, "names and files", values, "letters, digits and signs that a file's name may have")
-    value, times = Counter(values).most_common(1)[0]
+    value, times = Counter(map(same, values)).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{what} {short(value)}")
+        found = dict.fromkeys(short(each) for each in values if same(each) == value)
+        raise ValueError(f"{what} {' and '.join(found)}; rename one")
 
 
 def _check_member(member: MemberSpec, manifest: Manifest) -> None:

@@ -52,11 +52,19 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     ),
     "two members of one name": (
         {"members": [member(), member(file="two")]},
-        "two members named 'one'",
+        "two members named 'one'; rename one",
     ),
     "two members of one file": (
         {"members": [member(), member(name="two")]},
-        "two members share 'one.safetensors'",
+        "two members share 'one.safetensors'; rename one",
+    ),
+    "two files of one name where case is ignored": (
+        {"members": [member(), member(name="two", file="One.safetensors")]},
+        "two members share 'one.safetensors' and 'One.safetensors'; rename one",
+    ),
+    "two files of one name in other bytes": (
+        {"members": [member(file="é"), member(name="two", file="e\u0301")]},
+        "two members share 'é' and 'e\u0301'; rename one",
     ),
     "classes as text": ({"classes": "4"}, "classes '4', expected a whole number"),
     "classes that are not the competition's": (
