@@ -163,7 +163,8 @@ def fold_batch_norm(module: nn.Module) -> None:
     for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
             continue
-        if type(norm) is nn.BatchNorm2d and conv.out_channels == norm.num_features:
+        fixed = type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+        if fixed and conv.out_channels == norm.num_features:
             setattr(module, name, fuse_conv_bn_eval(conv, norm))
             setattr(module, norm_name, nn.Identity())
     for child in module.children():

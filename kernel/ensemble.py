@@ -170,6 +170,14 @@ def load_openvino_members(
     return members
 
 
+def _engine_of(plain: Member, device: torch.device) -> Member:
+    try:
+        return compile_member(plain, device)
+    except Exception as error:  # a failed engine must not cost the submission
+        log.warning("%s runs on plain PyTorch, it does not compile: %r", plain.spec.name, error)
+        return plain
+
+
 def load_members(
     bundle: Path,
     specs: Sequence[MemberSpec],
@@ -192,7 +200,7 @@ def load_members(
             try:
                 with stages("load"):
                     member = load_member(bundle, spec, device)
-                    engine = member if plain else compile_member(member, device)
+                    engine = member if plain else _engine_of(member, device)
             except ValueError as error:
                 if not allow_missing:
                     raise

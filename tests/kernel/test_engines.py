@@ -62,6 +62,19 @@ def test_folding_leaves_the_answers_and_takes_the_norms(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * scale)
 
 
+def test_a_norm_without_statistics_of_its_own_stays() -> None:
+    norm = {"type": "batchnorm", "track_running_stats": False}
+    network: Any = random_network(tiny_model() | {"decoder_use_norm": norm}, seed=1)
+    images = greys(0, 2, 64, 96)
+    with torch.no_grad():
+        before = network(images)
+        fold_batch_norm(network)
+        after = network(images)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.decoder.modules())
+    for found, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:
     for spec in specs_of(dataset):
         plain = load_member(dataset, spec, CPU)

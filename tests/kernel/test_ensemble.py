@@ -90,6 +90,23 @@ def test_each_pass_is_that_of_the_double_loop_in_the_manifests_order(
         np.testing.assert_allclose(probabilities, by_hand, atol=1e-5)
 
 
+@pytest.mark.parametrize("fault", [ValueError("no"), AssertionError(), TypeError("no")])
+def test_a_member_that_does_not_compile_runs_plain_and_is_named(
+    fault: Exception,
+    halved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("kernel.ensemble.compile_member", fail)
+    image = draw_image(4)
+    mean, threshold = mean_by_hand(halved, image), threshold_of(halved)
+    assert_masks(masks_of(ensemble_of(halved), image)[0], mean, threshold)
+    assert "unet-a runs on plain PyTorch, it does not compile" in caplog.text
+
+
 def test_a_gate_never_raises_a_probability(ensemble: Ensemble) -> None:
     """The three members are one with a gate, one more, and one without: both kinds are mixed."""
     members = [ensemble.members[name] for name in ("unet-a", "fpn-b", "unet-c")]
