@@ -20,7 +20,7 @@ from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import Member, load_member
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
-from packing.checkpoints import Checkpoint, read_checkpoint
+from packing.checkpoints import STATISTICS, Checkpoint, read_checkpoint
 from packing.models import (
     check_config,
     check_layers,
@@ -40,17 +40,24 @@ class PackedMember:
     notes: list[str]
 
 
+def _half_of(key: str, value: Tensor) -> Tensor:
+    # a copy: safetensors takes no two tensors that share memory
+    if not value.is_floating_point():
+        return value.clone()
+    half = value.to(torch.float16, copy=True)
+    held = key.endswith(STATISTICS) and not torch.isfinite(half).all()
+    return value.to(torch.float32, copy=True) if held else half
+
+
 def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return copies: floating tensors in fp16, the others (batch norm's counters) as they are.
+
+    Statistics of batch norm that fp16 cannot hold stay in fp32.
 
     Raises:
         ValueError: a weight is NaN or infinite, or becomes infinite in fp16.
     """
-    half = {
-        # copies: safetensors takes no two tensors that share memory
-        key: value.to(torch.float16 if value.is_floating_point() else value.dtype, copy=True)
-        for key, value in weights.items()
-    }
+    half = {key: _half_of(key, value) for key, value in weights.items()}
     for key, value in weights.items():
         if not torch.isfinite(value).all():
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CPU, SMALL, random_network, tiny_entry, tiny_model, write_manifest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernel.manifest import Manifest, MemberSpec
@@ -27,6 +27,19 @@ def test_weights_beyond_fp16_are_refused_and_the_edge_is_kept() -> None:
     assert half["a"].dtype == torch.float16 and half["n"].item() == 70_000
     with pytest.raises(ValueError, match=r"m\.pt: a reaches 7e\+04, above fp16's 65504"):
         to_half({"a": torch.tensor([70_000.0])}, PATH)
+
+
+def test_statistics_of_batch_norm_that_fp16_cannot_hold_stay_in_fp32(tmp_path: Path) -> None:
+    network = random_network(tiny_model(), seed=3)
+    weights = network.state_dict()
+    name = next(key for key in weights if key.endswith("running_var"))
+    weights[name][0] = 1e6
+    save_file(weights, tmp_path / "a.safetensors")
+    packed = pack(tmp_path, tiny_entry("a", tiny_model()))
+    member = load_member(tmp_path / "dataset", packed.spec, CPU)
+    assert member.encoder.network.state_dict()[name][0] == 1e6
+    halves = load_file(tmp_path / "dataset" / packed.spec.file)
+    assert [key for key, value in halves.items() if value.dtype == torch.float32] == [name]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
