@@ -18,9 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 PRETRAINED_FILES = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained, new and old
+SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")  # in the name of one file of several
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 SAVE_WEIGHTS = (
     "where it was trained, save the weights alone: torch.save(network.state_dict(), 'member.pt')"
+)
+
+SEVERAL_FILES = (
+    "weights in several files; save them in one, save_pretrained(..., max_shard_size='100GB')"
 )
 
 # Beside the weights: numpy's numbers and arrays, under numpy 2's names and numpy 1's, timm's
@@ -71,11 +76,10 @@ def no_such_checkpoint(path: Path) -> str:
     nearest = f"beside it: {', '.join(close or names[:3])}; " if names else ""
     if (path.parent / "data.pkl").is_file():
         return f"{path.parent}: a checkpoint that was unpacked: copy the file itself once more"
-    if (path.parent / f"{PRETRAINED_FILES[0]}.index.json").is_file():
-        return (
-            f"{path.parent}: weights in several files; save them in one, "
-            "save_pretrained(..., max_shard_size='100GB')"
-        )
+    index = {f"{name}.index.json" for name in PRETRAINED_FILES}
+    parts = any(each.name in index or SHARD.search(each.name) for each in beside)
+    if parts and path.name in PRETRAINED_FILES:
+        return f"{path.parent}: {SEVERAL_FILES}"
     return f"{path}: no such checkpoint; {nearest}copy it there, train it or correct `file`"
 
 
@@ -252,6 +256,8 @@ def read_content(path: Path) -> Content:
     Raises:
         ValueError: it is missing, damaged, no checkpoint, or could run code; says which.
     """
+    if SHARD.search(path.name):
+        raise ValueError(f"{path}: {SEVERAL_FILES}")
     try:
         with path.open("rb") as file:
             head = file.read(512)

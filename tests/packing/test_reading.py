@@ -288,11 +288,26 @@ def test_a_checkpoint_that_was_unpacked_is_named(tmp_path: Path) -> None:
         read_checkpoint(folder)
 
 
-def test_weights_in_several_files_are_named(network: Any, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").touch()
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(ValueError, match=r"weights in several files; save them in one"):
+@pytest.mark.parametrize("left", ["all", "the index", "the files"])
+@pytest.mark.parametrize("name", ["model{}.safetensors", "pytorch_model{}.bin"])
+def test_weights_in_several_files_are_named(name: str, left: str, tmp_path: Path) -> None:
+    if left != "the files":
+        (tmp_path / f"{name.format('')}.index.json").touch()
+    if left != "the index":
+        for part in ("-00001-of-00002", "-00002-of-00002"):
+            (tmp_path / name.format(part)).touch()
+    with pytest.raises(ValueError, match=rf"{tmp_path}: weights in several files; save them in"):
         read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"00002\..*: weights in several files; save them in one"):
+        read_checkpoint(tmp_path / name.format("-00001-of-00002"))
+    with pytest.raises(ValueError, match=r"other\.pt: no such checkpoint"):
+        read_checkpoint(tmp_path / "other.pt")
+
+
+def test_the_only_file_of_one_is_read(network: nn.Module, tmp_path: Path) -> None:
+    save_file(network.state_dict(), tmp_path / "model-00001-of-00001.safetensors")
+    found = read_checkpoint(tmp_path / "model-00001-of-00001.safetensors")
+    assert_same(found.weights, network.state_dict())
 
 
 @pytest.mark.parametrize("name", ["member", "member.pt", "membre.pth", "folder"])
