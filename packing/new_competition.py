@@ -46,9 +46,10 @@ def propose(sample: Path, images: Path) -> Proposal:
     if not names:
         raise ValueError(no_images(images))
     header, rows = _read_table(sample)
+    mask = _mask_column(sample, header)
     folder = sample.resolve().parent.name.lower()
     slug = re.sub("[^a-z0-9_]+", "-", folder).strip("-_") or "my-competition"
-    found = _find_layout(sample, header, rows, names)
+    found = _find_layout(sample, header, rows, names, mask)
     found |= _look_at_images(images, names)
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
     competition = Competition(**found)
@@ -56,10 +57,17 @@ def propose(sample: Path, images: Path) -> Proposal:
     found_rows = read_rows(sample, competition=competition)[1]
     check_instances(sample, found_rows, competition)
     count = len({image for image, *_ in found_rows})
+    has_empty = any(len(row[mask].split()) < 2 for row in rows)
+    unsure = _list_unsure(competition, count, has_empty)
+    return Proposal(Competition(**found | {"n_images": count}), unsure)
+
+
+def _list_unsure(competition: Competition, count: int, has_empty: bool) -> list[str]:
+    """What of a description a sample of `count` images did not show, and what was taken for it."""
     unsure = [f"{name}: {taken}" for name, taken in ASK.items()]
-    unsure.append(f"slug, title: {slug}, as the sample's folder is named")
+    unsure.append(f"slug, title: {competition.slug}, as the sample's folder is named")
     unsure.append(f"n_images: {count}, the sample's; a hidden set may be larger")
-    named = [column for column, cell in found["layouts"][0].items() if "{class}" in cell]
+    named = [column for column, cell in competition.layouts[0].items() if "{class}" in cell]
     if competition.any_class is not None:
         unsure.append("classes: the sample names none, take them from train.csv")
     elif not named:
@@ -70,9 +78,9 @@ def propose(sample: Path, images: Path) -> Proposal:
             f" and {len(competition.classes) - SHOWN} more" if competition.classes[SHOWN:] else ""
         )
         unsure.append(f"classes: {classes}{more}, as the column {named[0]} has them, in that order")
-    if not any(len(row[_mask_column(sample, header)].split()) < 2 for row in rows):
+    if not has_empty:
         unsure.append('empty: "", for the sample has no empty mask')
-    return Proposal(Competition(**found | {"n_images": count}), unsure)
+    return unsure
 
 
 def write_description(sample: Path, images: Path, path: Path) -> Proposal:
@@ -120,10 +128,12 @@ def _mask_column(sample: Path, header: Sequence[str]) -> int:
 
 
 def _find_layout(
-    sample: Path, header: list[str], rows: list[list[str]], names: list[str]
+    sample: Path, header: list[str], rows: list[list[str]], names: list[str], mask: int
 ) -> dict[str, Any]:
-    """Find what the layout says: templates, classes, suffix and empty token."""
-    mask = _mask_column(sample, header)
+    """Find what the layout says: templates, classes, suffix and empty token.
+
+    `mask` is the number of the masks' column.
+    """
     others = [column for column in range(len(header)) if column != mask]
     for suffix in ("", *sorted({Path(name).suffix for name in names})):
         known = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
