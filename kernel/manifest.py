@@ -151,13 +151,12 @@ def _check_member(member: MemberSpec, manifest: Manifest) -> None:
 
 def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None:
     """Width and height the wrong way round would squeeze every strip, and nothing would fail."""
-    images = competition.image_size
-    own = competition.slug != SEVERSTAL.slug and competition == replace(
-        SEVERSTAL, slug=competition.slug
-    )  # without a description: its images may have any size
-    if size and images and not own and size != images and size == images[::-1]:
+    images, slug = competition.image_size, competition.slug
+    # another slug over Severstal's description has none: its images may have any size
+    described = slug == SEVERSTAL.slug or competition != replace(SEVERSTAL, slug=slug)
+    if size and images and described and size != images and size == images[::-1]:
         raise ValueError(
-            f"image_size {list(size)}: the images of {competition.slug} are {list(images)}, "
+            f"image_size {list(size)}: the images of {slug} are {list(images)}, "
             "[height, width]: write it so"
         )
 
