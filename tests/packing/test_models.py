@@ -23,7 +23,6 @@ from packing.models import (
     check_layers,
     check_normalisation,
     check_options,
-    likely_model,
     load_into_model,
     read_model,
     saved_configs,
@@ -104,32 +103,6 @@ def test_missing_counters_of_batch_norm_are_added(network: nn.Module) -> None:
     assert counters and not any(counters.values())
 
 
-@pytest.mark.parametrize(
-    ("arch", "encoder"),
-    [("FPN", "resnet18"), ("Unet", "se_resnext50_32x4d"), ("FPN", "efficientnet-b2")],
-)
-def test_a_wrong_encoder_is_told_with_the_right_one(arch: str, encoder: str) -> None:
-    right = {"arch": arch, "encoder_name": encoder, "in_channels": 1, "classes": 4}
-    message = likely_model(checkpoint_of(right).weights, right | {"encoder_name": "resnet50"})
-    assert f"it looks like {arch} with encoder {encoder} (100%" in message
-
-
-@pytest.mark.parametrize("right", [("DeepLabV3Plus", "resnet18"), ("FPN", "densenet201")])
-def test_a_declared_decoder_that_takes_few_encoders_does_not_hide_the_right_model(
-    right: tuple[str, str],
-) -> None:
-    arch, encoder = right
-    model = {"arch": arch, "encoder_name": encoder, "in_channels": 1, "classes": 4}
-    declared = model | {"arch": "DeepLabV3Plus", "encoder_name": "resnet50"}
-    message = likely_model(checkpoint_of(model).weights, declared)
-    assert f"it looks like {arch} with encoder {encoder} (100%" in message
-
-
-def test_a_network_of_no_known_encoder_is_not_called_right() -> None:
-    weights = {f"encoder.{number}.weight": torch.ones(1) for number in range(9)}
-    assert likely_model(weights, MODEL) == "it is none of the usual encoders; correct `model`"
-
-
 def test_a_wrong_encoder_names_file_key_and_encoder() -> None:
     right = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
     with pytest.raises(ValueError, match=r"member\.pt: (lacks|has) .*encoder\.layer.*resnet18"):
@@ -170,17 +143,6 @@ def test_an_undeclared_presence_head_is_told() -> None:
 def test_an_unknown_name_gives_the_nearest(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=rf"member\.pt: {words}"):
         load_into_model(Checkpoint(Path("member.pt"), {}, []), MODEL | wrong)
-
-
-def test_a_right_architecture_is_said_only_of_weights_that_are_nearly_all_its() -> None:
-    right = {"arch": "FPN", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
-    weights = checkpoint_of(right).weights
-    for share, words in (
-        (0.97, "is right, so compare"),
-        (0.7, "none of the usual models is closer"),
-    ):
-        kept = dict(list(weights.items())[: int(share * len(weights))])
-        assert words in likely_model(kept, right)
 
 
 def test_an_undeclared_presence_head_names_the_option() -> None:

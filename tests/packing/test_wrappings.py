@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kernel.members
+import packing.likely_model
 import packing.members
 import packing.models
 from kernel.members import build_network, load_member
@@ -497,7 +498,10 @@ def build_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel.members, "build_network", emptied)
     monkeypatch.setattr(packing.models, "build_network", emptied)
-    monkeypatch.setattr(packing.models, "ENCODERS", ())  # of the message that names the likely one
+    monkeypatch.setattr(packing.likely_model, "build_network", emptied)
+    monkeypatch.setattr(
+        packing.likely_model, "ENCODERS", ()
+    )  # of the message that names the likely one
     monkeypatch.setattr(packing.members, "count_flops", lambda *_: [1, 1])
 
 
