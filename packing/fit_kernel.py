@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from kernel.faults import one_line
@@ -134,11 +134,16 @@ def read_members(path: Path) -> str:
     return text
 
 
+def place_of(path: PurePath, root: PurePath = ROOT) -> str:
+    """Return where a file lies below `root` as Kaggle's Linux writes it, whatever builds."""
+    return path.relative_to(root).as_posix()
+
+
 def join_fit_kernel(members: str, hours: float, resume: bool = False) -> str:
     """Return the script: arguments, requirements, every module as it stands, and what runs them."""
     modules = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
-    files = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in modules}
-    files[str(MEMBERS.relative_to(ROOT))] = members
+    files = {place_of(path): path.read_text(encoding="utf-8") for path in modules}
+    files[place_of(MEMBERS)] = members
     entries = "".join(f"    {name!r}: {_literal(text)},\n" for name, text in files.items())
     arguments = ["--hours", str(hours), *(["--resume"] if resume else [])]
     settings = f"ARGUMENTS = {arguments!r}\nREQUIREMENTS = {REQUIREMENTS!r}\n"
