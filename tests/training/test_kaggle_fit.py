@@ -89,6 +89,13 @@ def test_a_members_own_line_wins_over_what_is_common_on_kaggle() -> None:
     assert train.parse_args(plan([Job("a", own, Path("log"))], 1, 60)[0].options).minutes == 5
 
 
+def test_a_gate_of_kaggles_fit_opens_where_its_class_is_as_likely_there_as_not() -> None:
+    """At weight 8 it opens at 1 in 9: a mask pays above 1 / (1 + its Dice), at a half or more."""
+    weights = {train.parse_args(job.options).present_weight for job in plan(shipped(), 2, 600)}
+    opens_at = {1 / (1 + weight) for weight in weights}
+    assert opens_at == {0.5}
+
+
 # --- sessions -------------------------------------------------------------------------------------
 
 
