@@ -12,6 +12,7 @@ MASK_WEIGHT = 4.0  # of the masks' BCE
 PRESENCE_POS_WEIGHT = 4.0  # a gate wrongly shut loses a mask, one wrongly open leaves it to the
 # mask head
 TEMPERATURE = 2.0  # of a teacher's masks: what it is not sure of counts too
+GROUP = 4  # crops that are asked together: in 32 nearly every class is there, and none is denied
 SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 DICE = smp.losses.DiceLoss("multilabel", smooth=0.5)  # 0.5 on half the sizes: 1 on the sizes
 BCE = smp.losses.SoftBCEWithLogitsLoss(ignore_index=None)
@@ -23,7 +24,7 @@ class Outputs:
 
     masks: Tensor  # (B, C, H, W)
     presence: Tensor  # (B, C)
-    together: Tensor  # (C,), the presence head asked of the whole batch as if it were one strip
+    together: Tensor  # (G, C), the presence head asked of a group as if it were one strip
     cells: Tensor  # (B, C, h, w), and of each cell of the deepest features alone
 
     def float(self) -> "Outputs":
@@ -36,12 +37,21 @@ def presence_layer(network: Any) -> nn.Linear:
     return next(m for m in network.classification_head if isinstance(m, nn.Linear))
 
 
+def in_groups(batch: Tensor) -> Tensor:
+    """Return a batch (B, …) as groups (G, B / G, …) of `GROUP`; one that they do not fill as one.
+
+    A strip alone is a group too.
+    """
+    groups = max(len(batch) // GROUP, 1) if len(batch) % GROUP == 0 else 1
+    return batch.unflatten(0, (groups, -1))
+
+
 def run_network(network: Any, images: Tensor) -> Outputs:
     """Return all logits of normalised images (B, channels, H, W), sides multiples of the stride."""
     features = network.encoder(images)
     masks = network.segmentation_head(network.decoder(features))
     linear = presence_layer(network)
-    together = linear(features[-1].amax(dim=(0, 2, 3)))
+    together = linear(in_groups(features[-1]).amax(dim=(1, 3, 4)))
     cells = F.conv2d(features[-1], linear.weight[:, :, None, None], linear.bias)
     return Outputs(masks, network.classification_head(features[-1]), together, cells)
 
@@ -73,10 +83,10 @@ def taught_loss(logits: Tensor, taught: Tensor) -> Tensor:
 
 
 def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
-    """BCE and soft Dice of the masks (B, C, H, W); BCE of the presence by cell, image and batch.
+    """BCE and soft Dice of the masks (B, C, H, W); BCE of the presence by cell, image and group.
 
     One label a crop is too few to teach the deepest features small defects, and a strip has twelve
-    times a crop's cells to take the maximum of: hence the cells, and the batch pooled together.
+    times a crop's cells to take the maximum of: hence the cells, and crops pooled together.
     `masks` may be padded: the mask logits' own size counts for them, all of it for the presence.
     """
     height, width = outputs.masks.shape[-2:]
@@ -84,7 +94,7 @@ def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
     present = own.amax(dim=(-2, -1))
     cells = F.adaptive_max_pool2d(masks, outputs.cells.shape[-2:])
     presence = presence_loss(outputs.presence, present)
-    presence = presence + presence_loss(outputs.together, present.amax(dim=0))
+    presence = presence + presence_loss(outputs.together, in_groups(present).amax(dim=1))
     mask_loss = MASK_WEIGHT * BCE(outputs.masks, own) + dice_loss(outputs.masks, own)
     loss: Tensor = mask_loss + presence + 2 * BCE(outputs.cells, cells)
     return loss

@@ -1,6 +1,6 @@
 """The loss: what each head is asked, and what padding and absent classes add to it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def answer(masks: Tensor, sure: float) -> Outputs:
     """Logits that are right where `sure` is above 0, and wrong below it; cells of 8 × 8 pixels."""
     cells = F.max_pool2d(masks, 8)
     presence = masks.amax(dim=(-2, -1))
-    right = (masks, presence, presence.amax(dim=0), cells)
+    right = (masks, presence, presence.amax(dim=0, keepdim=True), cells)
     return Outputs(*(sure * (2 * answers - 1) for answers in right))
 
 
@@ -61,9 +61,7 @@ def test_the_loss_of_a_clean_strip_is_finite_and_asks_for_nothing() -> None:
 def test_an_absent_class_adds_nothing_to_the_overlap() -> None:
     masks = target()
     outputs = answer(masks, 6)
-    two = Outputs(
-        outputs.masks[:, :2], outputs.presence[:, :2], outputs.together[:2], outputs.cells[:, :2]
-    )
+    two = Outputs(*(getattr(outputs, field.name)[:, :2] for field in fields(outputs)))
     alone, beside = member_loss(two, masks[:, :2]), member_loss(outputs, masks)
     assert float(beside) == pytest.approx(float(alone), abs=0.01)
 
@@ -106,6 +104,40 @@ def test_the_trained_outputs_are_those_of_the_whole_network(arch: str, config: C
         batch = network.classification_head(torch.cat(list(deepest), dim=-1)[None])
     assert torch.equal(outputs.masks, masks)
     assert torch.equal(outputs.presence, presence)
-    assert torch.allclose(outputs.together, batch[0], atol=1e-5)
+    assert torch.allclose(outputs.together, batch, atol=1e-5)
     assert outputs.cells.shape == (2, CLASSES, 2, 3)
     assert torch.allclose(outputs.cells[:, :, 1, 2], cell, atol=1e-5)
+
+
+GROUPS = {
+    1: [[0]],
+    2: [[0, 1]],
+    4: [[0, 1, 2, 3]],
+    6: [[*range(6)]],
+    8: [[*range(4)], [*range(4, 8)]],
+}
+
+
+@pytest.mark.parametrize("count", GROUPS)
+def test_crops_are_asked_together_by_fours(count: int, config: Config) -> None:
+    """Written out one group and one class after another, each group as one wide strip."""
+    network = new_network(config).eval()
+    images = torch.rand(count, 1, *SMALL, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(count, CLASSES, *SMALL)
+    for index in range(count):
+        masks[index, index // 4, 3, 5] = 1  # a class that no other group has
+
+    def loss_of(logit: Tensor, there: bool) -> Tensor:
+        return 4 * F.softplus(-logit) if there else F.softplus(logit)
+
+    with torch.no_grad():
+        outputs, losses = run_network(network, images), list[Tensor]()
+        features = network.encoder(images)[-1]
+        for group in GROUPS[count]:
+            strip = torch.cat([features[index] for index in group], dim=-1)[None]
+            for label, logit in enumerate(network.classification_head(strip)[0]):
+                there = any(bool(masks[index, label].any()) for index in group)
+                losses.append(loss_of(logit, there) - loss_of(torch.tensor(0.0), there))
+        unsure = replace(outputs, together=torch.zeros_like(outputs.together))
+        share = member_loss(outputs, masks) - member_loss(unsure, masks)
+    assert float(share) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
