@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kernel.faults import one_line
 from kernel.images import Image, planes_of, size_of
+from kernel.logs import log
 from training.augmentation import Pair, augment_pairs
 from training.config import Config
 from training.metrics import Masks
 from training.moved_defects import move_defect
 from training.strips import Strips
+
+DRAWS = 20  # in a row that may find strips which cannot be read
 
 
 def crop_at(array: npt.NDArray[Any], centre: tuple[int, int], size: tuple[int, int]) -> Any:
@@ -49,7 +53,24 @@ class Sampler:
     def sample_strip(
         self, rng: np.random.Generator, defective: bool
     ) -> tuple[Image, Masks, int | None]:
-        """Draw a strip with a defect (and the class it was drawn for), or a clean one."""
+        """Draw a strip with a defect (and the class it was drawn for), or a clean one.
+
+        One that cannot be read is logged, and all is drawn again, from the numbers that follow: a
+        damaged file gives the same batch every time.
+
+        Raises:
+            ValueError, OSError: `DRAWS` of them cannot be read; the last one's.
+        """
+        for _ in range(DRAWS - 1):
+            try:
+                return self._draw_strip(rng, defective)
+            except (ValueError, OSError) as error:  # hours of steps, which it must not cost
+                log.warning("left out: %s", one_line(error))
+        return self._draw_strip(rng, defective)
+
+    def _draw_strip(
+        self, rng: np.random.Generator, defective: bool
+    ) -> tuple[Image, Masks, int | None]:
         if not (defective and self.by_class):
             return *self.strips.load(str(rng.choice(self.clean))), None
         label = int(rng.choice(list(self.by_class), p=self.odds))

@@ -1,5 +1,6 @@
 """Batches: where crops lie, how often each class and folder is drawn, and their order."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,31 @@ def test_step_i_is_always_the_same_batch_and_no_other_steps(strips: Strips, conf
     assert len(set(images)) == 7
     other = Batches([strips], replace(config, seed=4))
     assert all(other[step][0].numpy().tobytes() != images[step] for step in range(7))
+
+
+def test_a_strip_that_cannot_be_read_costs_a_draw_and_step_i_stays_the_same_batch(
+    strips: Strips, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, torn = Path(shutil.copytree(strips.folder, tmp_path / "torn")), strips.with_class(3)[0]
+    (folder / torn).write_bytes(b"torn")
+    config = replace(config, crop_steps=0, whole_steps=80)
+    damaged = replace(strips, folder=folder, whole=set())
+    whole, first, again = (Batches([each], config) for each in (strips, damaged, damaged))
+    redrawn = 0
+    for step in range(80):
+        caplog.clear()
+        image, masks = first[step]
+        left_out = f"left out: {folder / torn}: " in caplog.text
+        assert torch.equal(image, whole[step][0]) != left_out
+        assert all(map(torch.equal, (image, masks), again[step]))
+        redrawn += left_out
+    assert 0 < redrawn < 40
+
+
+def test_strips_of_which_none_can_be_read_end_the_draws(strips: Strips, config: Config) -> None:
+    gone = Batches([replace(strips, folder=Path("gone"))], config)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        gone[0]
 
 
 def test_about_half_of_the_whole_strips_are_clean(strips: Strips, config: Config) -> None:
