@@ -105,7 +105,13 @@ def read_jobs(path: Path, common: list[str]) -> list[Job]:
 
 
 def list_devices(asked: list[str] | None) -> list[str]:
-    """Return the devices that are there, or those that were asked for."""
+    """Return the devices that are there, or those that were asked for.
+
+    Raises:
+        ValueError: one of those is of a kind that train.py does not train on.
+    """
+    for name in asked or ():
+        train.read_device(name, "--devices")
     return asked or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 

@@ -221,14 +221,20 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # --- what was asked -------------------------------------------------------------------------------
 
 
+def read_device(name: str, option: str = "--device") -> torch.device:
+    """Return a device by its name; raise ValueError for a kind that this does not train on."""
+    with suppress(RuntimeError):  # PyTorch knows none of that name
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise ValueError(f"{option} {name}: expected cpu, cuda or cuda:1")
+
+
 def choose_device(asked: str | None) -> torch.device:
     """Return the device to train on; raise ValueError for one that is not there."""
     if asked is None:
         return pick_device()
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise ValueError(f"--device {asked}: expected cpu, cuda or cuda:1") from error
+    device = read_device(asked)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {asked}: {torch.cuda.device_count()} GPUs are here")
     if device.type == "cuda" and not device_usable(device):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import exit_code
+from helpers import error_of, exit_code
 
 from training import fit_members, train
 from training.fit_members import last_line, list_devices, read_jobs, share_cores
@@ -144,6 +144,13 @@ def test_without_a_gpu_the_cpu_is_the_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert list_devices(None) == ["cuda:0", "cuda:1"]
     assert list_devices(["cpu"]) == ["cpu"]
+
+
+def test_a_device_that_no_member_is_trained_on_is_refused_before_any_starts(
+    fit_all: FitAll, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_all(["a"], ["cpu", "mps"]) == (2, [])
+    assert error_of(capsys.readouterr().err) == "--devices mps: expected cpu, cuda or cuda:1"
 
 
 def test_a_member_that_fails_costs_no_other_and_its_last_line_is_shown(

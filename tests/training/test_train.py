@@ -360,6 +360,7 @@ def test_a_last_fit_on_strips_that_were_trained_on_is_told(
         (["--classes", 3], "expected one of 1, 2, 3 as in"),
         (["--device", "cuda:99"], "--device cuda:99: "),
         (["--device", "tpu9"], "--device tpu9: expected cpu, cuda or cuda:1"),
+        (["--device", "mps"], "--device mps: expected cpu, cuda or cuda:1"),
         (["--crops", "auto"], "--crops auto needs a GPU"),
         (["--precision", "16-mixed"], "--precision 16-mixed needs a GPU"),
         (["--minutes", -1], "--minutes -1.0, expected a number above 0"),
