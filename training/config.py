@@ -76,7 +76,7 @@ class Config:
     def steadier(self) -> str:
         """What to try where numbers grow too large."""
         if self.precision == "16-mixed":
-            return "with --precision bf16-mixed or 32, or a lower --learning-rate"
+            return "with --precision 32, or bf16-mixed (no T4 has it), or a lower --learning-rate"
         return "with a lower --learning-rate"
 
     @property

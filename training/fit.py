@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 EMA_DECAY = 0.98
 CLIP_NORM = 5.0
+SKIPPED_STEPS = 10  # in a row: the scaler of 16-mixed leaves out a step without a finite loss
 STATISTICS_STRIPS = 24
 LOADER_TIMEOUT_S = 600  # a worker that died without a word ends the run instead of hanging it
 MAX_CROPS = 64
@@ -137,6 +138,8 @@ class Watch(Callback):
         self.config, self.part = config, part
         self.entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": save_every}
         self.seconds, self.start, self.smooth = 0.0, 0.0, float("nan")
+        self.lost = 0  # steps in a row whose loss is no number
+        self.most_lost: float = SKIPPED_STEPS if config.precision == "16-mixed" else 1
         self.ends: list[float] = []  # when each step ended
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -156,15 +159,19 @@ class Watch(Callback):
         """Check and show the loss.
 
         Raises:
-            Diverged: it is no number; the last state is from before.
+            Diverged: it is no number, in 16-mixed so often that the scaler does not mend it; the
+                weights of the last state are numbers.
         """
         loss, step = float(outputs["loss"]), trainer.global_step
-        if not np.isfinite(loss):
+        finite = math.isfinite(loss)
+        self.lost = 0 if finite else self.lost + 1
+        if self.lost >= self.most_lost:
             raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
                            f"{self.part.name}: fit it anew {self.config.steadier}")  # fmt: skip
         self.ends.append(time.perf_counter())
         self.seconds += self.ends[-1] - self.start
-        self.smooth = loss if np.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
+        if finite:
+            self.smooth = loss if np.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.bar.set_postfix(loss=f"{self.smooth:.3f}", refresh=False)
         self.bar.update()
 

@@ -1,6 +1,7 @@
 """Pace: what a step takes on this machine, and how many fit into the minutes that there are."""
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ def seconds_a_step(
 ) -> float:
     """Measure a step of one part as the fit itself takes it."""
     watch = Watch(config, part, {}, machine.save_every)
+    watch.most_lost = math.inf  # the network is thrown away
     take_steps(network, sources, config, part, machine, watch)
     ends = watch.ends[WARM_UP_STEPS - 1 :]
     return (ends[-1] - ends[0]) / (len(ends) - 1)

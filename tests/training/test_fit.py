@@ -196,6 +196,27 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_earlier_state_stays(
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
+@pytest.mark.parametrize(("precision", "most"), [("32", 1), ("bf16-mixed", 1), ("16-mixed", 10)])
+def test_a_loss_that_is_no_number_ends_a_run_when_no_scaler_mends_it(
+    precision: str, most: int, config: Config
+) -> None:
+    """As often as `most`, and one less before a loss that is one."""
+    trainer: Any = SimpleNamespace(global_step=0)
+    watch = fit.Watch(replace(config, precision=precision), config.parts[0], {}, 2)
+    watch.on_train_start(trainer, None)  # type: ignore[arg-type]
+
+    def see(loss: float) -> None:
+        trainer.global_step += 1
+        watch.on_train_batch_end(trainer, None, {"loss": loss}, None, 0)  # type: ignore[arg-type]
+
+    lost = [float("nan"), float("inf")] * 5
+    for loss in [2.0, *lost[: most - 1], 2.0, *lost[: most - 1]]:
+        see(loss)
+    assert watch.smooth == pytest.approx(2.0) and len(watch.ends) == 2 * most
+    with pytest.raises(fit.Diverged, match=rf"at step {2 * most + 1} of its crops: fit it anew"):
+        see(float("nan"))
+
+
 def test_ctrl_c_says_what_is_kept(config: Config, strips: Strips, machine: Machine) -> None:
     take_step = MemberModule.training_step
 

@@ -12,6 +12,7 @@ from training import fit, pace
 from training.batches import Batches
 from training.config import Config
 from training.fit import Machine
+from training.module import MemberModule
 from training.pace import Pace, choose_steps, fill_minutes, measure_pace
 from training.strips import Strips
 
@@ -73,6 +74,16 @@ def test_whole_strips_are_timed_with_batch_norm_statistics_of_strips(
     monkeypatch.setattr(pace, "take_steps", watched)
     measure_pace([strips], config, machine)
     assert began == [0, pace.STATISTICS_STRIPS // 2]  # pairs of strips, the crops' not among them
+
+
+def test_a_pace_needs_no_loss_that_is_a_number(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its network is thrown away; the fit's own may do better."""
+    monkeypatch.setattr(pace, "MEASURED_STEPS", 6)  # 11 steps of each part
+    batch_loss = MemberModule.batch_loss
+    monkeypatch.setattr(MemberModule, "batch_loss", lambda *each: batch_loss(*each) * float("nan"))
+    assert measure_pace([strips], config, machine).crop_step > 0
 
 
 def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
