@@ -2,7 +2,8 @@
 
 A list holds one member a line, the options of train.py that are its own; what stands after `--` is
 common to all and wins. With one device the members are fitted one after another. Each writes its
-log to RUNS/NAME/train.log; the same command goes on where it was stopped.
+log to RUNS/NAME/train.log; the same command goes on where it was stopped. One that fails is tried
+once more after the others.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,7 +35,11 @@ EXAMPLE = """\
 """
 
 
-GRACE_S = 60.0  # between SIGTERM and SIGKILL
+GRACE_S = 60.0  # between SIGTERM and SIGKILL, and for a device's answer
+CHECK = (
+    "import sys, torch; from kernel.device import device_usable; "
+    "sys.exit(not device_usable(torch.device(sys.argv[1])))"
+)
 TRACEBACK = "Traceback (most recent call last)"
 ERROR = re.compile(r"[\w.]+(:|$)")  # its line that names the error
 LOGGED = re.compile(r"\d{4}-\d\d-\d\d |error: |interrupted")  # what comes after its end
@@ -124,42 +130,6 @@ def share_cores(devices: list[str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | os.environ
 
 
-def fit_all(
-    jobs: list[Job], devices: list[str], seconds: float = threading.TIMEOUT_MAX
-) -> Iterator[tuple[Job, int]]:
-    """Fit every member on the first device that is free; yield each with its exit code.
-
-    After `seconds` those that run are stopped, each with its last state, and none is started: their
-    code is that of an interruption.
-    """
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in devices:
-        free.put(device)
-    processes = Processes(share_cores(devices))
-
-    def fit(job: Job) -> tuple[Job, int]:
-        device = free.get()
-        try:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, str(SCRIPT), *job.options, "--device", device]
-            process = processes.start(command, job.log)
-            if process:
-                log.info("%s starts on %s, its log is %s", job.name, device, job.log)
-            code = process.wait() if process else INTERRUPTED
-            return job, INTERRUPTED if code and processes.stopped else code
-        finally:
-            free.put(device)
-
-    timer = after(seconds, processes.stop)
-    with ThreadPoolExecutor(len(devices)) as pool:
-        try:
-            for ended in as_completed([pool.submit(fit, job) for job in jobs]):
-                yield ended.result()
-        finally:
-            timer.cancel()
-            processes.stop()
-
-
 def last_line(path: Path) -> str:
     """Return the last line of a log, or where it ends with a traceback the error's first."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -169,6 +139,73 @@ def last_line(path: Path) -> str:
     if errors and not any(LOGGED.match(line) for line in ended):
         return errors[0]
     return lines[-1] if lines else ""
+
+
+def works(device: str) -> bool:
+    """Whether a device runs one operation, in a process of its own, as a member's is."""
+    if device == "cpu":
+        return True
+    command = [sys.executable, "-c", CHECK, device]
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(command, timeout=GRACE_S, check=False).returncode == 0
+    return False
+
+
+def fit_all(
+    jobs: list[Job], devices: list[str], seconds: float = threading.TIMEOUT_MAX
+) -> Iterator[tuple[Job, int]]:
+    """Fit every member on the first device that is free; yield each with its exit code.
+
+    One that fails is tried once more after the others, and the device that it failed on is left out
+    where it runs nothing any more.
+
+    After `seconds` those that run are stopped, each with its last state, and none is started: their
+    code is that of an interruption.
+    """
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+    processes, broken = Processes(share_cores(devices)), list[str]()
+
+    def give_back(device: str, failed: bool) -> None:
+        if failed and not works(device):
+            broken.append(device)
+            if len(broken) < len(devices):  # the last one stays: each member's log says what it is
+                log.error("%s runs nothing any more: it is left out", device)
+                return
+        free.put(device)
+
+    def fit(job: Job) -> tuple[Job, int]:
+        device, code = free.get(), 1
+        try:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, str(SCRIPT), *job.options, "--device", device]
+            process = processes.start(command, job.log)
+            if process:
+                log.info("%s starts on %s, its log is %s", job.name, device, job.log)
+            code = process.wait() if process else INTERRUPTED
+            code = INTERRUPTED if code and processes.stopped else code
+            return job, code
+        finally:
+            give_back(device, code not in (0, INTERRUPTED))
+
+    timer = after(seconds, processes.stop)
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            waiting, again = {pool.submit(fit, job) for job in jobs}, set[str]()
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for job, code in (future.result() for future in done):
+                    if code in (0, INTERRUPTED) or job.name in again:
+                        yield job, code
+                        continue
+                    log.warning("%s failed with exit code %d, and is tried again after the others: "
+                                "%s", job.name, code, last_line(job.log))  # fmt: skip
+                    again.add(job.name)
+                    waiting.add(pool.submit(fit, job))
+        finally:
+            timer.cancel()
+            processes.stop()
 
 
 def fit_members(args: argparse.Namespace) -> int:

@@ -30,8 +30,9 @@ time.sleep(float(words.get("--learning-rate", 0)))
 line = [words["--name"], words["--device"], start, time.time(), os.environ["OMP_NUM_THREADS"]]
 with Path(words["--runs"], "log.json").open("a") as file:
     file.write(json.dumps(line) + "\\n")
-print("error: no such luck" if words["--name"] == "bad" else "done")
-sys.exit(2 if words["--name"] == "bad" else 0)
+failed = words["--name"] == "bad" or words["--device"] == "cuda:13"
+print("error: no such luck" if failed else "done")
+sys.exit(2 if failed else 0)
 """
 
 Line = tuple[str, str, float, float, str]  # name, device, start, end, threads
@@ -159,10 +160,38 @@ def test_a_member_that_fails_costs_no_other_and_its_last_line_is_shown(
     caplog.set_level("INFO")
     code, lines = fit_all(["bad", "good"], ["cpu"])
     assert code == 1
-    assert [name for name, *_ in lines] == ["bad", "good"]
+    assert [name for name, *_ in lines] == ["bad", "good", "bad"]
+    assert "bad failed with exit code 2, and is tried again after the others: error" in caplog.text
     assert "bad failed with exit code 2: error: no such luck" in caplog.text
     assert "good is fitted" in caplog.text
     assert (tmp_path / "runs/good/train.log").read_text() == "stub starts\ndone\n"
+
+
+def test_a_gpu_that_breaks_takes_no_other_member_and_its_own_is_fitted_elsewhere(
+    fit_all: FitAll, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fit_members, "works", lambda device: device != "cuda:13")
+    code, lines = fit_all(["a", "b", "c", "d"], ["cuda:0", "cuda:13"])
+    assert code == 0
+    (failed,) = [name for name, where, *_ in lines if where == "cuda:13"]
+    assert sorted(name for name, *_ in lines) == sorted(["a", "b", "c", "d", failed])
+    assert "cuda:13 runs nothing any more: it is left out" in caplog.text
+
+
+def test_the_last_gpu_that_breaks_ends_in_the_members_own_errors(
+    fit_all: FitAll, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not in a wait for ever."""
+    monkeypatch.setattr(fit_members, "works", lambda _: False)
+    code, lines = fit_all(["a", "b"], ["cuda:13", "cuda:13"])
+    assert code == 1
+    assert sorted(name for name, *_ in lines) == ["a", "a", "b", "b"]
+    assert "a failed with exit code 2: error: no such luck" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu:0", True), ("cuda:99", False)])
+def test_a_device_is_asked_whether_it_runs_anything(device: str, expected: bool) -> None:
+    assert fit_members.works(device) is expected
 
 
 @pytest.mark.parametrize(
