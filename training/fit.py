@@ -141,6 +141,7 @@ class Watch(Callback):
         self.lost = 0  # steps in a row whose loss is no number
         self.most_lost: float = SKIPPED_STEPS if config.precision == "16-mixed" else 1
         self.ends: list[float] = []  # when each step ended
+        self.saved = 0.0  # when the state after the last one was written
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Open the bar."""
@@ -176,7 +177,8 @@ class Watch(Callback):
         self.bar.update()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Close the bar."""
+        """Stop the clock and close the bar."""
+        self.saved = time.perf_counter()
         self.bar.close()
 
     def on_save_checkpoint(

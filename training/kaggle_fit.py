@@ -43,7 +43,7 @@ MEMBERS = Path(__file__).with_name("members.txt")
 # What a member's own line does not say. The numbers of steps are a proportion, by --minutes.
 COMMON = [
     "--encoder-weights", "imagenet", "--crops", "32", "--crop-steps", "6000",
-    "--whole-steps", "600", "--save-every", "200", "--validation-strips", "100000",
+    "--whole-steps", "600", "--save-every", "1000", "--validation-strips", "100000",
     "--present-weight", "1",
 ]  # fmt: skip
 SPEC_FIELDS = ("name", "file", "model", "mean", "std")  # of a source manifest

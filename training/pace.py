@@ -23,7 +23,7 @@ STEPS = "steps.json"  # what was chosen, in RUNS/NAME
 WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes start
 MEASURED_STEPS = 20
 STATISTICS_STRIPS = 4  # enough for batch-norm statistics that keep a deep network in fp16's range
-USED_SHARE = 0.9  # of the minutes: states are saved, and a machine has slower hours
+USED_SHARE = 0.9  # of the minutes: a machine has slower hours
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,18 @@ class Pace:
     crop_step: float
     whole_step: float
     strip: float  # in the heads' last fit and the validation, which load nothing beside
+    state: float  # that is saved
 
 
 def seconds_a_step(
     network: Any, sources: Sequence[Strips], config: Config, part: Part, machine: Machine
-) -> float:
-    """Measure a step of one part as the fit itself takes it."""
+) -> tuple[float, float]:
+    """Measure a step of one part as the fit itself takes it, and the state after the last one."""
     watch = Watch(config, part, {}, machine.save_every)
     watch.most_lost = math.inf  # the network is thrown away
     take_steps(network, sources, config, part, machine, watch)
     ends = watch.ends[WARM_UP_STEPS - 1 :]
-    return (ends[-1] - ends[0]) / (len(ends) - 1)
+    return (ends[-1] - ends[0]) / (len(ends) - 1), watch.saved - ends[-1]
 
 
 def seconds_a_load(sources: Sequence[Strips], config: Config) -> float:
@@ -59,29 +60,36 @@ def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) ->
 
     Between them its batch-norm statistics are taken from strips, as in the fit: with those of a new
     network, frozen, a deep one's values grow beyond half precision, and its loss is no number.
+    A fit draws many crops of each strip, and hardly a whole one twice: for the crops all strips
+    count as read before, without the checks of a first read.
     """
     count = WARM_UP_STEPS + MEASURED_STEPS
     some = [sources[0].folder / name for name in sources[0].names[:STATISTICS_STRIPS]]
     tried = replace(config, crop_steps=count, whole_steps=count, encoder_weights="")
+    known = [replace(each, whole=set(each.names)) for each in sources]
     with tempfile.TemporaryDirectory() as folder:
         apart = replace(machine, save_every=count, runs=Path(folder))
         network, (crops, strips) = new_network(tried), tried.parts
-        crop_step = seconds_a_step(network, sources, tried, crops, apart)
+        crop_step, _ = seconds_a_step(network, known, tried, crops, apart)
         retake_from_strips(network, tried, some, apart, sources[0].competition)
-        whole_step = seconds_a_step(network, sources, tried, strips, apart)
-    return Pace(crop_step, whole_step, whole_step + seconds_a_load(sources, tried))
+        whole_step, state = seconds_a_step(network, sources, tried, strips, apart)
+    return Pace(crop_step, whole_step, whole_step + seconds_a_load(sources, tried), state)
 
 
-def fill_minutes(config: Config, pace: Pace, seconds: float, strips: int) -> tuple[int, int]:
+def fill_minutes(
+    config: Config, pace: Pace, seconds: float, strips: int, save_every: int
+) -> tuple[int, int]:
     """Return both numbers of steps, scaled by one factor so that they fill `seconds`.
 
-    `strips` are those of the heads' last fit and the validation, a pass each.
+    `strips` are those of the heads' last fit and the validation, a pass each; a state is saved
+    every `save_every` steps.
 
     Raises:
         ValueError: no time is left for one step of each part.
     """
     left = USED_SHARE * (seconds - strips * pace.strip)
     asked = config.crop_steps * pace.crop_step + config.whole_steps * pace.whole_step
+    asked += config.steps * pace.state / save_every
     crop, whole = (int(n * left / asked) for n in (config.crop_steps, config.whole_steps))
     if crop < min(config.crop_steps, 1) or whole < min(config.whole_steps, 1):
         raise ValueError(
@@ -111,7 +119,7 @@ def choose_steps(
         start = time.perf_counter()
         pace = fit_within_memory(lambda tried: measure_pace(sources, tried, machine), config)
         seconds = 60 * minutes - (time.perf_counter() - start)
-        crop, whole = fill_minutes(config, pace, seconds, strips)
+        crop, whole = fill_minutes(config, pace, seconds, strips, machine.save_every)
         saved = {
             "asked": asked,
             "minutes": minutes,

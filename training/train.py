@@ -72,6 +72,7 @@ from training.strips import Strips, image_names, read_strips
 from training.teacher import read_teacher
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+SAVE_EVERY = {"cpu": 50, "cuda": 500}  # steps
 
 EXAMPLE = """\
   python training/train.py --data data/steel --name resnet34 --encoder resnet34 --arch Unet --fold 1
@@ -173,7 +174,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help=about)
     about = "processes that load strips (default: up to 8 on a GPU, else 1)"
     add("--workers", type=int, help=about)
-    add("--save-every", type=int, default=50, help="steps between two states (default %(default)s)")
+    about = (
+        "steps between two states, each of many steps' time on a GPU (default: {cuda}, CPU {cpu})"
+    )
+    add("--save-every", type=int, help=about.format(**SAVE_EVERY))
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +320,7 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         raise ValueError(f"--present-weight {args.present_weight}, expected a number above 0")
     for option, least in (("save-every", 1), ("presence-strips", 0), ("validation-strips", 0)):
         value = getattr(args, option.replace("-", "_"))
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"--{option} {value}, expected {least} or more")
     return config
 
@@ -325,7 +329,8 @@ def read_machine(args: argparse.Namespace, device: torch.device) -> Machine:
     """Return where the run takes place."""
     workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
     workers = workers if args.workers is None else max(args.workers, 0)
-    return Machine(device, workers, args.save_every, args.runs)
+    save_every = args.save_every or SAVE_EVERY[device.type]
+    return Machine(device, workers, save_every, args.runs)
 
 
 def read_start(path: Path | None, config: Config) -> tuple[dict[str, Tensor], str]:

@@ -85,6 +85,7 @@ def test_a_members_own_line_wins_over_what_is_common_on_kaggle() -> None:
     job = Job("a", ["--data", "d", "--name", "a", "--encoder", "e", "--crops", "7"], Path("log"))
     args = train.parse_args(plan([job], 1, 60)[0].options)
     assert (args.crops, args.encoder_weights, args.minutes) == (7, "imagenet", 60)
+    assert args.crop_steps >= args.save_every >= 500  # a state is dear on a GPU
     own = [*job.options, "--minutes", "5"]
     assert train.parse_args(plan([Job("a", own, Path("log"))], 1, 60)[0].options).minutes == 5
 

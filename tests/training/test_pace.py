@@ -14,18 +14,23 @@ from training.config import Config
 from training.fit import Machine
 from training.module import MemberModule
 from training.pace import Pace, choose_steps, fill_minutes, measure_pace
+from training.states import AtomicCheckpointIO
 from training.strips import Strips
 
-PACE = Pace(crop_step=0.5, whole_step=2.0, strip=0.1)
+PACE = Pace(crop_step=0.5, whole_step=2.0, strip=0.1, state=0.0)
 
 
 def test_the_steps_fill_nine_tenths_of_what_the_strips_leave(config: Config) -> None:
     config = replace(config, crop_steps=600, whole_steps=150)
-    crop, whole = fill_minutes(config, PACE, 1000, strips=1000)  # 900 s are left
+    crop, whole = fill_minutes(config, PACE, 1000, 1000, save_every=50)  # 900 s are left
     assert (crop, whole) == (810, 202)  # 405 + 404 s of 810
     assert crop * 0.5 + whole * 2 <= 0.9 * 900 < (crop + 1) * 0.5 + (whole + 1) * 2
     only_crops = replace(config, whole_steps=0)
-    assert fill_minutes(only_crops, PACE, 1000, strips=1000) == (1620, 0)
+    assert fill_minutes(only_crops, PACE, 1000, 1000, save_every=50) == (1620, 0)
+    dear = replace(PACE, state=10.0)  # 0.2 s a step
+    assert fill_minutes(only_crops, dear, 1000, 1000, save_every=50) == (int(810 / 0.7), 0)
+    crop, whole = fill_minutes(config, dear, 1000, 1000, save_every=50)
+    assert crop * 0.7 + whole * 2.2 <= 810 < (crop + 1) * 0.7 + (whole + 1) * 2.2
 
 
 @pytest.mark.parametrize(("seconds", "strips"), [(-5.0, 0), (100.0, 2000), (3.0, 0)])
@@ -33,7 +38,7 @@ def test_minutes_without_a_step_in_them_are_refused(
     seconds: float, strips: int, config: Config
 ) -> None:
     with pytest.raises(ValueError, match=r"tiny: --minutes leaves .* give more minutes"):
-        fill_minutes(replace(config, crop_steps=9, whole_steps=1), PACE, seconds, strips)
+        fill_minutes(replace(config, crop_steps=9, whole_steps=1), PACE, seconds, strips, 50)
 
 
 def test_the_pace_is_that_of_the_steps_after_the_first_ones(
@@ -55,8 +60,40 @@ def test_the_pace_is_that_of_the_steps_after_the_first_ones(
 
     monkeypatch.setattr(Batches, "__getitem__", timed)
     found = measure_pace([strips], config, machine)
-    assert found == Pace(2.0, 3.0, 6.0)
+    assert found == Pace(2.0, 3.0, 6.0, 0.0)
     assert not machine.runs.exists()
+
+
+def test_a_state_is_timed_apart_from_the_steps(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only a state moves on."""
+    clock = [0.0]
+    monkeypatch.setattr("training.fit.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
+
+    def save(*_: Any, **__: Any) -> None:
+        clock[0] += 8.0
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+    assert measure_pace([strips], config, machine) == Pace(0.0, 0.0, 0.0, 8.0)
+
+
+def test_crops_are_timed_on_strips_that_were_read_before_and_whole_strips_on_new_ones(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a fit, where each strip has many crops drawn and is hardly taken whole twice."""
+    monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
+    known: list[set[str]] = []
+    take_steps = fit.take_steps
+
+    def watched(network: Any, sources: list[Strips], *rest: Any) -> None:
+        known.extend(set(each.whole) for each in sources)
+        take_steps(network, sources, *rest)
+
+    monkeypatch.setattr(pace, "take_steps", watched)
+    measure_pace([replace(strips, whole=set())], config, machine)
+    assert known == [set(strips.names), set()]
 
 
 def test_whole_strips_are_timed_with_batch_norm_statistics_of_strips(
@@ -97,7 +134,7 @@ def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
     chosen = choose_steps(config, [strips], machine, 10.01, 0)
     assert (chosen.crop_steps, chosen.whole_steps) == (270, 202)  # 4 and 3, times 67.5
     assert replace(chosen, crop_steps=4, whole_steps=3) == config
-    monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0))
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0, 0.0))
     assert choose_steps(replace(config, crops=1), [strips], machine, 99, 0).steps == 472
     assert "tiny keeps the steps of its first --minutes, 10.01" in caplog.text
     other = choose_steps(replace(config, arch="FPN"), [strips], machine, 10, 0)
@@ -115,7 +152,7 @@ def test_steps_with_which_a_state_was_fitted_stay_whatever_is_tried_between(
     steps = machine.runs / "tiny" / pace.STEPS
     (steps.parent / "crops.ckpt").write_bytes(b"a state")
     before = steps.read_bytes()
-    monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0))
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: Pace(1.0, 1.0, 1.0, 0.0))
     with pytest.raises(ValueError, match=r"crops\.ckpt: state of another.*arch Unet, now FPN.*put"):
         choose_steps(replace(config, arch="FPN"), [strips], machine, 10, 0)
     assert steps.read_bytes() == before

@@ -124,7 +124,7 @@ def test_a_fit_by_the_minutes_takes_the_steps_that_its_pace_allows(
     steel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tenth of 20 s is kept back, and what 4 strips twice and 2 once take: 1 s each."""
-    monkeypatch.setattr(pace, "measure_pace", lambda *_: pace.Pace(2.0, 1.0, 1.0))
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: pace.Pace(2.0, 1.0, 1.0, 0.0))
     assert run_train(steel, tmp_path, "--minutes", 20.5 / 60) == 0
     assert "mine,1,tu-test_resnet,Unet,3+3," in (tmp_path / "experiments.csv").read_text()
     scores = json.loads((tmp_path / "runs/mine/scores.json").read_text())
@@ -214,6 +214,16 @@ def test_the_heads_last_fit_takes_the_strips_it_is_given(
     own, _ = choose(strips, config, "--heads-on", steel, "--presence-strips", 7)
     assert isinstance(own, StripPairs) and own.strips.names == strips.names[:7]
     assert len(choose(strips, config, "--heads-on", "none")[0]) == 0
+
+
+def test_states_are_saved_less_often_on_a_gpu_unless_it_is_asked_for() -> None:
+    words = ["--data", "d", "--name", "n", "--encoder", "e"]
+    found = [
+        train.read_machine(train.parse_args([*words, *more]), torch.device(kind)).save_every
+        for kind in ("cpu", "cuda")
+        for more in ([], ["--save-every", "7"])
+    ]
+    assert found == [50, 7, 500, 7]
 
 
 # --- what it goes on from -------------------------------------------------------------------------
