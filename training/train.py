@@ -14,7 +14,7 @@ writes in their likeness. A fit has three parts:
    class where its Dice is best.
 
 RUNS/NAME keeps the states and the losses of parts 1 and 2. The same command goes on from the last
-state, and ends with the same weights as if it had not been stopped.
+state, and ends with the same weights as if it had not been stopped, on a CPU bit for bit.
 """
 
 import argparse
