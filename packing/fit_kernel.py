@@ -108,6 +108,9 @@ def read_members(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
         lines = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+        for line in text.splitlines():
+            if "\\" in line and shlex.split(line, comments=True):
+                raise ValueError(f"write paths with /, not with a backslash: {line.strip()}")
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--name")
         for option in PATHS:

@@ -88,7 +88,8 @@ def read_jobs(path: Path, common: list[str]) -> list[Job]:
     """Read the list of members.
 
     Raises:
-        ValueError: there is no member, two have one name, or a line is no command of train.py.
+        ValueError: there is no member, two have one name, a line is no command of train.py, or has
+            a backslash, which is no part of a word here.
     """
     jobs: list[Job] = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -98,6 +99,8 @@ def read_jobs(path: Path, common: list[str]) -> list[Job]:
             raise ValueError(f"{path}: {error}: {line.strip()}") from error
         if options == common:
             continue
+        if "\\" in line:
+            raise ValueError(f"{path}: write paths with /, not with a backslash: {line.strip()}")
         try:
             args = train.parse_args(options)
         except SystemExit as error:  # argparse has said why

@@ -95,6 +95,7 @@ def test_the_list_of_the_project_is_read_and_what_is_common_wins() -> None:
         (["--name a --encoder e --no-such 1"], "no options of train.py: --name a --encoder e --no"),
         (["--encoder e"], "no options of train.py: --encoder e"),
         (["--name a --encoder 'e"], "No closing quotation"),
+        ([r"--name a --encoder e --start-from my\a.safetensors"], "write paths with /, not with a"),
     ],
 )
 def test_a_list_that_is_none_is_refused(
