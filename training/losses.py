@@ -43,7 +43,7 @@ def in_groups(batch: Tensor) -> Tensor:
     A strip alone is a group too.
     """
     groups = max(len(batch) // GROUP, 1) if len(batch) % GROUP == 0 else 1
-    return batch.unflatten(0, (groups, -1))
+    return batch.reshape(groups, -1, *batch.shape[1:])
 
 
 def run_network(network: Any, images: Tensor) -> Outputs:
