@@ -64,6 +64,14 @@ class Machine:
     save_every: int  # steps between two states
     runs: Path  # folder of states and logs
 
+    def folder(self, config: Config) -> Path:
+        """Return the folder of an experiment's states and logs."""
+        return self.runs / config.name
+
+    def state(self, config: Config, part: Part) -> Path:
+        """Return the file of a part's last state."""
+        return self.folder(config) / f"{part.name}.ckpt"
+
 
 # --- data loading ---------------------------------------------------------------------------------
 
@@ -210,10 +218,9 @@ def quiet_lightning() -> Iterator[None]:
 
 def new_trainer(config: Config, part: Part, machine: Machine, watch: Watch) -> L.Trainer:
     """Return the Trainer of one part."""
-    folder, cuda = machine.runs / config.name, machine.device.type == "cuda"
-    device = machine.device
+    device, cuda = machine.device, machine.device.type == "cuda"
     average = EMAWeightAveraging(device=device, decay=EMA_DECAY)
-    states = ModelCheckpoint(folder, part.name, save_on_train_epoch_end=True,
+    states = ModelCheckpoint(machine.folder(config), part.name, save_on_train_epoch_end=True,
                              enable_version_counter=False)  # fmt: skip
     return L.Trainer(
         accelerator="gpu" if cuda else "cpu",
@@ -263,7 +270,7 @@ def take_steps(
 
     Raises as `fit_part` does.
     """
-    path = machine.runs / config.name / f"{part.name}.ckpt"
+    path = machine.state(config, part)
     done = state["global_step"] if state else 0
     loader = new_loader(Batches(sources, config), part, machine, done)
     with quiet_lightning(), one_line_errors(path):
@@ -291,7 +298,7 @@ def fit_part(
         RuntimeError: the GPU's memory does not suffice, for one.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    path = machine.runs / config.name / f"{part.name}.ckpt"
+    path = machine.state(config, part)
     state = read_state(path, experiment)
     if state is not None:
         config = replace(config, crops=min(config.crops, state["crops"]))
@@ -350,6 +357,28 @@ def retake_from_strips(
     retake_statistics(network, batches())
 
 
+def load_start(network: Any, start_from: Mapping[str, Tensor], config: Config) -> None:
+    """Load the weights to start from into the network, and say how many fit.
+
+    Raises:
+        ValueError: none does, or without steps not all do.
+    """
+    lacking = load_into_network(network, start_from, presence=not config.steps)
+    every = sum(not key.endswith(COUNTER) for key in network.state_dict())
+    log.info("%s starts from %d of %d tensors", config.name, every - len(lacking), every)
+    if lacking and not config.steps:
+        raise ValueError(
+            f"--start-from: without steps it has to be this network, and it has no {lacking[0]}"
+            f" of {config.encoder} with {config.arch}: give the --encoder, --arch and "
+            "--channels that it was fitted with"
+        )
+    if len(lacking) == every:
+        raise ValueError(
+            f"--start-from: no tensor of it fits {config.encoder} with {config.arch}: it has "
+            f"{min(start_from)}, …, expected {min(network.state_dict())}, …"
+        )
+
+
 def fit_network(
     sources: Sequence[Strips],
     config: Config,
@@ -367,24 +396,11 @@ def fit_network(
         ValueError: as `fit_part`, SMP builds no such network, or `start_from` does not fit it.
         RuntimeError, KeyboardInterrupt: as `fit_part`.
     """
-    states = (machine.runs / config.name / f"{part.name}.ckpt" for part in config.parts)
+    states = (machine.state(config, part) for part in config.parts)
     resumed = any(path.is_file() for path in states)  # which needs no download any more
     network = new_network(replace(config, encoder_weights="") if resumed else config)
     if start_from:
-        lacking = load_into_network(network, start_from, presence=not config.steps)
-        every = sum(not key.endswith(COUNTER) for key in network.state_dict())
-        log.info("%s starts from %d of %d tensors", config.name, every - len(lacking), every)
-        if lacking and not config.steps:
-            raise ValueError(
-                f"--start-from: without steps it has to be this network, and it has no {lacking[0]}"
-                f" of {config.encoder} with {config.arch}: give the --encoder, --arch and "
-                "--channels that it was fitted with"
-            )
-        if len(lacking) == every:
-            raise ValueError(
-                f"--start-from: no tensor of it fits {config.encoder} with {config.arch}: it has "
-                f"{min(start_from)}, …, expected {min(network.state_dict())}, …"
-            )
+        load_start(network, start_from, config)
     crops, strips = config.parts
     seconds = fit_part(network, sources, config, crops, machine, experiment)
     if config.steps:

@@ -22,7 +22,7 @@ from training.strips import Strips
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
 WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes start
 MEASURED_STEPS = 20
-STATISTICS_STRIPS = 4  # enough for batch-norm statistics that keep a deep network in fp16's range
+PACE_STATISTICS_STRIPS = 4  # enough to keep a deep network in fp16's range
 USED_SHARE = 0.9  # of the minutes: a machine has slower hours
 
 
@@ -64,7 +64,7 @@ def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) ->
     count as read before, without the checks of a first read.
     """
     count = WARM_UP_STEPS + MEASURED_STEPS
-    some = [sources[0].folder / name for name in sources[0].names[:STATISTICS_STRIPS]]
+    some = [sources[0].folder / name for name in sources[0].names[:PACE_STATISTICS_STRIPS]]
     tried = replace(config, crop_steps=count, whole_steps=count, encoder_weights="")
     known = [replace(each, whole=set(each.names)) for each in sources]
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def choose_steps(
         ValueError: no time is left for one step, the file of the steps is broken, or a state beside
             it is of another experiment.
     """
-    path, own = machine.runs / config.name / STEPS, asdict(replace(config, crops=0, teacher=""))
+    path, own = machine.folder(config) / STEPS, asdict(replace(config, crops=0, teacher=""))
     asked = json.loads(json.dumps(own))  # tuples as JSON has them
     saved = read_json(path) if path.is_file() else {}
     if saved.get("asked") != asked:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernel.command import run_command
+from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log
@@ -285,6 +286,25 @@ def choose_normalisation(args: argparse.Namespace, strips: Strips) -> dict[str, 
     return normalisation(mean, std)
 
 
+def check_options(args: argparse.Namespace, config: Config, rules: Competition, cuda: bool) -> None:
+    """Raise ValueError for the first option that does not fit the experiment or the machine."""
+    gated = bool(config.teacher) and read_teacher(Path(config.teacher), config.classes).spec.gated
+    if args.taught_gates and not (gated and args.unlabelled):
+        raise ValueError("--taught-gates needs a --teacher with a presence head, and --unlabelled")
+    if config.moved_share and (rules.channels, rules.bits) != (1, 8):
+        raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
+    if not config.crops and not cuda:
+        raise ValueError("--crops auto needs a GPU, whose memory it fills")
+    if args.minutes and not (0 < args.minutes < math.inf and config.steps):
+        raise ValueError(f"--minutes {args.minutes}, expected a number above 0, and steps to scale")
+    if not args.present_weight > 0:
+        raise ValueError(f"--present-weight {args.present_weight}, expected a number above 0")
+    for option, least in (("save-every", 1), ("presence-strips", 0), ("validation-strips", 0)):
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None and value < least:
+            raise ValueError(f"--{option} {value}, expected {least} or more")
+
+
 def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) -> Config:
     """Return the experiment that the command line describes, for strips to train on.
 
@@ -306,22 +326,7 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
     )  # fmt: skip
     check_config(config)
-    gated = bool(config.teacher) and read_teacher(Path(config.teacher), config.classes).spec.gated
-    if args.taught_gates and not (gated and args.unlabelled):
-        raise ValueError("--taught-gates needs a --teacher with a presence head, and --unlabelled")
-    rules = strips.competition
-    if config.moved_share and (rules.channels, rules.bits) != (1, 8):
-        raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
-    if not config.crops and not cuda:
-        raise ValueError("--crops auto needs a GPU, whose memory it fills")
-    if args.minutes and not (0 < args.minutes < math.inf and config.steps):
-        raise ValueError(f"--minutes {args.minutes}, expected a number above 0, and steps to scale")
-    if not args.present_weight > 0:
-        raise ValueError(f"--present-weight {args.present_weight}, expected a number above 0")
-    for option, least in (("save-every", 1), ("presence-strips", 0), ("validation-strips", 0)):
-        value = getattr(args, option.replace("-", "_"))
-        if value is not None and value < least:
-            raise ValueError(f"--{option} {value}, expected {least} or more")
+    check_options(args, config, strips.competition, cuda)
     return config
 
 
@@ -357,32 +362,37 @@ def read_start(path: Path | None, config: Config) -> tuple[dict[str, Tensor], st
     return weights, hash_file(path)
 
 
+def _read_others(folder: Path, sources: Sequence[Strips], competition: Competition) -> Strips:
+    """Read the strips of --heads-on's folder; log those that are trained on too."""
+    strips = read_strips(folder, competition)
+    known = {name for each in sources for name in each.names}.intersection(strips.names)
+    if known:
+        log.warning(
+            "--heads-on %s: %d of its strips, %s, are trained on too: they look easier than "
+            "others, and gates will be too sure", folder, len(known), min(known),
+        )  # fmt: skip
+    return strips
+
+
 def choose_head_pairs(
     args: argparse.Namespace, config: Config, sources: Sequence[Strips], held_out: Strips
 ) -> tuple[Pairs, Strips]:
     """Return the strips of the heads' last fit, and of those held out the ones left to score."""
     asked = args.heads_on or ("train" if config.fold == NO_FOLD else "held-out")
-    if asked == "held-out" and not held_out.names:
-        raise ValueError("--heads-on held-out: --fold none holds no strip out; try train")
     most, to_score = args.presence_strips, args.validation_strips
     if asked == "held-out":
+        if not held_out.names:
+            raise ValueError("--heads-on held-out: --fold none holds no strip out; try train")
         half, spare = len(held_out.names) // 2, len(held_out.names) - to_score
         count = min(most, max(half, spare))
         return StripPairs(held_out.some(0, count)), held_out.some(count, count + to_score)
     scored = held_out.some(0, to_score)
+    if asked == "none":
+        return StripPairs(held_out.some(0, 0)), scored
     if asked == "train":
-        batches = Batches(sources, config)
-        return SampledPairs(batches, most), scored
-    strips = Strips(Path(asked), [], {}, held_out.competition)
-    if asked != "none":
-        strips = read_strips(Path(asked), held_out.competition)
-        known = {name for each in sources for name in each.names}.intersection(strips.names)
-        if known:
-            log.warning(
-                "--heads-on %s: %d of its strips, %s, are trained on too: they look easier than "
-                "others, and gates will be too sure", asked, len(known), min(known),
-            )  # fmt: skip
-    return StripPairs(strips.some(0, most)), scored
+        return SampledPairs(Batches(sources, config), most), scored
+    others = _read_others(Path(asked), sources, held_out.competition)
+    return StripPairs(others.some(0, most)), scored
 
 
 def check_held_out(held_out: Strips, extras: Sequence[Strips]) -> None:
@@ -402,6 +412,11 @@ def check_held_out(held_out: Strips, extras: Sequence[Strips]) -> None:
 
 
 # --- the fit --------------------------------------------------------------------------------------
+
+
+def hash_of(sources: Sequence[Strips]) -> str:
+    """Return one hash of all strips of an experiment, held out or not."""
+    return hashlib.sha256("".join(s.fingerprint() for s in sources).encode()).hexdigest()
 
 
 def train(args: argparse.Namespace) -> int:
@@ -424,7 +439,7 @@ def train(args: argparse.Namespace) -> int:
         unlabelled = [Strips(folder, image_names(folder), {}, competition)]
     statistics = [each.folder / name for each in (train_strips, *unlabelled) for name in each.names]
     data = hash_of([own, *sources[1:], *unlabelled])
-    crops = config.crops or crops_of(machine.runs / config.name) or find_crops(config, device)
+    crops = config.crops or crops_of(machine.folder(config)) or find_crops(config, device)
     if args.minutes:
         strips, fitted = 2 * len(pairs) + len(scored.names), replace(config, crops=crops)
         strips += len(unlabelled[0].names) if args.taught_gates else 0
@@ -442,14 +457,9 @@ def train(args: argparse.Namespace) -> int:
     write_checkpoint(network, config, args.out / f"{config.name}.safetensors")
     scores = validate(network, config, scored, device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
-    write_scores(machine.runs / config.name / SCORES, config, scores)
+    write_scores(machine.folder(config) / SCORES, config, scores)
     print(to_json(scores.summary()), end="")
     return 0
-
-
-def hash_of(sources: Sequence[Strips]) -> str:
-    """Return one hash of all strips of an experiment, held out or not."""
-    return hashlib.sha256("".join(s.fingerprint() for s in sources).encode()).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -110,7 +110,10 @@ def test_whole_strips_are_timed_with_batch_norm_statistics_of_strips(
 
     monkeypatch.setattr(pace, "take_steps", watched)
     measure_pace([strips], config, machine)
-    assert began == [0, pace.STATISTICS_STRIPS // 2]  # pairs of strips, the crops' not among them
+    assert began == [
+        0,
+        pace.PACE_STATISTICS_STRIPS // 2,
+    ]  # pairs of strips, the crops' not among them
 
 
 def test_a_pace_needs_no_loss_that_is_a_number(
