@@ -24,8 +24,7 @@ from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.faults import one_line
-from kernel.images import check_kinds, read_image
+from kernel.images import check_kinds
 from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest
 from kernel.mounts import one_folder
@@ -34,7 +33,7 @@ from packing.members import to_half
 from packing.models import load_into_model
 from packing.sources import read_sources
 from training.json_files import write_json
-from training.strips import image_names, read_strips
+from training.strips import image_names, read_each, read_strips
 
 WIDEST = 20.0  # logits by which gates are shifted at most
 OPEN_OR_SHUT = 1e-9  # a gate so near to 0 or 1 that its logit, 21, is cut off
@@ -75,12 +74,9 @@ def gate_logits(ensemble: Ensemble, paths: Sequence[Path]) -> dict[str, Tensor]:
         if each.member in names and each.flip == flip
     }
     gates: dict[str, list[Tensor]] = {name: [] for name in passes}
-    for path in progress(paths, "gates", "image"):
-        try:
-            images = ensemble.prepare(read_image(path, ensemble.manifest.competition))
-        except (ValueError, OSError) as error:
-            log.warning("left out: %s", one_line(error))
-            continue
+    competition = ensemble.manifest.competition
+    for image in read_each(progress(paths, "gates", "image"), competition):
+        images = ensemble.prepare(image)
         for member, pass_id in passes.items():
             gates[member].append(ensemble.run_encoder(pass_id, images)[0].double().cpu())
     if not all(gates.values()):

@@ -51,7 +51,7 @@ class Config:
     arch: str = "FPN"
     encoder_weights: str = ""  # what SMP downloads, "imagenet"; empty: drawn at random
     teacher: str = ""  # a member's checkpoint, whose masks are learnt beside the truth
-    channels: int = 1  # of the network's input, 1 or 3; images are grey
+    channels: int = 1  # of the network's input, 1 or 3, whatever the images have
     fold: int = 0  # NO_FOLD: every strip is trained on
     folds: int = 5
     crop_steps: int = 600
@@ -93,7 +93,7 @@ class Config:
         )
 
     @property
-    def level(self) -> float:
+    def mask_level(self) -> float:
         """The logit at which the kernel's threshold cuts a mask whose gate is open."""
         return threshold_logit(Manifest([self.spec]).threshold)
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +28,14 @@ from tqdm import tqdm
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import is_out_of_memory
 from kernel.faults import one_line
-from kernel.images import Image, image_to_tensor, read_image
+from kernel.images import image_to_tensor
 from kernel.logs import log, progress
 from training.batch_norm import retake_statistics
 from training.batches import Batches
 from training.config import Config, Part
 from training.module import COUNTER, MemberModule, load_into_network, new_network
 from training.states import EXPERIMENT, AtomicCheckpointIO, read_state
-from training.strips import Strips
+from training.strips import Strips, read_each
 
 T = TypeVar("T")
 
@@ -316,15 +316,6 @@ def fit_part(
 # --- all parts ------------------------------------------------------------------------------------
 
 
-def readable(paths: Iterable[Path], competition: Competition) -> Iterator[Image]:
-    """Yield the images that can be read; log the others."""
-    for path in paths:
-        try:
-            yield read_image(path, competition)
-        except (ValueError, OSError) as error:
-            log.warning("left out: %s", one_line(error))
-
-
 def retake_from_strips(
     network: Any,
     config: Config,
@@ -344,7 +335,7 @@ def retake_from_strips(
     module = MemberModule(network, config, config.parts[1]).to(machine.device)
 
     def batches() -> Iterator[Tensor]:
-        images = readable((paths[index] for index in order), competition)
+        images = read_each((paths[index] for index in order), competition)
         chosen = list(itertools.islice(images, STATISTICS_STRIPS))
         if not chosen:
             raise ValueError(f"batch-norm statistics: none of {len(paths)} strips can be read")

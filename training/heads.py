@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernel.faults import one_line
-from kernel.images import image_to_tensor, read_image
+from kernel.images import image_to_tensor
 from kernel.logs import log, progress
 from kernel.members import Member
 from training.augmentation import Pair
@@ -18,7 +18,7 @@ from training.batches import Batches
 from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
-from training.strips import Strips
+from training.strips import Strips, read_each
 from training.teacher import presence_probabilities, read_teacher
 
 PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last
@@ -113,12 +113,8 @@ def taught_features(module: MemberModule, teacher: Member, strips: Strips) -> tu
         ValueError: no image can be read; of others it is logged.
     """
     pooled, gates = [], []
-    for name in progress(strips.names, "taught gates", "strip"):
-        try:
-            image = read_image(strips.folder / name, strips.competition)
-        except (ValueError, OSError) as error:
-            log.warning("left out: %s", one_line(error))
-            continue
+    paths = [strips.folder / name for name in strips.names]
+    for image in read_each(progress(paths, "taught gates", "strip"), strips.competition):
         images = image_to_tensor(image, module.mean.device)
         pooled.append(pool(module, images))
         gates.append(presence_probabilities(teacher, images))
@@ -132,7 +128,7 @@ def refit_presence(
     pooled: Tensor,
     present: Tensor,
     present_weight: float = PRESENT_WEIGHT,
-    tether: float = L2_SP_WEIGHT,
+    l2_sp_weight: float = L2_SP_WEIGHT,
 ) -> None:
     """Fit the presence head anew: logistic regression, tethered to the weights that it has.
 
@@ -147,17 +143,17 @@ def refit_presence(
     trained, spread = layer.weight.detach().clone(), pooled.std(dim=0, correction=0)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
     weight = pooled.new_tensor(present_weight)
-    told = present.amin(dim=0) < present.amax(dim=0)  # (classes,)
-    if not bool(told.all()):
-        labels = (torch.nonzero(~told).flatten() + 1).tolist()
+    varies = present.amin(dim=0) < present.amax(dim=0)  # (classes,)
+    if not bool(varies.all()):
+        labels = (torch.nonzero(~varies).flatten() + 1).tolist()
         log.warning("gates of class %s stay: the last fit's strips all have it, or none", labels)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         asked = F.binary_cross_entropy_with_logits(
-            layer(pooled), present, told.to(pooled), pos_weight=weight
+            layer(pooled), present, varies.to(pooled), pos_weight=weight
         )
-        total = asked + tether * ((layer.weight - trained) * spread).square().sum()
+        total = asked + l2_sp_weight * ((layer.weight - trained) * spread).square().sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
@@ -190,7 +186,7 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
             curves[label] += torch.from_numpy(dice_of(both.cpu().numpy(), sizes.cpu().numpy()))
             counts[label] += 1
     best = curves.argmax(dim=1)
-    levels = torch.where(curves.amax(dim=1) > 0, LOGIT_GRID[best], config.level)
+    levels = torch.where(curves.amax(dim=1) > 0, LOGIT_GRID[best], config.mask_level)
     return levels, curves.amax(dim=1) / counts.clamp_min(1)
 
 
@@ -206,7 +202,7 @@ def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
     head = module.network.segmentation_head.modules()
     bias = [m for m in head if isinstance(m, nn.Conv2d)][-1].bias
     assert bias is not None  # SMP's heads have one
-    bias.data += (module.config.level - levels).to(bias)
+    bias.data += (module.config.mask_level - levels).to(bias)
 
 
 def refit_heads(module: MemberModule, pairs: Pairs, present_weight: float = PRESENT_WEIGHT) -> None:

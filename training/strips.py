@@ -1,11 +1,14 @@
 """Strips: the images of a folder with their ground truth."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.images import check_kinds, read_image, size_of
+from kernel.faults import one_line
+from kernel.images import Image, check_kinds, read_image, size_of
+from kernel.logs import log
 from kernel.mounts import list_images, no_images, one_folder
 from training.augmentation import Pair
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
@@ -65,6 +68,15 @@ def image_names(folder: Path) -> list[str]:
     if not names:
         raise ValueError(no_images(folder))
     return names
+
+
+def read_each(paths: Iterable[Path], competition: Competition = SEVERSTAL) -> Iterator[Image]:
+    """Yield the images that can be read; log the others."""
+    for path in paths:
+        try:
+            yield read_image(path, competition)
+        except (ValueError, OSError) as error:
+            log.warning("left out: %s", one_line(error))
 
 
 def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:

@@ -115,7 +115,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     about = "a further folder like it and the share of the draws that come from it; never held out"
     add("--extra", type=parse_extra, nargs="+", default=[], metavar="FOLDER=SHARE", help=about)
-    about = "folder of strips without truth, for the batch-norm statistics"
+    about = "folder of strips without truth, for the batch-norm statistics and --taught-gates"
     add("--unlabelled", type=Path, help=about)
     about = "the fold held out for validation, or none (default 0)"
     add("--fold", type=parse_fold, default=Config.fold, help=about)

@@ -26,7 +26,7 @@ def test_each_part_has_a_cycle_of_its_own_and_no_step_stands_still(config: Confi
 
 
 def test_the_level_is_where_the_kernels_threshold_cuts(config: Config) -> None:
-    cut = 1 / (1 + math.exp(-config.level))
+    cut = 1 / (1 + math.exp(-config.mask_level))
     assert cut == pytest.approx(0.55)  # the competition's recipe
 
 

@@ -161,9 +161,9 @@ def test_the_refitted_masks_are_cut_where_they_score_most(
     assert np.ptp(tried, axis=0).min() > 0.01  # the level matters
     for label, level in enumerate(found.tolist()):
         assert tried[levels.index(level), label] == pytest.approx(tried[:, label].max(), abs=1e-5)
-        assert np.allclose(moved[label], config.level - level, atol=1e-4)
+        assert np.allclose(moved[label], config.mask_level - level, atol=1e-4)
     assert dices.numpy() == pytest.approx(tried.max(axis=0), abs=1e-5)
-    now = dices_at(network, config, strips, [config.level])[0]
+    now = dices_at(network, config, strips, [config.mask_level])[0]
     assert now == pytest.approx(tried.max(axis=0), abs=0.01)
 
 
@@ -172,7 +172,7 @@ def test_a_class_that_no_strip_has_keeps_its_level(
 ) -> None:
     without = replace(strips, names=[n for n in strips.names if 2 not in strips.truth.get(n, {})])
     found, dices = best_logit_thresholds(module_of(network, config), StripPairs(without))
-    assert found[1] == torch.tensor(config.level)
+    assert found[1] == torch.tensor(config.mask_level)
     assert dices[1] == 0
     assert all(found[i] in LOGIT_GRID for i in (0, 2, 3))
 
@@ -185,7 +185,7 @@ def test_a_class_that_no_level_finds_keeps_its_level(
     with torch.no_grad():
         bias[1] = -100
     found, dices = best_logit_thresholds(module, StripPairs(strips))
-    assert found[1] == torch.tensor(config.level)
+    assert found[1] == torch.tensor(config.mask_level)
     assert dices[1] == 0
 
 

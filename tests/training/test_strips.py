@@ -8,7 +8,7 @@ import pytest
 from helpers import CLASSES, LABELS, SMALL, draw_image, save_image
 
 from kernel import images
-from training.strips import Strips, image_names, read_strips
+from training.strips import Strips, image_names, read_each, read_strips
 
 
 def write_data(folder: Path, rows: str, names: tuple[str, ...] = ("a.png", "b.png")) -> Path:
@@ -32,6 +32,19 @@ def test_both_layouts_of_train_csv_give_the_same_strips(
         np.testing.assert_array_equal(masks, other_masks)
         assert (image.shape, masks.shape) == (SMALL, (CLASSES, *SMALL))
         assert masks.any() == (name not in strips.clean())
+
+
+def test_of_some_images_those_that_can_be_read_come_in_their_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [draw_image(seed) for seed in (0, 1)]
+    paths = [tmp_path / name for name in ("a.png", "torn.png", "gone.png", "b.png")]
+    for path, image in zip(paths[::3], images, strict=True):
+        save_image(path, image)
+    paths[1].write_bytes(b"torn")
+    for found, image in zip(read_each(paths), images, strict=True):
+        np.testing.assert_array_equal(found, image)
+    assert [f"left out: {path}: " in caplog.text for path in paths] == [False, True, True, False]
 
 
 def test_a_file_is_looked_through_for_missing_data_once(
