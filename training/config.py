@@ -5,7 +5,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competition import SEVERSTAL
+from kernel.competition import (
+    SEVERSTAL,
+    Competition,
+    add_competition_option,
+    find_competition,
+    with_classes,
+)
 from kernel.manifest import Manifest, MemberSpec
 from kernel.threshold import threshold_logit
 
@@ -145,3 +151,20 @@ def check_config(config: Config) -> None:
     if not all(0 <= share <= 1 for share in shares) or sum(config.extra_shares) >= 1:
         given = f"--moved-share {config.moved_share}, --extra's {list(config.extra_shares)}"
         raise ValueError(f"{given}: each from 0 to 1, --extra's below 1 together")
+
+
+def add_competition_options(parser: argparse._ActionsContainer) -> None:
+    """Add what says how train.csv is to be read."""
+    add_competition_option(parser)
+    about = "how many there are in Severstal's layouts, 1 and so on (default: its 4)"
+    parser.add_argument("--classes", type=int, help=about)
+
+
+def read_competition(args: argparse.Namespace) -> Competition:
+    """Return the competition that these options describe; ValueError for both of them."""
+    competition = find_competition(args.competition)
+    if args.classes is None:
+        return competition
+    if args.competition:
+        raise ValueError(f"--classes {args.classes}: {args.competition} names its classes itself")
+    return with_classes(competition, args.classes)

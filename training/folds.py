@@ -10,9 +10,8 @@ import numpy as np
 from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
 from kernel.command import run_command
-from kernel.competition import Competition, add_competition_option, find_competition, with_classes
 from kernel.rows import csv_line, layouts_of
-from training.config import NO_FOLD, Config
+from training.config import NO_FOLD, Config, add_competition_options, read_competition
 from training.strips import Strips, read_strips
 
 
@@ -41,34 +40,7 @@ def split_folds(strips: Strips, folds: int, fold: int) -> tuple[Strips, Strips]:
     return subset(train), subset(held_out)
 
 
-def check_classes(sources: Sequence[Strips]) -> None:
-    """Raise ValueError where no strip to train on has a class, or none is there at all."""
-    if not any(strips.names for strips in sources):
-        raise ValueError(f"{sources[0].folder}: this fold leaves no strip to train on")
-    for label in range(1, sources[0].classes + 1):
-        if not any(strips.with_class(label) for strips in sources):
-            folder, name = sources[0].folder, sources[0].competition.name_of(label)
-            raise ValueError(f"{folder}: no strip to train on has class {name}; see --classes")
-
-
 # --- command line ---------------------------------------------------------------------------------
-
-
-def add_competition_options(parser: argparse._ActionsContainer) -> None:
-    """Add what says how train.csv is to be read."""
-    add_competition_option(parser)
-    about = "how many there are in Severstal's layouts, 1 and so on (default: its 4)"
-    parser.add_argument("--classes", type=int, help=about)
-
-
-def read_competition(args: argparse.Namespace) -> Competition:
-    """Return the competition that these options describe; ValueError for both of them."""
-    competition = find_competition(args.competition)
-    if args.classes is None:
-        return competition
-    if args.competition:
-        raise ValueError(f"--classes {args.classes}: {args.competition} names its classes itself")
-    return with_classes(competition, args.classes)
 
 
 EXAMPLE = "  python training/folds.py --data severstal --folds 3 --fold 0 --out data/split"

@@ -1,7 +1,7 @@
 """Strips: the images of a folder with their ground truth."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -98,3 +98,13 @@ def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(f"{data}: train.csv names {missing[0]}{others}, which train_images lacks")
     return Strips(folder, names, truth, competition)
+
+
+def check_classes(sources: Sequence[Strips]) -> None:
+    """Raise ValueError where no strip to train on has a class, or none is there at all."""
+    if not any(strips.names for strips in sources):
+        raise ValueError(f"{sources[0].folder}: this fold leaves no strip to train on")
+    for label in range(1, sources[0].classes + 1):
+        if not any(strips.with_class(label) for strips in sources):
+            folder, name = sources[0].folder, sources[0].competition.name_of(label)
+            raise ValueError(f"{folder}: no strip to train on has class {name}; see --classes")

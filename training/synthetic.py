@@ -870,7 +870,7 @@ def read_real_parts(args: argparse.Namespace) -> RealParts:
     return RealParts(outlines, backgrounds, args.background_share)
 
 
-def write_strips(args: argparse.Namespace) -> int:
+def synthesize(args: argparse.Namespace) -> int:
     """Write the strips that the command line asks for."""
     competition = find_competition(args.competition)
     size = args.size or competition.image_size or IMAGE_SIZE
@@ -883,7 +883,7 @@ def write_strips(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    run_command(lambda: write_strips(parse_args(arguments)))
+    run_command(lambda: synthesize(parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -40,14 +40,17 @@ from kernel.logs import log
 from kernel.members import to_channels
 from kernel.mounts import one_folder
 from training.batches import Batches
-from training.config import NO_FOLD, PRECISIONS, Config, check_config, parse_size
-from training.fit import Machine, find_crops, fit_network, fit_within_memory
-from training.folds import (
+from training.config import (
+    NO_FOLD,
+    PRECISIONS,
+    Config,
     add_competition_options,
-    check_classes,
+    check_config,
+    parse_size,
     read_competition,
-    split_folds,
 )
+from training.fit import Machine, find_crops, fit_network, fit_within_memory
+from training.folds import split_folds
 from training.heads import (
     PRESENT_WEIGHT,
     Pairs,
@@ -69,7 +72,7 @@ from training.results import (
     write_scores,
 )
 from training.states import crops_of, describe_experiment, hash_file
-from training.strips import Strips, image_names, read_strips
+from training.strips import Strips, check_classes, image_names, read_strips
 from training.teacher import read_teacher
 
 WEIGHTS = Path(__file__).parents[1] / "weights"

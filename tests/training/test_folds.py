@@ -1,7 +1,6 @@
 """Folds: every class in the same share in each, and the command that writes one out."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from helpers import CLASSES, LABELS, error_of, exit_code
 
 from training import folds
 from training.config import NO_FOLD
-from training.folds import check_classes, split_folds
+from training.folds import split_folds
 from training.strips import Strips, read_strips
 
 
@@ -60,16 +59,6 @@ def test_without_a_fold_every_strip_is_trained_on() -> None:
 def test_fewer_strips_than_folds_are_refused() -> None:
     with pytest.raises(ValueError, match="nowhere: 4 strips for 5 folds"):
         split_folds(many_strips(4), 5, 0)
-
-
-def test_a_class_that_no_source_has_is_refused() -> None:
-    whole = many_strips()
-    three = replace(whole, names=[n for n in whole.names if 2 not in whole.truth[n]])
-    check_classes([three, whole])
-    with pytest.raises(ValueError, match="no strip to train on has class 2; see --classes"):
-        check_classes([three, three])
-    with pytest.raises(ValueError, match="leaves no strip to train on"):
-        check_classes([replace(whole, names=[])])
 
 
 # --- command line ---------------------------------------------------------------------------------

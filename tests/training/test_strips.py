@@ -8,7 +8,7 @@ import pytest
 from helpers import CLASSES, LABELS, SMALL, draw_image, save_image
 
 from kernel import images
-from training.strips import Strips, image_names, read_each, read_strips
+from training.strips import Strips, check_classes, image_names, read_each, read_strips
 
 
 def write_data(folder: Path, rows: str, names: tuple[str, ...] = ("a.png", "b.png")) -> Path:
@@ -119,3 +119,14 @@ def test_another_truth_or_another_file_is_another_fingerprint(tmp_path: Path) ->
     other = read_strips(write_data(tmp_path, "a.png,2,1 3\n")).fingerprint()
     save_image(tmp_path / "train_images" / "b.png", draw_image(7, (60, 96)))
     assert len({first, other, read_strips(tmp_path).fingerprint()}) == 3
+
+
+def test_a_class_that_no_source_has_is_refused() -> None:
+    truth = {f"{label}.jpg": {label: "1 1"} for label in LABELS}
+    whole = Strips(Path("nowhere"), list(truth), truth)
+    three = replace(whole, names=[name for name in whole.names if name != "2.jpg"])
+    check_classes([three, whole])
+    with pytest.raises(ValueError, match="no strip to train on has class 2; see --classes"):
+        check_classes([three, three])
+    with pytest.raises(ValueError, match="leaves no strip to train on"):
+        check_classes([replace(whole, names=[])])
