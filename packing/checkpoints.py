@@ -306,7 +306,12 @@ def _left_out_note(left_out: dict[str, Tensor], chosen: str) -> str:
 
 
 def _add_statistics(weights: Names, networks: dict[str, Names]) -> list[str]:
-    """Give an EMA copy of parameters the statistics of the one network beside it; the note."""
+    """Give an EMA copy of parameters the statistics of the one network beside it; the note.
+
+    One that has some of its own and lacks others is damaged: loading it says so.
+    """
+    if any(name.endswith(("running_mean", "running_var")) for name in weights):
+        return []
     plain = next(iter(networks.values())) if len(networks) == 1 else {}
     lacking = {k: v for k, v in plain.items() if k.endswith(STATISTICS) and k not in weights}
     weights |= lacking

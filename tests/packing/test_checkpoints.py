@@ -285,6 +285,16 @@ def test_parameters_an_ema_copy_lacks_are_not_filled_in(network: nn.Module, tmp_
         load_into_model(read_checkpoint(tmp_path / "member.pt"), MODEL)
 
 
+def test_a_statistic_that_an_ema_copy_lost_is_not_filled_in(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    lost = next(key for key in network.state_dict() if key.endswith("running_var"))
+    shadow = {k: v for k, v in doubled(network.state_dict()).items() if k != lost}
+    torch.save({"model": network.state_dict(), "ema": shadow}, tmp_path / "member.pt")
+    with pytest.raises(ValueError, match=f"lacks {lost}"):
+        load_into_model(read_checkpoint(tmp_path / "member.pt"), MODEL)
+
+
 def test_two_networks_without_an_ema_are_ambiguous(network: nn.Module, tmp_path: Path) -> None:
     weights = network.state_dict()
     torch.save({"teacher": weights, "student": doubled(weights)}, tmp_path / "member.pt")
