@@ -27,6 +27,7 @@ from kernel.ensemble import load_ensemble
 from kernel.images import Image, Strip
 from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
+from kernel.members import hash_file
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler, StripState
 
@@ -71,8 +72,7 @@ def manifest_hash(bundle: Path) -> str:
     whole = hashlib.sha256((bundle / MANIFEST).read_bytes() + competition)
     for spec in load_manifest(bundle).members:
         if not spec.sha256:
-            with (bundle / spec.file).open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+            whole.update(bytes.fromhex(hash_file(bundle / spec.file)))
     return whole.hexdigest()
 
 

@@ -194,14 +194,19 @@ def build_network(model: dict[str, Any]) -> nn.Module:
     return network.eval()
 
 
+def hash_file(path: Path) -> str:
+    """Return a file's sha256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError where a file is missing or not the one that was packed."""
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; the bundle is not whole, build and upload it again"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hash_file(path)
     if expected and found != expected.lower():
         raise ValueError(
             f"{path}: sha256 {found[:12]}…, the manifest says {expected[:12]}…: "

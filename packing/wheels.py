@@ -1,12 +1,12 @@
 """The wheels that a bundle carries: their pins, a cache of them, and pip where that lacks one."""
 
-import hashlib
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from kernel.logs import log
+from kernel.members import hash_file
 from packing.paths import WHEEL_CACHE
 
 # Pure Python that Kaggle's image lacks, or has in another version; the one place of their pins.
@@ -33,14 +33,14 @@ def fetch_wheels(wheels: dict[str, str] = WHEELS, folder: Path = WHEEL_CACHE) ->
         ValueError: neither the cache nor a package registry has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lacking = {name: sha for name, sha in wheels.items() if _sha256_of(folder / name) != sha}
+    lacking = {
+        name: sha
+        for name, sha in wheels.items()
+        if not (folder / name).is_file() or hash_file(folder / name) != sha
+    }
     if lacking:
         _download(lacking, folder)
     return [folder / name for name in wheels]
-
-
-def _sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _download(wheels: dict[str, str], folder: Path) -> None:

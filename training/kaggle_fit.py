@@ -26,12 +26,12 @@ from kernel.faults import one_line
 from kernel.images import read_image, size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
+from kernel.members import hash_file
 from kernel.mounts import find_one, folders_with
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.json_files import write_json
 from training.results import SCORES, read_entry
-from training.states import hash_file
 from training.strips import image_names
 
 RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by

@@ -1,7 +1,6 @@
 """Saved states: what a killed run goes on from, and what must not be mixed up."""
 
 import contextlib
-import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from kernel.members import hash_file
 from training.config import Config
 
 EXPERIMENT = "experiment"  # the state's entry that names what it is a state of
@@ -42,12 +42,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             free = shutil.disk_usage(path.parent).free >> 20
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path}: not saved, {free} MB free, {kept}: {reason}") from error
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's sha256, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_experiment(config: Config, data: str, start_from: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
 from kernel.images import image_to_tensor, read_image
 from kernel.logs import log
-from kernel.members import to_channels
+from kernel.members import hash_file, to_channels
 from kernel.mounts import one_folder
 from training.batches import Batches
 from training.config import (
@@ -71,7 +71,7 @@ from training.results import (
     write_checkpoint,
     write_scores,
 )
-from training.states import crops_of, describe_experiment, hash_file
+from training.states import crops_of, describe_experiment
 from training.strips import Strips, check_classes, image_names, read_strips
 from training.teacher import read_teacher
 
