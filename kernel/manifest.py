@@ -226,15 +226,19 @@ def _check_normalisation(member: MemberSpec, bits: int) -> None:
             raise ValueError(
                 f"{name} {short(values)} for {channels} channels, expected 1 or 3 numbers"
             )
-    _check_range(member, 2**bits - 1)
+    _check_range(member, bits)
     if min(member.mean) < 0 or min(member.std) <= 0:
         raise ValueError(
             f"mean {member.mean}, std {member.std}: expected a mean from 0, a std above 0"
         )
 
 
-def _check_range(member: MemberSpec, most: int) -> None:
-    """Both of 0-`most` are told at once: a std of 1 would pass beside a mean that was divided."""
+def _check_range(member: MemberSpec, bits: int) -> None:
+    """Both of 0-255, or of 16 bits, are told at once: a std of 1 would pass beside a divided mean.
+
+    Numbers of 0-255 are that of 16-bit images too: the network began with ImageNet's.
+    """
+    most = 255 if max(member.mean + member.std) <= 255 else 2**bits - 1
     said = {"mean": member.mean, "std": member.std}
     if max(member.mean) <= 1 or max(member.std) < 1:
         said = {name: values for name, values in said.items() if max(values) > 1}

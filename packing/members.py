@@ -187,12 +187,23 @@ def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path
     return replace(spec, sha256=hashlib.sha256(data).hexdigest())
 
 
+def _check_statistics(network: nn.Module, path: Path) -> None:
+    """Refuse batch norm without running statistics: a mask would depend on the batch's others."""
+    for name, norm in network.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is None:
+            raise ValueError(
+                f"{path}: {name} is batch norm without running statistics, so a strip's masks "
+                "depend on the strips beside it: train it with track_running_stats"
+            )
+
+
 def _pack(
     source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
 ) -> PackedMember:
     channels, checkpoint = manifest.competition.channels, read_checkpoint(source)
     _check_source(source, checkpoint, spec, manifest.competition.bits)
     network = load_into_model(checkpoint, spec.model)
+    _check_statistics(network, checkpoint.path)
     spec = _write_member(folder, spec, network, checkpoint.path)
     member = load_member(folder, spec, torch.device("cpu"))
     check_probabilities(member, manifest, checkpoint.path)

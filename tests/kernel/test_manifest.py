@@ -365,11 +365,15 @@ def test_a_member_of_other_outputs_says_which_are_the_classes(tmp_path: Path) ->
     assert (found.channels, found.image_size) == ([1, 2, 3, 4], (128, 800))
 
 
-def test_a_mean_of_16_bits_is_to_be_divided_by_what_they_hold(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mean", "std", "white"), [(13_107, 655.35, 65_535), (51, 2.55, 255)])
+def test_a_mean_beside_16_bits_is_to_be_divided_by_what_it_is_of(
+    mean: float, std: float, white: int, tmp_path: Path
+) -> None:
+    """ImageNet's stays of 0-255, whatever the images hold."""
     (tmp_path / "competition.json").write_text('{"slug": "mine", "bits": 16}')
-    deep = member(mean=[13_107], std=[655.35])
+    deep = member(mean=[mean], std=[std])
     (tmp_path / "ensemble.json").write_text(json.dumps({"members": [deep]}))
-    with pytest.raises(ValueError, match=r"divide by 65535, mean \[0\.2\], std \[0\.01\]"):
+    with pytest.raises(ValueError, match=rf"divide by {white}, mean \[0\.2\], std \[0\.01\]"):
         load_manifest(tmp_path)
 
 

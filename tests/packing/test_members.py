@@ -42,6 +42,14 @@ def test_statistics_of_batch_norm_that_fp16_cannot_hold_stay_in_fp32(tmp_path: P
     assert [key for key, value in halves.items() if value.dtype == torch.float32] == [name]
 
 
+def test_batch_norm_without_running_statistics_is_refused(tmp_path: Path) -> None:
+    norm = {"type": "batchnorm", "track_running_stats": False}
+    model = tiny_model() | {"decoder_use_norm": norm}
+    save_file(random_network(model, seed=3).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors: decoder.* without running statistics"):
+        pack(tmp_path, tiny_entry("a", model))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"m\.pt: a holds NaN or infinite"):
