@@ -25,7 +25,7 @@ from kernel.images import Image
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.members import check_sha256
-from kernel.mounts import read_sample
+from kernel.task import read_sample
 
 FIRST_IMAGES = 100  # that are tried for one that can be read
 

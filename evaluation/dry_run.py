@@ -41,8 +41,9 @@ from kernel.competition import Competition, add_competition_option, find_competi
 from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder, read_sample
+from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder
 from kernel.rows import read_rows
+from kernel.task import read_sample
 from kernel.validator import check_submission
 from training import synthetic
 from training.ground_truth import Truth, check_names, decode_masks, read_truth

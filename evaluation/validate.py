@@ -6,8 +6,9 @@ from pathlib import Path
 
 from kernel.command import run_command
 from kernel.competition import add_competition_option, find_competition
-from kernel.mounts import check_instances, one_folder, read_sample
+from kernel.mounts import one_folder
 from kernel.rows import read_rows
+from kernel.task import check_instances, read_sample
 from kernel.validator import check_submission
 
 EXAMPLE = "  python evaluation/validate.py submission.csv --sample sample_submission.csv"

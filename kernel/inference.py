@@ -24,9 +24,10 @@ from kernel.faults import one_line
 from kernel.images import check_kinds
 from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, Options, Task, find_one, find_task, unpack_images
+from kernel.mounts import SAMPLE, find_one
 from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import Submission, replace_file
+from kernel.task import Options, Task, find_task, unpack_images
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers

@@ -20,10 +20,10 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip, decode_strip, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
-from kernel.mounts import Options, Task
 from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.scheduling import TOO_LATE, Scheduler, StripState
+from kernel.task import Options, Task
 from kernel.tta import Pass
 from kernel.watchdog import margin_s
 

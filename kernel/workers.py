@@ -17,10 +17,10 @@ from kernel.checks import read_json
 from kernel.command import BAD_INPUT
 from kernel.faults import one_line
 from kernel.logs import Stages, log
-from kernel.mounts import Task
 from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
 from kernel.scheduling import TOO_LATE
+from kernel.task import Task
 from kernel.tta import Half, Pass
 from kernel.watchdog import margin_s
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from kernel.competition import Competition, check_competition
 from kernel.images import is_coloured
-from kernel.mounts import check_instances, list_images, no_images
+from kernel.mounts import list_images, no_images
 from kernel.rows import no_csv_fault, read_lines, read_rows
+from kernel.task import check_instances
 
 SEPARATORS = "_-/|: "
 MASKS = ("rle", "mask", "pixel", "predict", "segment", "encod")  # in a mask column's name

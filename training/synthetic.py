@@ -28,9 +28,10 @@ from kernel.competition import (
 )
 from kernel.images import read_image
 from kernel.logs import progress
-from kernel.mounts import expand_rows, list_images
+from kernel.mounts import list_images
 from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import LAYOUTS, Layout, layouts_of, write_submission
+from kernel.task import expand_rows
 from training.config import parse_size
 from training.ground_truth import read_truth
 

@@ -15,7 +15,8 @@ from cluster.images import find_images as find_set
 from evaluation import dry_run, score, validate
 from kernel.competition import SEVERSTAL, Competition, find_competition
 from kernel.inference import main, run
-from kernel.mounts import SAMPLE, Options, find_task, one_folder
+from kernel.mounts import SAMPLE, one_folder
+from kernel.task import Options, find_task
 from packing.bundle import build
 from training.strips import read_strips
 

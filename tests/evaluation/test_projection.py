@@ -32,10 +32,10 @@ from kernel.images import Size
 from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest
-from kernel.mounts import Options, Task
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.scheduling import TOO_LATE
+from kernel.task import Options, Task
 from kernel.tta import Half, Pass
 from kernel.workers import start_worker
 

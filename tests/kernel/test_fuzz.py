@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from kernel.images import read_image
 from kernel.manifest import load_manifest
-from kernel.mounts import read_sample
 from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import LAYOUTS, read_rows, write_submission
+from kernel.task import read_sample
 from kernel.tta import FLIPS
 
 CASES = settings(

@@ -12,7 +12,8 @@ from helpers import read_submission
 from kernel.competition import SEVERSTAL, Competition
 from kernel.inference import run
 from kernel.manifest import MANIFEST
-from kernel.mounts import SAMPLE, Options, Task, find_one, find_task, unpack_images
+from kernel.mounts import SAMPLE, find_one
+from kernel.task import Options, Task, find_task, unpack_images
 
 DATASET = "somebody/severstal-steel-ensemble"
 COMPETITION = "severstal-steel-defect-detection"

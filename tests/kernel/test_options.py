@@ -14,9 +14,10 @@ import torch
 from helpers import predict, read_submission, run_script, save_strips, write_sample
 
 from kernel import inference, workers
-from kernel.mounts import Options, find_one, find_task, list_images
+from kernel.mounts import find_one, list_images
 from kernel.rows import LAYOUTS, Submission
 from kernel.scheduling import Scheduler, StripState
+from kernel.task import Options, find_task
 
 
 @pytest.fixture

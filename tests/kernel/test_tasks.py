@@ -6,8 +6,9 @@ import pytest
 from helpers import LABELS, write_sample
 
 from kernel.competition import Competition
-from kernel.mounts import SAMPLE, Options, Task, find_images, find_one, find_task, read_sample
+from kernel.mounts import SAMPLE, find_images, find_one
 from kernel.rows import LAYOUTS
+from kernel.task import Options, Task, find_task, read_sample
 
 # --- the sample's rows ----------------------------------------------------------------------------
 

@@ -23,9 +23,9 @@ from pycocotools import mask as coco
 from kernel import inference
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask
-from kernel.mounts import Task
 from kernel.rle import decode_rle
 from kernel.rows import LAYOUTS, SPREADSHEET_CELL, read_rows
+from kernel.task import Task
 from kernel.validator import (
     Findings,
     MaskStats,

@@ -21,9 +21,10 @@ from kernel.deadline import Deadline
 from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest
-from kernel.mounts import SAMPLE, Options, Task
+from kernel.mounts import SAMPLE
 from kernel.predict import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission, read_rows
+from kernel.task import Options, Task
 from kernel.watchdog import margin_s
 from kernel.workers import Round, Worker, predict_by_workers, run_workers, start_worker
 

@@ -23,7 +23,8 @@ from kaggle_stub import Kaggle, run_client, run_with_client, serve
 
 from evaluation.dry_run import network_denial
 from kernel.manifest import load_manifest
-from kernel.mounts import SAMPLE, read_sample
+from kernel.mounts import SAMPLE
+from kernel.task import read_sample
 from kernel.validator import check_submission
 from packing.metadata import check_dataset, check_kernel, find_owner, read_metadata, slugify
 from packing.paths import KERNEL_METADATA

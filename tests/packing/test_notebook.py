@@ -26,7 +26,8 @@ from helpers import (
 from kaggle_stub import run_client, serve
 
 from kernel.competition import find_competition
-from kernel.mounts import SAMPLE, read_sample
+from kernel.mounts import SAMPLE
+from kernel.task import read_sample
 from kernel.validator import check_submission
 from packing.bundle import build, write_json
 from packing.joining import GUARD, join_modules

@@ -1,0 +1,157 @@
+"""The task: the options of a run, the images to predict and the rows to write."""
+
+from collections import Counter
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kernel.competition import SEVERSTAL, Competition
+from kernel.logs import log
+from kernel.mounts import (
+    find_images,
+    find_sample,
+    list_images,
+    list_zip,
+    no_images,
+    one_folder,
+    unzip,
+)
+from kernel.rows import Layout, Row, layouts_of, read_rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; its defaults are what runs on Kaggle."""
+
+    input: Path = Path("/kaggle/input")
+    bundle: Path | None = None
+    images: Path | None = None
+    sample: Path | None = None
+    output: Path = Path("submission.csv")
+    layout: str | None = None
+    batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
+    early_exit: bool = True
+    streams: int = 1  # strips at once on a CPU, in threads that share its cores
+    workers: int = 0  # processes; 0 is one a GPU
+    worker: bool = False  # one of several processes, for rows of its own
+    budget_s: float | None = None  # from the start of `run`; None: the competition's limit
+    strict: bool = False  # a strip that failed is an error
+    allow_missing_members: bool = False
+    report: Path | None = None  # None is run.json beside the output
+
+    @property
+    def record(self) -> Path:
+        """Where the run record goes."""
+        return self.report or self.output.with_name("run.json")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The images to predict and the rows to write."""
+
+    images: Path  # a folder, or a zip for `unpack_images`
+    layout: Layout
+    pairs: list[tuple[str, int]]  # (image, class) of every row, in order
+
+    @property
+    def names(self) -> list[str]:
+        """Every image once, in the order of its first row."""
+        return list(dict.fromkeys(name for name, _ in self.pairs))
+
+    def shard(self, index: int, count: int) -> "Task":
+        """The rows of every `count`-th image from `index`, from 0."""
+        names = set(self.names[index::count])
+        return replace(self, pairs=[pair for pair in self.pairs if pair[0] in names])
+
+    def without(self, names: Set[str]) -> "Task":
+        """The rows of all other images."""
+        return replace(self, pairs=[pair for pair in self.pairs if pair[0] not in names])
+
+
+def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
+    """Return (image, class) pairs in order, each once; class 0 stands for all classes."""
+    spread = ((n, c) for n, label in rows for c in ([label] if label else range(1, classes + 1)))
+    return list(dict.fromkeys(spread))
+
+
+def choose_layout(competition: Competition, name: str | None) -> Layout | None:
+    """Return the layout that was asked for by name; ValueError where there is none of it."""
+    layouts = layouts_of(competition)
+    if name is not None and name not in layouts:
+        raise ValueError(f"--layout {name!r}: {competition.slug} has {', '.join(layouts)}")
+    return layouts[name] if name else None
+
+
+def read_sample(
+    sample: Path, layout: str | None = None, competition: Competition = SEVERSTAL
+) -> tuple[Layout, list[tuple[str, int]]]:
+    """Read a sample's layout and (image, class) pairs."""
+    asked = choose_layout(competition, layout)
+    found, rows = read_rows(sample, competition=competition)
+    pairs = [(name, label) for name, label, _ in rows]
+    try:
+        check_instances(sample, rows, competition)
+    except ValueError as error:  # every row is written all the same
+        log.warning("%s; each is written once", error)
+    return asked or found, expand_rows(pairs, len(competition.classes))
+
+
+def check_instances(sample: Path, rows: Iterable[Row], competition: Competition) -> None:
+    """Raise ValueError for a sample with several rows of an image and class."""
+    counts = Counter((name, label) for name, label, _ in rows)
+    several = [pair for pair, times in counts.items() if times > 1]
+    if several:
+        (name, label), more = several[0], len(several) - 1
+        others = f", and {more} others have several" if more else ""
+        raise ValueError(
+            f"{sample}: {name} has {counts[several[0]]} rows of class {competition.name_of(label)}"
+            f"{others}: it scores instances, or is no sample; this pipeline writes one mask of "
+            "each class"
+        )
+
+
+def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
+    """Return the sample's rows, or, where only `--images` is given, every image of that folder.
+
+    A sample that names no image is one that is filled in for the scored run only; its task is
+    empty.
+
+    Raises:
+        ValueError: nothing to predict is found, or a row names a class the members do not know.
+    """
+    images, sample = options.images, options.sample
+    if images and not images.is_dir():
+        raise ValueError(f"{images}: no such folder of images")
+    images = images and one_folder(images, competition)
+    if images and not sample:
+        layout = choose_layout(competition, options.layout)
+        layouts = list(layouts_of(competition).values())
+        # the sample's; Severstal's is that of 2019, as it has been from the first version on
+        layout = layout or layouts[0 if competition.slug == SEVERSTAL.slug else -1]
+        names = [name for name in list_images(images) if name.endswith(competition.suffix)]
+        pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
+        task = Task(images, layout, pairs)
+    else:
+        sample = sample or find_sample(options.input, competition)
+        layout, pairs = read_sample(sample, options.layout, competition)
+        known = {name for name, _ in pairs}
+        if not known:
+            log.warning("%s: names no image: the submission is its header alone", sample)
+            return Task(images or sample.parent, layout, [])
+        task = Task(images or find_images(sample, known, options.input, competition), layout, pairs)
+    if not task.pairs:
+        raise ValueError(no_images(task.images, competition.suffix))
+    there = list_images(task.images) if task.images.is_dir() else []
+    others = set(there) - set(task.names)
+    if others and not options.worker:  # they are other workers'
+        log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))
+    return task
+
+
+def unpack_images(task: Task, competition: Competition) -> Task:
+    """Return a task whose images lie in a folder: those of a zip are unpacked."""
+    if task.images.is_dir():
+        return task
+    return replace(
+        task, images=unzip(task.images, list_zip(task.images, set(task.names), competition))
+    )
