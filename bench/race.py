@@ -406,7 +406,7 @@ def race(runners: list[Candidate], paths: list[Path], rounds: int) -> dict[str, 
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in runners}
     found: dict[str, dict[str, Masks]] = {}
     for candidate in runners:
-        candidate.run(paths[:1])  # compiled and warm
+        candidate.run(paths[:2])  # compiled and warm: a clean strip, and one that is not
     bar = progress(range(rounds * len(runners)), "race", "turn")
     for _ in range(rounds):
         for candidate in runners:

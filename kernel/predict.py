@@ -100,6 +100,8 @@ class Outcome:
 
     def add(self, other: "Outcome") -> None:
         """Add what became of other images."""
+        if not self.work:  # the first that did any, whatever took leftovers
+            self.device = other.device or self.device
         self.passes += [each for each in other.passes if each not in self.passes]
         number = {i: self.passes.index(each) for i, each in enumerate(other.passes)}
         for image, work in other.work.items():
@@ -109,7 +111,6 @@ class Outcome:
         self.failed |= other.failed
         self.dropped += other.dropped
         self.strip_s |= other.strip_s
-        self.device = self.device or other.device  # the machine's, whatever took leftovers
         self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
 
 
