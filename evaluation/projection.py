@@ -367,9 +367,16 @@ def keep_rate(bundle: Path, path: Path) -> str:
     Return the machine's name, by which the report judges from then on.
 
     Raises:
-        ValueError: the file is no run.json, or no strip was predicted in that run.
+        ValueError: the file is no run.json, or not of a whole run in which strips were predicted.
     """
-    run = parse_run_record(read_json(path), path)
+    record = read_json(path)
+    run = parse_run_record(record, path)
+    known_strips = len(record["work"]) + len(record["faults"])
+    if known_strips < run.strips:
+        raise ValueError(
+            f"{path}: of {run.strips - known_strips} of {run.strips} strips it does not say what "
+            "ran, for a worker died, so it has no rate; give another run's"
+        )
     if not run.counts.any():
         raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks

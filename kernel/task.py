@@ -60,7 +60,10 @@ class Task:
 
     def shard(self, index: int, count: int) -> "Task":
         """The rows of every `count`-th image from `index`, from 0."""
-        names = set(self.names[index::count])
+        return self.only(set(self.names[index::count]))
+
+    def only(self, names: Set[str]) -> "Task":
+        """The rows of these images."""
         return replace(self, pairs=[pair for pair in self.pairs if pair[0] in names])
 
     def without(self, names: Set[str]) -> "Task":

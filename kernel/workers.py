@@ -46,6 +46,7 @@ class Worker:
     process: subprocess.Popen[bytes]
     follows: bool = False  # on one that crashed
     seen: bool = False  # when it had crashed
+    by_itself: bool = False  # ended, and was not told to
     taken_ns: int = 0  # when the csv was written that was taken over last
 
     @property
@@ -78,6 +79,11 @@ class Worker:
         if not path.is_file():
             return ""
         return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+    def begun(self) -> set[str]:
+        """The images that it began: all up to the last."""
+        names, last = self.task.names, self.last_image()
+        return set(names[: names.index(last) + 1]) if last in names else set()
 
     def end(self, patience_s: float) -> None:
         """Wait for its end; kill it if it hears no signal."""
@@ -169,7 +175,9 @@ class Round:
     outcome: Outcome = field(default_factory=Outcome)
     codes: dict[int, int] = field(default_factory=dict)  # number → exit code, of those that died
     last: str = ""  # the image that the first of these was at
+    suspects: set[str] = field(default_factory=set)  # what those that crashed had begun
     gpus: set[str] = field(default_factory=set)  # on which something was done
+    lost: set[str] = field(default_factory=set)  # on which the last worker died by itself
 
 
 def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
@@ -197,11 +205,14 @@ def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -
                         break
                     running = running or len(workers) > started
         finally:  # interrupted: no worker outlives this process, and its finished rows stay
-            workers.sort(key=lambda worker: not worker.ended)  # those that ended by themselves
+            for worker in workers:
+                worker.by_itself = worker.ended
+            workers.sort(key=lambda worker: not worker.by_itself)
             for worker in workers:
                 worker.process.terminate()
             for worker in workers:
                 worker.end(min(ENDING_S, max(run.until_watchdog_s() / 2, 1.0)))
+                worker.taken_ns = 0  # a clock may tick too slowly for two saves
             _collect(workers, run.submission)
         return _read_round(run, workers, 1 / count)
 
@@ -235,7 +246,7 @@ def _follow_crashed(
     return True
 
 
-def _read_round(run: RunContext, workers: Iterable[Worker], share: float) -> Round:
+def _read_round(run: RunContext, workers: Sequence[Worker], share: float) -> Round:
     """Read what workers recorded, each for its `share` of the time."""
     found = Round()
     for worker in workers:
@@ -248,6 +259,11 @@ def _read_round(run: RunContext, workers: Iterable[Worker], share: float) -> Rou
             found.last = found.last or worker.last_image()
         if not run.submission.done.isdisjoint(worker.task.names):
             found.gpus.add(worker.gpu)
+        if worker.seen:
+            found.suspects |= worker.begun() - run.submission.done
+    final = {worker.number: worker for worker in sorted(workers, key=lambda each: each.follows)}
+    died = (final[number] for number in found.codes)
+    found.lost = {worker.gpu for worker in died if worker.by_itself}
     return found
 
 
@@ -255,27 +271,29 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
-    that leaves runs on the GPUs that work, and then in one worker on the CPU: the image at which
-    that dies is left out, and the others go on on the GPUs. What killed a worker would end the run,
-    so images run in this process only where every worker refused its input: then it says why.
+    that leaves runs on the other GPUs. Where those crash too a worker on the CPU runs what all had
+    begun: the image at which it dies is left out, and the GPUs go on. What killed a worker would
+    end the run, so images run in this process only where every worker refused its input: then it
+    says why.
     """
     outcome, rest, died, in_vain = Outcome(), task, "", 0
-    every, working = gpus_of(count), set[str]()
-    gpus = every
+    suspects, working, lost = set[str](), set[str](), set[str]()
+    gpus = every = gpus_of(count)
     for attempt in itertools.count():
         done, shared = len(run.submission.done), bool(gpus)
-        gpus = gpus[: len(rest.names)] or [""]
+        given = rest if shared or not suspects else rest.only(suspects)
+        gpus = gpus[: len(given.names)] or [""]
         try:
-            found = run_workers(run, rest, gpus, again=attempt == 0)
+            found = run_workers(run, given, gpus, again=attempt == 0)
         except OSError as error:
             if not run.submission.done:
                 raise
             died = f"the workers cannot run: {one_line(error)}"
             rest = task.without(run.submission.done | outcome.faults.keys())
             break
-        in_vain = 0 if len(run.submission.done) > done else in_vain + (not shared)
+        grew = len(run.submission.done) > done
+        in_vain = 0 if grew else in_vain + bool(found.codes and not shared)
         outcome.add(found.outcome)
-        working |= found.gpus
         if found.codes:
             number, code = next(iter(found.codes.items()))
             died = f"worker {number} of {len(gpus)} ended with exit code {code}"
@@ -288,11 +306,16 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
             if not shared and found.last and found.last not in run.submission.done:
                 outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
-        stuck = in_vain == MOST_IN_VAIN or (not shared and not found.last)
-        if not found.codes or not rest.names or run.deadline().over or stuck:
+        stuck = in_vain == MOST_IN_VAIN or (not shared and found.codes and not found.last)
+        if not rest.names or (shared and not found.codes) or run.deadline().over or stuck:
             break
-        on_cpu = shared and attempt > 0
-        gpus = [] if on_cpu else [gpu for gpu in every if gpu in working]
+        working, lost = working | found.gpus, lost | found.lost
+        if shared:
+            suspects = found.suspects & set(rest.names)
+            gpus = [gpu for gpu in gpus if gpu not in found.lost]
+        else:  # what crashes the GPUs is found, or did not crash the CPU
+            suspects = set()
+            gpus = [gpu for gpu in every if gpu not in lost - working]
         log.warning("%d images are left, and run in another", len(rest.names))
     outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

@@ -171,6 +171,12 @@ def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
     assert found["P100"] == pytest.approx(8 + STRIPS * 0.5 / 4 + added, abs=1e-9)
 
 
+def test_a_run_of_which_a_worker_s_record_is_missing_has_no_rate(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(run_json(strips=6)))
+    with pytest.raises(ValueError, match=r"run\.json: of 2 of 6 strips it does not say what ran"):
+        keep_rate(tmp_path, tmp_path / "run.json")
+
+
 def test_a_rate_is_that_of_what_ran(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run_json(**TRUNCATED, device="cuda")))
     keep_rate(tmp_path, tmp_path / "run.json")

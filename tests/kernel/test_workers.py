@@ -198,8 +198,8 @@ def test_an_image_that_kills_every_process_costs_its_own_rows(
     assert record["faults"].keys() == {killer, "3.png"}
     assert record["faults"][killer] == "worker 1 of 1 ended with exit code -6"
     if place == "networks":
-        # at first, in the one that follows, on the GPU of the other, and on the CPU
-        assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | {killer: 4}
+        # at first, in the one that follows, and alone
+        assert Counter(admitted.read_text().split()) == dict.fromkeys(NAMES, 1) | {killer: 3}
     expected = read_submission_of(alone[0], tmp_path / "alone.csv")
     assert any(rle for (name, _), rle in expected.items() if name == killer)
     expected |= {pair: "" for pair in expected if pair[0] == killer}
@@ -366,28 +366,66 @@ DIES = Round(Outcome(), {1: -11})
 @pytest.mark.parametrize(
     ("last", "working", "rounds"),
     [
-        ("", [], [["0", "1"], [""]]),
-        ("", ["1"], [["0", "1"], ["1"], [""]]),
-        ("4.png", [], [["0", "1"], [""], [""], [""]]),
-        ("4.png", ["1"], [["0", "1"], ["1"], [""], ["1"], [""], ["1"], [""]]),
+        ("", "", [["0", "1"], ["1"], [""]]),
+        ("4.png", "", [["0", "1"], ["1"], [""], [""], [""]]),
+        ("4.png", "1", [["0", "1"], ["1"], [""], ["1"], [""], ["1"], [""]]),
     ],
-    ids=["before the first image", "on one GPU", "each time", "each time but on one GPU"],
+    ids=["before the first image", "each time", "each time, and one GPU has done an image"],
 )
 def test_workers_that_give_nothing_are_not_started_for_ever(
     last: str,
-    working: list[str],
+    working: str,
     rounds: list[list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On all GPUs, on those that work, then on the CPU."""
+    """On all GPUs, on those that are not lost, then on the CPU."""
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     submission.done.add("4.png")
-    dies = replace(DIES, last=last, gpus=set(working))
-    outcome, calls = rounds_of([dies], submission, monkeypatch)
+    first = replace(DIES, last=last, gpus=set(working), lost={"0"})
+    given = [first, replace(first, lost={"1"})]
+    outcome, calls = rounds_of(given, submission, monkeypatch)
     assert calls == rounds
     reason = "worker 1 of 1 ended with exit code -11"
     assert outcome.faults == dict.fromkeys(NAMES[:4], reason)
+
+
+@pytest.mark.parametrize(
+    ("killers", "expected"),
+    [
+        ({"0": NAMES, "1": []}, [("01", NAMES), ("1", NAMES[1:])]),  # a GPU that breaks each time
+        (
+            {"0": ["2.png"], "1": ["2.png"]},  # an image that kills on GPUs alone
+            [("01", NAMES), ("1", NAMES[1:]), ("", ["2.png"]), ("01", NAMES[3:])],
+        ),
+    ],
+)
+def test_what_a_gpu_leaves_runs_on_the_others_and_only_suspects_on_the_cpu(
+    killers: dict[str, list[str]],
+    expected: list[tuple[str, list[str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of workers that do one image before the round in which one crashes ends."""
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    calls = list[tuple[str, list[str]]]()
+
+    def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
+        calls.append(("".join(gpus), task.names))
+        dies = {gpu: name for gpu in gpus for name in task.names if name in killers.get(gpu, [])}
+        if not dies:
+            submission.done.update(task.names)
+            return Round(gpus=set(gpus))
+        gpu, killer = next(iter(dies.items()))
+        submission.done.update(task.names[: min(task.names.index(killer), 1)])
+        return Round(codes={1: 3}, suspects={killer}, gpus=set("01"), lost={gpu})
+
+    monkeypatch.setattr("kernel.workers.run_workers", run_workers)
+    monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
+    task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
+    run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
+    assert not predict_by_workers(run, task, 2).faults
+    assert calls == expected and submission.done == set(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -654,6 +692,7 @@ def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
         output = Path(command[command.index("--output") + 1])
         starts.append(output.name)
         if output.name != "2.csv":
+            output.with_suffix(".last").write_text("a.jpg", encoding="utf-8")
             return popen([sys.executable, "-c", "import os; os.abort()"])
         worker = popen([sys.executable, "-c", WORKS, str(output)])
         while not output.exists():
@@ -671,3 +710,4 @@ def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
     assert starts == ["1.csv", "2.csv", "1-again.csv"]
     assert next(iter(found.codes.items())) == (1, -6) and found.codes[2] == -15
     assert found.gpus == {"1"} and submission.done == {"b.jpg"}
+    assert found.lost == {"0"} and found.suspects == {"a.jpg"}
