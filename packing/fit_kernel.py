@@ -98,6 +98,13 @@ def _literal(text: str) -> str:
         return repr(text)
 
 
+def _split_line(line: str) -> list[str]:
+    """A line's words as `training/fit_members.py` reads them."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.escape = True, ""
+    return list(words)
+
+
 def read_members(path: Path) -> str:
     """Return a list of members, a line each; its options are checked where they are read.
 
@@ -107,10 +114,7 @@ def read_members(path: Path) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        lines = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
-        for line in text.splitlines():
-            if "\\" in line and shlex.split(line, comments=True):
-                raise ValueError(f"write paths with /, not with a backslash: {line.strip()}")
+        lines = [words for line in text.splitlines() if (words := _split_line(line))]
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--name")
         for option in PATHS:

@@ -327,12 +327,14 @@ def check_normalisation(
             )
         place = re.sub("(?i)mean|std", "", where)
         places.setdefault(place, []).append((where, kind, found, scales))
-    for said in places.values():  # a mean of 0-255 has its std of 0-255 beside it
+    for said in places.values():  # a std of 1 beside a mean of 0-255 is of 0-255 too
         fitting = [scales for *_, scales in said]
         if set.intersection(*fitting):
             continue
         scale = max(set.union(*fitting))
         where, kind, found, _ = next(each for each in said if scale not in each[-1])
+        if max(found) < 1:  # of [0, 1] beyond doubt
+            continue
         raise ValueError(
             f"{where} is {[round(each, 4) for each in found]} of 0-{scale}, as what stands beside "
             f"it, the manifest's {kind} is {declared[kind]}; divide by {scale}, "

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 PRETRAINED_FILES = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained, new and old
-SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")  # in the name of one file of several
+SHARD = re.compile(r"(?:pytorch_)?model-\d{5}-of-(?!00001\b)\d{5}\.")  # one file of several
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 SAVE_WEIGHTS = (
     "where it was trained, save the weights alone: torch.save(network.state_dict(), 'member.pt')"
@@ -77,7 +77,7 @@ def no_such_checkpoint(path: Path) -> str:
     if (path.parent / "data.pkl").is_file():
         return f"{path.parent}: a checkpoint that was unpacked: copy the file itself once more"
     index = {f"{name}.index.json" for name in PRETRAINED_FILES}
-    parts = any(each.name in index or SHARD.search(each.name) for each in beside)
+    parts = any(each.name in index or SHARD.match(each.name) for each in beside)
     if parts and path.name in PRETRAINED_FILES:
         return f"{path.parent}: {SEVERAL_FILES}"
     return f"{path}: no such checkpoint; {nearest}copy it there, train it or correct `file`"
@@ -256,7 +256,7 @@ def read_content(path: Path) -> Content:
     Raises:
         ValueError: it is missing, damaged, no checkpoint, or could run code; says which.
     """
-    if SHARD.search(path.name):
+    if SHARD.match(path.name):
         raise ValueError(f"{path}: {SEVERAL_FILES}")
     try:
         with path.open("rb") as file:

@@ -97,6 +97,9 @@ def read_sources(
     members = entries.get("members")
     if isinstance(members, list):
         entries = entries | {"members": [_packed_entry(weights, entry) for entry in members]}
+    described = weights / COMPETITION
+    if competition and described.is_file() and load_competition(weights) != competition:
+        print(f"{described}: says otherwise than --competition; builds without that option take it")
     manifest = parse_manifest(entries, path, competition or load_competition(weights))
     sources = [_source_of(weights, entry) for entry in members or []]
     for source, spec in zip(sources, manifest.members, strict=True):

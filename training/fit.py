@@ -137,6 +137,12 @@ def new_loader(batches: Batches, part: Part, machine: Machine, done: int) -> Dat
 # --- what happens beside the steps ----------------------------------------------------------------
 
 
+def loss_scale(trainer: L.Trainer) -> float:
+    """What 16-mixed multiplies a loss by, halved at each step that is left out; else 1."""
+    scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
+    return float(scaler.get_scale()) if scaler else 1.0
+
+
 class Watch(Callback):
     """Progress lines, the seconds that steps took, and the end of a run that diverges."""
 
@@ -168,13 +174,16 @@ class Watch(Callback):
         """Check and show the loss.
 
         Raises:
-            Diverged: it is no number, in 16-mixed so often that the scaler does not mend it; the
-                weights of the last state are numbers.
+            Diverged: it is no number, in 16-mixed so often that the scaler does not mend it, or
+                that its scale leaves no gradient; the weights of the last state are numbers.
         """
         loss, step = float(outputs["loss"]), trainer.global_step
         finite = math.isfinite(loss)
         self.lost = 0 if finite else self.lost + 1
-        if self.lost >= self.most_lost:
+        if self.lost and self.most_lost < math.inf:
+            log.warning("%s: the loss is %s at step %d", self.config.name, loss, step)
+        worn = self.lost > 0 and self.most_lost < math.inf and loss_scale(trainer) < 1
+        if self.lost >= self.most_lost or worn:
             raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
                            f"{self.part.name}: fit it anew {self.config.steadier}")  # fmt: skip
         self.ends.append(time.perf_counter())

@@ -84,23 +84,27 @@ class Processes:
                     after(GRACE_S, process.kill)
 
 
+def split_line(line: str) -> list[str]:
+    """Return the words of a line, without its comment; a backslash stands for itself."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.escape = True, ""
+    return list(words)
+
+
 def read_jobs(path: Path, common: list[str]) -> list[Job]:
     """Read the list of members.
 
     Raises:
-        ValueError: there is no member, two have one name, a line is no command of train.py, or has
-            a backslash, which is no part of a word here.
+        ValueError: there is no member, two have one name, or a line is no command of train.py.
     """
     jobs: list[Job] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            options = [*shlex.split(line, comments=True), *common]
+            options = [*split_line(line), *common]
         except ValueError as error:
             raise ValueError(f"{path}: {error}: {line.strip()}") from error
         if options == common:
             continue
-        if "\\" in line:
-            raise ValueError(f"{path}: write paths with /, not with a backslash: {line.strip()}")
         try:
             args = train.parse_args(options)
         except SystemExit as error:  # argparse has said why
@@ -149,7 +153,7 @@ def works(device: str) -> bool:
     if device == "cpu":
         return True
     command = [sys.executable, "-c", CHECK, device]
-    with suppress(subprocess.TimeoutExpired):
+    with suppress(subprocess.TimeoutExpired, OSError):  # no memory for one more process
         return subprocess.run(command, timeout=GRACE_S, check=False).returncode == 0
     return False
 

@@ -23,7 +23,7 @@ from kernel.checks import read_json
 from kernel.command import INTERRUPTED, run_command
 from kernel.competition import SEVERSTAL
 from kernel.faults import one_line
-from kernel.images import read_image, size_of
+from kernel.images import size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
 from kernel.members import hash_file
@@ -32,7 +32,7 @@ from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.json_files import write_json
 from training.results import SCORES, read_entry
-from training.strips import image_names
+from training.strips import image_names, read_each
 
 RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by
 RUNS = Path("runs")
@@ -225,7 +225,10 @@ def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
     check_list(jobs)
     folder = data / "train_images"
     names = image_names(folder)
-    image_size = size_of(read_image(folder / names[0]))
+    first = next(read_each(folder / name for name in names), None)
+    if first is None:
+        raise ValueError(f"{folder}: of {len(names)} images none can be read")
+    image_size = size_of(first)
     write_results(jobs, image_size)
     read_once([folder / name for name in names])
     minutes = 60 * (1 - RESERVE) * args.hours

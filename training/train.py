@@ -35,7 +35,7 @@ from torch import Tensor
 from kernel.command import run_command
 from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
-from kernel.images import image_to_tensor, read_image
+from kernel.images import image_to_tensor
 from kernel.logs import log
 from kernel.members import hash_file, to_channels
 from kernel.mounts import one_folder
@@ -72,7 +72,7 @@ from training.results import (
     write_scores,
 )
 from training.states import crops_of, describe_experiment
-from training.strips import Strips, check_classes, image_names, read_strips
+from training.strips import Strips, check_classes, image_names, read_each, read_strips
 from training.teacher import read_teacher
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -255,10 +255,12 @@ def choose_device(asked: str | None) -> torch.device:
 def measure_normalisation(strips: Strips, channels: int, most: int = 64) -> dict[str, Any]:
     """Return mean and std of each channel of some images, as a network of `channels` sees them."""
     step, sums = max(len(strips.names) // most, 1), []
-    for name in strips.names[::step]:
-        image = read_image(strips.folder / name, strips.competition)
+    paths = [strips.folder / name for name in strips.names[::step]]
+    for image in read_each(paths, strips.competition):
         planes = to_channels(image_to_tensor(image), channels)[0].double()
         sums.append(torch.stack([planes.mean(dim=(1, 2)), planes.square().mean(dim=(1, 2))]))
+    if not sums:
+        raise ValueError(f"{strips.folder}: of {len(paths)} images none can be read")
     mean, square = torch.stack(sums).mean(dim=0)
     std = (square - mean**2).clamp_min(1e-8).sqrt()
     return normalisation([round(float(v), 4) for v in mean], [round(float(v), 4) for v in std])

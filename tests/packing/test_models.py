@@ -551,6 +551,7 @@ def test_a_mean_or_std_in_the_file_that_is_not_the_manifests_is_refused(
     [
         (RGB, {"mean": [[[0.485]], [[0.456]], [[0.406]]], "std": [0.229, 0.224, 0.225]}),
         (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}),
+        (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [0.229, 0.224, 0.225]}),
         (GREY, {"mean": [0.34, 0.34, 0.34]}),
         (GREY, {"bn__running_mean": [5.0], "criterion__mean": [7.0], "class_means": [1.0] * 4}),
     ],

@@ -304,9 +304,13 @@ def test_weights_in_several_files_are_named(name: str, left: str, tmp_path: Path
         read_checkpoint(tmp_path / "other.pt")
 
 
-def test_the_only_file_of_one_is_read(network: nn.Module, tmp_path: Path) -> None:
-    save_file(network.state_dict(), tmp_path / "model-00001-of-00001.safetensors")
-    found = read_checkpoint(tmp_path / "model-00001-of-00001.safetensors")
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00001.safetensors", "fpn-00010-of-00100.safetensors"]
+)
+def test_the_only_file_of_one_is_read(name: str, network: nn.Module, tmp_path: Path) -> None:
+    """Nor is one of step 10 of 100 a part."""
+    save_file(network.state_dict(), tmp_path / name)
+    found = read_checkpoint(tmp_path / name)
     assert_same(found.weights, network.state_dict())
 
 

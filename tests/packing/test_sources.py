@@ -164,6 +164,10 @@ def test_a_manifest_that_was_proposed_for_another_competition_stays_its(
     assert read_manifest(tmp_path)["competition"] == "mine"
     assert "of themselves, competition.json beside it: look" in capsys.readouterr().out
     assert read_sources(tmp_path)[0].competition == mine  # without the option
+    read_sources(tmp_path, mine)
+    assert not capsys.readouterr().out
+    read_sources(tmp_path, replace(mine, run_order="rows"))
+    assert "competition.json: says otherwise than --competition" in capsys.readouterr().out
     (tmp_path / "ensemble.json").unlink()
     propose_manifest(tmp_path / "ensemble.json", replace(mine, slug="other"))
     with pytest.raises(ValueError, match="competition 'other', its description is of 'mine'"):

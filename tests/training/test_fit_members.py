@@ -95,7 +95,6 @@ def test_the_list_of_the_project_is_read_and_what_is_common_wins() -> None:
         (["--name a --encoder e --no-such 1"], "no options of train.py: --name a --encoder e --no"),
         (["--encoder e"], "no options of train.py: --encoder e"),
         (["--name a --encoder 'e"], "No closing quotation"),
-        ([r"--name a --encoder e --start-from my\a.safetensors"], "write paths with /, not with a"),
     ],
 )
 def test_a_list_that_is_none_is_refused(
@@ -262,3 +261,19 @@ def test_ctrl_c_ends_what_runs_and_starts_nothing_more(
         process.kill()
     assert log.read_text() == "stub starts\n" and not (runs / "log.json").exists()
     assert not second.exists() or not second.read_text()
+
+
+def test_a_backslash_in_a_list_stands_for_itself() -> None:
+    line = r"--name a --start-from C:\w\a.safetensors --comment 'two words'  # was D:\old"
+    expected = ["--name", "a", "--start-from", r"C:\w\a.safetensors", "--comment", "two words"]
+    assert fit_members.split_line(line) == expected
+
+
+def test_a_device_is_left_out_where_no_process_can_be_started_to_try_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("subprocess.run", start)
+    assert not fit_members.works("cuda:0")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, SMALL, draw_image, error_of, exit_code, save_image
@@ -448,3 +449,14 @@ def test_a_gpu_that_runs_nothing_is_refused_before_the_fit(monkeypatch: pytest.M
     monkeypatch.setattr(train, "device_usable", lambda device: device.type == "cpu")
     with pytest.raises(ValueError, match=r"--device cuda:0: it runs nothing.* choose T4 or L4"):
         train.choose_device("cuda:0")
+
+
+def test_a_mean_is_measured_of_the_images_that_can_be_read(tmp_path: Path) -> None:
+    for name, value in (("a.png", 51), ("b.png", 153)):
+        save_image(tmp_path / name, np.full(SMALL, value, np.uint8))
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    strips = Strips(tmp_path, ["a.png", "torn.png", "b.png"], {})
+    assert train.measure_normalisation(strips, 1) == {"mean": 0.4, "std": 0.2}
+    torn = replace(strips, names=["torn.png"])
+    with pytest.raises(ValueError, match=f"{tmp_path}: of 1 images none can be read"):
+        train.measure_normalisation(torn, 1)
