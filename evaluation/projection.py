@@ -371,14 +371,14 @@ def keep_rate(bundle: Path, path: Path) -> str:
     """
     record = read_json(path)
     run = parse_run_record(record, path)
+    if not run.counts.any():
+        raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
     known_strips = len(record["work"]) + len(record["faults"])
     if known_strips < run.strips:
         raise ValueError(
             f"{path}: of {run.strips - known_strips} of {run.strips} strips it does not say what "
             "ran, for a worker died, so it has no rate; give another run's"
         )
-    if not run.counts.any():
-        raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
     machine, known = _machine_of(run), read_rates(bundle)
     known.pop(machine, None)  # the last one stands last
