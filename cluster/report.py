@@ -19,7 +19,7 @@ from evaluation.report import render_page
 from kernel.contact_sheet import MAX_STRIPS, overlay_masks
 from kernel.images import size_of
 from kernel.logs import log
-from training.ground_truth import Truth, decode_masks
+from training.ground_truth import Rles, decode_masks
 
 MAX_FAULTS = 100  # that are listed
 
@@ -60,7 +60,7 @@ def check_writable(path: Path) -> None:
 def draw(output: Output, images: ImageSet) -> Iterator[AnnotatedStrip]:
     """Yield some strips with their masks: the first parts' that have any and can be read."""
     competition = images.competition
-    rles: Truth = defaultdict(dict)
+    rles: Rles = defaultdict(dict)
     for row in output.masks(MAX_STRIPS * len(competition.classes)):
         rles[row["image"]][row["class"]] = row["rle"]
     for name in itertools.islice(rles, MAX_STRIPS):

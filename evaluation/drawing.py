@@ -19,7 +19,7 @@ from kernel.contact_sheet import (
 )
 from kernel.images import read_image, size_of
 from kernel.logs import progress
-from training.ground_truth import Truth, decode_masks, decode_scored_masks
+from training.ground_truth import Rles, Truth, decode_masks, decode_scored_masks
 from training.metrics import Scores, dice
 
 
@@ -49,7 +49,7 @@ class AnnotatedStrip:
 def draw_predictions(
     images: Path,
     names: Sequence[str],
-    rles: Truth,
+    rles: Rles,
     truth: Truth | None,
     competition: Competition = SEVERSTAL,
 ) -> tuple[list[AnnotatedStrip], Scores]:

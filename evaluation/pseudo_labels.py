@@ -32,7 +32,7 @@ from kernel.manifest import load_manifest
 from kernel.mounts import one_folder
 from kernel.rle import encode_rle
 from training.folds import write_strips
-from training.ground_truth import Truth
+from training.ground_truth import Rles
 from training.losses import SURE
 from training.metrics import Masks
 from training.strips import Strips, image_names
@@ -124,19 +124,19 @@ def label(args: argparse.Namespace) -> int:
     check_kinds(folder, image_names(folder), competition)
     manifest = replace(manifest, competition=competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
-    truth, code = Truth(), 0
+    labels, code = Rles(), 0
     try:
         for name, masks in label_strips(ensemble, folder, (sure, wide), args.min_area):
-            truth[name] = masks
+            labels[name] = masks
     except KeyboardInterrupt:
-        log.warning("interrupted: the %d strips that are labelled are written", len(truth))
+        log.warning("interrupted: the %d strips that are labelled are written", len(labels))
         code = INTERRUPTED
-    if not any(truth.values()):
+    if not any(labels.values()):
         raise ValueError(
             f"{folder}: nothing is written, for of no strip is it sure that a class is there "
-            f"({len(truth)} are clean): try a wider first --gate-shifts than {sure:g}"
+            f"({len(labels)} are clean): try a wider first --gate-shifts than {sure:g}"
         )
-    write_strips(Strips(folder, sorted(truth), truth, competition), args.out)
+    write_strips(Strips(folder, sorted(labels), labels, competition), args.out)
     return code
 
 

@@ -204,6 +204,18 @@ def _list_drops(run: RunRecord, total_s: float) -> list[dict[str, Any]]:
     ]
 
 
+def _describe_run(run: RunRecord, run_record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "strips": run.strips,
+        "strips_per_s": 1 / run.per_strip_s,
+        "device": run.device,
+        "workers": run.workers,
+        "share_of_full_work": run_record["share"],
+        "gpu_bytes": run_record["gpu_bytes"],
+        "non_empty_masks": run_record["non_empty"],
+    }
+
+
 def build_report(
     run_record: dict[str, Any],
     run: RunRecord,
@@ -235,16 +247,7 @@ def build_report(
         "kaggle": kaggle,
         "here": here,
         "budget_s": budget_s,
-        "run": {
-            **asdict(result),
-            "strips": run.strips,
-            "strips_per_s": 1 / run.per_strip_s,
-            "device": run.device,
-            "workers": run.workers,
-            "share_of_full_work": run_record["share"],
-            "gpu_bytes": run_record["gpu_bytes"],
-            "non_empty_masks": run_record["non_empty"],
-        },
+        "run": asdict(result) | _describe_run(run, run_record),
         "stages": list_stages(run),
         "passes": _list_passes(run),
         "histogram": _histogram(run, defective),

@@ -267,6 +267,27 @@ def _read_round(run: RunContext, workers: Sequence[Worker], share: float) -> Rou
     return found
 
 
+@dataclass
+class Places:
+    """Where the next round runs: on these GPUs, or where there is none on the CPU."""
+
+    every: list[str]  # GPU, as in CUDA_VISIBLE_DEVICES
+    gpus: list[str]
+    suspects: set[str] = field(default_factory=set)  # images that alone run on the CPU, if any
+    worked: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+
+    def choose(self, found: Round, rest: Task) -> None:
+        """Choose for what is left, by what the last round gave."""
+        self.worked, self.lost = self.worked | found.gpus, self.lost | found.lost
+        if self.gpus:
+            self.suspects = found.suspects & set(rest.names)
+            self.gpus = [gpu for gpu in self.gpus if gpu not in found.lost]
+        else:  # what crashes the GPUs is found, or did not crash the CPU
+            self.suspects = set()
+            self.gpus = [gpu for gpu in self.every if gpu not in self.lost - self.worked]
+
+
 def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
@@ -277,14 +298,13 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     says why.
     """
     outcome, rest, died, in_vain = Outcome(), task, "", 0
-    suspects, working, lost = set[str](), set[str](), set[str]()
-    gpus = every = gpus_of(count)
+    places = Places(gpus_of(count), gpus_of(count))
     for attempt in itertools.count():
-        done, shared = len(run.submission.done), bool(gpus)
-        given = rest if shared or not suspects else rest.only(suspects)
-        gpus = gpus[: len(given.names)] or [""]
+        done, on_cpu = len(run.submission.done), not places.gpus
+        given = rest.only(places.suspects) if on_cpu and places.suspects else rest
+        places.gpus = places.gpus[: len(given.names)]
         try:
-            found = run_workers(run, given, gpus, again=attempt == 0)
+            found = run_workers(run, given, places.gpus or [""], again=attempt == 0)
         except OSError as error:
             if not run.submission.done:
                 raise
@@ -292,30 +312,24 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
             rest = task.without(run.submission.done | outcome.faults.keys())
             break
         grew = len(run.submission.done) > done
-        in_vain = 0 if grew else in_vain + bool(found.codes and not shared)
+        in_vain = 0 if grew else in_vain + bool(found.codes and on_cpu)
         outcome.add(found.outcome)
         if found.codes:
             number, code = next(iter(found.codes.items()))
-            died = f"worker {number} of {len(gpus)} ended with exit code {code}"
+            died = f"worker {number} of {len(places.gpus) or 1} ended with exit code {code}"
             log.warning("%s", died)
             if not (attempt or run.submission.done) and set(found.codes.values()) <= REFUSALS:
                 log.warning("all of them did so, and all images run in this process")
                 return predict_here(run, task)  # it says what is wrong, as in one process
             if code == 0 and run.deadline().over:  # its watchdog ended it
                 died = TOO_LATE
-            if not shared and found.last and found.last not in run.submission.done:
+            if on_cpu and found.last and found.last not in run.submission.done:
                 outcome.faults[found.last] = died
         rest = task.without(run.submission.done | outcome.faults.keys())
-        stuck = in_vain == MOST_IN_VAIN or (not shared and found.codes and not found.last)
-        if not rest.names or (shared and not found.codes) or run.deadline().over or stuck:
+        stuck = in_vain == MOST_IN_VAIN or (on_cpu and found.codes and not found.last)
+        if not rest.names or not (on_cpu or found.codes) or run.deadline().over or stuck:
             break
-        working, lost = working | found.gpus, lost | found.lost
-        if shared:
-            suspects = found.suspects & set(rest.names)
-            gpus = [gpu for gpu in gpus if gpu not in found.lost]
-        else:  # what crashes the GPUs is found, or did not crash the CPU
-            suspects = set()
-            gpus = [gpu for gpu in every if gpu not in lost - working]
+        places.choose(found, rest)
         log.warning("%d images are left, and run in another", len(rest.names))
     outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

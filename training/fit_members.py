@@ -158,6 +158,24 @@ def works(device: str) -> bool:
     return False
 
 
+class Devices:
+    """The devices that are free; one that runs nothing any more is not given back, but the last."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.free: SimpleQueue[str] = SimpleQueue()
+        self.left = len(names)
+        for name in names:
+            self.free.put(name)
+
+    def give_back(self, name: str, failed: bool) -> None:
+        """Make a device free again, on which a member failed or did not."""
+        if failed and self.left > 1 and not works(name):
+            self.left -= 1
+            log.error("%s runs nothing any more: it is left out", name)
+        else:  # the last one stays whatever it does: each member's log says what it is
+            self.free.put(name)
+
+
 def fit_all(
     jobs: list[Job], devices: list[str], seconds: float = threading.TIMEOUT_MAX
 ) -> Iterator[tuple[Job, int]]:
@@ -169,21 +187,10 @@ def fit_all(
     After `seconds` those that run are stopped, each with its last state, and none is started: their
     code is that of an interruption.
     """
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in devices:
-        free.put(device)
-    processes, broken = Processes(share_cores(devices)), list[str]()
-
-    def give_back(device: str, failed: bool) -> None:
-        if failed and not works(device):
-            broken.append(device)
-            if len(broken) < len(devices):  # the last one stays: each member's log says what it is
-                log.error("%s runs nothing any more: it is left out", device)
-                return
-        free.put(device)
+    processes, shared = Processes(share_cores(devices)), Devices(devices)
 
     def fit(job: Job) -> tuple[Job, int]:
-        device, code = free.get(), 1
+        device, code = shared.free.get(), 1
         try:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, str(SCRIPT), *job.options, "--device", device]
@@ -194,7 +201,7 @@ def fit_all(
             code = INTERRUPTED if code and processes.stopped else code
             return job, code
         finally:
-            give_back(device, code not in (0, INTERRUPTED))
+            shared.give_back(device, code not in (0, INTERRUPTED))
 
     timer = after(seconds, processes.stop)
     with ThreadPoolExecutor(len(devices)) as pool:

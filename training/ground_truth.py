@@ -18,7 +18,8 @@ from training.metrics import Masks
 
 NEAREST = cv2.INTER_NEAREST
 
-Truth = dict[str, dict[int, str]]  # image → class → RLE; an image without a mask is clean
+Rles = dict[str, dict[int, str]]  # image → class → RLE; one without a mask may be missing
+Truth = Rles  # an image that it does not name is clean
 
 
 def read_truth(

@@ -273,7 +273,17 @@ def test_bad_input_is_refused_before_anything_runs(
     assert error_of(capsys.readouterr().err).startswith(error)
 
 
-def test_a_mask_that_leaves_its_image_is_refused_before_anything_runs(
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ("NAME,1,900000 5\n", "{}: the masks of NAME: run 900000 5 leaves an image"),
+        ("", "{}: no row below its header; name the csv that has the masks"),
+    ],
+    ids=["a mask that leaves its image", "no row: every strip would count as clean"],
+)
+def test_a_ground_truth_that_is_none_is_refused_before_anything_runs(
+    row: str,
+    error: str,
     bundle: Path,
     strips: Path,
     tmp_path: Path,
@@ -283,28 +293,11 @@ def test_a_mask_that_leaves_its_image_is_refused_before_anything_runs(
     monkeypatch.setattr(dry_run, "run_kernel", lambda *_: pytest.fail("it ran"))
     images, truth = strips / "test_images", tmp_path / "truth.csv"
     name = min(path.name for path in images.iterdir())
-    truth.write_text(f"ImageId,ClassId,EncodedPixels\n{name},1,900000 5\n")
+    truth.write_text(f"ImageId,ClassId,EncodedPixels\n{row}".replace("NAME", name))
     given = ("--images", images, "--ground-truth", truth)
     assert exit_code(dry_run.main, "--bundle", bundle, *given) == 2
     line = error_of(capsys.readouterr().err)
-    assert line.startswith(f"{truth}: the masks of {name}: run 900000 5 leaves an image")
-
-
-def test_a_ground_truth_without_a_row_is_refused_before_anything_runs(
-    bundle: Path,
-    strips: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Every strip would count as clean."""
-    monkeypatch.setattr(dry_run, "run_kernel", lambda *_: pytest.fail("it ran"))
-    truth = tmp_path / "truth.csv"
-    truth.write_text("ImageId,ClassId,EncodedPixels\n")
-    given = ("--images", strips / "test_images", "--ground-truth", truth)
-    assert exit_code(dry_run.main, "--bundle", bundle, *given) == 2
-    line = error_of(capsys.readouterr().err)
-    assert line == f"{truth}: no row below its header; name the csv that has the masks"
+    assert line.startswith(error.format(truth).replace("NAME", name))
 
 
 def test_metadata_without_an_id_is_one_line(

@@ -54,7 +54,7 @@ def test_the_script_carries_every_module_as_it_stands_and_the_list_it_was_given(
 
 
 def test_a_file_is_named_as_linux_does_on_windows_too() -> None:
-    root = PureWindowsPath("C:/work/severstal")
+    root = PureWindowsPath("C:/severstal")
     assert place_of(root / "training" / "train.py", root) == "training/train.py"
     assert "\\" not in "".join(built_files(join_fit_kernel("--name mine\n", 3.5)))
 

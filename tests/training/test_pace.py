@@ -41,12 +41,22 @@ def test_minutes_without_a_step_in_them_are_refused(
         fill_minutes(replace(config, crop_steps=9, whole_steps=1), PACE, seconds, strips, 50)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A fit's clock, its one number, which moves on when a test moves it."""
+    found = [0.0]
+    monkeypatch.setattr("training.fit.time.perf_counter", lambda: found[0])
+    return found
+
+
 def test_the_pace_is_that_of_the_steps_after_the_first_ones(
-    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    config: Config,
+    strips: Strips,
+    machine: Machine,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that a step moves on: ten seconds the first ones, then two on crops, three."""
-    clock = [0.0]
-    monkeypatch.setattr("training.fit.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(pace, "MEASURED_STEPS", 4)
     taken: list[str] = []
     batch_loss = Batches.__getitem__
@@ -65,11 +75,13 @@ def test_the_pace_is_that_of_the_steps_after_the_first_ones(
 
 
 def test_a_state_is_timed_apart_from_the_steps(
-    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    config: Config,
+    strips: Strips,
+    machine: Machine,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that only a state moves on."""
-    clock = [0.0]
-    monkeypatch.setattr("training.fit.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
 
     def save(*_: Any, **__: Any) -> None:
