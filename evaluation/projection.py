@@ -50,7 +50,7 @@ class RunRecord:
     passes: list[Pass]  # of the members that were loaded; a pass id is a position in this list
     work: list[StripWork]  # of the strips that did not fail
     late: int  # strips that no time was left for
-    strip_s: Floats  # (strips,), seconds since the one before
+    strip_s: Floats  # (strips that were not late,), seconds since the one before
     device: str
     workers: int
     n_images: int  # of the scored run
@@ -61,9 +61,14 @@ class RunRecord:
         return sum(self.stages.get(stage, 0.0) for stage in FIXED_STAGES)
 
     @property
+    def begun(self) -> int:
+        """Strips that time was left for: what the seconds went to. One at the least."""
+        return max(self.strips - self.late, 1)
+
+    @property
     def per_strip_s(self) -> float:
         """Seconds that each strip adds."""
-        return (self.seconds - self.fixed_s) / self.strips
+        return (self.seconds - self.fixed_s) / self.begun
 
     def beside_s(self, on_gpu: bool) -> float:
         """Return a worker's seconds for each strip in the stages beside the networks.
@@ -72,7 +77,7 @@ class RunRecord:
         """
         moved = DEVICE_STAGES if on_gpu and self.device == "cpu" else set()
         growing = self.stages.keys() - FIXED_STAGES - moved
-        return sum(self.stages[stage] for stage in growing) * self.workers / self.strips
+        return sum(self.stages[stage] for stage in growing) * self.workers / self.begun
 
     @property
     def flops(self) -> Floats:
@@ -105,7 +110,7 @@ class RunRecord:
     @property
     def full_share(self) -> float:
         """How many strips one of the `full_work` stands for among as many with all passes."""
-        return len(self.work) / max(self.strips - self.late, 1) / max(len(self.full_work), 1)
+        return len(self.work) / self.begun / max(len(self.full_work), 1)
 
     @property
     def full_counts(self) -> Floats:
@@ -135,7 +140,7 @@ class RunRecord:
     @property
     def strip_flops(self) -> float:
         """Mean flops of a strip, of what ran."""
-        return float((self.counts * self.flops).sum() / self.strips)
+        return float((self.counts * self.flops).sum() / self.begun)
 
     @property
     def full_flops(self) -> float:
@@ -145,7 +150,7 @@ class RunRecord:
     @property
     def dropped_s(self) -> float:
         """Seconds that each strip would add in the networks if no pass were dropped."""
-        fewer = self.full_counts - self.counts / self.strips
+        fewer = self.full_counts - self.counts / self.begun
         return float((fewer * self.half_s).sum()) / self.workers
 
 
@@ -159,6 +164,7 @@ def parse_run_record(
     """
     try:
         networks = record["networks"].items()
+        late = {name for name, fault in record["faults"].items() if fault == TOO_LATE}
         return RunRecord(
             seconds=record["seconds"],
             strips=record["strips"],
@@ -172,8 +178,8 @@ def parse_run_record(
                 StripWork(*(tuple(work[key]) for key in ("passes", "encoders", "decoders")))
                 for work in record["work"].values()
             ],
-            late=list(record["faults"].values()).count(TOO_LATE),
-            strip_s=np.array(list(record["strip_s"].values())),
+            late=len(late),
+            strip_s=np.array([s for name, s in record["strip_s"].items() if name not in late]),
             device=record["device"],
             workers=record["workers"],
             n_images=competition.n_images,

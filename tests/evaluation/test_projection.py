@@ -75,6 +75,16 @@ def test_of_one_strip_there_is_no_interval() -> None:
     assert projection.strip_s == 12
 
 
+def test_strips_that_came_too_late_took_no_seconds() -> None:
+    late = [f"{index}.jpg" for index in range(10, 16)]
+    faults = run_json()["faults"] | dict.fromkeys(late, TOO_LATE)
+    strip_s = run_json()["strip_s"] | dict.fromkeys(late, 1e-6)
+    cut, run = a_run(strips=10, faults=faults, strip_s=strip_s), a_run()
+    assert project(cut) == project(run)
+    assert list_estimates(cut, {}) == list_estimates(run, {})
+    assert list_drops(cut, ALL) == list_drops(run, ALL)
+
+
 def test_two_workers_share_the_strips() -> None:
     """Their seconds for a strip are twice the wall's, and the projection is the wall's."""
     one, two = a_run(), a_run(strip_s={"1.jpg": 4.0, "2.jpg": 8.0, "3.jpg": 10.0}, workers=2)
