@@ -208,7 +208,7 @@ def run_strips(ensemble: Ensemble, images: Sequence[Image], batch: int) -> dict[
         found[early_exit] = {state.strip.name: state.masks for state in states}
         rows["early exit" if early_exit else "every pass"] = {
             "strips_a_second": len(strips) / seconds,
-            "share_of_flops": float(np.mean([scheduler.work(state)["share"] for state in states])),
+            "share_of_flops": float(np.mean([scheduler.work(state).share for state in states])),
         }
     changed = [np.mean(found[True][name] != found[False][name]) for name in found[True]]
     return rows | {"pixels_that_differ": float(np.mean(changed))}

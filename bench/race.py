@@ -394,8 +394,7 @@ def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> di
     scheduler = load_scheduler(bundle, early_exit=True, streams=1)
     strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
     shares = {
-        state.strip.name: scheduler.work(state)["share"]
-        for state in scheduler.predict_strips(strips)
+        state.strip.name: scheduler.work(state).share for state in scheduler.predict_strips(strips)
     }
     of_clean = {"clean": float(np.mean([shares[path.name] for path in clean]))} if clean else {}
     return of_clean | {"all": float(np.mean(list(shares.values())))}

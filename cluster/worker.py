@@ -155,7 +155,7 @@ class Worker:
         """One row a class; those of a bad image are empty and say why."""
         competition = scheduler.source.manifest.competition
         masks = [None] * len(competition.classes) if state.fault else list(state.masks)
-        share = None if state.fault else scheduler.work(state)["share"]
+        share = None if state.fault else scheduler.work(state).share
         for label, mask in enumerate(masks, 1):
             rle, area = (
                 ("", 0) if mask is None else (encode_rle(mask, competition), int(mask.sum()))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from evaluation.ablation import ablate
 from evaluation.drawing import draw_predictions, write_sheet
-from evaluation.projection import keep_rate, parse_run_record, read_rates
+from evaluation.projection import MeasuredRun, keep_rate, read_rates
 from evaluation.report import (
     Check,
     ProcessResult,
@@ -43,6 +43,7 @@ from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder
 from kernel.rows import read_rows
+from kernel.run_record import RunRecord, read_run_record
 from kernel.task import read_sample
 from kernel.validator import check_submission
 from training import synthetic
@@ -186,19 +187,19 @@ class DryRun:
 
 
 def _write_report(
-    run: DryRun, run_record: dict[str, Any], result: ProcessResult, checks: Sequence[Check]
+    run: DryRun, record: RunRecord, result: ProcessResult, checks: Sequence[Check]
 ) -> dict[str, Any]:
     """Write picture, report.json and page beside the submission; return the report."""
     out, competition = run.out, run.competition
     rles = read_truth(out / "submission.csv", competition, cut_off=0)  # no spreadsheet's
-    names = sorted(run_record["work"].keys() | run_record["faults"].keys())
+    names = sorted(record.work.keys() | record.faults.keys())
     pictures, scores = draw_predictions(run.images, names, rles, run.truth, competition)
     write_sheet(pictures, out / "contact_sheet.png")
-    parsed = parse_run_record(run_record, out / "run.json", competition)
-    defective = np.array([bool(rles.get(name)) for name in run_record["work"]], np.bool_)
+    measured = MeasuredRun(record, competition.n_images)
+    defective = np.array([bool(rles.get(name)) for name in record.work], np.bool_)
     calibration = read_rates(run.bundle)
     report = build_report(
-        run_record, parsed, result, checks, defective, calibration, run.budget_s, competition
+        measured, result, checks, defective, calibration, run.budget_s, competition
     )
     if run.truth is not None:
         report["dice"] = summary = scores.summary()
@@ -211,7 +212,7 @@ def _write_report(
         (out / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
     write()  # what follows is long, and may be interrupted
-    if run.truth is not None and run.ablation and run_record["work"]:
+    if run.truth is not None and run.ablation and record.work:
         log.info("every pass for every strip, to compare members, flips and settings")
         report["ablation"] = ablate(run.dataset, run.images, names, run.truth, out / MANIFEST)
         write()
@@ -230,12 +231,12 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
         return 1
     for name in ("submission.csv", "run.json"):
         shutil.copy(working / name, run.out / name)
-    run_record = read_json(working / "run.json")
-    if run_record["device"] == "cpu" and any(run.dataset.glob("*.xml")):
+    record = read_run_record(working / "run.json")
+    if record.device == "cpu" and any(run.dataset.glob("*.xml")):
         checks.append(check_on_pytorch(working.parent / "pytorch", run.bundle, run.images))
-    run_record["stages"]["start"] = result.seconds - run_record["seconds"]
-    run_record["seconds"] = result.seconds  # with the interpreter's start
-    report = _write_report(run, run_record, result, [*checks, *check_record(run_record)])
+    stages = record.stages | {"start": result.seconds - record.seconds}
+    record = replace(record, seconds=result.seconds, stages=stages)  # with the interpreter's start
+    report = _write_report(run, record, result, [*checks, *check_record(record)])
     print(f"\n{as_lines(report)}\n")
     for name in RESULTS:
         print(f"   {run.out / name}")

@@ -6,7 +6,7 @@ in `MACHINES`, until `keep_rate` has read the run.json of a real run there.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from kernel.checks import read_json
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import SEVERSTAL
 from kernel.deadline import Deadline
-from kernel.scheduling import TOO_LATE
-from kernel.tta import Half, Pass
+from kernel.run_record import RunRecord, read_run_record
+from kernel.scheduling import TOO_LATE, StripWork
+from kernel.tta import Half
 from kernel.watchdog import margin_s
 from kernel.workers import worker_budget_s
 from packing.bundle import CALIBRATION
@@ -27,62 +28,61 @@ from training.metrics import Floats, Ints
 FIXED_STAGES = {"start", "import", "load", "check"}  # paid once, however many the strips
 DEVICE_STAGES = {"prepare", "tally"}  # on the networks' device; on a GPU next to nothing
 
-# --- a run, read back from its run.json -----------------------------------------------------------
+# --- a run, by its run.json -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class StripWork:
-    """Pass ids of one strip: those it was planned with, and those whose halves ran, in order."""
+class MeasuredRun:
+    """A run's record, and what it says of the seconds of another."""
 
-    planned: tuple[int, ...]
-    encoders: tuple[int, ...]
-    decoders: tuple[int, ...]
+    record: RunRecord
+    n_images: int = SEVERSTAL.n_images  # of the scored run
 
+    @property
+    def work(self) -> Collection[StripWork]:
+        """What ran for the strips that did not fail."""
+        return self.record.work.values()
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run did and how long it took."""
+    @property
+    def late(self) -> set[str]:
+        """Strips that no time was left for."""
+        return {name for name, fault in self.record.faults.items() if fault == TOO_LATE}
 
-    seconds: float  # of the whole process
-    strips: int
-    stages: dict[str, float]  # seconds; the mean over the workers
-    networks: Mapping[tuple[str, Half], float]  # seconds of each half of each member, likewise
-    passes: list[Pass]  # of the members that were loaded; a pass id is a position in this list
-    work: list[StripWork]  # of the strips that did not fail
-    late: int  # strips that no time was left for
-    strip_s: Floats  # (strips that were not late,), seconds since the one before
-    device: str
-    workers: int
-    n_images: int  # of the scored run
+    @property
+    def strip_s(self) -> Floats:
+        """Seconds since the strip before, (strips that were not late,)."""
+        late, strip_s = self.late, self.record.strip_s
+        return np.array([seconds for name, seconds in strip_s.items() if name not in late])
 
     @property
     def fixed_s(self) -> float:
         """Seconds that do not grow with the strips."""
-        return sum(self.stages.get(stage, 0.0) for stage in FIXED_STAGES)
+        return sum(self.record.stages.get(stage, 0.0) for stage in FIXED_STAGES)
 
     @property
     def begun(self) -> int:
         """Strips that time was left for: what the seconds went to. One at the least."""
-        return max(self.strips - self.late, 1)
+        return max(self.record.strips - len(self.late), 1)
 
     @property
     def per_strip_s(self) -> float:
         """Seconds that each strip adds."""
-        return (self.seconds - self.fixed_s) / self.begun
+        return (self.record.seconds - self.fixed_s) / self.begun
 
     def beside_s(self, on_gpu: bool) -> float:
         """Return a worker's seconds for each strip in the stages beside the networks.
 
         `on_gpu`: as on a machine with a GPU.
         """
-        moved = DEVICE_STAGES if on_gpu and self.device == "cpu" else set()
-        growing = self.stages.keys() - FIXED_STAGES - moved
-        return sum(self.stages[stage] for stage in growing) * self.workers / self.begun
+        stages, workers = self.record.stages, self.record.workers
+        moved = DEVICE_STAGES if on_gpu and self.record.device == "cpu" else set()
+        growing = stages.keys() - FIXED_STAGES - moved
+        return sum(stages[stage] for stage in growing) * workers / self.begun
 
     @property
     def flops(self) -> Floats:
         """Flops of each half of each pass, (passes, 2)."""
-        return np.array([each.flops for each in self.passes], np.float64).reshape(-1, 2)
+        return np.array([each.flops for each in self.record.passes], np.float64).reshape(-1, 2)
 
     @property
     def counts(self) -> Ints:
@@ -90,7 +90,7 @@ class RunRecord:
         return self._count(self.work)
 
     def _count(self, works: Iterable[StripWork]) -> Ints:
-        counts = np.zeros((len(self.passes), 2), np.int64)
+        counts = np.zeros((len(self.record.passes), 2), np.int64)
         for work in works:
             counts[list(work.encoders), 0] += 1
             counts[list(work.decoders), 1] += 1
@@ -99,13 +99,13 @@ class RunRecord:
     @property
     def full_work(self) -> list[StripWork]:
         """The work of strips for which no pass was dropped: at least the first ones."""
-        most = max((len(work.planned) for work in self.work), default=0)
-        return [work for work in self.work if len(work.planned) == most]
+        most = max((len(work.passes) for work in self.work), default=0)
+        return [work for work in self.work if len(work.passes) == most]
 
     @property
     def dropped(self) -> bool:
         """Whether passes or whole strips were dropped for the run to end in time."""
-        return self.late > 0 or len(self.full_work) < len(self.work)
+        return bool(self.late) or len(self.full_work) < len(self.work)
 
     @property
     def full_share(self) -> float:
@@ -129,11 +129,12 @@ class RunRecord:
 
         A member's flips are assumed to cost the same.
         """
-        counts, half_s = self.counts, np.zeros((len(self.passes), 2))
-        for member in {each.member for each in self.passes}:
-            rows = [index for index, each in enumerate(self.passes) if each.member == member]
+        passes, networks, counts = self.record.passes, self.record.networks, self.counts
+        half_s = np.zeros((len(passes), 2))
+        for member in {each.member for each in passes}:
+            rows = [index for index, each in enumerate(passes) if each.member == member]
             for column, half in enumerate(Half):
-                seconds = self.networks.get((member, half), 0.0) * self.workers
+                seconds = networks.get(member, {}).get(half, 0.0) * self.record.workers
                 half_s[rows, column] = seconds / max(counts[rows, column].sum(), 1)
         return half_s
 
@@ -151,41 +152,7 @@ class RunRecord:
     def dropped_s(self) -> float:
         """Seconds that each strip would add in the networks if no pass were dropped."""
         fewer = self.full_counts - self.counts / self.begun
-        return float((fewer * self.half_s).sum()) / self.workers
-
-
-def parse_run_record(
-    record: dict[str, Any], path: Path, competition: Competition = SEVERSTAL
-) -> RunRecord:
-    """Parse the run.json that was read from `path`, of a run for a competition.
-
-    Raises:
-        ValueError: it is no run.json of this kernel.
-    """
-    try:
-        networks = record["networks"].items()
-        late = {name for name, fault in record["faults"].items() if fault == TOO_LATE}
-        return RunRecord(
-            seconds=record["seconds"],
-            strips=record["strips"],
-            stages=record["stages"],
-            networks={(m, Half(half)): s for m, halves in networks for half, s in halves.items()},
-            passes=[
-                Pass(each["member"], each["flip"], (each["flops"][0], each["flops"][1]))
-                for each in record["passes"]
-            ],
-            work=[
-                StripWork(*(tuple(work[key]) for key in ("passes", "encoders", "decoders")))
-                for work in record["work"].values()
-            ],
-            late=len(late),
-            strip_s=np.array([s for name, s in record["strip_s"].items() if name not in late]),
-            device=record["device"],
-            workers=record["workers"],
-            n_images=competition.n_images,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: not a run.json of this kernel: {error!r}") from error
+        return float((fewer * self.half_s).sum()) / self.record.workers
 
 
 # --- this machine ---------------------------------------------------------------------------------
@@ -217,12 +184,12 @@ def usable_s(budget_s: float, workers: int = 1) -> float:
     return (1 - Deadline.RESERVE) * budget_s - Deadline.RESERVE_S
 
 
-def project(run: RunRecord, resamples: int = 2000) -> Projection:
+def project(run: MeasuredRun, resamples: int = 2000) -> Projection:
     """Project to the scored run on this machine, with a bootstrap interval over the strips."""
     mean_s = run.per_strip_s + run.dropped_s
     if run.strip_s.size < 2:
         return Projection(run.fixed_s, mean_s, None, None, run.n_images)
-    strip_s, rng = run.strip_s / run.workers, np.random.default_rng(0)
+    strip_s, rng = run.strip_s / run.record.workers, np.random.default_rng(0)
     drawn = [rng.choice(strip_s, strip_s.size).mean() for _ in range(resamples)]
     low, high = np.quantile(drawn, (0.025, 0.975)) - strip_s.mean()
     total_s = run.fixed_s + run.n_images * mean_s
@@ -244,7 +211,7 @@ def _kept_that_run(planned: Sequence[int], ran: Sequence[int], kept: Collection[
     return left[: math.ceil(len(ran) * len(left) / len(planned))]
 
 
-def estimate_s(run: RunRecord, kept: Collection[int]) -> float:
+def estimate_s(run: MeasuredRun, kept: Collection[int]) -> float:
     """Estimate the scored run's seconds in the networks, with only the passes `kept`.
 
     Every strip is assumed to be decided after the same share of its passes as those strips of the
@@ -253,9 +220,9 @@ def estimate_s(run: RunRecord, kept: Collection[int]) -> float:
     half_s, seconds = run.half_s, 0.0
     for work, strips in Counter(run.full_work).items():
         for column, ran in enumerate((work.encoders, work.decoders)):
-            pass_ids = _kept_that_run(work.planned, ran, kept)
+            pass_ids = _kept_that_run(work.passes, ran, kept)
             seconds += strips * float(half_s[pass_ids, column].sum())
-    return seconds * run.full_share / run.workers * run.n_images
+    return seconds * run.full_share / run.record.workers * run.n_images
 
 
 @dataclass(frozen=True)
@@ -267,29 +234,29 @@ class Drop:
     kept: list[int]  # ids of the passes that are left
 
 
-def list_drops(run: RunRecord, among: Sequence[int]) -> list[Drop]:
+def list_drops(run: MeasuredRun, among: Sequence[int]) -> list[Drop]:
     """List what dropping each flip and each member of the passes `among` saves, the most first.
 
     Flips come before members: a flip less costs less of the score. The first flip stays, and so
     does a member that is alone.
     """
-    found, full_s = list[Drop](), estimate_s(run, among)
+    found, full_s, passes = list[Drop](), estimate_s(run, among), run.record.passes
     for part in ("flip", "member"):
-        names = list(dict.fromkeys(getattr(run.passes[pass_id], part) for pass_id in among))
+        names = list(dict.fromkeys(getattr(passes[pass_id], part) for pass_id in among))
         drops = []
         for name in names[1:] if part == "flip" or len(names) == 1 else names:
-            kept = [pass_id for pass_id in among if getattr(run.passes[pass_id], part) != name]
+            kept = [pass_id for pass_id in among if getattr(passes[pass_id], part) != name]
             drops.append(Drop(name, full_s - estimate_s(run, kept), kept))
         found += sorted(drops, key=lambda drop: -drop.saves_s)
     return found
 
 
-def drop_to_fit(run: RunRecord, total_s: float, budget_s: float) -> list[Drop]:
+def drop_to_fit(run: MeasuredRun, total_s: float, budget_s: float) -> list[Drop]:
     """List what to drop, one after another, so that a run of `total_s` fits `budget_s`.
 
     Empty where it fits as it is, or where one member under one flip is still too much.
     """
-    kept, dropped = list(range(len(run.passes))), list[Drop]()
+    kept, dropped = list(range(len(run.record.passes))), list[Drop]()
     while total_s > budget_s:
         possible = list_drops(run, kept)
         if not possible:
@@ -349,7 +316,7 @@ class Estimate:
     basis: str  # where the rate comes from
 
 
-def _estimate_assumed(machine: Machine, run: RunRecord) -> Estimate:
+def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
     """Estimate from a machine's assumptions; the stages beside the networks take what they do here.
 
     What no stage counts is left out: most of it is memory that the CPU's engine gives back.
@@ -360,11 +327,11 @@ def _estimate_assumed(machine: Machine, run: RunRecord) -> Estimate:
     return Estimate(machine.name, machine.workers, seconds, False, basis + machine.source)
 
 
-def _machine_of(run: RunRecord) -> str:
+def _machine_of(record: RunRecord) -> str:
     """Return the name in `MACHINES` of the machine that a run on Kaggle had."""
-    if not run.device.startswith("cuda"):
+    if not record.device.startswith("cuda"):
         return "Kaggle's CPU"
-    return "2×T4" if run.workers > 1 else "one T4"
+    return "2×T4" if record.workers > 1 else "one T4"
 
 
 def keep_rate(bundle: Path, path: Path) -> str:
@@ -375,20 +342,20 @@ def keep_rate(bundle: Path, path: Path) -> str:
     Raises:
         ValueError: the file is no run.json, or not of a whole run in which strips were predicted.
     """
-    record = read_json(path)
-    run = parse_run_record(record, path)
+    record = read_run_record(path)
+    run = MeasuredRun(record)
     if not run.counts.any():
         raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
-    known_strips = len(record["work"]) + len(record["faults"])
-    if known_strips < run.strips:
+    unknown = record.strips - len(record.work) - len(record.faults)
+    if unknown > 0:
         raise ValueError(
-            f"{path}: of {run.strips - known_strips} of {run.strips} strips it does not say what "
-            "ran, for a worker died, so it has no rate; give another run's"
+            f"{path}: of {unknown} of {record.strips} strips it does not say what ran, for a "
+            "worker died, so it has no rate; give another run's"
         )
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
-    machine, known = _machine_of(run), read_rates(bundle)
+    machine, known = _machine_of(record), read_rates(bundle)
     known.pop(machine, None)  # the last one stands last
-    known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": run.strips}
+    known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": record.strips}
     write_json(bundle / CALIBRATION, known)
     return machine
 
@@ -399,7 +366,7 @@ def read_rates(bundle: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def list_estimates(run: RunRecord, calibration: dict[str, Any]) -> list[Estimate]:
+def list_estimates(run: MeasuredRun, calibration: dict[str, Any]) -> list[Estimate]:
     """Estimate the scored run on each of `MACHINES`, by its calibrated rate where there is one."""
     found = []
     for machine in MACHINES:

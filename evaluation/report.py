@@ -29,8 +29,8 @@ from evaluation.drawing import AnnotatedStrip
 from evaluation.projection import (
     MACHINES,
     Estimate,
+    MeasuredRun,
     Projection,
-    RunRecord,
     drop_to_fit,
     list_drops,
     list_estimates,
@@ -39,6 +39,7 @@ from evaluation.projection import (
 )
 from kernel.competition import SEVERSTAL, Competition
 from kernel.contact_sheet import COLOURS
+from kernel.run_record import RunRecord
 from kernel.scheduling import TOO_LATE
 from kernel.tta import Half
 from training.metrics import Bools
@@ -75,22 +76,21 @@ def check_process(result: ProcessResult) -> list[Check]:
     ]
 
 
-def check_record(run_record: dict[str, Any]) -> list[Check]:
+def check_record(record: RunRecord) -> list[Check]:
     """Check what run.json says of strips that failed, and of what was dropped to end in time."""
-    dropped, late = run_record["dropped"], list(run_record["faults"].values()).count(TOO_LATE)
-    failed = len(run_record["faults"]) - late
+    dropped, late = record.dropped, list(record.faults.values()).count(TOO_LATE)
+    failed = len(record.faults) - late
     checks = [Check(not failed, f"strips that failed: {failed}" if failed else "no strip failed")]
-    nan = Counter(pass_id for work in run_record["work"].values() for pass_id in work["nan"])
+    nan = Counter(pass_id for work in record.work.values() for pass_id in work.nan)
     if nan:
-        named = [run_record["passes"][pass_id] for pass_id in sorted(nan)]
-        passes = ", ".join(f"{each['member']}/{each['flip']}" for each in named)
+        passes = ", ".join(str(record.passes[pass_id]) for pass_id in sorted(nan))
         checks.append(Check(False, f"{passes} gave NaN, for up to {max(nan.values()):,} strips"))
     if dropped:
         passes, strips = ", ".join(sorted(dropped)), max(dropped.values())
         words = f"to end in time here, {passes} were dropped for up to {strips:,} strips"
         checks.append(Check(None, f"{words}: what it took is of a run with less to do"))
     if late:
-        ok = None if run_record["work"] else False  # where none ran, there is nothing to judge by
+        ok = None if record.work else False  # where none ran, there is nothing to judge by
         checks.append(Check(ok, f"no time was left here for {late:,} strips: they stay empty"))
     return checks
 
@@ -163,62 +163,63 @@ STAGE_NAMES = {  # in the order in which they begin
 }  # fmt: skip
 
 
-def list_stages(run: RunRecord) -> list[dict[str, Any]]:
+def list_stages(record: RunRecord) -> list[dict[str, Any]]:
     """List seconds and share of every stage, in the order in which they begin."""
-    seconds = run.stages | {half.value: 0.0 for half in Half}
-    for (_, half), half_s in run.networks.items():
-        seconds[half.value] += half_s
+    seconds = record.stages | {half.value: 0.0 for half in Half}
+    for halves in record.networks.values():
+        for half, half_s in halves.items():
+            seconds[half.value] += half_s
     names = [name for name in STAGE_NAMES | seconds if name in seconds]
     rows = [(STAGE_NAMES.get(name, name), seconds[name]) for name in names]
-    rows.append(("other", run.seconds - sum(seconds.values())))
-    return [{"stage": name, "seconds": s, "share": s / run.seconds} for name, s in rows]
+    rows.append(("other", record.seconds - sum(seconds.values())))
+    return [{"stage": name, "seconds": s, "share": s / record.seconds} for name, s in rows]
 
 
-def _list_passes(run: RunRecord) -> list[dict[str, Any]]:
+def _list_passes(run: MeasuredRun) -> list[dict[str, Any]]:
     """How often each half of each pass ran, and the seconds of it."""
-    seconds = run.counts * run.half_s / run.workers
+    seconds = run.counts * run.half_s / run.record.workers
     return [
         {"member": each.member, "flip": each.flip}
         | {f"{half}s": int(run.counts[row, i]) for i, half in enumerate(Half)}
         | {f"{half}_s": float(seconds[row, i]) for i, half in enumerate(Half)}
-        for row, each in enumerate(run.passes)
+        for row, each in enumerate(run.record.passes)
     ]
 
 
-def _histogram(run: RunRecord, defective: Bools) -> dict[str, Any]:
+def _histogram(run: MeasuredRun, defective: Bools) -> dict[str, Any]:
     """How many strips ran 0, 1, 2 … encoders and decoders; `defective` (strips,) ones apart."""
-    groups = {"clean": ~defective, "defective": defective}
+    groups, length = {"clean": ~defective, "defective": defective}, len(run.record.passes) + 1
     return {
         f"{half}s": {
-            name: np.bincount(run.ran[chosen, i], minlength=len(run.passes) + 1).tolist()
+            name: np.bincount(run.ran[chosen, i], minlength=length).tolist()
             for name, chosen in groups.items()
         }
         for i, half in enumerate(Half)
     }
 
 
-def _list_drops(run: RunRecord, total_s: float) -> list[dict[str, Any]]:
+def _list_drops(run: MeasuredRun, total_s: float) -> list[dict[str, Any]]:
     return [
         {"without": drop.name, "saves_s": drop.saves_s, "total_s": total_s - drop.saves_s}
-        for drop in list_drops(run, range(len(run.passes)))
+        for drop in list_drops(run, range(len(run.record.passes)))
     ]
 
 
-def _describe_run(run: RunRecord, run_record: dict[str, Any]) -> dict[str, Any]:
+def _describe_run(run: MeasuredRun) -> dict[str, Any]:
+    record = run.record
     return {
-        "strips": run.strips,
+        "strips": record.strips,
         "strips_per_s": 1 / run.per_strip_s,
-        "device": run.device,
-        "workers": run.workers,
-        "share_of_full_work": run_record["share"],
-        "gpu_bytes": run_record["gpu_bytes"],
-        "non_empty_masks": run_record["non_empty"],
+        "device": record.device,
+        "workers": record.workers,
+        "share_of_full_work": record.share,
+        "gpu_bytes": record.gpu_bytes,
+        "non_empty_masks": record.non_empty,
     }
 
 
 def build_report(
-    run_record: dict[str, Any],
-    run: RunRecord,
+    run: MeasuredRun,
     result: ProcessResult,
     checks: Sequence[Check],
     defective: Bools,
@@ -226,7 +227,7 @@ def build_report(
     budget_s: float | None,
     competition: Competition = SEVERSTAL,
 ) -> dict[str, Any]:
-    """Build the report of a run, whose run.json is `run_record`.
+    """Build the report of a run.
 
     `defective` (strips that did not fail,) says which have a mask. More than the competition's
     limit is never allowed, whatever `budget_s` is.
@@ -235,7 +236,7 @@ def build_report(
     budget_s = min(budget_s or limit_s, limit_s)
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
-    plan_s = usable_s(budget_s, run.workers)
+    plan_s = usable_s(budget_s, run.record.workers)
     judged = next(reversed(calibration), MACHINES[0].name)
     kaggle = next(machine for machine in machines if machine["machine"] == judged)
     clean, here = is_clean(checks), time_here(projection, plan_s, run.dropped)
@@ -247,14 +248,14 @@ def build_report(
         "kaggle": kaggle,
         "here": here,
         "budget_s": budget_s,
-        "run": asdict(result) | _describe_run(run, run_record),
-        "stages": list_stages(run),
+        "run": asdict(result) | _describe_run(run),
+        "stages": list_stages(run.record),
         "passes": _list_passes(run),
         "histogram": _histogram(run, defective),
         "machines": machines,
         "drops": _list_drops(run, projection.total_s),
         "drop_to_fit": [drop.name for drop in dropped],
-        "faults": run_record["faults"],
+        "faults": run.record.faults,
         "dice": None,
         "ablation": None,
     }

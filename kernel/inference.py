@@ -6,15 +6,12 @@ section each, this one last.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kernel.command import run_command
 from kernel.competition import load_competition
@@ -26,7 +23,8 @@ from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE, find_one
 from kernel.predict import Outcome, RunContext, predict_here
-from kernel.rows import Submission, replace_file
+from kernel.rows import Submission
+from kernel.run_record import RunRecord, build_run_record, write_run_record
 from kernel.task import Options, Task, find_task, unpack_images
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog
@@ -118,48 +116,13 @@ def log_findings(submission: Path, task: Task, left_s: float) -> None:
         log.warning("the submission is written, but was not checked: %r", error)
 
 
-def build_run_record(
-    context: RunContext, task: Task, outcome: Outcome, rows: int, seconds: float
-) -> dict[str, Any]:
-    """Return what run.json holds: what ran, for which strips, in how many seconds."""
-    stages, shares = context.stages, [work["share"] for work in outcome.work.values()]
-    return {
-        "strips": len(task.names),
-        "rows": rows,
-        "non_empty": len(context.submission.rles),
-        "faults": outcome.faults,
-        "passes": [asdict(each) for each in outcome.passes],
-        "work": outcome.work,
-        "strip_s": outcome.strip_s,
-        "dropped": dict(outcome.dropped),
-        "share": sum(shares) / max(len(shares), 1),
-        "device": outcome.device,
-        "gpu_bytes": outcome.gpu_bytes,
-        "workers": context.n_workers(task),
-        "budget_s": context.budget_s,
-        "seconds": seconds,
-        "stages": dict(stages.seconds),
-        "networks": stages.network_table(),
-    }
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write run.json, whole or not at all: the submission is there, and that is what counts."""
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    try:
-        replace_file(Path(os.path.realpath(path)), text)
-    except OSError as error:
-        log.warning("the submission is written, but not its record: %s", one_line(error))
-
-
-def log_summary(record: dict[str, Any], output: Path) -> None:
+def log_summary(record: RunRecord, output: Path) -> None:
     """Log the run's last line."""
-    start_s = sum(record["stages"].get(stage, 0.0) for stage in ("import", "load", "check"))
-    working_s = record["seconds"] - start_s
-    rate, faults = record["strips"] / working_s, len(record["faults"])
+    start_s = sum(record.stages.get(stage, 0.0) for stage in ("import", "load", "check"))
+    rate = record.strips / (record.seconds - start_s)
     log.info(
-        f"{output}: {record['rows']} rows, {record['non_empty']} non-empty masks, "
-        f"{faults} strips failed, {record['seconds']:.1f} s, {rate:.2f} strips/s"
+        f"{output}: {record.rows} rows, {record.non_empty} non-empty masks, "
+        f"{len(record.faults)} strips failed, {record.seconds:.1f} s, {rate:.2f} strips/s"
     )
 
 
@@ -169,7 +132,7 @@ def find_bundle(options: Options) -> Path:
     return options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
 
 
-def run(options: Options) -> dict[str, Any]:
+def run(options: Options) -> RunRecord:
     """Predict and write the submission; return the run record.
 
     Raises:
@@ -252,9 +215,9 @@ def run_options(options: Options) -> int:
         return GPU_LOST
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{options.output} is whole and holds what was done") from None
-    write_record(options.record, record)
-    if options.strict and record["faults"]:
-        log.error("--strict: %d strips failed", len(record["faults"]))
+    write_run_record(options.record, record)
+    if options.strict and record.faults:
+        log.error("--strict: %d strips failed", len(record.faults))
         return 1
     return 0
 

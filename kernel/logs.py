@@ -88,11 +88,11 @@ class Stages:
     def _table(self) -> defaultdict[tuple[str, Half], float]:
         return defaultdict(float) if self.queued else self.networks
 
-    def network_table(self) -> dict[str, dict[str, float]]:
+    def network_table(self) -> dict[str, dict[Half, float]]:
         """Member → half → seconds, as it stands in run.json."""
-        table: dict[str, dict[str, float]] = {}
+        table: dict[str, dict[Half, float]] = {}
         for (member, half), seconds in self.networks.items():
-            table.setdefault(member, {})[half.value] = seconds
+            table.setdefault(member, {})[half] = seconds
         return table
 
 

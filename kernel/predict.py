@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
 from kernel.rle import encode_rle
 from kernel.rows import Submission
-from kernel.scheduling import TOO_LATE, Scheduler, StripState
+from kernel.scheduling import TOO_LATE, Scheduler, StripState, StripWork
 from kernel.task import Options, Task
 from kernel.tta import Pass
 from kernel.watchdog import margin_s
@@ -91,7 +90,7 @@ class Outcome:
 
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
     failed: set[str] = field(default_factory=set)  # those of them that the networks failed on
-    work: dict[str, dict[str, Any]] = field(default_factory=dict)  # image → `Scheduler.work`
+    work: dict[str, StripWork] = field(default_factory=dict)  # image → what ran for it
     passes: list[Pass] = field(default_factory=list)  # that were loaded; `work` has their numbers
     dropped: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
     strip_s: dict[str, float] = field(default_factory=dict)  # image → seconds since the one before
@@ -105,8 +104,7 @@ class Outcome:
         self.passes += [each for each in other.passes if each not in self.passes]
         number = {i: self.passes.index(each) for i, each in enumerate(other.passes)}
         for image, work in other.work.items():
-            ids = ("passes", "encoders", "decoders", "nan")
-            self.work[image] = work | {key: [number[i] for i in work[key]] for key in ids}
+            self.work[image] = work.renumber(number)
         self.faults = other.faults | self.faults  # the first reason stays
         self.failed |= other.failed
         self.dropped += other.dropped

@@ -6,11 +6,11 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -135,6 +135,26 @@ class StripState:
             self.next_step = (step, self.pass_ids[len(tally.gates)])
 
 
+@dataclass(frozen=True)
+class StripWork:
+    """What ran for a strip that is done, by pass ids."""
+
+    passes: tuple[int, ...]  # that it was planned with
+    encoders: tuple[int, ...]  # whose encoder ran, in order
+    decoders: tuple[int, ...]
+    nan: tuple[int, ...]  # that gave NaN
+    share: float  # that its halves have of the flops of all passes
+
+    def renumber(self, ids: Mapping[int, int]) -> "StripWork":
+        """Return the same by other ids of the passes, `ids` from old to new."""
+
+        def new(old: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(ids[pass_id] for pass_id in old)
+
+        halves = new(self.encoders), new(self.decoders)
+        return StripWork(new(self.passes), *halves, new(self.nan), self.share)
+
+
 def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
     """A batch of `size`, filled up with the last tensor; a batch of one is not copied."""
     filled = list(tensors) + [tensors[-1]] * (size - len(tensors))
@@ -247,21 +267,15 @@ class Scheduler:
                 yield state
             states = [state for state in states if not state.done]
 
-    def work(self, state: StripState) -> dict[str, Any]:
-        """Which passes a strip was planned with, which halves ran, which passes gave NaN.
-
-        `share` is that of all flops.
-        """
+    def work(self, state: StripState) -> StripWork:
+        """Return what ran for a strip that is done."""
         flops = np.array([each.flops for each in self.source.passes])  # (passes, halves)
         encoders, decoders = state.ran[Half.ENCODER], state.ran[Half.DECODER]
         share = (flops[encoders, 0].sum() + flops[decoders, 1].sum()) / flops.sum()
-        return {
-            "passes": state.planned,
-            "encoders": encoders,
-            "decoders": decoders,
-            "nan": [pass_id for pass_id in state.planned if pass_id not in state.pass_ids],
-            "share": float(share),
-        }
+        nan = (pass_id for pass_id in state.planned if pass_id not in state.pass_ids)
+        return StripWork(
+            tuple(state.planned), tuple(encoders), tuple(decoders), tuple(nan), float(share)
+        )
 
     def _admit(self, strip: Strip, n_ended: int) -> StripState:
         """A strip before its first pass; one that could not be read is done."""

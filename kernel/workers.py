@@ -13,15 +13,14 @@ from pathlib import Path
 
 import torch
 
-from kernel.checks import read_json
 from kernel.command import BAD_INPUT
 from kernel.faults import one_line
 from kernel.logs import Stages, log
 from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
+from kernel.run_record import read_run_record
 from kernel.scheduling import TOO_LATE
 from kernel.task import Task
-from kernel.tta import Half, Pass
 from kernel.watchdog import margin_s
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
@@ -154,15 +153,21 @@ def gpus_of(count: int) -> list[str]:
 
 def read_worker(report: Path, stages: Stages, share: float) -> Outcome:
     """Read a worker's run.json; its seconds count by its `share` of the workers."""
-    record = read_json(report)
-    for stage, seconds in record["stages"].items():
+    record = read_run_record(report)
+    for stage, seconds in record.stages.items():
         stages.seconds[stage] += share * seconds
-    for member, halves in record["networks"].items():
+    for member, halves in record.networks.items():
         for half, seconds in halves.items():
-            stages.networks[member, Half(half)] += share * seconds
-    same = {key: record[key] for key in ("faults", "work", "strip_s", "device", "gpu_bytes")}
-    passes = [Pass(each["member"], each["flip"], tuple(each["flops"])) for each in record["passes"]]
-    return Outcome(**same, passes=passes, dropped=Counter(record["dropped"]))
+            stages.networks[member, half] += share * seconds
+    return Outcome(
+        faults=record.faults,
+        work=record.work,
+        passes=record.passes,
+        dropped=Counter(record.dropped),
+        strip_s=record.strip_s,
+        device=record.device,
+        gpu_bytes=record.gpu_bytes,
+    )
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ def _read_round(run: RunContext, workers: Sequence[Worker], share: float) -> Rou
             found.outcome.add(read_worker(worker.record, run.stages, share))
             found.codes.pop(worker.number, None)
             found.gpus.add(worker.gpu)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             found.codes[worker.number] = worker.process.returncode
             found.last = found.last or worker.last_image()
         if not run.submission.done.isdisjoint(worker.task.names):

@@ -345,7 +345,9 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 def predict(bundle: Path, images: Path | None, output: Path, **options: Any) -> dict[str, Any]:
     """Run the kernel here; the run record, as run.json holds it."""
-    return run(Options(bundle=bundle, images=images, output=output, **options))
+    record = run(Options(bundle=bundle, images=images, output=output, **options))
+    entries: dict[str, Any] = json.loads(json.dumps(vars(record), default=vars))
+    return entries
 
 
 def predict_masks(scheduler: Scheduler, images: Sequence[Image]) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from evaluation.projection import RunRecord, parse_run_record
+from evaluation.projection import MeasuredRun
+from kernel.run_record import RunRecord, parse_run_record
 
 PASSES = [
     {"member": "a", "flip": "none", "flops": [10, 20]},
@@ -26,6 +27,8 @@ def run_json(**changes: Any) -> dict[str, Any]:
     return {
         "seconds": 20.0,
         "strips": 4,
+        "rows": 16,
+        "budget_s": 3600,
         "stages": {"start": 1.0, "import": 2.0, "load": 3.0, "check": 2.0, "decode": 0.5},
         "networks": {"a": {"encoder": 2.1, "decoder": 1.2}, "b": {"encoder": 2.4, "decoder": 2.0}},
         "passes": PASSES,
@@ -45,6 +48,11 @@ def run_json(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def a_run(**changes: Any) -> RunRecord:
+def a_record(**changes: Any) -> RunRecord:
     """The same, parsed."""
     return parse_run_record(run_json(**changes), Path("run.json"))
+
+
+def a_run(**changes: Any) -> MeasuredRun:
+    """The same, measured."""
+    return MeasuredRun(a_record(**changes))

@@ -150,7 +150,7 @@ def test_a_description_alone_carries_a_competition_to_a_valid_submission(
     sample = make_kaggle_tree(tmp_path, tmp_path / "dist", images)
     output = tmp_path / "working" / "submission.csv"
     record = run(Options(input=tmp_path / "input", output=output))
-    assert (record["faults"], record["budget_s"]) == ({}, competition.time_limit_s)
+    assert (record.faults, record.budget_s) == ({}, competition.time_limit_s)
 
     every = output.with_name("every.csv")  # without the early exit
     run(Options(input=tmp_path / "input", output=every, early_exit=False))
@@ -245,7 +245,7 @@ def test_the_scored_run_predicts_images_of_another_kind_and_says_so(
     draw_described(tmp_path / "images", replace(small("clouds"), suffix=".png"))
     bundle, output = tmp_path / "dist" / "dataset", tmp_path / "submission.csv"
     record = run(Options(bundle=bundle, images=tmp_path / "images", output=output))
-    assert (record["faults"], record["rows"]) == ({}, 3)
+    assert (record.faults, record.rows) == ({}, 3)
     assert re.search(r"image_0\.png: in colour, .* says channels 1.*read all the same", caplog.text)
 
 

@@ -25,7 +25,7 @@ from helpers import (
     site_without_smp,
     write_sample,
 )
-from run_records import PASSES, run_json, strip_work
+from run_records import PASSES, a_record, run_json, strip_work
 
 from evaluation import dry_run
 from evaluation.recorded import RecordedPasses
@@ -221,7 +221,7 @@ def test_a_mask_as_long_as_a_spreadsheets_cell_is_in_the_report(tmp_path: Path) 
     run.out.mkdir()
     rows = f"ImageId,EncodedPixels,ClassId\na.jpg,{'1 3'.ljust(SPREADSHEET_CELL)},1\n"
     (run.out / "submission.csv").write_text(rows)
-    record = run_json(work={"a.jpg": strip_work([0], [0])}, faults={})
+    record = a_record(work={"a.jpg": strip_work([0], [0])}, faults={})
     report = dry_run._write_report(run, record, ProcessResult(0, 20.0, True, 1), [])
     assert report["histogram"]["encoders"]["defective"] == [0, 1, 0, 0, 0]
 

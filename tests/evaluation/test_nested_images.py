@@ -50,9 +50,9 @@ def test_the_scored_run_and_its_validator_find_them(mounted: Path) -> None:
     nested, flat = mounted / "nested.csv", mounted / "flat.csv"
     record = run(Options(input=mounted / "input", bundle=bundle, output=nested))
     run(Options(images=mounted / "flat", sample=sample, bundle=bundle, output=flat))
-    assert (record["faults"], record["strips"]) == ({}, 3)
+    assert (record.faults, record.strips) == ({}, 3)
     assert nested.read_bytes() == flat.read_bytes()
-    assert record["non_empty"] > 0
+    assert record.non_empty > 0
     (mounted / "mine.json").write_text(json.dumps(asdict(UW_MADISON)))
     images = mounted / "input" / "uw" / "test"
     named = ("--competition", mounted / "mine.json", "--sample", sample, "--images", images)

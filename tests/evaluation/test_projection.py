@@ -4,7 +4,6 @@ import json
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from run_records import PASSES, a_run, run_json, strip_work
 from torch import Tensor
 
 from evaluation.projection import (
-    RunRecord,
+    MeasuredRun,
     drop_to_fit,
     estimate_s,
     keep_rate,
     list_drops,
     list_estimates,
-    parse_run_record,
     project,
     read_rates,
     usable_s,
@@ -34,6 +32,7 @@ from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
+from kernel.run_record import parse_run_record
 from kernel.scheduling import TOO_LATE
 from kernel.task import Options, Task
 from kernel.tta import Half, Pass
@@ -260,13 +259,14 @@ class Calls:
         monkeypatch.setattr(Ensemble, "run_encoder", encoder)
         monkeypatch.setattr(Ensemble, "run_decoder", decoder)
 
-    def check(self, record: dict[str, Any]) -> RunRecord:
+    def check(self, record: dict[str, Any]) -> MeasuredRun:
         """The run that `record` is of, and what ran is charged: no more and no less."""
-        run = parse_run_record(record, Path("run.json"))
-        counts = [[self.ran[i, half] for half in Half] for i in range(len(run.passes))]
+        run = MeasuredRun(parse_run_record(record, Path("run.json")))
+        passes = range(len(run.record.passes))
+        counts = [[self.ran[i, half] for half in Half] for i in passes]
         assert run.counts.tolist() == counts
         seconds = sum(s for halves in record["networks"].values() for s in halves.values())
-        assert estimate_s(run, range(len(run.passes))) == pytest.approx(
+        assert estimate_s(run, passes) == pytest.approx(
             (seconds / record["strips"] + run.dropped_s) * STRIPS
         )
         if not record["dropped"]:
@@ -289,10 +289,10 @@ def test_a_run_names_its_passes_in_the_order_in_which_they_run(
     ensemble = load_ensemble(
         tiny_bundle / "dataset", load_manifest(tiny_bundle / "dataset"), CPU, Stages()
     )
-    assert record["passes"] == [asdict(each) for each in ensemble.passes]
     specs = [(p.member, p.flip, *ensemble.members[p.member].spec.flops) for p in ensemble.passes]
     assert [(p["member"], p["flip"], *p["flops"]) for p in record["passes"]] == specs
-    assert len(calls.check(record).passes) == 9
+    assert calls.check(record).record.passes == ensemble.passes
+    assert len(ensemble.passes) == 9
     assert 0 < sum(record["strip_s"].values()) < record["seconds"]
     assert record["strip_s"].keys() == record["work"].keys()
 
@@ -304,7 +304,7 @@ def test_a_missing_member_is_never_charged(
     calls = Calls(monkeypatch, None)
     record = predict(dataset, images, tmp_path / "out.csv", allow_missing_members=True)
     run = calls.check(record)
-    assert {each.member for each in run.passes} == {"unet-a", "unet-c"}
+    assert {each.member for each in run.record.passes} == {"unet-a", "unet-c"}
     assert {drop.name for drop in list_drops(run, range(6))} == {
         "horizontal", "vertical", "unet-a", "unet-c",
     }  # fmt: skip
@@ -323,9 +323,10 @@ def test_a_flip_that_the_deadline_dropped_is_not_charged(
     monkeypatch.setattr(Deadline, "select_passes", without_horizontal)
     record = predict(tiny_bundle / "dataset", images, tmp_path / "out.csv", early_exit=False)
     run = calls.check(record)
-    flips = {each.flip: run.counts[i].tolist() for i, each in enumerate(run.passes)}
+    passes = run.record.passes
+    flips = {each.flip: run.counts[i].tolist() for i, each in enumerate(passes)}
     assert flips == {"none": [2, 2], "horizontal": [1, 1], "vertical": [2, 2]}
-    horizontal = [each.flip == "horizontal" for each in run.passes]
+    horizontal = [each.flip == "horizontal" for each in passes]
     assert run.dropped_s == pytest.approx(run.half_s[horizontal].sum() / 2)
 
 
@@ -358,7 +359,7 @@ def test_an_assumed_machine_takes_its_flops_and_the_stages_beside_the_networks()
 @pytest.mark.parametrize(("device", "tally_s"), [("cpu", 0.0), ("cuda", 4.0)])
 def test_a_gpu_is_not_charged_for_the_sums_of_a_cpu(device: str, tally_s: float) -> None:
     more = {"tally": 4.0, "rle": 2.0}
-    before, after = a_run(device=device), a_run(device=device, stages=a_run().stages | more)
+    before, after = a_run(device=device), a_run(device=device, stages=run_json()["stages"] | more)
     for machine, was, found in zip(
         ("2×T4", "one T4", "P100", "Kaggle's CPU"),
         list_estimates(before, {}),

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers import Page
-from run_records import a_run, run_json, strip_work
+from run_records import a_record, a_run, run_json, strip_work
 
 from evaluation.drawing import AnnotatedStrip
 from evaluation.report import (
@@ -42,12 +42,9 @@ def a_report(
     **changes: Any,
 ) -> dict[str, Any]:
     """The report of `run_json`, whose one fault is gone unless `changes` says otherwise."""
-    record = run_json(**{"faults": {}} | changes)
-    defective = np.array([False, True, True])
-    checks = [*check_process(result), *check_record(record), answer]
-    report = build_report(
-        record, a_run(**changes), result, checks, defective, calibration, budget_s
-    )
+    run, defective = a_run(**{"faults": {}} | changes), np.array([False, True, True])
+    checks = [*check_process(result), *check_record(run.record), answer]
+    report = build_report(run, result, checks, defective, calibration, budget_s)
     return report | {"dice": dice, "ablation": ablation}
 
 
@@ -239,12 +236,12 @@ def test_where_passes_were_dropped_there_is_never_time_for_all_here() -> None:
 
 
 def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
-    record = run_json(faults={"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"})
-    said = {check.words: check.ok for check in check_record(record)}
+    faults = {"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"}
+    said = {check.words: check.ok for check in check_record(a_record(faults=faults))}
     assert said["strips that failed: 1"] is False
     words = "no time was left here for 2 strips: they stay empty"
     assert said[words] is None
-    assert Check(False, words) in check_record(record | {"work": {}})
+    assert Check(False, words) in check_record(a_record(faults=faults, work={}))
 
 
 def test_what_was_dropped_is_named() -> None:
@@ -257,7 +254,7 @@ def test_what_was_dropped_is_named() -> None:
 
 
 def test_the_rows_of_the_stages_sum_up_to_the_run() -> None:
-    rows = {row["stage"]: row["seconds"] for row in list_stages(a_run())}
+    rows = {row["stage"]: row["seconds"] for row in list_stages(a_record())}
     assert list(rows)[:4] == ["start", "import", "load", "engines' check"]
     assert rows["encoders"] == pytest.approx(4.5)
     assert rows["decoders"] == pytest.approx(3.2)
@@ -397,8 +394,8 @@ def test_the_ablation_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
 
 
 def test_a_pass_that_gave_nan_is_no_clean_run() -> None:
-    record = run_json()
-    assert all(check.ok for check in check_record(record | {"faults": {}}))
-    record["work"]["2.jpg"]["nan"] = [2]
-    said = [check.words for check in check_record(record) if check.ok is False]
+    assert all(check.ok for check in check_record(a_record(faults={})))
+    work = run_json()["work"]
+    work["2.jpg"]["nan"] = [2]
+    said = [check.words for check in check_record(a_record(work=work)) if check.ok is False]
     assert "b/none gave NaN, for up to 1 strips" in said

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, predict, read_manifest, read_submission, save_strips
+from run_records import run_json
 from torch import Tensor, nn
 
 from kernel.deadline import Deadline
@@ -24,6 +25,8 @@ from kernel.images import Image
 from kernel.inference import main, parse_options, run_options
 from kernel.members import Member, build_network
 from kernel.predict import Outcome
+from kernel.run_record import RunRecord, read_run_record, write_run_record
+from kernel.scheduling import StripWork
 from kernel.tta import Half, Pass
 
 NAMES = [f"{number}.png" for number in range(6)]
@@ -113,10 +116,8 @@ def spy(images: Path, monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 def run_record(bundle: Path, images: Path, **options: Any) -> dict[str, Any]:
-    """The record of a run, as it comes back from its file."""
-    record = predict(bundle, images, images.with_name("submission.csv"), **options)
-    through_json: dict[str, Any] = json.loads(json.dumps(record))
-    return through_json
+    """The record of a run, as run.json holds it."""
+    return predict(bundle, images, images.with_name("submission.csv"), **options)
 
 
 def named(record: dict[str, Any], ids: Iterable[int]) -> list[tuple[str, str]]:
@@ -301,8 +302,8 @@ def passes_of(*names: str) -> list[Pass]:
     return [Pass(member, flip, (1, 2)) for member, flip in pairs]
 
 
-def work_of(passes: list[int], encoders: list[int], decoders: list[int]) -> dict[str, Any]:
-    return {"passes": passes, "encoders": encoders, "decoders": decoders, "nan": [], "share": 0.5}
+def work_of(passes: list[int], encoders: list[int], decoders: list[int]) -> StripWork:
+    return StripWork(tuple(passes), tuple(encoders), tuple(decoders), tuple(passes[1:]), 0.5)
 
 
 def test_outcomes_whose_passes_differ_are_added_by_the_names_of_their_passes() -> None:
@@ -320,14 +321,12 @@ def test_outcomes_whose_passes_differ_are_added_by_the_names_of_their_passes() -
         device="cpu",
     )
     second.dropped["a/none"] = 2
-    given = json.dumps(second.work)
     first.add(second)
     assert first.passes == passes_of("a/none", "b/none", "c/none")
     assert first.work == {
         "1": work_of([0, 1], [1, 0], [0]),
         "3": work_of([2, 1, 0], [1, 0], [1]),
     }
-    assert json.dumps(second.work) == given
     assert (first.faults, first.strip_s) == ({"2": "no image"}, {"3": 0.5})
     assert (first.device, first.gpu_bytes, first.dropped) == ("cuda", 7, {"a/none": 2})
 
@@ -432,6 +431,51 @@ def test_the_record_lies_in_run_json_beside_the_submission(
     assert list(record["faults"]) == ["bad.png"]
     assert record["strip_s"].keys() == {*NAMES, "bad.png"}
     assert record["passes"] == [{"member": "fpn", "flip": "none", "flops": [1, 1]}]
+
+
+def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
+    record = RunRecord(
+        strips=3,
+        rows=12,
+        non_empty=2,
+        faults={"2.jpg": "no image"},
+        passes=passes_of("a/none", "b/vertical"),
+        work={"1.jpg": StripWork((1, 0), (1, 0), (0,), (1,), 0.25)},
+        strip_s={"1.jpg": 0.5},
+        dropped={"b/vertical": 1},
+        share=0.25,
+        device="cpu",
+        gpu_bytes=7,
+        workers=2,
+        budget_s=3600.0,
+        seconds=9.5,
+        stages={"load": 1.5},
+        networks={"a": {Half.ENCODER: 2.5, Half.DECODER: 0.5}},
+    )
+    write_run_record(tmp_path / "run.json", record)
+    assert read_run_record(tmp_path / "run.json") == record
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: entries.pop("budget_s"),
+        lambda entries: entries.update(speed=1.0),
+        lambda entries: entries.update(work={"1.jpg": {"passes": [0], "share": 1.0}}),
+        lambda entries: entries.update(networks={"a": {"middle": 1.0}}),
+        lambda entries: entries.update(passes=["a/none"]),
+    ],
+    ids=["a field less", "a field more", "work without halves", "a third half", "a bare name"],
+)
+def test_a_file_of_another_kernel_is_refused(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    entries = run_json()
+    change(entries)
+    (tmp_path / "run.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"run\.json: not a run\.json of this kernel"):
+        read_run_record(tmp_path / "run.json")
 
 
 def test_a_record_that_the_disk_has_no_room_for_costs_no_submission(

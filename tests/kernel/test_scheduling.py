@@ -41,6 +41,7 @@ from kernel.scheduling import (
     Scheduler,
     Step,
     StripState,
+    StripWork,
     pad_batch,
 )
 from kernel.tta import Half, list_passes
@@ -211,11 +212,11 @@ def test_work_says_which_halves_ran_and_their_share_of_all_flops() -> None:
         encoders = [i for i, (strip,) in source.encoded if strip == number]
         decoders = [i for i, (strip,) in source.decoded if strip == number]
         work = scheduler.work(state)
-        assert (work["passes"], work["encoders"]) == ([0, 1, 4, 5], encoders)
-        assert work["decoders"] == decoders
+        assert (work.passes, work.encoders) == ((0, 1, 4, 5), tuple(encoders))
+        assert work.decoders == tuple(decoders)
         flops = sum((1, 1, 2, 2, 4, 4)[i] for i in encoders)
         flops += sum((10, 10, 20, 20, 40, 40)[i] for i in decoders)
-        assert work["share"] == pytest.approx(flops / 154)
+        assert work.share == pytest.approx(flops / 154)
     assert len({len(state.ran[Half.DECODER]) for state in states.values()}) > 1
 
 
@@ -690,12 +691,11 @@ def test_the_masks_of_networks_are_the_same_and_take_less_work(
     scheduler = Scheduler(ensemble, batch_size)
     early = run(scheduler, [state.strip for state in full.values()])
     assert early.keys() == full.keys() == {str(index) for index in range(14)}
-    shares, every = [], list(range(15))
+    shares, every = [], tuple(range(15))
     for name, state in early.items():
         np.testing.assert_array_equal(state.masks, full[name].masks)
-        work = {"passes": every, "encoders": every, "decoders": every, "nan": [], "share": 1.0}
-        assert scheduler.work(full[name]) == work
-        shares.append(scheduler.work(state)["share"])
+        assert scheduler.work(full[name]) == StripWork(every, every, every, (), 1.0)
+        shares.append(scheduler.work(state).share)
     assert min(shares) < 0.6 < 0.9 < max(shares)
 
 

@@ -1,0 +1,112 @@
+"""The run record: what a run did for which strips and in how many seconds, and its run.json."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernel.checks import read_json
+from kernel.faults import one_line
+from kernel.logs import log
+from kernel.predict import Outcome, RunContext
+from kernel.rows import replace_file
+from kernel.scheduling import StripWork
+from kernel.task import Task
+from kernel.tta import Half, Pass
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json holds; of several workers the seconds are means."""
+
+    strips: int
+    rows: int  # of the submission
+    non_empty: int  # of them
+    faults: dict[str, str]  # image → why its rows stay empty
+    passes: list[Pass]  # of the members that were loaded; a pass id is a position in this list
+    work: dict[str, StripWork]  # image → what ran for it, of those that have no fault
+    strip_s: dict[str, float]  # image → seconds since the one before
+    dropped: dict[str, int]  # "member/flip" → strips without it
+    share: float  # mean of the strips' in `work`
+    device: str
+    gpu_bytes: int  # the most that PyTorch held on one GPU
+    workers: int
+    budget_s: float
+    seconds: float
+    stages: dict[str, float]  # seconds, without the networks'
+    networks: Mapping[str, Mapping[Half, float]]  # member → half → seconds
+
+
+def build_run_record(
+    context: RunContext, task: Task, outcome: Outcome, rows: int, seconds: float
+) -> RunRecord:
+    """Return the record of a run that has ended."""
+    stages, shares = context.stages, [work.share for work in outcome.work.values()]
+    return RunRecord(
+        strips=len(task.names),
+        rows=rows,
+        non_empty=len(context.submission.rles),
+        faults=outcome.faults,
+        passes=outcome.passes,
+        work=outcome.work,
+        strip_s=outcome.strip_s,
+        dropped=dict(outcome.dropped),
+        share=sum(shares) / max(len(shares), 1),
+        device=outcome.device,
+        gpu_bytes=outcome.gpu_bytes,
+        workers=context.n_workers(task),
+        budget_s=context.budget_s,
+        seconds=seconds,
+        stages=dict(stages.seconds),
+        networks=stages.network_table(),
+    )
+
+
+# --- run.json -------------------------------------------------------------------------------------
+
+
+def record_text(record: RunRecord) -> str:
+    """Return the text of run.json."""
+    return json.dumps(vars(record), default=vars, indent=2, sort_keys=True) + "\n"
+
+
+def write_run_record(path: Path, record: RunRecord) -> None:
+    """Write run.json, whole or not at all: the submission is there, and that is what counts."""
+    try:
+        replace_file(Path(os.path.realpath(path)), record_text(record))
+    except OSError as error:
+        log.warning("the submission is written, but not its record: %s", one_line(error))
+
+
+def parse_run_record(entries: dict[str, Any], path: Path) -> RunRecord:
+    """Parse the run.json that was read from `path`.
+
+    Raises:
+        ValueError: it is no run.json of this kernel.
+    """
+    try:
+        passes = [
+            Pass(each["member"], each["flip"], (each["flops"][0], each["flops"][1]))
+            for each in entries["passes"]
+        ]
+        work = {name: _parse_work(each) for name, each in entries["work"].items()}
+        networks = {
+            member: {Half(half): seconds for half, seconds in halves.items()}
+            for member, halves in entries["networks"].items()
+        }
+        parsed = {"passes": passes, "work": work, "networks": networks}
+        return RunRecord(**entries | parsed)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a run.json of this kernel: {error!r}") from error
+
+
+def _parse_work(work: dict[str, Any]) -> StripWork:
+    lists = {key: tuple(value) for key, value in work.items() if key != "share"}
+    return StripWork(**lists, share=work["share"])
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """Read a run.json; ValueError where there is none of this kernel."""
+    return parse_run_record(read_json(path), path)
