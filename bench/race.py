@@ -45,10 +45,10 @@ from kernel.images import Size, image_to_tensor, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
+from kernel.options import Options
 from kernel.predict import decode_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
-from kernel.task import Options
 from kernel.tta import apply_flip
 from packing.bundle import build
 from training import synthetic

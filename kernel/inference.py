@@ -5,8 +5,6 @@ same modules. Kaggle runs one file: `build_kernel.py` concatenates the modules o
 section each, this one last.
 """
 
-import argparse
-import math
 import os
 import shutil
 import time
@@ -21,11 +19,12 @@ from kernel.faults import one_line
 from kernel.images import check_kinds
 from kernel.logs import Stages, log
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE, find_one
+from kernel.mounts import find_one
+from kernel.options import Options, check_options, parse_options
 from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import Submission
 from kernel.run_record import RunRecord, build_run_record, write_run_record
-from kernel.task import Options, Task, find_task, unpack_images
+from kernel.task import Task, find_task, unpack_images
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
@@ -33,26 +32,6 @@ from kernel.workers import predict_by_workers
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
 GPU_LOST = 3  # exit code of a worker
 CHECK_S = 0.02  # seconds that the validator may take for an image; 0.007 were measured
-
-
-def check_options(options: Options) -> None:
-    """Raise ValueError for what could only fail, or mislead, after the first strip."""
-    if not 0 <= options.batch_size < 2**31 or options.workers < 0:
-        raise ValueError(
-            f"--batch-size {options.batch_size}, --workers {options.workers}: expected 0 or more"
-        )
-    if options.streams < 1:
-        raise ValueError(f"--streams {options.streams}: expected 1 or more")
-    if options.budget_s is not None and not 0 < options.budget_s < math.inf:
-        raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
-    output, report = options.output, options.record
-    for option, path in (("--output", output), ("--report", report)):
-        if not path.parent.is_dir():
-            raise ValueError(f"{option} {path}: no such folder {path.parent}; make it first")
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{option} {path}: is no regular file; name another")
-    if os.path.realpath(report) == os.path.realpath(output):
-        raise ValueError(f"--report {report}: is --output too, and would replace it; name another")
 
 
 def open_submission(options: Options, task: Task) -> Submission:
@@ -162,39 +141,6 @@ def run(options: Options) -> RunRecord:
 
 
 # --- command line ---------------------------------------------------------------------------------
-
-EXAMPLE = "  python inference.py --bundle dist/dataset --images strips/ --output submission.csv"
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Parse the command line; no argument is needed on Kaggle."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    about = "where the bundle and the competition are mounted"
-    add("--input", type=Path, default=Options.input, help=about)
-    add("--bundle", type=Path, help=f"folder with {MANIFEST} (default: found under --input)")
-    add("--images", type=Path, help="folder of images (default: beside the sample)")
-    about = f"the rows to write (default: {SAMPLE} under --input, or every image of --images)"
-    add("--sample", type=Path, help=about)
-    add("--output", type=Path, default=Options.output, help="default submission.csv")
-    about = "such as two-column; default: the sample's own, or without one the competition's"
-    add("--layout", help=about)
-    add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
-    about = "run every pass, for the same submission"
-    add("--no-early-exit", dest="early_exit", action="store_false", help=about)
-    about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
-    add("--streams", type=int, default=Options.streams, help=about)
-    add("--workers", type=int, default=0, help="processes; default one a GPU")
-    add("--worker", action="store_true", help="as the first process starts others")
-    about = "seconds until everything is written; default: the competition's limit, an hour"
-    add("--budget-s", type=float, help=about)
-    add("--strict", action="store_true", help="exit code 1 where a strip failed")
-    add("--allow-missing-members", action="store_true", help="go on without a bad member")
-    about = "seconds, work per strip and every failed strip (default: run.json beside the output)"
-    add("--report", type=Path, help=about)
-    return Options(**vars(parser.parse_args(arguments)))
 
 
 def draw_found(arguments: Sequence[str] | None = None) -> Picture:

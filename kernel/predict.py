@@ -19,10 +19,11 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip, decode_strip, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
+from kernel.options import Options
 from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.scheduling import TOO_LATE, Scheduler, StripState, StripWork
-from kernel.task import Options, Task
+from kernel.task import Task
 from kernel.tta import Pass
 from kernel.watchdog import margin_s
 

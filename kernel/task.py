@@ -1,4 +1,4 @@
-"""The task: the options of a run, the images to predict and the rows to write."""
+"""The task: the images to predict and the rows to write."""
 
 from collections import Counter
 from collections.abc import Iterable, Set
@@ -16,33 +16,8 @@ from kernel.mounts import (
     one_folder,
     unzip,
 )
+from kernel.options import Options
 from kernel.rows import Layout, Row, layouts_of, read_rows
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line; its defaults are what runs on Kaggle."""
-
-    input: Path = Path("/kaggle/input")
-    bundle: Path | None = None
-    images: Path | None = None
-    sample: Path | None = None
-    output: Path = Path("submission.csv")
-    layout: str | None = None
-    batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
-    early_exit: bool = True
-    streams: int = 1  # strips at once on a CPU, in threads that share its cores
-    workers: int = 0  # processes; 0 is one a GPU
-    worker: bool = False  # one of several processes, for rows of its own
-    budget_s: float | None = None  # from the start of `run`; None: the competition's limit
-    strict: bool = False  # a strip that failed is an error
-    allow_missing_members: bool = False
-    report: Path | None = None  # None is run.json beside the output
-
-    @property
-    def record(self) -> Path:
-        """Where the run record goes."""
-        return self.report or self.output.with_name("run.json")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from kernel.command import BAD_INPUT
 from kernel.faults import one_line
 from kernel.logs import Stages, log
+from kernel.options import arguments_of
 from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
 from kernel.run_record import read_run_record
@@ -108,20 +109,17 @@ def start_worker(
         csv = folder / f"{number}-again.csv"
     write_rows(csv.with_suffix(".sample"), task)
     alone = count == 1 and not gpu  # its strips one at a time: so it is known at which it dies
-    command = [sys.executable, str(find_script(run.bundle)), "--worker"]
-    named = {
-        "bundle": run.bundle,
-        "images": task.images,
-        "sample": csv.with_suffix(".sample"),
-        "output": csv,
-        "report": csv.with_suffix(".json"),
-        "batch-size": 1 if alone else options.batch_size,
-        "streams": 1 if alone else options.streams,
-        "budget-s": worker_budget_s(run.until_watchdog_s()),
-    }
-    command += [word for key, value in named.items() if value for word in (f"--{key}", str(value))]
-    command += [] if options.early_exit else ["--no-early-exit"]
-    command += ["--allow-missing-members"] if options.allow_missing_members else []
+    own = options.for_worker(
+        bundle=run.bundle,
+        images=task.images,
+        sample=csv.with_suffix(".sample"),
+        output=csv,
+        report=csv.with_suffix(".json"),
+        batch_size=1 if alone else options.batch_size,
+        streams=1 if alone else options.streams,
+        budget_s=worker_budget_s(run.until_watchdog_s()),
+    )
+    command = [sys.executable, str(find_script(run.bundle)), *arguments_of(own)]
     threads = max((os.cpu_count() or 1) // count, 1)
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
     # Ctrl-C is for this process alone, which ends its workers:

@@ -28,8 +28,8 @@ from kernel.competition import Competition
 from kernel.images import Image, Mask, Size, Strip
 from kernel.inference import run
 from kernel.members import build_network
+from kernel.options import Options
 from kernel.scheduling import Scheduler
-from kernel.task import Options
 from packing.joining import join_modules
 from packing.paths import SCRIPT
 

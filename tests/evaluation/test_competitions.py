@@ -32,7 +32,7 @@ from evaluation.dry_run import make_kaggle_tree
 from kernel.competition import SEVERSTAL, Competition, find_competition, shipped_names
 from kernel.images import Mask, Size
 from kernel.inference import run
-from kernel.task import Options
+from kernel.options import Options
 from packing import bundle
 from packing.bundle import build
 from training import synthetic, train

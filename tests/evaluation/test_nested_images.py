@@ -16,7 +16,8 @@ from evaluation import dry_run, score, validate
 from kernel.competition import SEVERSTAL, Competition, find_competition
 from kernel.inference import main, run
 from kernel.mounts import SAMPLE, one_folder
-from kernel.task import Options, find_task
+from kernel.options import Options
+from kernel.task import find_task
 from packing.bundle import build
 from training.strips import read_strips
 

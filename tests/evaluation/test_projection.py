@@ -27,14 +27,14 @@ from evaluation.projection import (
 from kernel.deadline import Deadline
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Size
-from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest
+from kernel.options import Options, parse_options
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.run_record import parse_run_record
 from kernel.scheduling import TOO_LATE
-from kernel.task import Options, Task
+from kernel.task import Task
 from kernel.tta import Half, Pass
 from kernel.workers import start_worker
 

@@ -21,9 +21,10 @@ from kernel.competition import (
     shipped_names,
 )
 from kernel.images import Mask, Size
+from kernel.options import Options
 from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import layouts_of, read_rows, write_submission
-from kernel.task import Options, find_task, read_sample
+from kernel.task import find_task, read_sample
 from kernel.validator import check_submission
 
 # --- random descriptions --------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.inference import run
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE, find_one
-from kernel.task import Options, Task, find_task, unpack_images
+from kernel.options import Options
+from kernel.task import Task, find_task, unpack_images
 
 DATASET = "somebody/severstal-steel-ensemble"
 COMPETITION = "severstal-steel-defect-detection"

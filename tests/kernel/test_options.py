@@ -15,15 +15,43 @@ from helpers import predict, read_submission, run_script, save_strips, write_sam
 
 from kernel import inference, workers
 from kernel.mounts import find_one, list_images
+from kernel.options import Options, arguments_of, parse_options
 from kernel.rows import LAYOUTS, Submission
 from kernel.scheduling import Scheduler, StripState
-from kernel.task import Options, find_task
+from kernel.task import find_task
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     save_strips(tmp_path / "images", ["a.png", "b.png"])
     return tmp_path / "images"
+
+
+ALL_GIVEN = Options(
+    input=Path("in"),
+    bundle=Path("bundle"),
+    images=Path("images"),
+    sample=Path("sample.csv"),
+    output=Path("out.csv"),
+    layout="two-column",
+    batch_size=3,
+    early_exit=False,
+    streams=2,
+    workers=4,
+    worker=True,
+    budget_s=66.75,
+    strict=True,
+    allow_missing_members=True,
+    report=Path("report.json"),
+)
+
+
+def test_every_option_comes_back_from_its_command_line() -> None:
+    differ = [name for name, value in vars(Options()).items() if value != vars(ALL_GIVEN)[name]]
+    assert differ == list(vars(Options()))
+    assert parse_options(arguments_of(ALL_GIVEN)) == ALL_GIVEN
+    assert parse_options([]) == Options()
+    assert arguments_of(Options()) == []
 
 
 NONSENSE: dict[str, tuple[dict[str, Any], str]] = {

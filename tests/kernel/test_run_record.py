@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from kernel.deadline import Deadline
 from kernel.images import Image
-from kernel.inference import main, parse_options, run_options
+from kernel.inference import main, run_options
 from kernel.members import Member, build_network
+from kernel.options import parse_options
 from kernel.predict import Outcome
 from kernel.run_record import RunRecord, read_run_record, write_run_record
 from kernel.scheduling import StripWork

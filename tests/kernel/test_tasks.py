@@ -7,8 +7,9 @@ from helpers import LABELS, write_sample
 
 from kernel.competition import Competition
 from kernel.mounts import SAMPLE, find_images, find_one
+from kernel.options import Options
 from kernel.rows import LAYOUTS
-from kernel.task import Options, Task, find_task, read_sample
+from kernel.task import Task, find_task, read_sample
 
 # --- the sample's rows ----------------------------------------------------------------------------
 

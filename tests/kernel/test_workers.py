@@ -18,13 +18,13 @@ import torch
 from helpers import predict, read_submission, save_strips, write_sample
 
 from kernel.deadline import Deadline
-from kernel.inference import parse_options
 from kernel.logs import Stages
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
+from kernel.options import Options, parse_options
 from kernel.predict import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission, read_rows
-from kernel.task import Options, Task
+from kernel.task import Task
 from kernel.watchdog import margin_s
 from kernel.workers import Round, Worker, predict_by_workers, run_workers, start_worker
 
@@ -522,8 +522,9 @@ def started(
     [
         Options(),
         Options(sample=Path("s.csv"), batch_size=3, early_exit=False, allow_missing_members=True),
+        Options(input=Path("in"), layout="two-column", workers=3, strict=True, streams=2),
     ],
-    ids=["defaults", "all changed"],
+    ids=["defaults", "all changed", "those of the first process alone"],
 )
 def test_a_worker_gets_the_options_of_its_run(
     options: Options, monkeypatch: pytest.MonkeyPatch
@@ -537,6 +538,10 @@ def test_a_worker_gets_the_options_of_its_run(
         images=Path("strips"),
         sample=found.output.with_name("2.sample"),
         worker=True,
+        input=Options.input,
+        layout=None,
+        workers=0,
+        strict=False,
         output=found.output.with_name("2.csv"),
         report=found.output.with_name("2.json"),
         budget_s=found.budget_s,
