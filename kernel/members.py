@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,19 +78,24 @@ class Encoder(nn.Module):
         """Return the gates, then the features from the highest resolution to the lowest."""
         images = to_channels(images, self.mean.shape[1])
         images = (images - self.mean) / self.std  # one channel becomes the member's
-        inputs = _cast(images, self.dtype)
-        if self.monolithic:
-            outputs = self.network(inputs)
-            features, presence = [outputs[0]] if self.gated else [outputs], outputs[-1]
-        else:
+        features, presence = self._run_network(_cast(images, self.dtype))
+        if presence is None:
+            return images.new_ones(images.shape[0], self.classes), *features
+        presence = _cast(_select(presence, self.channels), torch.float32)
+        if self.shift is not None:
+            presence = presence + self.shift
+        return torch.sigmoid(presence), *features
+
+    def _run_network(self, inputs: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The features, and the presence logits where there is a head of them."""
+        if not self.monolithic:
             features = self.network.encoder(inputs)
             presence = self.network.classification_head(features[-1]) if self.gated else None
-        if self.gated:
-            presence = _cast(_select(presence, self.channels), torch.float32)
-            if self.shift is not None:
-                presence = presence + self.shift
-            return torch.sigmoid(presence), *features
-        return images.new_ones(images.shape[0], self.classes), *features
+            return features, presence
+        if not self.gated:
+            return [self.network(inputs)], None
+        logits, presence = self.network(inputs)
+        return [logits], presence
 
 
 class Decoder(nn.Module):
