@@ -20,7 +20,7 @@ from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
 from cluster.images import absolute, reach
-from kernel.rows import Layout, Submission
+from kernel.rows import Layout, RowKey, Submission
 
 RECORD = "output.json"  # what the parts are of
 HALF = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # what `write_whole` writes beside a file's place
@@ -180,7 +180,7 @@ class Output:
     def write_submission(
         self,
         layout: Layout,
-        pairs: Iterable[tuple[str, int]],
+        pairs: Iterable[RowKey],
         images: Iterable[str],
         empty_rows: bool,
     ) -> str:

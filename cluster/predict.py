@@ -25,6 +25,7 @@ from kernel.images import Image
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.members import check_sha256
+from kernel.rows import RowKey
 from kernel.task import read_sample
 
 FIRST_IMAGES = 100  # that are tried for one that can be read
@@ -70,7 +71,7 @@ def check_args(args: argparse.Namespace) -> None:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def check_sample(pairs: Iterable[tuple[str, int]], images: ImageSet) -> None:
+def check_sample(pairs: Iterable[RowKey], images: ImageSet) -> None:
     """Raise ValueError where a row may be of two images, or all are of others; log which lack."""
     asked, found = {name for name, _ in pairs}, dict[str, str]()
     for name in images.names:

@@ -6,7 +6,6 @@ are of all rows in the output, seconds and rate of the run that has just ended.
 
 import itertools
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from evaluation.report import render_page
 from kernel.contact_sheet import MAX_STRIPS, overlay_masks
 from kernel.images import size_of
 from kernel.logs import log
-from training.ground_truth import Rles, decode_masks
+from kernel.rows import masks_by_image
+from training.ground_truth import decode_masks
 
 MAX_FAULTS = 100  # that are listed
 
@@ -60,9 +60,8 @@ def check_writable(path: Path) -> None:
 def draw(output: Output, images: ImageSet) -> Iterator[AnnotatedStrip]:
     """Yield some strips with their masks: the first parts' that have any and can be read."""
     competition = images.competition
-    rles: Rles = defaultdict(dict)
-    for row in output.masks(MAX_STRIPS * len(competition.classes)):
-        rles[row["image"]][row["class"]] = row["rle"]
+    rows = output.masks(MAX_STRIPS * len(competition.classes))
+    rles = masks_by_image((row["image"], row["class"], row["rle"]) for row in rows)
     for name in itertools.islice(rles, MAX_STRIPS):
         try:
             image = images.load(name)

@@ -1,7 +1,6 @@
 """The contact sheet: strips with their masks filled in, for the dry run and the notebook."""
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Image, Mask, read_image, size_of
 from kernel.rle import decode_rle
-from kernel.rows import read_rows
+from kernel.rows import masks_by_image, read_rows
 
 Picture = npt.NDArray[np.uint8]  # BGR, (H, W, 3)
 
@@ -78,10 +77,7 @@ def draw_submission(
     Raises:
         ValueError: none has.
     """
-    masks: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, label, rle in read_rows(submission, competition=competition, cut_off=0)[1]:
-        if rle:
-            masks[name][label] = rle
+    masks = masks_by_image(read_rows(submission, competition=competition, cut_off=0)[1])
     if not masks:
         raise ValueError(f"{submission}: every mask is empty, there is nothing to draw")
     strips = []

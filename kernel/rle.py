@@ -15,7 +15,7 @@ from kernel.images import Mask, Size
 
 
 def in_run_order(mask: Mask, competition: Competition = SEVERSTAL) -> Mask:
-    """Return a mask so turned that its runs go down its columns; a second time undoes it."""
+    """Transpose a mask where the competition's runs go along rows; a second time undoes it."""
     return mask if competition.run_order == "columns" else mask.T
 
 
@@ -34,6 +34,43 @@ def encode_rle(mask: Mask, competition: Competition = SEVERSTAL) -> str:
     return " ".join(map(str, edges.tolist()))
 
 
+def _runs(rle: str) -> list[tuple[int, int]]:
+    """The (start, length) of each run; ValueError where the words are no pairs of numbers."""
+    numbers = [int(word) for word in rle.split()]
+    if len(numbers) % 2:
+        raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def decode_rle(rle: str, size: Size, competition: Competition = SEVERSTAL) -> Mask:
+    """Return the mask (H, W) of a run-length code.
+
+    Raises:
+        ValueError: the code is not made of pairs, or a run leaves the image.
+    """
+    mask = np.zeros(size[0] * size[1], np.bool_)
+    for start, length in _runs(rle):
+        begin = start - competition.first_index
+        if begin < 0 or length < 1 or begin + length > mask.size:
+            raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
+        mask[begin : begin + length] = True
+    if competition.run_order == "rows":
+        return mask.reshape(size)
+    return mask.reshape(size[1], size[0]).T
+
+
+def join_rles(rles: Iterable[str]) -> str:
+    """Return the code of the union of masks, given well-formed codes of one image."""
+    runs = sorted((start, start + length) for rle in rles for start, length in _runs(rle))
+    joined = list[list[int]]()  # start, end
+    for start, end in runs:
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([start, end])
+    return " ".join(f"{start} {end - start}" for start, end in joined)
+
+
 def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> str | None:
     """Return what Kaggle would refuse in the code of an image of `n_pixels`, or None."""
     first = competition.first_index
@@ -41,10 +78,12 @@ def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> 
     wrong = next((word for word in words if not re.fullmatch("-?[0-9]+", word)), None)
     if wrong is not None:
         return f"{short(wrong)} is no number"
-    if len(words) % 2:
-        return f"{len(words)} numbers, expected pairs of start and length"
+    try:
+        runs = _runs(rle)
+    except ValueError as error:
+        return str(error)
     last = first - 1  # pixel of the run before
-    for start, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
+    for start, length in runs:
         run = f"run {start} {length}"
         if start < first:
             return f"{run} starts before pixel {first}" + (": is it 0-indexed?" if first else "")
@@ -57,38 +96,3 @@ def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> 
         if last >= n_pixels + first:
             return f"{run} leaves an image of {n_pixels} pixels"
     return None
-
-
-def join_rles(rles: Iterable[str]) -> str:
-    """Return the code of the union of masks, given well-formed codes of one image."""
-    runs = []
-    for rle in rles:
-        numbers = [int(word) for word in rle.split()]
-        runs += [(s, s + n) for s, n in zip(numbers[::2], numbers[1::2], strict=True)]
-    joined = list[list[int]]()  # start, end
-    for start, end in sorted(runs):
-        if joined and start <= joined[-1][1]:
-            joined[-1][1] = max(joined[-1][1], end)
-        else:
-            joined.append([start, end])
-    return " ".join(f"{start} {end - start}" for start, end in joined)
-
-
-def decode_rle(rle: str, size: Size, competition: Competition = SEVERSTAL) -> Mask:
-    """Return the mask (H, W) of a run-length code.
-
-    Raises:
-        ValueError: the code is not made of pairs, or a run leaves the image.
-    """
-    numbers = [int(number) for number in rle.split()]
-    if len(numbers) % 2:
-        raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
-    mask = np.zeros(size[0] * size[1], np.bool_)
-    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-        begin = start - competition.first_index
-        if begin < 0 or length < 1 or begin + length > mask.size:
-            raise ValueError(f"run {start} {length} leaves an image of {mask.size} pixels")
-        mask[begin : begin + length] = True
-    if competition.run_order == "rows":
-        return mask.reshape(size)
-    return mask.reshape(size[1], size[0]).T

@@ -87,6 +87,15 @@ Row = tuple[str, int, str]  # image, class, RLE
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
 
+def masks_by_image(rows: Iterable[Row]) -> dict[str, dict[int, str]]:
+    """Return image → class → RLE of the rows that have a mask."""
+    masks: dict[str, dict[int, str]] = {}
+    for image, label, rle in rows:
+        if rle:
+            masks.setdefault(image, {})[label] = rle
+    return masks
+
+
 def read_rows(
     path: Path,
     check: RowCheck = lambda _: None,

@@ -17,7 +17,7 @@ from kernel.mounts import (
     unzip,
 )
 from kernel.options import Options
-from kernel.rows import Layout, Row, layouts_of, read_rows
+from kernel.rows import Layout, Row, RowKey, layouts_of, read_rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Task:
 
     images: Path  # a folder, or a zip for `unpack_images`
     layout: Layout
-    pairs: list[tuple[str, int]]  # (image, class) of every row, in order
+    pairs: list[RowKey]  # of every row, in order
 
     @property
     def names(self) -> list[str]:
@@ -46,7 +46,7 @@ class Task:
         return replace(self, pairs=[pair for pair in self.pairs if pair[0] not in names])
 
 
-def expand_rows(rows: Iterable[tuple[str, int]], classes: int) -> list[tuple[str, int]]:
+def expand_rows(rows: Iterable[RowKey], classes: int) -> list[RowKey]:
     """Return (image, class) pairs in order, each once; class 0 stands for all classes."""
     spread = ((n, c) for n, label in rows for c in ([label] if label else range(1, classes + 1)))
     return list(dict.fromkeys(spread))
@@ -62,7 +62,7 @@ def choose_layout(competition: Competition, name: str | None) -> Layout | None:
 
 def read_sample(
     sample: Path, layout: str | None = None, competition: Competition = SEVERSTAL
-) -> tuple[Layout, list[tuple[str, int]]]:
+) -> tuple[Layout, list[RowKey]]:
     """Read a sample's layout and (image, class) pairs."""
     asked = choose_layout(competition, layout)
     found, rows = read_rows(sample, competition=competition)

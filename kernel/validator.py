@@ -4,7 +4,7 @@ An error is what Kaggle refuses or scores as nothing; a warning is what real mas
 thresholds of the warnings were measured on the training masks of real strips.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
 from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
-from kernel.rows import SPREADSHEET_CELL, Layout, Row, RowKey, read_rows
+from kernel.rows import SPREADSHEET_CELL, Layout, Row, RowKey, masks_by_image, read_rows
 
 # --- the rows -------------------------------------------------------------------------------------
 
@@ -238,10 +238,7 @@ def check_submission(
     header = ",".join(layout.header)
     errors = [] if header == ",".join(columns) else [f"header {header}, not {','.join(columns)}"]
     errors += row_faults(layout, rows, pairs)
-    rles: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, label, rle in rows:
-        if rle:
-            rles[name][label] = rle
+    rles = masks_by_image(rows)
     with ThreadPoolExecutor() as pool:
         checked = list(
             pool.map(lambda item: check_image(images, item[0], item[1], competition), rles.items())

@@ -232,6 +232,7 @@ ILL_FORMED = {
     "touching runs": ("1 4 5 2", "touches the run that ends at 4"),
     "one pixel too many": ("24 2", "leaves an image of 24 pixels"),
     "a number that no integer holds": ("99999999999999999999 1", "leaves an image"),
+    "a number of more digits than Python reads": (f"{'9' * 5000} 1", "4300 digits"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.rows import LAYOUTS, Submission, layouts_of, write_submission
+from kernel.rows import LAYOUTS, Submission, layouts_of, masks_by_image, write_submission
 
 
 def test_writing_leaves_no_part_behind_and_keeps_every_row_in_order(tmp_path: Path) -> None:
@@ -19,6 +19,11 @@ def test_writing_leaves_no_part_behind_and_keeps_every_row_in_order(tmp_path: Pa
     write_submission(path, LAYOUTS["two-column"], pairs, {("a.jpg", 1): "3 4"})
     assert path.read_bytes() == b"ImageId_ClassId,EncodedPixels\nb.jpg_2,\na.jpg_1,3 4\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["submission.csv"]
+
+
+def test_an_image_has_the_masks_of_its_rows_and_none_of_an_empty_one() -> None:
+    rows = [("a.jpg", 2, "1 1"), ("b.jpg", 1, ""), ("a.jpg", 1, "3 2"), ("a.jpg", 3, "")]
+    assert masks_by_image(rows) == {"a.jpg": {2: "1 1", 1: "3 2"}}
 
 
 def test_a_submission_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
