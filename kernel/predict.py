@@ -244,7 +244,7 @@ def log_resizing(ensemble: Ensemble, image: Image | None) -> None:
 
 
 def predict_on(
-    device: torch.device, run: RunContext, task: Task, outcome: Outcome, plain: bool = False
+    device: torch.device, context: RunContext, task: Task, outcome: Outcome, plain: bool = False
 ) -> None:
     """A task in this process, on this device; `plain` runs no engine but fp32 PyTorch.
 
@@ -252,15 +252,15 @@ def predict_on(
         DeviceLost: the GPU broke down; `outcome` has the images that are done.
         EngineFails: so did the engine.
     """
-    options, on_gpu = run.options, device.type == "cuda"
+    options, on_gpu = context.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, image = run.deadline(), first_image(task, note_names(task, run.submission))
+    deadline, image = context.deadline(), first_image(task, note_names(task, context.submission))
     try:
         ensemble = load_ensemble(
-            run.bundle,
-            run.manifest,
+            context.bundle,
+            context.manifest,
             device,
-            run.stages,
+            context.stages,
             allow_missing=options.allow_missing_members,
             image=image,
             streams=1 if on_gpu else options.streams,
@@ -273,7 +273,7 @@ def predict_on(
         scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
         log.info("%d images of %s on %s", len(task.names), task.images, device)
         patience = math.inf if plain else MAX_FAILURES
-        predict_task(scheduler, task, run.submission, outcome, patience)
+        predict_task(scheduler, task, context.submission, outcome, patience)
     except RuntimeError as error:
         if not on_gpu or isinstance(error, DeviceLost):
             raise
@@ -295,17 +295,17 @@ def _next_way(device: torch.device, plain: bool, lost: bool) -> Way | None:
 
 
 def _attempt(
-    way: Way, run: RunContext, task: Task, found: Outcome, bundle_fault: bool
+    way: Way, context: RunContext, task: Task, found: Outcome, bundle_fault: bool
 ) -> tuple[bool, str]:
     """Run a task one way; return whether the device was lost, and what ended it early.
 
     Where nothing was done `bundle_fault` says that what ended it is the bundle's, and is raised.
     """
     try:
-        predict_on(way[0], run, task, found, plain=way[1])
+        predict_on(way[0], context, task, found, plain=way[1])
     except (DeviceLost, EngineFails) as error:
         lost = isinstance(error, DeviceLost)
-        if lost and run.options.worker:
+        if lost and context.options.worker:
             raise
         return lost, str(error)
     except Exception as error:
@@ -315,7 +315,7 @@ def _attempt(
     return False, ""
 
 
-def predict_here(run: RunContext, task: Task) -> Outcome:
+def predict_here(context: RunContext, task: Task) -> Outcome:
     """A task in this process, on the GPU where there is one.
 
     Images that a lost GPU leaves run on the CPU. Those that the networks fail on run again on plain
@@ -326,7 +326,7 @@ def predict_here(run: RunContext, task: Task) -> Outcome:
     """
     outcome, rest, threads, lost_before = Outcome(), task, torch.get_num_threads(), False
     device = pick_device()
-    if run.options.worker and os.environ.get("CUDA_VISIBLE_DEVICES") and device.type == "cpu":
+    if context.options.worker and os.environ.get("CUDA_VISIBLE_DEVICES") and device.type == "cpu":
         raise DeviceLost("the GPU of this worker does not work")  # another's may
     way: Way | None = (device, False)
     while way:
@@ -334,10 +334,10 @@ def predict_here(run: RunContext, task: Task) -> Outcome:
         torch.set_num_threads(threads)  # one where OpenVINO's members ran
         last = _next_way(*way, False) is None
         bundle_fault = rest is task or (last and not outcome.work)
-        lost, fault = _attempt(way, run, rest, found, bundle_fault)
+        lost, fault = _attempt(way, context, rest, found, bundle_fault)
         outcome.add(found)
         rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
-        more = rest.names and not run.deadline().over
+        more = rest.names and not context.deadline().over
         way = _next_way(*way, lost and not lost_before) if more else None
         lost_before = lost_before or lost
         if way:

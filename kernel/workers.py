@@ -100,26 +100,26 @@ def worker_budget_s(left_s: float) -> float:
 
 
 def start_worker(
-    run: RunContext, task: Task, folder: Path, number: int, count: int, gpu: str
+    context: RunContext, task: Task, folder: Path, number: int, count: int, gpu: str
 ) -> Worker:
     """Start this script once more, for a task of its own on one GPU: one of `count` that run."""
-    options = run.options
+    options = context.options
     csv = folder / f"{number}.csv"
     if csv.with_suffix(".sample").exists():  # of the one before it
         csv = folder / f"{number}-again.csv"
     write_rows(csv.with_suffix(".sample"), task)
     alone = count == 1 and not gpu  # its strips one at a time: so it is known at which it dies
     own = options.for_worker(
-        bundle=run.bundle,
+        bundle=context.bundle,
         images=task.images,
         sample=csv.with_suffix(".sample"),
         output=csv,
         report=csv.with_suffix(".json"),
         batch_size=1 if alone else options.batch_size,
         streams=1 if alone else options.streams,
-        budget_s=worker_budget_s(run.until_watchdog_s()),
+        budget_s=worker_budget_s(context.until_watchdog_s()),
     )
-    command = [sys.executable, str(find_script(run.bundle)), *arguments_of(own)]
+    command = [sys.executable, str(find_script(context.bundle)), *arguments_of(own)]
     threads = max((os.cpu_count() or 1) // count, 1)
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
     # Ctrl-C is for this process alone, which ends its workers:
@@ -183,7 +183,7 @@ class Round:
     lost: set[str] = field(default_factory=set)  # on which the last worker died by itself
 
 
-def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
+def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
     """Share a task among a worker on each of `gpus`; their masks go to the submission.
 
     With `again` another follows at once on one that crashes, for a GPU's fault may end with its
@@ -195,16 +195,16 @@ def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -
         try:
             for index, gpu in enumerate(gpus):
                 shard = task.shard(index, count)
-                workers.append(start_worker(run, shard, folder, index + 1, count, gpu))
+                workers.append(start_worker(context, shard, folder, index + 1, count, gpu))
             # One that hangs without ending itself is not waited for until the hour is over:
-            last_call_s = min(margin_s(run.budget_s) / 3, LAST_CALL_S)
+            last_call_s = min(margin_s(context.budget_s) / 3, LAST_CALL_S)
             running = True
-            while running and run.until_watchdog_s() > last_call_s:
+            while running and context.until_watchdog_s() > last_call_s:
                 time.sleep(COLLECT_S)
                 running, started = not all(worker.ended for worker in workers), len(workers)
-                _collect(workers, run.submission)
-                if not run.deadline().over:
-                    if not _follow_crashed(run, workers, folder, count, again):
+                _collect(workers, context.submission)
+                if not context.deadline().over:
+                    if not _follow_crashed(context, workers, folder, count, again):
                         break
                     running = running or len(workers) > started
         finally:  # interrupted: no worker outlives this process, and its finished rows stay
@@ -214,10 +214,10 @@ def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -
             for worker in workers:
                 worker.process.terminate()
             for worker in workers:
-                worker.end(min(ENDING_S, max(run.until_watchdog_s() / 2, 1.0)))
+                worker.end(min(ENDING_S, max(context.until_watchdog_s() / 2, 1.0)))
                 worker.taken_ns = 0  # a clock may tick too slowly for two saves
-            _collect(workers, run.submission)
-        return _read_round(run, workers, 1 / count)
+            _collect(workers, context.submission)
+        return _read_round(context, workers, 1 / count)
 
 
 def _collect(workers: Iterable[Worker], submission: Submission) -> None:
@@ -227,13 +227,13 @@ def _collect(workers: Iterable[Worker], submission: Submission) -> None:
 
 
 def _follow_crashed(
-    run: RunContext, workers: list[Worker], folder: Path, count: int, again: bool
+    context: RunContext, workers: list[Worker], folder: Path, count: int, again: bool
 ) -> bool:
     """Start a worker for what each one leaves that crashed, once; False where that is not to be."""
     for worker in [each for each in workers if each.crashed and not each.seen]:
         worker.seen = True
-        worker.collect(run.submission)  # its last rows
-        rest = worker.task.without(run.submission.done)
+        worker.collect(context.submission)  # its last rows
+        rest = worker.task.without(context.submission.done)
         if not rest.names:
             continue
         if not again or worker.follows:
@@ -241,7 +241,7 @@ def _follow_crashed(
         what = "worker %d ended with exit code %d: the %d images that it leaves run in another"
         log.warning(what, worker.number, worker.process.returncode, len(rest.names))
         try:
-            workers.append(start_worker(run, rest, folder, worker.number, count, worker.gpu))
+            workers.append(start_worker(context, rest, folder, worker.number, count, worker.gpu))
         except OSError as error:
             log.warning("no other can be started: %s", one_line(error))
             return False
@@ -249,21 +249,21 @@ def _follow_crashed(
     return True
 
 
-def _read_round(run: RunContext, workers: Sequence[Worker], share: float) -> Round:
+def _read_round(context: RunContext, workers: Sequence[Worker], share: float) -> Round:
     """Read what workers recorded, each for its `share` of the time."""
     found = Round()
     for worker in workers:
         try:
-            found.outcome.add(read_worker(worker.record, run.stages, share))
+            found.outcome.add(read_worker(worker.record, context.stages, share))
             found.codes.pop(worker.number, None)
             found.gpus.add(worker.gpu)
         except (OSError, ValueError):
             found.codes[worker.number] = worker.process.returncode
             found.last = found.last or worker.last_image()
-        if not run.submission.done.isdisjoint(worker.task.names):
+        if not context.submission.done.isdisjoint(worker.task.names):
             found.gpus.add(worker.gpu)
         if worker.seen:
-            found.suspects |= worker.begun() - run.submission.done
+            found.suspects |= worker.begun() - context.submission.done
     final = {worker.number: worker for worker in sorted(workers, key=lambda each: each.follows)}
     died = (final[number] for number in found.codes)
     found.lost = {worker.gpu for worker in died if worker.by_itself}
@@ -291,7 +291,7 @@ class Places:
             self.gpus = [gpu for gpu in self.every if gpu not in self.lost - self.worked]
 
 
-def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
+def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
@@ -303,34 +303,34 @@ def predict_by_workers(run: RunContext, task: Task, count: int) -> Outcome:
     outcome, rest, died, in_vain = Outcome(), task, "", 0
     places = Places(gpus_of(count), gpus_of(count))
     for attempt in itertools.count():
-        done, on_cpu = len(run.submission.done), not places.gpus
+        done, on_cpu = len(context.submission.done), not places.gpus
         given = rest.only(places.suspects) if on_cpu and places.suspects else rest
         places.gpus = places.gpus[: len(given.names)]
         try:
-            found = run_workers(run, given, places.gpus or [""], again=attempt == 0)
+            found = run_workers(context, given, places.gpus or [""], again=attempt == 0)
         except OSError as error:
-            if not run.submission.done:
+            if not context.submission.done:
                 raise
             died = f"the workers cannot run: {one_line(error)}"
-            rest = task.without(run.submission.done | outcome.faults.keys())
+            rest = task.without(context.submission.done | outcome.faults.keys())
             break
-        grew = len(run.submission.done) > done
+        grew = len(context.submission.done) > done
         in_vain = 0 if grew else in_vain + bool(found.codes and on_cpu)
         outcome.add(found.outcome)
         if found.codes:
             number, code = next(iter(found.codes.items()))
             died = f"worker {number} of {len(places.gpus) or 1} ended with exit code {code}"
             log.warning("%s", died)
-            if not (attempt or run.submission.done) and set(found.codes.values()) <= REFUSALS:
+            if not (attempt or context.submission.done) and set(found.codes.values()) <= REFUSALS:
                 log.warning("all of them did so, and all images run in this process")
-                return predict_here(run, task)  # it says what is wrong, as in one process
-            if code == 0 and run.deadline().over:  # its watchdog ended it
+                return predict_here(context, task)  # it says what is wrong, as in one process
+            if code == 0 and context.deadline().over:  # its watchdog ended it
                 died = TOO_LATE
-            if on_cpu and found.last and found.last not in run.submission.done:
+            if on_cpu and found.last and found.last not in context.submission.done:
                 outcome.faults[found.last] = died
-        rest = task.without(run.submission.done | outcome.faults.keys())
+        rest = task.without(context.submission.done | outcome.faults.keys())
         stuck = in_vain == MOST_IN_VAIN or (on_cpu and found.codes and not found.last)
-        if not rest.names or not (on_cpu or found.codes) or run.deadline().over or stuck:
+        if not rest.names or not (on_cpu or found.codes) or context.deadline().over or stuck:
             break
         places.choose(found, rest)
         log.warning("%d images are left, and run in another", len(rest.names))

@@ -100,11 +100,11 @@ def test_several_workers_plan_with_less_each_by_a_budget_of_its_own(
 ) -> None:
     commands = list[list[str]]()
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
-    monkeypatch.setattr(RunContext, "left_s", lambda run: run.budget_s)
+    monkeypatch.setattr(RunContext, "left_s", lambda context: context.budget_s)
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(Path("out.csv"), task.layout, task.pairs)
-    run = RunContext(Options(budget_s=3600), Path(), Manifest([]), submission, Stages(), 0)
-    start_worker(run, task, tmp_path, 1, 2, "0")
+    context = RunContext(Options(budget_s=3600), Path(), Manifest([]), submission, Stages(), 0)
+    start_worker(context, task, tmp_path, 1, 2, "0")
     budget_s = parse_options(commands[0][2:]).budget_s
     assert budget_s
     assert usable_s(3600, workers=2) == Deadline(budget_s, start=0).end == 3324.5

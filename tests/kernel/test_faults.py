@@ -272,10 +272,10 @@ def test_strips_that_no_time_is_left_to_run_again_stay_named(
     monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
 
     def run_late(
-        device: Any, run: RunContext, task: Any, outcome: Any, plain: bool = False
+        device: Any, context: RunContext, task: Any, outcome: Any, plain: bool = False
     ) -> None:
-        run = replace(run, start=-math.inf) if plain else run
-        predict_on(device, run, task, outcome, plain)
+        context = replace(context, start=-math.inf) if plain else context
+        predict_on(device, context, task, outcome, plain)
 
     monkeypatch.setattr("kernel.predict.predict_on", run_late)
     record = predict(bundle, images, images.parent / "submission.csv")

@@ -348,7 +348,7 @@ def rounds_of(
     """The outcome of rounds that give this, the last of them again and again; and their GPUs."""
     calls = list[Sequence[str]]()
 
-    def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
+    def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
         assert again == (not calls)
         calls.append(gpus)
         return replace(given[min(len(calls), len(given)) - 1], outcome=Outcome())
@@ -356,8 +356,8 @@ def rounds_of(
     monkeypatch.setattr("kernel.workers.run_workers", run_workers)
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
-    run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
-    return predict_by_workers(run, task, 2), calls
+    context = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
+    return predict_by_workers(context, task, 2), calls
 
 
 DIES = Round(Outcome(), {1: -11})
@@ -410,7 +410,7 @@ def test_what_a_gpu_leaves_runs_on_the_others_and_only_suspects_on_the_cpu(
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     calls = list[tuple[str, list[str]]]()
 
-    def run_workers(run: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
+    def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
         calls.append(("".join(gpus), task.names))
         dies = {gpu: name for gpu in gpus for name in task.names if name in killers.get(gpu, [])}
         if not dies:
@@ -423,8 +423,8 @@ def test_what_a_gpu_leaves_runs_on_the_others_and_only_suspects_on_the_cpu(
     monkeypatch.setattr("kernel.workers.run_workers", run_workers)
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
-    run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
-    assert not predict_by_workers(run, task, 2).faults
+    context = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
+    assert not predict_by_workers(context, task, 2).faults
     assert calls == expected and submission.done == set(NAMES)
 
 
@@ -470,8 +470,8 @@ def test_a_later_worker_that_cannot_be_started_costs_what_is_left_alone(
 
     monkeypatch.setattr("kernel.workers.run_workers", lambda *args, again: run_workers())
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
-    run = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
-    faults = predict_by_workers(run, task, 2).faults
+    context = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
+    faults = predict_by_workers(context, task, 2).faults
     assert faults.keys() == set(NAMES[:4])
     assert "Resource temporarily unavailable" in faults["0.png"]
 
@@ -511,9 +511,9 @@ def started(
     submission = Submission(Path("out.csv"), task.layout, task.pairs)
     budget_s = options.budget_s or 100
     start, options = time.monotonic() + left_s - budget_s, replace(options, budget_s=budget_s)
-    run = RunContext(options, bundle, manifest, submission, Stages(), start)
+    context = RunContext(options, bundle, manifest, submission, Stages(), start)
     with tempfile.TemporaryDirectory() as scratch:
-        start_worker(run, task, Path(scratch), 2, count, gpu)
+        start_worker(context, task, Path(scratch), 2, count, gpu)
     return calls[0]
 
 
@@ -673,10 +673,10 @@ def test_a_worker_that_hangs_is_killed_before_the_hour_ends(
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
     options, begin = Options(budget_s=100), time.monotonic() - 94  # 3 s until the watchdog
-    run = RunContext(options, Path("bundle"), Manifest([]), submission, Stages(), begin)
-    found = run_workers(run, task, [""], again=True)
+    context = RunContext(options, Path("bundle"), Manifest([]), submission, Stages(), begin)
+    found = run_workers(context, task, [""], again=True)
     assert found.codes == {1: -9} and not found.gpus
-    assert run.left_s() > 0
+    assert context.left_s() > 0
 
 
 WORKS = """
@@ -708,10 +708,10 @@ def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
     monkeypatch.setattr(subprocess, "Popen", start)
     task = Task(Path("strips"), LAYOUTS["two-column"], [(f"{name}.jpg", 1) for name in "abcd"])
     submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
-    run = RunContext(
+    context = RunContext(
         Options(budget_s=3600), Path("x"), Manifest([]), submission, Stages(), time.monotonic()
     )
-    found = run_workers(run, task, ["0", "1"], again=True)
+    found = run_workers(context, task, ["0", "1"], again=True)
     assert starts == ["1.csv", "2.csv", "1-again.csv"]
     assert next(iter(found.codes.items())) == (1, -6) and found.codes[2] == -15
     assert found.gpus == {"1"} and submission.done == {"b.jpg"}
