@@ -28,7 +28,7 @@ COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
 ENDING_S = 30.0  # that an interrupted worker has for its last save
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
-MOST_IN_VAIN = 3  # rounds on the CPU in a row that give no image
+MAX_FRUITLESS_ROUNDS = 3  # on the CPU in a row, that give no image
 REFUSALS = {1, BAD_INPUT}  # exit codes of a traceback and of bad input: no crash
 
 
@@ -44,9 +44,9 @@ class Worker:
     task: Task
     csv: Path
     process: subprocess.Popen[bytes]
-    follows: bool = False  # on one that crashed
-    seen: bool = False  # when it had crashed
-    by_itself: bool = False  # ended, and was not told to
+    is_replacement: bool = False  # of one that crashed
+    crash_handled: bool = False
+    ended_unasked: bool = False
     taken_ns: int = 0  # when the csv was written that was taken over last
 
     @property
@@ -176,11 +176,16 @@ class Round:
     """What the workers of one round gave, and which of them died: without a record of theirs."""
 
     outcome: Outcome = field(default_factory=Outcome)
-    codes: dict[int, int] = field(default_factory=dict)  # number → exit code, of those that died
-    last: str = ""  # the image that the first of these was at
+    exit_codes: dict[int, int] = field(default_factory=dict)  # number → code, of those that died
+    image_at_death: str = ""  # that the first of these was at
     suspects: set[str] = field(default_factory=set)  # what those that crashed had begun
     gpus: set[str] = field(default_factory=set)  # on which something was done
     lost: set[str] = field(default_factory=set)  # on which the last worker died by itself
+
+    @property
+    def refused(self) -> bool:
+        """Whether those that died did so because of what they were given."""
+        return set(self.exit_codes.values()) <= REFUSALS
 
 
 def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
@@ -209,8 +214,8 @@ def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: boo
                     running = running or len(workers) > started
         finally:  # interrupted: no worker outlives this process, and its finished rows stay
             for worker in workers:
-                worker.by_itself = worker.ended
-            workers.sort(key=lambda worker: not worker.by_itself)
+                worker.ended_unasked = worker.ended
+            workers.sort(key=lambda worker: not worker.ended_unasked)
             for worker in workers:
                 worker.process.terminate()
             for worker in workers:
@@ -230,13 +235,13 @@ def _follow_crashed(
     context: RunContext, workers: list[Worker], folder: Path, count: int, again: bool
 ) -> bool:
     """Start a worker for what each one leaves that crashed, once; False where that is not to be."""
-    for worker in [each for each in workers if each.crashed and not each.seen]:
-        worker.seen = True
+    for worker in [each for each in workers if each.crashed and not each.crash_handled]:
+        worker.crash_handled = True
         worker.collect(context.submission)  # its last rows
         rest = worker.task.without(context.submission.done)
         if not rest.names:
             continue
-        if not again or worker.follows:
+        if not again or worker.is_replacement:
             return False
         what = "worker %d ended with exit code %d: the %d images that it leaves run in another"
         log.warning(what, worker.number, worker.process.returncode, len(rest.names))
@@ -245,7 +250,7 @@ def _follow_crashed(
         except OSError as error:
             log.warning("no other can be started: %s", one_line(error))
             return False
-        workers[-1].follows = True
+        workers[-1].is_replacement = True
     return True
 
 
@@ -255,40 +260,70 @@ def _read_round(context: RunContext, workers: Sequence[Worker], share: float) ->
     for worker in workers:
         try:
             found.outcome.add(read_worker(worker.record, context.stages, share))
-            found.codes.pop(worker.number, None)
+            found.exit_codes.pop(worker.number, None)
             found.gpus.add(worker.gpu)
         except (OSError, ValueError):
-            found.codes[worker.number] = worker.process.returncode
-            found.last = found.last or worker.last_image()
+            found.exit_codes[worker.number] = worker.process.returncode
+            found.image_at_death = found.image_at_death or worker.last_image()
         if not context.submission.done.isdisjoint(worker.task.names):
             found.gpus.add(worker.gpu)
-        if worker.seen:
+        if worker.crash_handled:
             found.suspects |= worker.begun() - context.submission.done
-    final = {worker.number: worker for worker in sorted(workers, key=lambda each: each.follows)}
-    died = (final[number] for number in found.codes)
-    found.lost = {worker.gpu for worker in died if worker.by_itself}
+    replaced_first = sorted(workers, key=lambda worker: worker.is_replacement)
+    final = {worker.number: worker for worker in replaced_first}
+    died = (final[number] for number in found.exit_codes)
+    found.lost = {worker.gpu for worker in died if worker.ended_unasked}
     return found
+
+
+def _why_died(context: RunContext, found: Round, count: int) -> str:
+    """Log which of `count` workers died first; return why, for the images that it leaves."""
+    number, code = next(iter(found.exit_codes.items()))
+    died = f"worker {number} of {count} ended with exit code {code}"
+    log.warning("%s", died)
+    ended_by_watchdog = code == 0 and context.deadline().over
+    return TOO_LATE if ended_by_watchdog else died
 
 
 @dataclass
 class Places:
     """Where the next round runs: on these GPUs, or where there is none on the CPU."""
 
-    every: list[str]  # GPU, as in CUDA_VISIBLE_DEVICES
+    all_gpus: list[str]  # as in CUDA_VISIBLE_DEVICES
     gpus: list[str]
     suspects: set[str] = field(default_factory=set)  # images that alone run on the CPU, if any
-    worked: set[str] = field(default_factory=set)
+    worked: set[str] = field(default_factory=set)  # GPUs
     lost: set[str] = field(default_factory=set)
+    fruitless: int = 0  # rounds on the CPU in a row
 
-    def choose(self, found: Round, rest: Task) -> None:
-        """Choose for what is left, by what the last round gave."""
+    def take(self, rest: Task) -> Task:
+        """Return what of the task runs in the next round, on no more GPUs than images."""
+        given = rest.only(self.suspects) if self.suspects and not self.gpus else rest
+        self.gpus = self.gpus[: len(given.names)]
+        return given
+
+    def choose(self, found: Round, rest: Task, grew: bool) -> bool:
+        """Choose for what is left, by what the last round gave; False where no other would help.
+
+        `grew`: that round gave an image.
+        """
+        died, on_cpu = bool(found.exit_codes), not self.gpus
+        self.fruitless = 0 if grew else self.fruitless + (died and on_cpu)
+        if on_cpu:
+            none_to_leave_out = died and not found.image_at_death
+            stuck = none_to_leave_out or self.fruitless == MAX_FRUITLESS_ROUNDS
+        else:
+            stuck = not died
+        if stuck:
+            return False
         self.worked, self.lost = self.worked | found.gpus, self.lost | found.lost
-        if self.gpus:
+        if on_cpu:  # what crashes the GPUs is found, or did not crash the CPU
+            self.suspects = set()
+            self.gpus = [gpu for gpu in self.all_gpus if gpu not in self.lost - self.worked]
+        else:
             self.suspects = found.suspects & set(rest.names)
             self.gpus = [gpu for gpu in self.gpus if gpu not in found.lost]
-        else:  # what crashes the GPUs is found, or did not crash the CPU
-            self.suspects = set()
-            self.gpus = [gpu for gpu in self.every if gpu not in self.lost - self.worked]
+        return True
 
 
 def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
@@ -300,39 +335,30 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     end the run, so images run in this process only where every worker refused its input: then it
     says why.
     """
-    outcome, rest, died, in_vain = Outcome(), task, "", 0
+    outcome, rest, died, done = Outcome(), task, "", context.submission.done
     places = Places(gpus_of(count), gpus_of(count))
     for attempt in itertools.count():
-        done, on_cpu = len(context.submission.done), not places.gpus
-        given = rest.only(places.suspects) if on_cpu and places.suspects else rest
-        places.gpus = places.gpus[: len(given.names)]
+        given, n_before = places.take(rest), len(done)
         try:
             found = run_workers(context, given, places.gpus or [""], again=attempt == 0)
         except OSError as error:
-            if not context.submission.done:
+            if not done:
                 raise
             died = f"the workers cannot run: {one_line(error)}"
-            rest = task.without(context.submission.done | outcome.faults.keys())
+            rest = task.without(done | outcome.faults.keys())
             break
-        grew = len(context.submission.done) > done
-        in_vain = 0 if grew else in_vain + bool(found.codes and on_cpu)
         outcome.add(found.outcome)
-        if found.codes:
-            number, code = next(iter(found.codes.items()))
-            died = f"worker {number} of {len(places.gpus) or 1} ended with exit code {code}"
-            log.warning("%s", died)
-            if not (attempt or context.submission.done) and set(found.codes.values()) <= REFUSALS:
+        if found.exit_codes:
+            died = _why_died(context, found, len(places.gpus) or 1)
+            if attempt == 0 and not done and found.refused:
                 log.warning("all of them did so, and all images run in this process")
                 return predict_here(context, task)  # it says what is wrong, as in one process
-            if code == 0 and context.deadline().over:  # its watchdog ended it
-                died = TOO_LATE
-            if on_cpu and found.last and found.last not in context.submission.done:
-                outcome.faults[found.last] = died
-        rest = task.without(context.submission.done | outcome.faults.keys())
-        stuck = in_vain == MOST_IN_VAIN or (on_cpu and found.codes and not found.last)
-        if not rest.names or not (on_cpu or found.codes) or context.deadline().over or stuck:
+            if found.image_at_death and found.image_at_death not in done and not places.gpus:
+                outcome.faults[found.image_at_death] = died
+        rest = task.without(done | outcome.faults.keys())
+        over, grew = context.deadline().over, len(done) > n_before
+        if not rest.names or over or not places.choose(found, rest, grew):
             break
-        places.choose(found, rest)
         log.warning("%d images are left, and run in another", len(rest.names))
     outcome.faults |= dict.fromkeys(rest.names, died or "was not predicted")
     return outcome

@@ -382,7 +382,7 @@ def test_workers_that_give_nothing_are_not_started_for_ever(
     """On all GPUs, on those that are not lost, then on the CPU."""
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     submission.done.add("4.png")
-    first = replace(DIES, last=last, gpus=set(working), lost={"0"})
+    first = replace(DIES, image_at_death=last, gpus=set(working), lost={"0"})
     given = [first, replace(first, lost={"1"})]
     outcome, calls = rounds_of(given, submission, monkeypatch)
     assert calls == rounds
@@ -418,7 +418,7 @@ def test_what_a_gpu_leaves_runs_on_the_others_and_only_suspects_on_the_cpu(
             return Round(gpus=set(gpus))
         gpu, killer = next(iter(dies.items()))
         submission.done.update(task.names[: min(task.names.index(killer), 1)])
-        return Round(codes={1: 3}, suspects={killer}, gpus=set("01"), lost={gpu})
+        return Round(exit_codes={1: 3}, suspects={killer}, gpus=set("01"), lost={gpu})
 
     monkeypatch.setattr("kernel.workers.run_workers", run_workers)
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
@@ -439,7 +439,7 @@ def test_no_worker_is_started_when_time_is_over(
     monkeypatch.setattr(Deadline, "over", True)
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     submission.done.add("4.png")
-    dies = replace(DIES, codes={1: code})
+    dies = replace(DIES, exit_codes={1: code})
     outcome, calls = rounds_of([dies], submission, monkeypatch)
     assert len(calls) == 1 and outcome.faults == dict.fromkeys(NAMES[:4], reason)
 
@@ -451,7 +451,7 @@ def test_what_every_worker_refuses_is_refused_in_this_process(
     """A traceback of Python's too, as that of a library that cannot be imported."""
     monkeypatch.setattr("kernel.workers.predict_here", lambda *_: Outcome({"a.jpg": "here"}))
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
-    refused = replace(DIES, codes={1: code, 2: code})
+    refused = replace(DIES, exit_codes={1: code, 2: code})
     outcome, calls = rounds_of([refused], submission, monkeypatch)
     assert len(calls) == 1 and outcome.faults == {"a.jpg": "here"}
 
@@ -675,7 +675,7 @@ def test_a_worker_that_hangs_is_killed_before_the_hour_ends(
     options, begin = Options(budget_s=100), time.monotonic() - 94  # 3 s until the watchdog
     context = RunContext(options, Path("bundle"), Manifest([]), submission, Stages(), begin)
     found = run_workers(context, task, [""], again=True)
-    assert found.codes == {1: -9} and not found.gpus
+    assert found.exit_codes == {1: -9} and not found.gpus
     assert context.left_s() > 0
 
 
@@ -713,6 +713,6 @@ def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
     )
     found = run_workers(context, task, ["0", "1"], again=True)
     assert starts == ["1.csv", "2.csv", "1-again.csv"]
-    assert next(iter(found.codes.items())) == (1, -6) and found.codes[2] == -15
+    assert next(iter(found.exit_codes.items())) == (1, -6) and found.exit_codes[2] == -15
     assert found.gpus == {"1"} and submission.done == {"b.jpg"}
     assert found.lost == {"0"} and found.suspects == {"a.jpg"}
