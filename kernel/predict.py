@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,6 @@ from kernel.task import Task
 from kernel.tta import Pass
 from kernel.watchdog import margin_s
 
-Way = tuple[torch.device, bool]  # where images run, and whether on plain PyTorch
 LAST = ".last"  # beside a worker's csv: the image that it began last
 MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs
 
@@ -182,7 +181,7 @@ def predict_task(
     outcome: Outcome,
     patience: float = math.inf,
 ) -> None:
-    """Every image of a task through the scheduler and into the submission.
+    """Predict every image of a task with a scheduler; its masks go to the submission.
 
     Raises:
         EngineFails: the networks failed on `patience` images, one after another.
@@ -217,7 +216,10 @@ def predict_task(
 def _take(
     state: StripState, scheduler: Scheduler, submission: Submission, outcome: Outcome
 ) -> bool:
-    """Take over a strip that is done, its masks or its fault; whether the networks failed on it."""
+    """Take a strip's masks into the submission, or its fault into the outcome.
+
+    Return whether the networks failed on it.
+    """
     name, rules = state.strip.name, submission.layout.competition
     if not state.fault:
         with scheduler.source.stages("rle"):
@@ -246,7 +248,7 @@ def log_resizing(ensemble: Ensemble, image: Image | None) -> None:
 def predict_on(
     device: torch.device, context: RunContext, task: Task, outcome: Outcome, plain: bool = False
 ) -> None:
-    """A task in this process, on this device; `plain` runs no engine but fp32 PyTorch.
+    """Predict a task in this process on a device; `plain` takes no engine but fp32 PyTorch.
 
     Raises:
         DeviceLost: the GPU broke down; `outcome` has the images that are done.
@@ -284,25 +286,50 @@ def predict_on(
             outcome.gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def _next_way(device: torch.device, plain: bool, lost: bool) -> Way | None:
-    """Where images run that were left on this device, and whether on plain PyTorch."""
-    cpu = torch.device("cpu")
-    if lost:
-        return cpu, plain
-    if not plain:
-        return device, True
-    return None if device == cpu else (cpu, True)
+# --- one backend after another --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What images run on: a device, with an engine or on `plain` PyTorch."""
+
+    device: torch.device
+    plain: bool = False
+    after_loss: bool = False  # of another device
+
+    def __str__(self) -> str:
+        return "again, on plain PyTorch" if self.plain else "on the CPU"
+
+    def next_after(self, lost: bool) -> "Backend | None":
+        """Return what runs what this one leaves, where its device was `lost` or not; None: nothing.
+
+        A device is lost once: what is lost after that has only failed.
+        """
+        cpu = torch.device("cpu")
+        if lost and not self.after_loss:
+            return replace(self, device=cpu, after_loss=True)
+        if not self.plain:
+            return replace(self, plain=True)
+        return None if self.device == cpu else replace(self, device=cpu)
+
+
+def _first_backend(context: RunContext) -> Backend:
+    device = pick_device()
+    given_gpu = context.options.worker and os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given_gpu and device.type == "cpu":
+        raise DeviceLost("the GPU of this worker does not work")  # another's may
+    return Backend(device)
 
 
 def _attempt(
-    way: Way, context: RunContext, task: Task, found: Outcome, bundle_fault: bool
+    backend: Backend, context: RunContext, task: Task, found: Outcome, bundle_fault: bool
 ) -> tuple[bool, str]:
-    """Run a task one way; return whether the device was lost, and what ended it early.
+    """Run a task on a backend; return whether the device was lost, and what ended it early.
 
     Where nothing was done `bundle_fault` says that what ended it is the bundle's, and is raised.
     """
     try:
-        predict_on(way[0], context, task, found, plain=way[1])
+        predict_on(backend.device, context, task, found, plain=backend.plain)
     except (DeviceLost, EngineFails) as error:
         lost = isinstance(error, DeviceLost)
         if lost and context.options.worker:
@@ -315,8 +342,15 @@ def _attempt(
     return False, ""
 
 
+def _settle_faults(outcome: Outcome) -> None:
+    """Forget the faults of images that another backend has done; log those that stay."""
+    outcome.faults = {k: fault for k, fault in outcome.faults.items() if k not in outcome.work}
+    for name in sorted(outcome.faults.keys() & outcome.failed):
+        log.warning("%s stays empty: %s", name, outcome.faults[name])
+
+
 def predict_here(context: RunContext, task: Task) -> Outcome:
-    """A task in this process, on the GPU where there is one.
+    """Predict a task in this process, on the GPU where there is one.
 
     Images that a lost GPU leaves run on the CPU. Those that the networks fail on run again on plain
     PyTorch, last of all on the CPU: what failed may be the engine, or the GPU's memory.
@@ -324,29 +358,22 @@ def predict_here(context: RunContext, task: Task) -> Outcome:
     Raises:
         DeviceLost: in a worker, for another process may have the GPU again.
     """
-    outcome, rest, threads, lost_before = Outcome(), task, torch.get_num_threads(), False
-    device = pick_device()
-    if context.options.worker and os.environ.get("CUDA_VISIBLE_DEVICES") and device.type == "cpu":
-        raise DeviceLost("the GPU of this worker does not work")  # another's may
-    way: Way | None = (device, False)
-    while way:
+    outcome, rest, threads = Outcome(), task, torch.get_num_threads()
+    backend: Backend | None = _first_backend(context)
+    while backend:
         found = Outcome()
         torch.set_num_threads(threads)  # one where OpenVINO's members ran
-        last = _next_way(*way, False) is None
+        last = backend.next_after(lost=False) is None
         bundle_fault = rest is task or (last and not outcome.work)
-        lost, fault = _attempt(way, context, rest, found, bundle_fault)
+        lost, fault = _attempt(backend, context, rest, found, bundle_fault)
         outcome.add(found)
         rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
         more = rest.names and not context.deadline().over
-        way = _next_way(*way, lost and not lost_before) if more else None
-        lost_before = lost_before or lost
-        if way:
+        backend = backend.next_after(lost) if more else None
+        if backend:
             fault = fault or found.faults.get(min(found.failed, default=""), "")
-            where = "again, on plain PyTorch" if way[1] else "on the CPU"
-            log.warning("%s; the last %d images run %s", fault, len(rest.names), where)
+            log.warning("%s; the last %d images run %s", fault, len(rest.names), backend)
         elif fault:
             log.warning("%s", fault)
-    outcome.faults = {k: fault for k, fault in outcome.faults.items() if k not in outcome.work}
-    for name in sorted(outcome.faults.keys() & outcome.failed):
-        log.warning("%s stays empty: %s", name, outcome.faults[name])
+    _settle_faults(outcome)
     return outcome

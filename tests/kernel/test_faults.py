@@ -45,7 +45,7 @@ from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
 from kernel.images import Image, Mask
 from kernel.members import Member
-from kernel.predict import RunContext, _next_way, predict_on
+from kernel.predict import Backend, RunContext, predict_on
 from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.tta import Pass
@@ -209,20 +209,22 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("device", "plain", "lost", "way"),
+    ("backend", "lost", "expected"),
     [
-        (CUDA, False, False, (CUDA, True)),
-        (CUDA, True, False, (CPU, True)),
-        (CPU, False, False, (CPU, True)),
-        (CPU, True, False, None),
-        (CUDA, False, True, (CPU, False)),
-        (CUDA, True, True, (CPU, True)),
+        (Backend(CUDA), False, Backend(CUDA, True)),
+        (Backend(CUDA, True), False, Backend(CPU, True)),
+        (Backend(CPU), False, Backend(CPU, True)),
+        (Backend(CPU, True), False, None),
+        (Backend(CUDA), True, Backend(CPU, False, True)),
+        (Backend(CUDA, True), True, Backend(CPU, True, True)),
+        (Backend(CPU, False, True), True, Backend(CPU, True, True)),
+        (Backend(CPU, True, True), True, None),
     ],
 )
 def test_what_is_left_runs_on_less_and_less(
-    device: torch.device, plain: bool, lost: bool, way: tuple[torch.device, bool] | None
+    backend: Backend, lost: bool, expected: Backend | None
 ) -> None:
-    assert _next_way(device, plain, lost) == way
+    assert backend.next_after(lost) == expected
 
 
 @pytest.mark.parametrize("over", [False, True])

@@ -25,7 +25,7 @@ from kernel.images import Image
 from kernel.inference import main, run_options
 from kernel.members import Member, build_network
 from kernel.options import parse_options
-from kernel.predict import Outcome
+from kernel.predict import Backend, Outcome
 from kernel.run_record import RunRecord, read_run_record, write_run_record
 from kernel.scheduling import StripWork
 from kernel.tta import Half, Pass
@@ -284,7 +284,7 @@ def test_a_strip_whose_passes_are_all_nan_runs_on_plain_pytorch_or_has_a_fault(
 ) -> None:
     """The spy is the engine: plain PyTorch runs unseen, and gives numbers."""
     if not again:
-        monkeypatch.setattr("kernel.predict._next_way", lambda *_: None)
+        monkeypatch.setattr(Backend, "next_after", lambda *_, **__: None)
     members = ("unet-a", "fpn-b", "unet-c")
     spy.nan = {(Half.ENCODER, "1.png", member, flip) for member in members for flip in TURN}
     record = run_record(tiny_bundle / "dataset", images)
