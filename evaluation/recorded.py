@@ -109,5 +109,5 @@ class RecordedPasses:
         if state.fault:
             log.warning("%s counts as an empty answer: %s", self.name, state.fault)
             size = self.manifest.competition.size_of_mask(self.size)
-            state.ended = np.zeros((self.manifest.classes, *size), np.bool_)
+            state.host_masks = np.zeros((self.manifest.classes, *size), np.bool_)
         return state

@@ -103,21 +103,22 @@ class Tally:
 
     def settle(self, found: npt.NDArray[np.float64]) -> bool:
         """Take what `launch` found (4, classes); False: the pass gave NaN, and is dropped."""
-        gates, total = self.launched
+        bound, total = self.launched
         self.launched = None, None
+        gates, highest, possible, certain = found
         if not np.isfinite(found[:2]).all():
-            if gates is None:
+            if bound is None:
                 del self.gates[self.decoded], self.bounds[0]
             self._restart(self.n_passes - 1)
             return False
-        if gates is not None:
-            self.gates.append(found[0])
-            self.bounds.append(gates)
+        if bound is not None:
+            self.gates.append(gates)
+            self.bounds.append(bound)
         if total is not None:
-            self.total, self.highest = total, found[1]
+            self.total, self.highest = total, highest
             self.decoded += 1
             del self.bounds[0]
-        self._close(found[2], found[3])
+        self._close(possible, certain)
         return True
 
     def finalize(self) -> None:

@@ -65,12 +65,12 @@ class StripState:
     tally: Tally
     pass_ids: list[int] = field(default_factory=list)  # of the passes in its mean, in their order
     size: Size = (0, 0)  # of the strip
-    since: int = 0  # strips that had ended when it came
+    ended_at_admission: int = 0  # how many strips had ended when it came
     encoded: list[tuple[Tensor, ...]] = field(default_factory=list)  # and not decoded yet
     ran: dict[Half, list[int]] = field(default_factory=lambda: {half: [] for half in Half})
     next_step: tuple[Step, int] = (ENCODE, 0)  # which halves of which pass
-    arrived: tuple[Tensor, ...] = ()  # what the step under way encoded
-    ended: npt.NDArray[np.bool_] | None = None  # its masks, once they are on the host
+    pending_features: tuple[Tensor, ...] = ()  # what the step under way encoded
+    host_masks: npt.NDArray[np.bool_] | None = None  # once it has ended and they were copied
     fault: str = ""
 
     def __post_init__(self) -> None:
@@ -86,11 +86,13 @@ class StripState:
     @property
     def masks(self) -> npt.NDArray[np.bool_]:
         """Masks (classes, H, W) of a strip that is done and has no fault."""
-        return to_host(self.tally.masks(self.size)) if self.ended is None else self.ended
+        if self.host_masks is not None:
+            return self.host_masks
+        return to_host(self.tally.masks(self.size))
 
     def launch(self, encoded: tuple[Tensor, ...], probabilities: Tensor | None) -> Tensor:
         """Queue what its next step gave, gates first; return what `settle` takes."""
-        self.arrived = encoded
+        self.pending_features = encoded
         return self.tally.launch(encoded[0][0] if encoded else None, probabilities)
 
     def settle(self, found: npt.NDArray[np.float64]) -> None:
@@ -104,8 +106,8 @@ class StripState:
         if not self.tally.settle(found):
             self._drop_pass(index)
         elif step == ENCODE:
-            self.encoded.append(self.arrived)
-        self.arrived = ()
+            self.encoded.append(self.pending_features)
+        self.pending_features = ()
         self._set_next_step()
 
     def finalize(self) -> None:
@@ -291,7 +293,9 @@ class Scheduler:
             except RuntimeError as error:  # out of memory
                 fault = self._fault_of(error)
         tally = Tally(len(pass_ids), source.manifest, self.early_exit)
-        return StripState(strip, images, tally, pass_ids, size, since=n_ended, fault=fault)
+        return StripState(
+            strip, images, tally, pass_ids, size, ended_at_admission=n_ended, fault=fault
+        )
 
     def _batch_size_of(self, state: StripState) -> int:
         """How many strips of its size run at once: no more than of one that is no larger."""
@@ -304,16 +308,18 @@ class Scheduler:
 
         Before those comes what has waited too long: of a rare size a batch may never fill.
         """
-        groups = defaultdict(list)
+        groups = defaultdict[tuple[Step, int, torch.Size], list[StripState]](list)
         for state in states:
             groups[*state.next_step, state.images.shape].append(state)
+
+        def priority(group: list[StripState]) -> tuple[bool, float, int]:
+            size, (_, pass_id) = self._batch_size_of(group[0]), group[0].next_step
+            waited = n_ended - min(state.ended_at_admission for state in group)
+            return waited > LONGEST_WAIT * size, min(len(group) / size, 1), -pass_id
+
         if groups:
-            sizes = {key: self._batch_size_of(group[0]) for key, group in groups.items()}
-            full = {key: min(len(group) / sizes[key], 1) for key, group in groups.items()}
-            since = {key: min(state.since for state in group) for key, group in groups.items()}
-            late = {key: n_ended - since[key] > LONGEST_WAIT * sizes[key] for key in groups}
-            key = max(groups, key=lambda key: (late[key], full[key], -key[1]))
-            self._run_step(key[0], key[1], groups[key][: sizes[key]])
+            group = max(groups.values(), key=priority)
+            self._run_step(*group[0].next_step, group[: self._batch_size_of(group[0])])
 
     def _run_step(self, step: Step, pass_id: int, states: list[StripState]) -> None:
         """One step of a pass for strips of one size; where it fails, in smaller batches.
@@ -350,13 +356,13 @@ class Scheduler:
 
     def _count_seconds(self, step: Step, pass_id: int, seconds: float, strips: int) -> None:
         """Count what each half took; of a whole pass, by its share of the flops."""
-        member, flops = self.source.passes[pass_id].member, self.source.passes[pass_id].flops
-        counted = {half: flops[list(Half).index(half)] for half in step}
-        for half, count in counted.items():
-            half_s = seconds * count / sum(counted.values())
-            self.deadline.half_done(member, half, half_s, strips)
+        ran = self.source.passes[pass_id]
+        flops = dict(zip(Half, ran.flops, strict=True))
+        for half in step:
+            half_s = seconds * flops[half] / sum(flops[each] for each in step)
+            self.deadline.half_done(ran.member, half, half_s, strips)
             if self.source.stages.queued:
-                self.source.stages.networks[member, half] += half_s
+                self.source.stages.networks[ran.member, half] += half_s
 
     def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
         """Queue a step; return what its strips' `settle` takes, (B, 4, classes)."""
@@ -410,4 +416,4 @@ class Scheduler:
                 states[0].fault = fault
         else:
             for state, mask in zip(states, masks, strict=True):
-                state.ended = mask
+                state.host_masks = mask

@@ -216,7 +216,7 @@ def run_strips(
     with gpu, Watch():
         states = list(Scheduler(ensemble, batch_size).predict_strips(strips, count))
     assert [state.fault for state in states] == [""] * count
-    assert all(state.tally.total is None or state.ended is not None for state in states)
+    assert all(state.tally.total is None or state.host_masks is not None for state in states)
     counted_s = ensemble.stages.networks  # by whoever waits for the GPU
     assert ensemble.stages.queued
     assert {member for member, _ in counted_s} == set(ensemble.members)
