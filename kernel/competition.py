@@ -251,7 +251,7 @@ def add_competition_option(parser: argparse._ActionsContainer) -> None:
 
 
 def with_classes(competition: Competition, count: int) -> Competition:
-    """Return Severstal's layouts for another number of classes, "1" and so on."""
+    """Return a competition with another number of classes, "1" and so on; 1 at the least."""
     if count < 1:
         raise ValueError(f"--classes {count}, expected 1 or more")
     names = tuple(map(str, range(1, count + 1)))
