@@ -46,7 +46,7 @@ from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
 from kernel.options import Options
-from kernel.predict import decode_ahead
+from kernel.predict import read_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
 from kernel.tta import apply_flip
@@ -119,7 +119,7 @@ def ours(bundle: Path, early_exit: bool, streams: int) -> Predict:
     scheduler = load_scheduler(bundle, early_exit, streams)
 
     def run(paths: Sequence[Path]) -> dict[str, Masks]:
-        strips = decode_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
+        strips = read_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
         masks = {}
         for state in scheduler.predict_strips(strips, len(paths)):
             if state.fault:
@@ -392,7 +392,7 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
 def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over the clean strips and over all."""
     scheduler = load_scheduler(bundle, early_exit=True, streams=1)
-    strips = decode_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
+    strips = read_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
     shares = {
         state.strip.name: scheduler.work(state).share for state in scheduler.predict_strips(strips)
     }

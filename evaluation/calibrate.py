@@ -35,7 +35,7 @@ from packing.sources import read_sources
 from training.json_files import write_json
 from training.strips import image_names, read_each, read_strips
 
-WIDEST = 20.0  # logits by which gates are shifted at most
+MAX_SHIFT = 20.0  # logits by which gates are shifted at most
 OPEN_OR_SHUT = 1e-9  # a gate so near to 0 or 1 that its logit, 21, is cut off
 DECIMALS = 2  # of a shift
 
@@ -51,7 +51,7 @@ Shifts = dict[str, list[float]]  # member → of each class
 
 def shift_to_mean(logits: Tensor, mean: float) -> float:
     """Return what makes the mean of sigmoid(logits + shift) the one asked for, by bisection."""
-    low, high = -WIDEST, WIDEST
+    low, high = -MAX_SHIFT, MAX_SHIFT
     while high - low > 1e-4:
         middle = (low + high) / 2
         below = torch.sigmoid(logits + middle).mean().item() < mean
@@ -88,7 +88,7 @@ def find_shifts(logits: dict[str, Tensor], shares: Sequence[float]) -> Shifts:
     """Return the shifts with which every member's mean gate of a class is the class's share.
 
     Raises:
-        ValueError: a gate is NaN, or no shift of up to `WIDEST` gives that mean; names the member.
+        ValueError: a gate is NaN, or no shift up to `MAX_SHIFT` gives that mean; names the member.
     """
     found = {
         member: [shift_to_mean(of_class, s) for of_class, s in zip(each.T, shares, strict=True)]
@@ -96,10 +96,10 @@ def find_shifts(logits: dict[str, Tensor], shares: Sequence[float]) -> Shifts:
     }
     for member, shifts in found.items():
         for label, shift in enumerate(shifts, 1):
-            if abs(shift) > WIDEST - 0.1 or logits[member].isnan().any():
+            if abs(shift) > MAX_SHIFT - 0.1 or logits[member].isnan().any():
                 raise ValueError(
-                    f"{member}, class {label}: no shift of up to {WIDEST:g} logits opens its gates "
-                    "as often as the class occurs: fit its presence head anew"
+                    f"{member}, class {label}: no shift of up to {MAX_SHIFT:g} logits opens its "
+                    "gates as often as the class occurs: fit its presence head anew"
                 )
     return found
 

@@ -206,7 +206,7 @@ def check_engine(
 ) -> Member:
     """Return the engine, or plain fp32 PyTorch where the engine fails or differs.
 
-    Both see one crop of an image (H, W), in a quarter of a strip's time. Gates and masks are
+    Both see one crop of an image, grey or RGB, in a quarter of a strip's time. Gates and masks are
     compared apart: a shut gate would hide wrong masks. Without an image nothing is checked.
     """
     if image is None:

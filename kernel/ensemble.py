@@ -55,14 +55,16 @@ class Ensemble:
         self.tried = set[str]()  # members that ran both in halves and in one piece
 
     def prepare(self, image: Image) -> Tensor:
-        """Return an image (H, W) as a pass takes it: (1, 1, H, W) in [0, 1]."""
+        """Return an image, grey or RGB, as a pass takes it: (1, channels, H, W) in [0, 1]."""
         return image_to_tensor(image, self.device)
 
     def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
-        """Resize, pad and flip images (B, 1, H, W); return gates (B, classes) and features."""
+        """Resize, pad and flip images (B, channels, H, W); return gates (B, classes), features."""
         member, flip = self._activate(pass_id)
         with self.stages.network(member.spec.name, Half.ENCODER):
-            encoded: tuple[Tensor, ...] = member.encoder(self._turn(images, member, flip))
+            encoded: tuple[Tensor, ...] = member.encoder(
+                self._resize_pad_flip(images, member, flip)
+            )
         return encoded
 
     def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
@@ -73,7 +75,7 @@ class Ensemble:
         """
         member, flip = self._activate(pass_id)
         with self.stages.network(member.spec.name, Half.DECODER):
-            return self._turn_back(member.decoder(*encoded), encoded[0], member, flip, size)
+            return self._flip_crop_resize(member.decoder(*encoded), encoded[0], member, flip, size)
 
     def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Return gates and probabilities of both halves, in one piece where the engine has one."""
@@ -90,8 +92,8 @@ class Ensemble:
         self, member: Member, flip: str, images: Tensor, size: Size
     ) -> tuple[Tensor, Tensor]:
         assert member.whole is not None
-        gates, probabilities = member.whole(self._turn(images, member, flip))
-        return gates, self._turn_back(probabilities, gates, member, flip, size)
+        gates, probabilities = member.whole(self._resize_pad_flip(images, member, flip))
+        return gates, self._flip_crop_resize(probabilities, gates, member, flip, size)
 
     def _try_one_piece(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Run a pass both ways; from here on the member runs in one piece if no bit differs."""
@@ -113,17 +115,17 @@ class Ensemble:
         self.tried.add(member.spec.name)
         return halves
 
-    def _turn(self, images: Tensor, member: Member, flip: str) -> Tensor:
-        """Images as a member takes them under a flip."""
+    def _resize_pad_flip(self, images: Tensor, member: Member, flip: str) -> Tensor:
+        """Resize, pad and flip images to what a member takes under a flip."""
         size = self.sizes[member.spec.name]
         if size and size != tuple(images.shape[-2:]):
             images = _resize(images, size)
         return apply_flip(pad_to_multiple(images, member.stride), flip)
 
-    def _turn_back(
+    def _flip_crop_resize(
         self, probabilities: Tensor, gates: Tensor, member: Member, flip: str, size: Size
     ) -> Tensor:
-        """A member's probabilities as those of images of `size`."""
+        """Flip, crop and resize a member's probabilities to those of images of `size`."""
         height, width = own_size = self.sizes[member.spec.name] or size
         probabilities = apply_flip(probabilities, flip)[..., :height, :width]
         mask_size = self.manifest.competition.size_of_mask(size)

@@ -201,7 +201,7 @@ class Strip:
     fault: str = ""
 
 
-def decode_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) -> Strip:
+def read_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) -> Strip:
     """Read one image; a bad one costs its own rows, never the run."""
     try:
         return Strip(name, read_image(folder / name, competition))

@@ -16,7 +16,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, Size, Strip, decode_strip, size_of
+from kernel.images import Image, Size, Strip, read_strip, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
 from kernel.options import Options
@@ -31,27 +31,27 @@ LAST = ".last"  # beside a worker's csv: the image that it began last
 MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs
 
 
-def decode_ahead(
+def read_ahead(
     folder: Path,
     names: Iterable[str],
     ahead: int,
     competition: Competition = SEVERSTAL,
     deadline: Deadline | None = None,
 ) -> Iterator[Strip]:
-    """Yield strips in order, up to `ahead` of them decoded beside the networks.
+    """Yield strips in order, up to `ahead` of them read beside the networks.
 
     Once a deadline is over no file is read any more: what is left would take its reserve.
     """
 
-    def decode(name: str) -> Strip:
+    def read(name: str) -> Strip:
         if deadline and deadline.over:
             return Strip(name, None, TOO_LATE)
-        return decode_strip(folder, name, competition)
+        return read_strip(folder, name, competition)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting: list[Future[Strip]] = []
         for name in names:
-            waiting.append(pool.submit(decode, name))
+            waiting.append(pool.submit(read, name))
             if len(waiting) > ahead:
                 yield waiting.pop(0).result()
         for strip in waiting:
@@ -60,7 +60,7 @@ def decode_ahead(
 
 def first_image(task: Task, names: Iterable[str]) -> Image | None:
     """Return the first image that can be read."""
-    strips = (decode_strip(task.images, name, task.layout.competition) for name in names)
+    strips = (read_strip(task.images, name, task.layout.competition) for name in names)
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 
@@ -162,10 +162,10 @@ class OtherSizes:
         self.counts[size] += 1
         if size != self.usual and self.counts[size] == 1:
             name = name.encode(errors="backslashreplace").decode()  # it may be no UTF-8
-            log.warning(
-                "%s is %d×%d, others are %d×%d: predicted as it is; see whether the file is whole",
-                *(name, *size, *self.usual),
+            what = (
+                "%s is %d×%d, others are %d×%d: predicted as it is; see whether the file is whole"
             )
+            log.warning(what, name, *size, *self.usual)
 
     def log_counts(self) -> None:
         """Log how many there were of each other size, if there were more than one."""
@@ -190,7 +190,7 @@ def predict_task(
     # A worker on the CPU decodes no strip ahead: so it is known at which image it dies.
     alone = not submission.whole and scheduler.source.device.type == "cpu"
     ahead, names = 0 if alone else 4 * scheduler.batch_size, note_names(task, submission)
-    strips = decode_ahead(task.images, names, ahead, rules, scheduler.deadline)
+    strips = read_ahead(task.images, names, ahead, rules, scheduler.deadline)
     stages.threads = scheduler.threads
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)

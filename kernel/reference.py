@@ -17,7 +17,8 @@ from kernel.manifest import MemberSpec
 from kernel.members import Member
 
 LOGIT_TOLERANCE = 1e-2  # mean difference of logits in fp32
-LEAST, MOST = 1e-12, 1 - 1e-4  # probabilities, cut off for their logits; near 1 fp32 has few digits
+# probabilities, cut off for their logits; near 1 fp32 has few digits
+MIN_PROBABILITY, MAX_PROBABILITY = 1e-12, 1 - 1e-4
 PACKED = (  # into OpenVINO's files
     "model", "mean", "std", "channels", "softmax", "mask_shift", "gate_shift",
 )  # fmt: skip
@@ -57,7 +58,7 @@ class Reference:
 
 
 def _logits(probabilities: Tensor) -> Tensor:
-    return torch.logit(probabilities.clamp(LEAST, MOST))
+    return torch.logit(probabilities.clamp(MIN_PROBABILITY, MAX_PROBABILITY))
 
 
 @torch.inference_mode()

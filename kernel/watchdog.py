@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from kernel.logs import log
 from kernel.rows import Submission
 
-LEAST_MARGIN_S = 3.0
+MIN_MARGIN_S = 3.0
 
 
-def margin_s(left_s: float) -> float:
-    """Seconds before the budget's end at which a run is ended: of an hour a minute.
+def margin_s(budget_s: float) -> float:
+    """Seconds before the end of a budget at which a run is ended: of an hour a minute.
 
     What came before the run, the container's start and the imports, has taken some of it unseen.
     """
-    return max(left_s / 60, LEAST_MARGIN_S)
+    return max(budget_s / 60, MIN_MARGIN_S)
 
 
 def after(seconds: float, action: Callable[[], object]) -> threading.Timer:

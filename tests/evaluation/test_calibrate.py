@@ -40,7 +40,7 @@ def test_the_shifted_mean_is_the_one_asked_for(logits: torch.Tensor, mean: float
 
 
 def test_a_mean_that_no_shift_reaches_ends_the_search_at_its_border() -> None:
-    assert shift_to_mean(torch.zeros(3), 0.0) == pytest.approx(-calibrate.WIDEST, abs=0.01)
+    assert shift_to_mean(torch.zeros(3), 0.0) == pytest.approx(-calibrate.MAX_SHIFT, abs=0.01)
 
 
 def test_each_member_and_class_has_its_own_shift() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.images import _check_whole, decode_strip, read_image
+from kernel.images import _check_whole, read_image, read_strip
 from kernel.jpeg import walk_markers
 
 KINDS = {
@@ -51,7 +51,7 @@ def pixels_of(data: bytes) -> np.ndarray:
 def read(data: bytes, folder: Path) -> np.ndarray | str:
     """The image, or why it was refused."""
     (folder / "a.jpg").write_bytes(data)
-    strip = decode_strip(folder, "a.jpg")
+    strip = read_strip(folder, "a.jpg")
     return strip.fault if strip.image is None else strip.image
 
 

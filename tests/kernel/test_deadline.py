@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.deadline import Deadline
-from kernel.images import Strip, decode_strip
+from kernel.images import Strip, read_strip
 from kernel.tta import Half, Pass, list_passes
 
 MACHINES = int(os.environ.get("MACHINES", "500"))  # simulated, by each property
@@ -241,9 +241,9 @@ def test_strips_for_which_there_is_no_time_are_named_and_keep_their_rows(
 
     def decode(folder: Path, name: str, *rules: Any) -> Strip:
         decoded.append(name)
-        return decode_strip(folder, name, *rules)
+        return read_strip(folder, name, *rules)
 
-    monkeypatch.setattr("kernel.predict.decode_strip", decode)
+    monkeypatch.setattr("kernel.predict.read_strip", decode)
     save_strips(tmp_path / "strips", names)
     output = tmp_path / "submission.csv"
     record = predict(tiny_bundle / "dataset", tmp_path / "strips", output)

@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL, draw_image, encode_image, save_image
 
 from kernel.competition import Competition
-from kernel.images import check_kinds, decode_strip, image_to_tensor, pad_to_multiple, read_image
+from kernel.images import check_kinds, image_to_tensor, pad_to_multiple, read_image, read_strip
 
 # --- what is read ---------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def test_a_huge_image_is_refused_before_it_is_decoded(
 
 def test_a_strip_that_cannot_be_read_carries_the_reason(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"")
-    strip = decode_strip(tmp_path, "bad.jpg")
+    strip = read_strip(tmp_path, "bad.jpg")
     assert (strip.name, strip.image) == ("bad.jpg", None)
     assert "0 bytes that are no image" in strip.fault
 
@@ -114,7 +114,7 @@ def test_a_decoder_that_runs_out_of_memory_leaves_a_reason_too(
         raise MemoryError
 
     monkeypatch.setattr("kernel.images.read_image", decode)
-    assert decode_strip(tmp_path, "a.jpg").fault == "MemoryError()"
+    assert read_strip(tmp_path, "a.jpg").fault == "MemoryError()"
 
 
 # --- padding --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from helpers import predict, read_submission, run_kernel, run_script, save_strip
 
 from kernel.predict import Outcome
 from kernel.rows import LAYOUTS, Submission
-from kernel.watchdog import LEAST_MARGIN_S, watchdog
+from kernel.watchdog import MIN_MARGIN_S, watchdog
 
 PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]
 
@@ -97,7 +97,7 @@ def submission(tmp_path: Path) -> Submission:
 def test_the_rows_are_saved_before_the_process_ends(
     submission: Submission, ended: ProcessEnd, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with watchdog(submission, LEAST_MARGIN_S + 0.1):
+    with watchdog(submission, MIN_MARGIN_S + 0.1):
         assert ended.called.wait(timeout=30)
     assert ended.codes == [0]
     assert read_submission(submission.path)["b.png", 1] == "3 4"
@@ -112,7 +112,7 @@ def test_a_full_disk_keeps_no_hung_process_alive(
 
     monkeypatch.setattr(submission, "save", full)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # nor is it pytest's
-    with watchdog(submission, LEAST_MARGIN_S + 0.1):
+    with watchdog(submission, MIN_MARGIN_S + 0.1):
         assert ended.called.wait(timeout=30)
     assert ended.codes == [0]
 
@@ -121,7 +121,7 @@ def test_a_disk_that_hangs_keeps_no_hung_process_alive(
     submission: Submission, ended: ProcessEnd
 ) -> None:
     """The run hangs in a save, and the watchdog's own save waits for that to end."""
-    with watchdog(submission, LEAST_MARGIN_S + 0.1):
+    with watchdog(submission, MIN_MARGIN_S + 0.1):
         with submission.saving:
             assert ended.called.wait(timeout=30)
             assert ended.codes == [0]
@@ -161,7 +161,7 @@ def test_a_run_that_ends_by_itself_is_left_alone(
 ) -> None:
     before = submission.path.read_bytes()
     try:
-        with watchdog(submission, LEAST_MARGIN_S + 0.3):
+        with watchdog(submission, MIN_MARGIN_S + 0.3):
             if fails:
                 raise ValueError
     except ValueError:

@@ -151,7 +151,7 @@ DEADLY = """
 import os, sys, time
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
-admit, decode, decoded = kernel.Scheduler._admit, kernel.decode_strip, []
+admit, decode, decoded = kernel.Scheduler._admit, kernel.read_strip, []
 
 def die(name, place):
     if (name, place) == (os.environ["KILLER"], os.environ["PLACE"]):
@@ -171,7 +171,7 @@ def deadly_decode(folder, name, *rules):
     decoded.append(name)
     return decode(folder, name, *rules)
 
-kernel.Scheduler._admit, kernel.decode_strip = deadly_admit, deadly_decode
+kernel.Scheduler._admit, kernel.read_strip = deadly_admit, deadly_decode
 kernel.Submission.MAX_SAVING_SHARE = 1e9  # each strip is saved as soon as it is done
 kernel.main(sys.argv[1:])
 """
