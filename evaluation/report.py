@@ -16,6 +16,7 @@ Then the numbers: `run`, `stages`, `passes`, `histogram`, `machines`, `drops`, `
 `faults`, and, where a ground truth is known, `dice` and `ablation`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -268,7 +269,7 @@ MARKS = {True: "ok", False: "NO", None: "–"}
 
 def figure(value: float, spec: str = ".3f") -> str:
     """Format a figure; a mean of nothing, NaN, is a dash."""
-    return format(value, spec) if value == value else "–"
+    return "–" if math.isnan(value) else format(value, spec)
 
 
 def _table(heads: str, rows: Iterable[tuple[str, ...]]) -> str:

@@ -46,9 +46,7 @@ def open_submission(options: Options, task: Task) -> Submission:
         raise ValueError(
             f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
         )
-    output = Path(
-        os.path.realpath(options.output)
-    )  # a link stays, and what it points to is replaced
+    output = Path(os.path.realpath(options.output))  # a link stays, its target is replaced
     submission = Submission(output, task.layout, task.pairs, whole=not options.worker)
     submission.save()
     return submission

@@ -174,11 +174,13 @@ def _check_model(model: dict[str, Any]) -> None:
                 value = options[key]
                 expect(is_whole(value) and value > 0, f"{where}'s {key}", value, "a whole number")
         if options.get("activation") is not None:
-            softmax = ', or a softmax where the member says "softmax": true' * (where == "model")
+            applied = "sigmoid"
+            if where == "model":
+                applied += ', or a softmax where the member says "softmax": true'
             raise ValueError(
                 f"{where}'s activation {short(options['activation'])}: the kernel applies the "
-                f"sigmoid{softmax}, so a packed network gives logits; remove it where the network "
-                "was trained through that, else train it so"
+                f"{applied}, so a packed network gives logits; remove it where the network was "
+                "trained through that, else train it so"
             )
 
 

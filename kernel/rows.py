@@ -147,22 +147,23 @@ def _parse_header(
 ) -> tuple[Layout, Callable[[list[str]], Row]]:
     """The layout of a header, and what makes a row of a line's cells."""
     columns = [cell.strip() for cell in header]
-    index = columns[:1] in ([""], ["Unnamed: 0"])  # as pandas writes one
-    known = [each for each in competition.layouts if sorted(each) == sorted(columns[index:])]
+    has_index = columns[:1] in ([""], ["Unnamed: 0"])  # as pandas writes one
+    named = columns[1:] if has_index else columns
+    known = [each for each in competition.layouts if sorted(each) == sorted(named)]
     if not known:
         raise ValueError(_header_fault(header, competition))
-    cells = {column: known[0][column] for column in columns[index:]}
+    cells = {column: known[0][column] for column in named}
     layout = Layout(cells, competition, tuple(header))
     patterns = {column: _pattern(template, competition) for column, template in known[0].items()}
 
     def parse(cells: list[str]) -> Row:
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} cells, the header has {len(header)}: {_short(cells)}")
-        named, values = dict(zip(columns, cells, strict=True)), {"class": competition.classes[0]}
+        row, values = dict(zip(columns, cells, strict=True)), {"class": competition.classes[0]}
         for column, pattern in patterns.items():
-            match = pattern.fullmatch(named[column])
+            match = pattern.fullmatch(row[column])
             if not match:
-                raise ValueError(_cell_fault(named[column], known[0][column], cells, competition))
+                raise ValueError(_cell_fault(row[column], known[0][column], cells, competition))
             values |= match.groupdict()
         if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")

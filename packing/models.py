@@ -457,5 +457,6 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
         network.load_state_dict(renamed, strict=True)  # renames in place what SMP renamed
     except RuntimeError as error:
         fault = _fault(renamed, wanted, model)
-        raise ValueError(f"{path}: {old}{': ' * bool(old)}{fault}") from error
+        fault = f"{old}: {fault}" if old else fault
+        raise ValueError(f"{path}: {fault}") from error
     return network
