@@ -163,12 +163,12 @@ def test_what_was_dropped_here_is_in_the_seconds_of_every_pass() -> None:
     full_s = 2 * (0.7 + 0.4 + 0.8 + 2 / 3) * 2 / 3
     assert run.dropped and not a_run().dropped
     assert estimate_s(run, ALL) == pytest.approx(full_s * STRIPS)
-    assert project(run).strip_s == pytest.approx(3 + full_s - 7.7 / 4)
+    assert project(run).strip_s == pytest.approx((12 - 7.7) / 3 + full_s)
     assert project(a_run()).strip_s == 3
     for workers in (1, 2):
         shared = a_run(**TRUNCATED, workers=workers)
         assert estimate_s(shared, ALL) == pytest.approx(full_s * STRIPS)
-        assert project(shared).strip_s == pytest.approx(3 + full_s - 7.7 / 4)
+        assert project(shared).strip_s == pytest.approx((12 - 7.7) / 3 + full_s)
 
 
 def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
@@ -177,7 +177,7 @@ def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
     found = {each.machine: each.seconds for each in list_estimates(a_run(**TRUNCATED), known)}
     assert found["one T4"] == pytest.approx(8 + STRIPS * full_flops / 1e3)
     added = STRIPS * full_flops / (18.7e12 * 0.2)
-    assert found["P100"] == pytest.approx(8 + STRIPS * 0.5 / 4 + added, abs=1e-9)
+    assert found["P100"] == pytest.approx(8 + STRIPS * 0.5 / 3 + added, abs=1e-9)
 
 
 def test_a_run_of_which_a_worker_s_record_is_missing_has_no_rate(tmp_path: Path) -> None:
