@@ -44,6 +44,7 @@ from cluster.images import ImageSet
 from cluster.output import Output
 from cluster.worker import Worker, manifest_hash
 from kernel.command import run_command
+from kernel.competition import IMAGE_SIZE
 from kernel.images import Image, Size
 from kernel.logs import log
 from kernel.manifest import MANIFEST, MemberSpec
@@ -273,12 +274,12 @@ def measure_overhead(args: argparse.Namespace) -> Figures:
     """Milliseconds a strip of full size: the worker alone, and what Ray adds by strips a part."""
     count, found = args.stub_strips, {}
     with tempfile.TemporaryDirectory() as folder:
-        images = stub_set(Path(folder), count, synthetic.IMAGE_SIZE)
+        images = stub_set(Path(folder), count, IMAGE_SIZE)
         alone = time_stub_alone(images, Path(folder))
     start_ray()
     for per_part in (16, max(count // 8, 1)):
         with tempfile.TemporaryDirectory() as folder:
-            images = stub_set(Path(folder), count, synthetic.IMAGE_SIZE)
+            images = stub_set(Path(folder), count, IMAGE_SIZE)
             times = run_stubs(images, per_part, Workers(1, cpus=1), Path(folder))
             found[str(per_part)] = 1000 * (strip_seconds(times, 1, per_part) - alone)
     ray.shutdown()

@@ -37,7 +37,12 @@ from evaluation.report import (
 )
 from kernel.checks import read_json
 from kernel.command import run_command
-from kernel.competition import Competition, add_competition_option, find_competition
+from kernel.competition import (
+    IMAGE_SIZE,
+    Competition,
+    add_competition_option,
+    find_competition,
+)
 from kernel.images import check_kinds, read_image, size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, load_manifest
@@ -47,6 +52,7 @@ from kernel.run_record import RunRecord, read_run_record
 from kernel.task import read_sample
 from kernel.validator import check_submission
 from training import synthetic
+from training.competition_files import write_sample
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
 from training.json_files import write_json
 
@@ -84,7 +90,7 @@ def make_kaggle_tree(
     sample = competition / SAMPLE
     size = manifest.competition.image_size or (1, 1)
     names = list_images(one_folder(images, manifest.competition))
-    synthetic.write_sample(sample, names, manifest.competition, size)
+    write_sample(sample, names, manifest.competition, size)
     (root / "working").mkdir()
     return sample
 
@@ -327,7 +333,7 @@ def _run_bundle(
         log.info("drawing %d synthetic strips", args.strips)
         synthetic.write_competition(
             root / "steel", 0, args.strips, args.seed, evenly=True, competition=competition,
-            size=competition.image_size or synthetic.IMAGE_SIZE,
+            size=competition.image_size or IMAGE_SIZE,
         )  # fmt: skip
         mounted, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
         images = one_folder(mounted, competition)

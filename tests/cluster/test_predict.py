@@ -39,7 +39,7 @@ from cluster.images import ImageSet
 from cluster.predict import main
 from kernel.competition import find_competition, load_competition
 from kernel.images import read_image
-from training import synthetic
+from training import competition_files
 
 NAMES = [f"{index:02}.jpg" for index in range(10)]
 BAD = NAMES[4]
@@ -74,7 +74,7 @@ def done(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         save_image(folder / "images" / name, np.dstack(planes))
     (folder / "images" / BAD).write_bytes(b"no image")
     sample = folder / "sample.csv"
-    synthetic.write_sample(sample, sorted(NAMES, reverse=True), clouds, SMALL)
+    competition_files.write_sample(sample, sorted(NAMES, reverse=True), clouds, SMALL)
     predict(folder / "dataset", folder / "images", folder / "kernel.csv", sample=sample)
     words = [*options_of(folder), "--address", "local", "--images-per-part", "3"]
     words += ["--report", str(folder / "page.html")]

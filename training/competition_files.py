@@ -1,0 +1,85 @@
+"""A competition's files, written for strips that are drawn: images, ground truth, sample."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from kernel.competition import SEVERSTAL, Competition
+from kernel.images import Mask, Size
+from kernel.rows import Layout, layouts_of, write_submission
+from kernel.task import expand_rows
+
+
+def suffix_of(competition: Competition) -> str:
+    """Return the suffix of a competition's image files: its own, else one that has their depth."""
+    return competition.suffix or (".png" if competition.bits == 16 else ".jpg")
+
+
+def coloured(image: NDArray[np.uint8], competition: Competition) -> NDArray[np.uint8 | np.uint16]:
+    """A grey image as a competition's files have them; BGR where there is colour, rusty."""
+    shares = (0.7, 0.85, 1.0) if competition.channels == 3 else (1.0,) * 3
+    picture = np.dstack([image * share for share in shares])
+    if competition.bits == 8:
+        return picture.astype(np.uint8)
+    return picture[..., : competition.channels].astype(np.uint16) * 257
+
+
+def write_image(
+    path: Path, image: NDArray[np.uint8], competition: Competition, quality: int
+) -> None:
+    """Write a grey image as a competition's files have it; `quality` is a JPEG's.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    options = [] if path.suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, quality]
+    if not cv2.imwrite(str(path), coloured(image, competition), options):
+        raise ValueError(f"cannot write {path}: is the folder there and writable?")
+
+
+def grouped(masks: NDArray[np.bool_], competition: Competition) -> list[Mask]:
+    """The four kinds of defects as a competition's classes: every n-th one together."""
+    count = len(competition.classes)
+    return [np.asarray(masks[i::count].any(axis=0), np.bool_) for i in range(count)]
+
+
+def write_truth(
+    path: Path,
+    strips: Sequence[tuple[str, list[str]]],
+    layout: str,
+    competition: Competition = SEVERSTAL,
+) -> None:
+    """Write the ground truth: a row a class, or in Severstal's three columns the non-empty ones."""
+    if competition != SEVERSTAL:
+        rles = {(name, n): run for name, runs in strips for n, run in enumerate(runs, 1)}
+        write_submission(path, layouts_of(competition)[layout], rles, rles)
+        return
+    rows = [(name, n, run) for name, runs in strips for n, run in enumerate(runs, 1)]
+    truth = pd.DataFrame(rows, columns=["ImageId", "ClassId", "EncodedPixels"])
+    if layout == "two-column":
+        truth.insert(0, "ImageId_ClassId", truth.ImageId + "_" + truth.ClassId.astype(str))
+        truth = truth[["ImageId_ClassId", "EncodedPixels"]]
+    else:
+        truth = truth[truth.EncodedPixels != ""]
+    truth.to_csv(path, index=False)
+
+
+def write_sample(path: Path, names: Sequence[str], competition: Competition, size: Size) -> None:
+    """Write a sample of images: a row for all of an image's classes, or one for each.
+
+    With `any_class` it is written as Severstal's real one is, every pixel of `size` on.
+    """
+    layout = list(layouts_of(competition).values())[-1]  # today's
+    if competition.any_class is not None and layout.may_omit_empty:
+        rows = [(name, 0) for name in names]
+        whole = f"{competition.first_index} {size[0] * size[1]}"
+        write_submission(path, layout, rows, dict.fromkeys(rows, whole))
+        return
+    rows = expand_rows([(name, 0) for name in names], len(competition.classes))
+    named = replace(competition, empty=competition.empty or "")  # a sample names every row
+    write_submission(path, Layout(layout.cells, named), rows, {})
