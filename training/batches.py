@@ -39,7 +39,7 @@ def pad_to_size(array: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[A
     return np.pad(array, [(0, 0)] * (array.ndim - 2) + padding, mode="edge")
 
 
-class Sampler:
+class StripSampler:
     """Draws strips of one folder: a class in proportion to a power of its count, then a strip."""
 
     def __init__(self, strips: Strips, config: Config) -> None:
@@ -105,7 +105,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, sources: Sequence[Strips], config: Config) -> None:
         self.config = config
-        self.samplers = [Sampler(strips, config) for strips in sources]
+        self.samplers = [StripSampler(strips, config) for strips in sources]
         self.shares = [1 - sum(config.extra_shares), *config.extra_shares]
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         seed = int(rng.integers(2**63))
         return augment_pairs(torch.from_numpy(images), torch.from_numpy(masks), seed)
 
-    def sampler(self, rng: np.random.Generator) -> Sampler:
+    def sampler(self, rng: np.random.Generator) -> StripSampler:
         """Draw the folder that the next strip comes from."""
         return self.samplers[rng.choice(len(self.samplers), p=self.shares)]
 

@@ -257,16 +257,16 @@ LOOKS: tuple[tuple[Look, ...], ...] = (  # of class 1, 2, 3, 4
 )
 
 
-def draw_look(rng: Rng, number: int) -> Look:
-    """One of the looks of class `number`, from 1, in their shares."""
-    looks = LOOKS[number - 1]
+def draw_look(rng: Rng, label: int) -> Look:
+    """One of the looks of class `label`, from 1, in their shares."""
+    looks = LOOKS[label - 1]
     return looks[rng.choice(len(looks), p=[look.share for look in looks])]
 
 
-def fitting_look(number: int, mask: Mask, unit: float) -> Look:
-    """The look of class `number` that suits a real outline: long ones are scratches or bands."""
-    if len(LOOKS[number - 1]) == 1:
-        return LOOKS[number - 1][0]
+def fitting_look(label: int, mask: Mask, unit: float) -> Look:
+    """The look of class `label` that suits a real outline: long ones are scratches or bands."""
+    if len(LOOKS[label - 1]) == 1:
+        return LOOKS[label - 1][0]
     _, _, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8))
     _, _, width, height, _ = max(boxes[1:], key=lambda box: int(box[4])).tolist()
     if width > 40 * unit and height > 0.9 * mask.shape[0]:

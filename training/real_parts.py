@@ -28,9 +28,9 @@ class RealParts:
 NOTHING_REAL = RealParts()
 
 
-def draw_outline(rng: Rng, number: int, steel: Mask, real: RealParts) -> Mask | None:
-    """A real outline of class `number`, flipped at random, nine tenths of it on the steel."""
-    outlines = real.outlines.get(number, [])
+def draw_outline(rng: Rng, label: int, steel: Mask, real: RealParts) -> Mask | None:
+    """A real outline of class `label`, flipped at random, nine tenths of it on the steel."""
+    outlines = real.outlines.get(label, [])
     for _ in range(20 if outlines else 0):
         mask = decode_rle(outlines[rng.integers(len(outlines))], IMAGE_SIZE)
         mask = mask[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
@@ -69,12 +69,12 @@ def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[i
     """
     outlines: dict[int, list[str]] = {}
     for name, rles in read_truth(path).items():
-        for number, rle in rles.items():
+        for label, rle in rles.items():
             fault = rle_fault(rle, IMAGE_SIZE[0] * IMAGE_SIZE[1])
             if fault:
-                raise ValueError(f"{path}: mask of class {number} of {name}: {fault}")
+                raise ValueError(f"{path}: mask of class {label} of {name}: {fault}")
             if name not in leave_out:
-                outlines.setdefault(number, []).append(rle)
+                outlines.setdefault(label, []).append(rle)
     if not outlines:
         raise ValueError(f"{path}: no mask; give a train.csv that has some, or leave out fewer")
     return outlines

@@ -59,14 +59,14 @@ TRAIN, TEST = 0, 1  # splits, the second word of every strip's seed
 
 
 def draw_defect(
-    rng: Rng, number: int, steel: Mask, span: Span, real: RealParts
+    rng: Rng, label: int, steel: Mask, span: Span, real: RealParts
 ) -> tuple[Mask, Field]:
-    """A defect of class `number`: its mask, on the steel, and the gain inside it."""
+    """A defect of class `label`: its mask, on the steel, and the gain inside it."""
     size, unit = (steel.shape[0], steel.shape[1]), steel.shape[0] / 256
-    mask = draw_outline(rng, number, steel, real)
+    mask = draw_outline(rng, label, steel, real)
     if mask is not None:
-        return mask, fitting_look(number, mask, unit).gain(rng, mask, unit)
-    look = draw_look(rng, number)
+        return mask, fitting_look(label, mask, unit).gain(rng, mask, unit)
+    look = draw_look(rng, label)
     mask = look.outline(rng, size, span, unit)
     return mask & steel, look.gain(rng, mask, unit)
 
@@ -87,8 +87,8 @@ def synthesize_strip(
     else:
         gain, (steel, span) = np.ones(size, np.float32), steel_on(background, unit)
     masks = np.zeros((N_CLASSES, *size), bool)
-    for number in classes:
-        masks[number - 1], defect = draw_defect(rng, number, steel, span, real)
+    for label in classes:
+        masks[label - 1], defect = draw_defect(rng, label, steel, span, real)
         gain *= 1 + rng.uniform(0.85, 1.3) * (defect - 1)  # fainter ones no eye would find
     if background is not None:
         return np.clip(np.rint(background * gain), 0, 255).astype(np.uint8), masks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import CLASSES, LABELS, SMALL, draw_image
 
-from training.batches import Batches, Sampler, crop_at, pad_to_size
+from training.batches import Batches, StripSampler, crop_at, pad_to_size
 from training.config import Config
 from training.strips import Strips
 
@@ -55,13 +55,13 @@ def test_the_asked_share_of_crops_lies_on_a_defective_strip(
     share: float, strips: Strips, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[bool] = []
-    sample_strip = Sampler.sample_strip
+    sample_strip = StripSampler.sample_strip
 
-    def counted(sampler: Sampler, rng: np.random.Generator, defective: bool) -> Any:
+    def counted(sampler: StripSampler, rng: np.random.Generator, defective: bool) -> Any:
         drawn.append(defective)
         return sample_strip(sampler, rng, defective)
 
-    monkeypatch.setattr(Sampler, "sample_strip", counted)
+    monkeypatch.setattr(StripSampler, "sample_strip", counted)
     config = replace(config, defect_share=share, crop_steps=60, crops=2)
     batches = Batches([strips], config)
     there = [batches[step][1].any(dim=-1).any(dim=-1).any(dim=-1).tolist() for step in range(60)]
@@ -73,9 +73,9 @@ def test_a_crop_holds_a_pixel_of_the_class_that_was_drawn_off_its_centre(
     strips: Strips, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels: list[int] = []
-    sample_strip = Sampler.sample_strip
+    sample_strip = StripSampler.sample_strip
 
-    def noted(sampler: Sampler, rng: np.random.Generator, defective: bool) -> Any:
+    def noted(sampler: StripSampler, rng: np.random.Generator, defective: bool) -> Any:
         image, masks, label = sample_strip(sampler, rng, defective)
         one_pixel = np.zeros_like(masks)
         row, column = np.argwhere(masks[label - 1])[0]  # type: ignore[operator]
@@ -83,8 +83,8 @@ def test_a_crop_holds_a_pixel_of_the_class_that_was_drawn_off_its_centre(
         labels.append(label or 0)
         return image, one_pixel, label
 
-    monkeypatch.setattr(Sampler, "sample_strip", noted)
-    sampler, rng = Sampler(strips, replace(config, defect_share=1.0)), np.random.default_rng(0)
+    monkeypatch.setattr(StripSampler, "sample_strip", noted)
+    sampler, rng = StripSampler(strips, replace(config, defect_share=1.0)), np.random.default_rng(0)
     places = []
     for _ in range(80):
         image, masks = sampler.sample_crop(rng)
@@ -104,7 +104,7 @@ def test_rare_classes_are_drawn_oftener_than_they_are_and_common_ones_still_more
     whole = Strips(Path("nowhere"), list(truth), truth)
 
     def shares(evenness: float) -> list[float]:
-        sampler = Sampler(whole, replace(config, evenness=evenness))
+        sampler = StripSampler(whole, replace(config, evenness=evenness))
         rng = np.random.default_rng(0)
         drawn: list[Any] = [sampler.sample_strip(rng, defective=True) for _ in range(1000)]
         assert all(name.startswith(f"{label}-") for name, _, label in drawn)
@@ -208,8 +208,8 @@ def test_crops_of_images_of_several_sizes_are_padded_to_the_largest(config: Conf
 def test_moved_defects_keep_the_class_that_was_drawn(
     method: str, strips: Strips, config: Config
 ) -> None:
-    still = Sampler(strips, config)
-    moving = Sampler(strips, replace(config, moved_share=1.0, moved_method=method))
+    still = StripSampler(strips, config)
+    moving = StripSampler(strips, replace(config, moved_share=1.0, moved_method=method))
     own = {masks.tobytes() for masks in (strips.load(name)[1] for name in strips.names)}
     moved = 0
     for seed in range(40):
