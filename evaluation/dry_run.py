@@ -51,10 +51,10 @@ from kernel.rows import read_rows
 from kernel.run_record import RunRecord, read_run_record
 from kernel.task import read_sample
 from kernel.validator import check_submission
-from training import synthetic
 from training.competition_files import write_sample
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
 from training.json_files import write_json
+from training.synthetic import Drawing, write_competition
 
 IMAGES = "test_images"  # the competition's folder of them
 OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
@@ -331,10 +331,9 @@ def _run_bundle(
     mounted, truth_csv = args.images, args.ground_truth
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
-        synthetic.write_competition(
-            root / "steel", 0, args.strips, args.seed, evenly=True, competition=competition,
-            size=competition.image_size or IMAGE_SIZE,
-        )  # fmt: skip
+        size = competition.image_size or IMAGE_SIZE
+        drawing = Drawing(args.seed, size, evenly=True, competition=competition)
+        write_competition(root / "steel", drawing, test=args.strips)
         mounted, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
         images = one_folder(mounted, competition)
     truth = read_truth(truth_csv, competition) if truth_csv else None

@@ -99,7 +99,6 @@ SEVERSTAL = Competition(
     empty_score=0.856,
     dark_outside=True,
 )
-N_CLEAN_TRAINING_IMAGES = 5902  # of Severstal's
 
 # --- rules ----------------------------------------------------------------------------------------
 

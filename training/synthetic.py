@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from kernel.command import run_command
 from kernel.competition import (
     IMAGE_SIZE,
-    N_CLEAN_TRAINING_IMAGES,
     SEVERSTAL,
     Competition,
     add_competition_option,
@@ -23,6 +22,7 @@ from kernel.competition import (
 )
 from kernel.images import Mask, Size
 from kernel.logs import progress
+from kernel.mounts import SAMPLE
 from kernel.rle import encode_rle
 from kernel.rows import LAYOUTS, layouts_of
 from training.competition_files import (
@@ -48,6 +48,7 @@ from training.surface import Field, Rng, Span, clean_surface, dark_margin
 
 N_CLASSES = len(SEVERSTAL.classes)
 N_TRAINING_IMAGES = SEVERSTAL.n_training_images or 0
+N_CLEAN_TRAINING_IMAGES = 5902
 N_DEFECTIVE = N_TRAINING_IMAGES - N_CLEAN_TRAINING_IMAGES
 DEFECTIVE = N_DEFECTIVE / N_TRAINING_IMAGES  # share of the strips
 SHARES = tuple(map(float, SEVERSTAL.images_with_class or ()))  # of class 1, 2, 3, 4
@@ -74,7 +75,7 @@ def draw_defect(
 def synthesize_strip(
     rng: Rng,
     classes: Sequence[int] = (),
-    size: Size = (256, 1600),
+    size: Size = IMAGE_SIZE,
     real: RealParts = NOTHING_REAL,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """One strip with the defects of `classes` (1–4): grey (H, W) and its masks (4, H, W)."""
@@ -127,38 +128,46 @@ def strip_name(seed: int, split: int, index: int, suffix: str = ".jpg") -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides the strips of a split."""
+class Drawing:
+    """What is drawn, but for how many strips."""
+
+    seed: int = 0
+    size: Size = IMAGE_SIZE
+    evenly: bool = False  # few strips too have their share of defects, not only many
+    real: RealParts = NOTHING_REAL
+    competition: Competition = SEVERSTAL  # the four kinds of defects are its classes in turn
+
+
+@dataclass(frozen=True)
+class Split:
+    """The train strips, or the test strips."""
 
     folder: Path
-    split: int  # TRAIN or TEST
-    seed: int
+    number: int  # TRAIN or TEST
+    count: int
     shares: Sequence[float]  # weights of class 1, 2, 3, 4
-    size: Size
-    evenly: bool  # whether few strips too have their share of defects
-    real: RealParts
-    competition: Competition = SEVERSTAL
+    drawing: Drawing
 
 
-def write_strip(plan: Plan, index: int) -> tuple[str, list[str]]:
+def write_strip(split: Split, index: int) -> tuple[str, list[str]]:
     """Write strip `index` of a split; its name and its RLE of each class, "" for no mask."""
-    rng = np.random.default_rng([plan.seed, plan.split, index])
-    if plan.evenly:
-        classes = draw_evenly(rng, plan.shares, index)
+    drawing, competition = split.drawing, split.drawing.competition
+    rng = np.random.default_rng([drawing.seed, split.number, index])
+    if drawing.evenly:
+        classes = draw_evenly(rng, split.shares, index)
     else:
-        classes = draw_classes(rng, plan.shares)
-    image, masks = synthesize_strip(rng, classes, plan.size, plan.real)
-    competition = plan.competition
-    name = strip_name(plan.seed, plan.split, index, suffix_of(competition))
+        classes = draw_classes(rng, split.shares)
+    image, masks = synthesize_strip(rng, classes, drawing.size, drawing.real)
+    name = strip_name(drawing.seed, split.number, index, suffix_of(competition))
     quality = 95 if rng.random() < 0.8 else 90  # the quantisation tables of the real files
-    write_image(plan.folder / name, image, competition, quality)
+    write_image(split.folder / name, image, competition, quality)
     return name, [encode_rle(mask, competition) for mask in grouped(masks, competition)]
 
 
-def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]]:
-    """Write `count` strips; their names and RLEs in name order."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    write, what = partial(write_strip, plan), plan.folder.name
+def write_split(split: Split, jobs: int) -> list[tuple[str, list[str]]]:
+    """Write the strips of a split; their names and RLEs in name order."""
+    split.folder.mkdir(parents=True, exist_ok=True)
+    write, what, count = partial(write_strip, split), split.folder.name, split.count
     if not count:
         return []
     if jobs == 1:
@@ -170,47 +179,41 @@ def write_split(plan: Plan, count: int, jobs: int) -> list[tuple[str, list[str]]
 
 def write_competition(
     folder: Path,
-    train: int,
-    test: int,
-    seed: int,
+    drawing: Drawing,
+    train: int = 0,
+    test: int = 0,
     layout: str = "three-column",
     shares: Sequence[float] = SHARES,
-    size: Size = (256, 1600),
     jobs: int = 1,
-    evenly: bool = False,
-    real: RealParts = NOTHING_REAL,
-    competition: Competition = SEVERSTAL,
 ) -> None:
     """Write a folder like the competition's, and test.csv, which Kaggle keeps to itself.
 
-    `shares` weighs the classes of the train strips; the test strips keep the real proportions.
-    `evenly` keeps the share of strips with a defect among few strips too, not only among many.
-    `real` is for train and test strips alike. Another competition's four kinds of defects are
-    shared out among its classes.
+    `shares` weighs the classes of the `train` strips; the `test` strips keep the real proportions.
 
     Raises:
         ValueError: the layout is unknown, or a file that it writes is there already, or strips:
             those that no new row names would count as clean.
     """
+    competition = drawing.competition
     layouts = layouts_of(competition)
     layout = list(layouts)[-1] if competition != SEVERSTAL else layout
     if layout not in layouts:
         raise ValueError(f"layout is {layout!r}, expected one of {list(layouts)}")
-    beside = size, evenly, real, competition
-    train_plan = Plan(folder / "train_images", TRAIN, seed, shares, *beside)
-    test_plan = Plan(folder / "test_images", TEST, seed, SHARES, *beside)
-    for each in (train_plan.folder, test_plan.folder):
+    splits = {
+        "train.csv": Split(folder / "train_images", TRAIN, train, shares, drawing),
+        "test.csv": Split(folder / "test_images", TEST, test, SHARES, drawing),
+    }
+    for each in (split.folder for split in splits.values()):
         if each.is_dir() and any(each.iterdir()):
             raise ValueError(f"{each}: holds files already; give another --out, or remove it")
-    for each in (folder / name for name in ("train.csv", "test.csv", "sample_submission.csv")):
+    for each in (folder / name for name in (*splits, SAMPLE)):
         if each.exists():
             raise ValueError(f"{each}: is there already; give another --out, or remove it")
-    train_strips = write_split(train_plan, train, jobs)
-    test_strips = write_split(test_plan, test, jobs)
-    write_truth(folder / "train.csv", train_strips, layout, competition)
-    write_truth(folder / "test.csv", test_strips, layout, competition)
-    names = [name for name, _ in test_strips]
-    write_sample(folder / "sample_submission.csv", names, competition, size)
+    drawn = {name: write_split(split, jobs) for name, split in splits.items()}
+    for name, strips in drawn.items():
+        write_truth(folder / name, strips, layout, competition)
+    names = [name for name, _ in drawn["test.csv"]]
+    write_sample(folder / SAMPLE, names, competition, drawing.size)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -268,10 +271,8 @@ def synthesize(args: argparse.Namespace) -> int:
     """Write the strips that the command line asks for."""
     competition = find_competition(args.competition)
     size = args.size or competition.image_size or IMAGE_SIZE
-    write_competition(
-        args.out, args.train, args.test, args.seed, args.layout, args.shares, size, args.jobs,
-        real=read_real_parts(args), competition=competition,
-    )  # fmt: skip
+    drawing = Drawing(args.seed, size, real=read_real_parts(args), competition=competition)
+    write_competition(args.out, drawing, args.train, args.test, args.layout, args.shares, args.jobs)
     return 0
 
 

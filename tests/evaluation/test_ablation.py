@@ -27,9 +27,9 @@ from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest, parse_manifest
 from kernel.scheduling import Scheduler
 from kernel.tta import Half
-from training import synthetic
 from training.ground_truth import decode_masks, read_truth
 from training.metrics import dice
+from training.synthetic import Drawing, write_competition
 
 THRESHOLDS, AREAS = (0.55, 0.65, 0.7), (0, 2000, 5000)
 
@@ -43,7 +43,7 @@ def ensemble(tiny_bundle: Path) -> Ensemble:
 @pytest.fixture(scope="module")
 def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ablation")
-    synthetic.write_competition(folder, train=4, test=0, seed=4, size=SMALL)
+    write_competition(folder, Drawing(4, SMALL), train=4)
     return folder
 
 

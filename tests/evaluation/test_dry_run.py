@@ -34,14 +34,14 @@ from kernel.competition import SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.manifest import load_manifest
 from kernel.rows import SPREADSHEET_CELL
-from training import synthetic
+from training.synthetic import Drawing, write_competition
 
 
 @pytest.fixture(scope="module")
 def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tiny strips in the competition's layout, with test.csv."""
     folder = tmp_path_factory.mktemp("strips") / "steel"
-    synthetic.write_competition(folder, train=0, test=3, seed=4, size=(64, 96))
+    write_competition(folder, Drawing(4, (64, 96)), test=3)
     return folder
 
 

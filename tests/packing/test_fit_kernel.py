@@ -28,7 +28,7 @@ from build_kernel import main
 from evaluation import dry_run
 from packing.fit_kernel import REQUIREMENTS, join_fit_kernel, place_of
 from packing.metadata import read_fit_metadata
-from training import synthetic
+from training.synthetic import Drawing, write_competition
 
 COMPETITION = "severstal-steel-defect-detection"
 NAME = "somebody/severstal-steel-ensemble-fit"
@@ -261,7 +261,7 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
         f"--name a --fold 0 --crop-steps 30 {TINY}\n--name b --fold 1 --crop-steps 1 {TINY}\n"
     )
     data, weights = root / "input" / "competitions" / COMPETITION, tmp_path / "my_weights"
-    synthetic.write_competition(data, 24, 3, 5, shares=(1.0, 1.0, 1.0, 1.0), size=SMALL)
+    write_competition(data, Drawing(5, SMALL), 24, 3, shares=(1.0, 1.0, 1.0, 1.0))
     build = ["--fit", "--owner", "somebody", "--out", dist, "--members", members]
     with serve() as kaggle:
         assert exit_code(main, *build) == 0

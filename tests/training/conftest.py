@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from training import synthetic
 from training.config import Config
 from training.fit import Machine
 from training.module import new_network
 from training.strips import Strips, read_strips
+from training.synthetic import Drawing, write_competition
 
 SIZE = (64, 96)
 
@@ -24,7 +24,7 @@ def make_steel() -> MakeSteel:
 
     def make(folder: Path, layout: str = "three-column", count: int = 24) -> Path:
         even = (1.0, 1.0, 1.0, 1.0)
-        synthetic.write_competition(folder, count, 0, 5, layout=layout, shares=even, size=SIZE)
+        write_competition(folder, Drawing(5, SIZE), count, layout=layout, shares=even)
         return folder
 
     return make

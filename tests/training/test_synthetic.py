@@ -15,6 +15,7 @@ from kernel.images import Image, Size
 from training import defects, synthetic
 from training.defects import Look
 from training.metrics import Masks
+from training.synthetic import Drawing, write_competition
 
 SMALL = (32, 48)
 
@@ -26,7 +27,7 @@ def synthesize(
 
 
 def written(folder: Path, train: int = 6, test: int = 4, **options: Any) -> Path:
-    synthetic.write_competition(folder, train, test, 3, size=SMALL, **options)
+    write_competition(folder, Drawing(3, SMALL), train, test, **options)
     return folder
 
 
@@ -109,7 +110,7 @@ def test_grey_levels_over_a_set_are_those_of_the_real_strips() -> None:
 
 
 def test_a_file_is_as_large_as_the_real_ones_and_has_three_channels(tmp_path: Path) -> None:
-    synthetic.write_competition(tmp_path, 6, 0, 1)
+    write_competition(tmp_path, Drawing(1), train=6)
     for path in (tmp_path / "train_images").iterdir():
         assert 20_000 < path.stat().st_size < 260_000  # real: 31–190 kB
         image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
