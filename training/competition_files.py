@@ -6,12 +6,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.images import Mask, Size
-from kernel.rows import Layout, layouts_of, write_submission
+from kernel.rows import Layout, Submission, layouts_of, write_submission
 from kernel.task import expand_rows
 
 
@@ -48,25 +47,17 @@ def grouped(masks: NDArray[np.bool_], competition: Competition) -> list[Mask]:
     return [np.asarray(masks[i::count].any(axis=0), np.bool_) for i in range(count)]
 
 
-def write_truth(
-    path: Path,
-    strips: Sequence[tuple[str, list[str]]],
-    layout: str,
-    competition: Competition = SEVERSTAL,
-) -> None:
-    """Write the ground truth: a row a class, or in Severstal's three columns the non-empty ones."""
-    if competition != SEVERSTAL:
-        rles = {(name, n): run for name, runs in strips for n, run in enumerate(runs, 1)}
-        write_submission(path, layouts_of(competition)[layout], rles, rles)
-        return
-    rows = [(name, n, run) for name, runs in strips for n, run in enumerate(runs, 1)]
-    truth = pd.DataFrame(rows, columns=["ImageId", "ClassId", "EncodedPixels"])
-    if layout == "two-column":
-        truth.insert(0, "ImageId_ClassId", truth.ImageId + "_" + truth.ClassId.astype(str))
-        truth = truth[["ImageId_ClassId", "EncodedPixels"]]
-    else:
-        truth = truth[truth.EncodedPixels != ""]
-    truth.to_csv(path, index=False)
+def write_truth(path: Path, strips: Sequence[tuple[str, list[str]]], layout: Layout) -> None:
+    """Write the ground truth of strips, name and RLE of each class, the masks' column last.
+
+    Rows of empty masks are left out where they may be, as in Severstal's train.csv.
+    """
+    cells = dict(sorted(layout.cells.items(), key=lambda cell: "{mask}" in cell[1]))
+    pairs = [(name, label) for name, rles in strips for label in range(1, len(rles) + 1)]
+    truth = Submission(path, Layout(cells, layout.competition), pairs)
+    for name, rles in strips:
+        truth.set_masks(name, dict(enumerate(rles, 1)))
+    truth.save(empty_rows=not layout.may_omit_empty)
 
 
 def write_sample(path: Path, names: Sequence[str], competition: Competition, size: Size) -> None:

@@ -24,7 +24,7 @@ from kernel.images import Mask, Size
 from kernel.logs import progress
 from kernel.mounts import SAMPLE
 from kernel.rle import encode_rle
-from kernel.rows import LAYOUTS, layouts_of
+from kernel.rows import layouts_of
 from training.competition_files import (
     grouped,
     suffix_of,
@@ -182,23 +182,24 @@ def write_competition(
     drawing: Drawing,
     train: int = 0,
     test: int = 0,
-    layout: str = "three-column",
+    layout: str = "",
     shares: Sequence[float] = SHARES,
     jobs: int = 1,
 ) -> None:
     """Write a folder like the competition's, and test.csv, which Kaggle keeps to itself.
 
-    `shares` weighs the classes of the `train` strips; the `test` strips keep the real proportions.
+    `layout` is one of the competition's by its name, today's where it is empty. `shares` weighs the
+    classes of the `train` strips; the `test` strips keep the real proportions.
 
     Raises:
-        ValueError: the layout is unknown, or a file that it writes is there already, or strips:
-            those that no new row names would count as clean.
+        ValueError: the competition has no such layout, or a file that it writes is there already,
+            or strips: those that no new row names would count as clean.
     """
-    competition = drawing.competition
-    layouts = layouts_of(competition)
-    layout = list(layouts)[-1] if competition != SEVERSTAL else layout
+    competition, layouts = drawing.competition, layouts_of(drawing.competition)
+    layout = layout or list(layouts)[-1]
     if layout not in layouts:
-        raise ValueError(f"layout is {layout!r}, expected one of {list(layouts)}")
+        listed = ", ".join(layouts)
+        raise ValueError(f"--layout {layout}: {competition.slug} has {listed}: give one, or none")
     splits = {
         "train.csv": Split(folder / "train_images", TRAIN, train, shares, drawing),
         "test.csv": Split(folder / "test_images", TEST, test, SHARES, drawing),
@@ -211,7 +212,7 @@ def write_competition(
             raise ValueError(f"{each}: is there already; give another --out, or remove it")
     drawn = {name: write_split(split, jobs) for name, split in splits.items()}
     for name, strips in drawn.items():
-        write_truth(folder / name, strips, layout, competition)
+        write_truth(folder / name, strips, layouts[layout])
     names = [name for name, _ in drawn["test.csv"]]
     write_sample(folder / SAMPLE, names, competition, drawing.size)
 
@@ -232,7 +233,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train", type=int, default=1200, help="strips in train_images (default 1200)")
     add("--test", type=int, default=400, help="strips in test_images (default 400)")
     add("--seed", type=int, default=0)
-    add("--layout", choices=LAYOUTS, default="three-column", help="of train.csv")
+    about = "of train.csv, like two-column, which Severstal's was in 2019 (default: today's)"
+    add("--layout", default="", help=about)
     about = "weights of class 1, 2, 3, 4 in train; test stays as on Kaggle (default %(default)s)"
     add("--shares", type=float, nargs=N_CLASSES, default=SHARES, help=about)
     add("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the competition's)")

@@ -157,8 +157,17 @@ def test_the_csv_holds_the_masks_that_were_drawn(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2020"):
+    with pytest.raises(ValueError, match=r"--layout 2020: \S+ has two-column, three-column"):
         written(tmp_path / "a", layout="2020")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_layout_that_another_competition_lacks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--out", tmp_path / "a", "--competition", "clouds", "--layout", "three-column"]
+    assert exit_code(synthetic.main, *words) == 2
+    assert "--layout three-column: understanding_cloud" in error_of(capsys.readouterr().err)
     assert not (tmp_path / "a").exists()
 
 
