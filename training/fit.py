@@ -344,12 +344,11 @@ def retake_from_strips(
     module = MemberModule(network, config, config.parts[1]).to(machine.device)
 
     def batches() -> Iterator[Tensor]:
-        images = read_each((paths[index] for index in order), competition)
+        what = "batch-norm statistics"
+        images = read_each((paths[index] for index in order), what, competition)
         chosen = list(itertools.islice(images, STATISTICS_STRIPS))
-        if not chosen:
-            raise ValueError(f"batch-norm statistics: none of {len(paths)} strips can be read")
         pairs = list(zip(chosen[::2], chosen[1::2] or chosen, strict=False))
-        for pair in progress(pairs, "batch-norm statistics", "pair"):
+        for pair in progress(pairs, what, "pair"):
             first, second = (image_to_tensor(image, machine.device) for image in pair)
             second = second if second.shape == first.shape else first.flip(-1)
             yield module.prepare(torch.cat([first, second]))

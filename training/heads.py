@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernel.faults import one_line
 from kernel.images import image_to_tensor
 from kernel.logs import log, progress
 from kernel.members import Member
@@ -18,7 +17,7 @@ from training.batches import Batches
 from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
-from training.strips import Strips, read_each
+from training.strips import Strips, load_each, read_each
 from training.teacher import presence_probabilities, read_teacher
 
 PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last
@@ -67,23 +66,9 @@ class SampledPairs:
         return np.flip(image, axes).copy(), np.flip(masks, tuple(a + 1 for a in axes)).copy()
 
 
-def load_each(pairs: Pairs, what: str) -> Iterator[Pair]:
-    """Yield every pair that can be read, with progress lines.
-
-    Raises:
-        ValueError: none can; of others it is logged.
-    """
-    read = 0
-    for index in progress(range(len(pairs)), what, "strip"):
-        try:
-            pair = pairs[index]
-        except (ValueError, OSError) as error:  # after hours of steps, which it must not cost
-            log.warning("left out: %s", one_line(error))
-            continue
-        read += 1
-        yield pair
-    if not read:
-        raise ValueError(f"{what}: none of {len(pairs)} strips can be read")
+def load_pairs(pairs: Pairs, what: str) -> Iterator[Pair]:
+    """Yield every pair that can be read, as `load_each`, with progress lines."""
+    return load_each(progress(range(len(pairs)), what, "strip"), pairs.__getitem__, what)
 
 
 # --- presence head --------------------------------------------------------------------------------
@@ -100,7 +85,7 @@ def pool(module: MemberModule, images: Tensor) -> Tensor:
 def pooled_features(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return what the presence head sees (N, channels), and what is there (N, classes)."""
     pooled, present = [], []
-    for image, masks in load_each(pairs, "presence head"):
+    for image, masks in load_pairs(pairs, "presence head"):
         pooled.append(pool(module, image_to_tensor(image, module.mean.device)))
         present.append(torch.from_numpy(masks.any(axis=(1, 2))).to(pooled[-1]))
     return torch.cat(pooled), torch.stack(present)
@@ -113,13 +98,11 @@ def taught_features(module: MemberModule, teacher: Member, strips: Strips) -> tu
         ValueError: no image can be read; of others it is logged.
     """
     pooled, gates = [], []
-    paths = [strips.folder / name for name in strips.names]
-    for image in read_each(progress(paths, "taught gates", "strip"), strips.competition):
+    paths = progress([strips.folder / name for name in strips.names], "taught gates", "strip")
+    for image in read_each(paths, "taught gates", strips.competition):
         images = image_to_tensor(image, module.mean.device)
         pooled.append(pool(module, images))
         gates.append(presence_probabilities(teacher, images))
-    if not pooled:
-        raise ValueError(f"{strips.folder}: no image can be read")
     return torch.cat(pooled), torch.cat(gates)
 
 
@@ -173,7 +156,7 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
     config, device = module.config, module.mean.device
     grid = LOGIT_GRID.to(device)[:, None, None]
     curves, counts = torch.zeros(config.classes, len(grid)), torch.zeros(config.classes)
-    for image, masks in load_each(pairs, "mask head"):
+    for image, masks in load_pairs(pairs, "mask head"):
         labels = [c for c in np.flatnonzero(masks.any(axis=(1, 2))) if counts[c] < GRID_STRIPS]
         if not labels:
             continue

@@ -225,10 +225,7 @@ def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
     check_list(jobs)
     folder = data / "train_images"
     names = image_names(folder)
-    first = next(read_each(folder / name for name in names), None)
-    if first is None:
-        raise ValueError(f"{folder}: of {len(names)} images none can be read")
-    image_size = size_of(first)
+    image_size = size_of(next(read_each((folder / name for name in names), str(folder))))
     write_results(jobs, image_size)
     read_once([folder / name for name in names])
     minutes = 60 * (1 - RESERVE) * args.hours

@@ -1,9 +1,10 @@
 """Strips: the images of a folder with their ground truth."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
@@ -12,6 +13,9 @@ from kernel.logs import log
 from kernel.mounts import list_images, no_images, one_folder
 from training.augmentation import Pair
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,31 @@ def image_names(folder: Path) -> list[str]:
     return names
 
 
-def read_each(paths: Iterable[Path], competition: Competition = SEVERSTAL) -> Iterator[Image]:
-    """Yield the images that can be read; log the others."""
-    for path in paths:
+def load_each(items: Iterable[T], load: Callable[[T], U], what: str) -> Iterator[U]:
+    """Yield what `load` makes of each item, an image, that can be read; log the others.
+
+    Raises:
+        ValueError: none can; names `what` they are for.
+    """
+    read = left_out = 0
+    for item in items:
         try:
-            yield read_image(path, competition)
-        except (ValueError, OSError) as error:
+            loaded = load(item)
+        except (ValueError, OSError) as error:  # after hours of steps, which it must not cost
             log.warning("left out: %s", one_line(error))
+            left_out += 1
+        else:
+            read += 1
+            yield loaded
+    if not read:
+        raise ValueError(f"{what}: none of {left_out} images can be read")
+
+
+def read_each(
+    paths: Iterable[Path], what: str, competition: Competition = SEVERSTAL
+) -> Iterator[Image]:
+    """Yield the images that can be read, as `load_each`."""
+    return load_each(paths, lambda path: read_image(path, competition), what)
 
 
 def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:

@@ -253,14 +253,16 @@ def choose_device(asked: str | None) -> torch.device:
 
 
 def measure_normalisation(strips: Strips, channels: int, most: int = 64) -> dict[str, Any]:
-    """Return mean and std of each channel of some images, as a network of `channels` sees them."""
+    """Return mean and std of each channel of some images, as a network of `channels` sees them.
+
+    Raises:
+        ValueError: no image can be read.
+    """
     step, sums = max(len(strips.names) // most, 1), []
     paths = [strips.folder / name for name in strips.names[::step]]
-    for image in read_each(paths, strips.competition):
+    for image in read_each(paths, str(strips.folder), strips.competition):
         planes = to_channels(image_to_tensor(image), channels)[0].double()
         sums.append(torch.stack([planes.mean(dim=(1, 2)), planes.square().mean(dim=(1, 2))]))
-    if not sums:
-        raise ValueError(f"{strips.folder}: of {len(paths)} images none can be read")
     mean, square = torch.stack(sums).mean(dim=0)
     std = (square - mean**2).clamp_min(1e-8).sqrt()
     return normalisation([round(float(v), 4) for v in mean], [round(float(v), 4) for v in std])

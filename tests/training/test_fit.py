@@ -377,7 +377,7 @@ def test_statistics_come_from_the_strips_that_can_be_read(
     mean, by_hand = first_norm(found).running_mean, first_norm(expected).running_mean
     assert mean is not None and by_hand is not None and torch.allclose(mean, by_hand, atol=1e-5)
     assert "left out: " in caplog.text and "torn.png" in caplog.text
-    with pytest.raises(ValueError, match="none of 1 strips can be read"):
+    with pytest.raises(ValueError, match="batch-norm statistics: none of 1 images can be read"):
         fit.retake_from_strips(found, config, [tmp_path / "torn.png"], machine)
 
 

@@ -62,7 +62,7 @@ def test_a_strip_that_cannot_be_read_is_left_out_of_the_last_fit(
     expected = pooled_features(module, StripPairs(strips.some(0, 2)))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert "left out: " in caplog.text and "gone.png" in caplog.text
-    with pytest.raises(ValueError, match="presence head: none of 1 strips can be read"):
+    with pytest.raises(ValueError, match="presence head: none of 1 images can be read"):
         pooled_features(module, StripPairs(replace(strips, names=["gone.png"])))
 
 

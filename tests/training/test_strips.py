@@ -42,9 +42,11 @@ def test_of_some_images_those_that_can_be_read_come_in_their_order(
     for path, image in zip(paths[::3], images, strict=True):
         save_image(path, image)
     paths[1].write_bytes(b"torn")
-    for found, image in zip(read_each(paths), images, strict=True):
+    for found, image in zip(read_each(paths, "a mean"), images, strict=True):
         np.testing.assert_array_equal(found, image)
     assert [f"left out: {path}: " in caplog.text for path in paths] == [False, True, True, False]
+    with pytest.raises(ValueError, match="a mean: none of 2 images can be read"):
+        next(read_each(paths[1:3], "a mean"))
 
 
 def test_a_file_is_looked_through_for_missing_data_once(
