@@ -23,7 +23,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -426,15 +426,40 @@ def hash_of(sources: Sequence[Strips]) -> str:
     return hashlib.sha256("".join(s.fingerprint() for s in sources).encode()).hexdigest()
 
 
-def train(args: argparse.Namespace) -> int:
-    """Fit, write the checkpoint, validate, and add a row to experiments.csv."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a fit reads beside its experiment."""
+
+    machine: Machine
+    sources: list[Strips]  # to train on: those of --data, then of each --extra
+    pairs: Pairs  # of the heads' last fit
+    scored: Strips  # held out, for the validation
+    unlabelled: list[Strips]  # none, or those of --unlabelled
+    data: str  # hash of all strips, held out or not
+    weights: dict[str, Tensor]  # to start from, or none
+    start_from: str  # hash of their file
+
+    @property
+    def statistics(self) -> list[Path]:
+        """The images from which batch-norm statistics are taken."""
+        strips = (self.sources[0], *self.unlabelled)
+        return [each.folder / name for each in strips for name in each.names]
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[Config, Inputs]:
+    """Read and check what the command line names; the experiment's crops and steps as asked for.
+
+    Raises:
+        ValueError: something is missing, is no such thing, or does not fit the rest.
+    """
     device, competition = choose_device(args.device), read_competition(args)
     own = read_strips(args.data, competition)
     config, machine = read_config(args, device, own), read_machine(args, device)
     train_strips, held_out = split_folds(own, config.folds, config.fold)
-    sources = [train_strips, *(read_strips(path, competition) for path, _ in args.extra)]
+    extras = [read_strips(path, competition) for path, _ in args.extra]
+    sources = [train_strips, *extras]
     check_classes(sources)
-    check_held_out(held_out, sources[1:])
+    check_held_out(held_out, extras)
     counts = " + ".join(str(len(strips.names)) for strips in sources)
     log.info("%s: %s strips to train on, %d held out, on %s in %s", config.name, counts,
              len(held_out.names), device, config.precision)  # fmt: skip
@@ -444,25 +469,44 @@ def train(args: argparse.Namespace) -> int:
     if args.unlabelled:
         folder = one_folder(args.unlabelled, competition)
         unlabelled = [Strips(folder, image_names(folder), {}, competition)]
-    statistics = [each.folder / name for each in (train_strips, *unlabelled) for name in each.names]
-    data = hash_of([own, *sources[1:], *unlabelled])
-    crops = config.crops or crops_of(machine.folder(config)) or find_crops(config, device)
-    if args.minutes:
-        strips, fitted = 2 * len(pairs) + len(scored.names), replace(config, crops=crops)
-        strips += len(unlabelled[0].names) if args.taught_gates else 0
-        chosen = choose_steps(fitted, sources, machine, args.minutes, strips)
-        config = replace(chosen, crops=config.crops)
-    experiment = describe_experiment(config, data, start_from)
+    data = hash_of([own, *extras, *unlabelled])
+    return config, Inputs(machine, sources, pairs, scored, unlabelled, data, weights, start_from)
+
+
+def choose_crops_and_steps(
+    args: argparse.Namespace, config: Config, inputs: Inputs
+) -> tuple[Config, int]:
+    """Return the experiment with the steps that its minutes hold, and the crops a step."""
+    machine = inputs.machine
+    crops = config.crops or crops_of(machine.folder(config)) or find_crops(config, machine.device)
+    if not args.minutes:
+        return config, crops
+    strips = 2 * len(inputs.pairs) + len(inputs.scored.names)
+    strips += len(inputs.unlabelled[0].names) if args.taught_gates else 0
+    fitted = replace(config, crops=crops)
+    chosen = choose_steps(fitted, inputs.sources, machine, args.minutes, strips)
+    return replace(chosen, crops=config.crops), crops
+
+
+def train(args: argparse.Namespace) -> int:
+    """Fit, write the checkpoint, validate, and add a row to experiments.csv."""
+    config, inputs = read_inputs(args)
+    config, crops = choose_crops_and_steps(args, config, inputs)
+    experiment = describe_experiment(config, inputs.data, inputs.start_from)
+    sources, machine, statistics = inputs.sources, inputs.machine, inputs.statistics
     network, seconds = fit_within_memory(
-        lambda fitted: fit_network(sources, fitted, machine, experiment, statistics, weights),
+        lambda fitted: fit_network(
+            sources, fitted, machine, experiment, statistics, inputs.weights
+        ),
         replace(config, crops=crops),
     )
-    if len(pairs):
-        refit_heads(MemberModule(network, config, config.parts[1]), pairs, args.present_weight)
+    if len(inputs.pairs):
+        module = MemberModule(network, config, config.parts[1])
+        refit_heads(module, inputs.pairs, args.present_weight)
     if args.taught_gates:
-        refit_taught_gates(MemberModule(network, config, config.parts[1]), unlabelled[0])
+        refit_taught_gates(MemberModule(network, config, config.parts[1]), inputs.unlabelled[0])
     write_checkpoint(network, config, args.out / f"{config.name}.safetensors")
-    scores = validate(network, config, scored, device)
+    scores = validate(network, config, inputs.scored, machine.device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
     write_scores(machine.folder(config) / SCORES, config, scores)
     print(to_json(scores.summary()), end="")
