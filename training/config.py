@@ -36,6 +36,7 @@ class Part:
     first: int  # its first step
     steps: int
     peak: float  # share of the learning rate
+    frozen: bool  # batch-norm statistics stay as they are
 
     @property
     def end(self) -> int:
@@ -94,8 +95,8 @@ class Config:
     def parts(self) -> tuple[Part, Part]:
         """Crops, then whole strips: on the tail of one cycle the second would learn nothing."""
         return (
-            Part("crops", 0, self.crop_steps, 1.0),
-            Part("strips", self.crop_steps, self.whole_steps, 0.3),
+            Part("crops", 0, self.crop_steps, 1.0, frozen=False),
+            Part("strips", self.crop_steps, self.whole_steps, 0.3, frozen=True),
         )
 
     @property

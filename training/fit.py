@@ -147,13 +147,18 @@ class Watch(Callback):
     """Progress lines, the seconds that steps took, and the end of a run that diverges."""
 
     def __init__(
-        self, config: Config, part: Part, experiment: dict[str, Any], save_every: int
+        self,
+        config: Config,
+        part: Part,
+        experiment: dict[str, Any],
+        save_every: int,
+        most_lost: float | None = None,
     ) -> None:
         self.config, self.part = config, part
         self.entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": save_every}
         self.seconds, self.start, self.smooth = 0.0, 0.0, float("nan")
         self.lost = 0  # steps in a row whose loss is no number
-        self.most_lost: float = SKIPPED_STEPS if config.precision == "16-mixed" else 1
+        self.most_lost = most_lost or (SKIPPED_STEPS if config.precision == "16-mixed" else 1)
         self.ends: list[float] = []  # when each step ended
         self.saved = 0.0  # when the state after the last one was written
 

@@ -78,7 +78,6 @@ class MemberModule(L.LightningModule):
             values = torch.tensor(of_channels, device=device).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.stride = int(network.encoder.output_stride)
-        self.frozen = part.name == "strips"  # whether batch-norm statistics stay as they are
 
     def autocast(self) -> torch.autocast:
         """Return the context of this experiment's precision, for what runs outside the Trainer."""
@@ -104,7 +103,7 @@ class MemberModule(L.LightningModule):
         step = self.part.first + self.global_step
         torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout, resumed or not
         self.network.train()
-        if self.frozen:
+        if self.part.frozen:
             freeze_statistics(self.network)
         loss = self.batch_loss(*batch)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]

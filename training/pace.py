@@ -40,8 +40,8 @@ def seconds_a_step(
     network: Any, sources: Sequence[Strips], config: Config, part: Part, machine: Machine
 ) -> tuple[float, float]:
     """Measure a step of one part as the fit itself takes it, and the state after the last one."""
-    watch = Watch(config, part, {}, machine.save_every)
-    watch.most_lost = math.inf  # the network is thrown away
+    no_end = math.inf  # of steps whose loss is no number: the network is thrown away
+    watch = Watch(config, part, {}, machine.save_every, no_end)
     take_steps(network, sources, config, part, machine, watch)
     ends = watch.ends[WARM_UP_STEPS - 1 :]
     return (ends[-1] - ends[0]) / (len(ends) - 1), watch.saved - ends[-1]
