@@ -159,7 +159,7 @@ def works(device: str) -> bool:
 
 
 class Devices:
-    """The devices that are free; one that runs nothing any more is not given back, but the last."""
+    """The devices that are free. One that runs nothing any more is left out, but for the last."""
 
     def __init__(self, names: list[str]) -> None:
         self.free: SimpleQueue[str] = SimpleQueue()

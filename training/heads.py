@@ -113,14 +113,15 @@ def refit_presence(
     present_weight: float = PRESENT_WEIGHT,
     l2_sp_weight: float = L2_SP_WEIGHT,
 ) -> None:
-    """Fit the presence head anew: logistic regression, tethered to the weights that it has.
+    """Fit the presence head anew: logistic regression that is pulled to the weights it has (L2-SP).
 
-    In the steps before, one whole strip at a time, a class of one strip in sixty hardly comes up,
-    and its gate stays shut. On kept features all strips are asked at once, to the optimum.
-    A class that is there weighs `present_weight`: its gate then opens where its probability is
-    above 1 / (1 + present_weight). Over all pairs a mask pays above 1 / (1 + its Dice).
-    A class that all strips have, or none, says nothing of its gate, which stays. `present` may be
-    probabilities.
+    `pooled` (N, channels) is what it sees of each strip, `present` (N, classes) what is there: 0, 1
+    or a probability. All strips are fitted at once, to the optimum: the steps before take one at a
+    time, and leave the gate of a class shut that one strip in sixty has.
+
+    A class that is there weighs `present_weight`: its gate opens where its probability is above
+    1 / (1 + present_weight). In the mean over all pairs a mask pays above 1 / (1 + its Dice).
+    The gate of a class that all strips have, or none, stays.
     """
     pooled, present = pooled.clone(), present.clone()  # inference tensors have no gradients
     trained, spread = layer.weight.detach().clone(), pooled.std(dim=0, correction=0)

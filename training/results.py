@@ -32,8 +32,8 @@ def validate(
 ) -> Scores:
     """Score the member alone, gated, without flips, on whole strips, by the kernel's own code.
 
-    A strip that it cannot answer counts as an empty answer, which is what the kernel would write;
-    one that cannot be read, or its truth, counts as none.
+    A strip on which every pass fails is scored as one without masks, which is what the kernel
+    would write. One that cannot be read, or whose truth cannot, is left out, and logged.
     """
     device = device or torch.device("cpu")
     manifest = Manifest([config.spec], config.classes, flips=("none",))
@@ -96,10 +96,7 @@ def write_scores(path: Path, config: Config, scores: Scores) -> None:
 def add_experiment(
     path: Path, config: Config, scores: Scores, seconds: float, comment: str
 ) -> None:
-    """Append one row to an experiments.csv, as the 4th place kept their table.
-
-    The three figures are empty where nothing was held out.
-    """
+    """Append one row to an experiments.csv; its three figures are empty without held-out strips."""
     summary = scores.summary()
     figures = ("dice", "dice_non_empty", "clean_left_empty")
     row = {
