@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,15 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
     part.replace(path)
 
 
-def write_scores(path: Path, config: Config, scores: Scores) -> None:
-    """Write the scores of the held-out strips; null where there was none. A fit's last file."""
+def write_scores(
+    path: Path, config: Config, scores: Scores, fit: Mapping[str, Any] | None = None
+) -> None:
+    """Write the scores of the held-out strips; null where there was none. A fit's last file.
+
+    `fit` says whose scores they are, beside the fold.
+    """
     fold = None if config.fold == NO_FOLD else config.fold
-    write_json(path, {"fold": fold, "strips": len(scores.dices)} | scores.summary())
+    write_json(path, {"fold": fold, **(fit or {}), "strips": len(scores.dices)} | scores.summary())
 
 
 def add_experiment(

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
@@ -421,9 +422,25 @@ def check_held_out(held_out: Strips, extras: Sequence[Strips]) -> None:
 # --- the fit --------------------------------------------------------------------------------------
 
 
-def hash_of(sources: Sequence[Strips]) -> str:
-    """Return one hash of all strips of an experiment, held out or not."""
-    return hashlib.sha256("".join(s.fingerprint() for s in sources).encode()).hexdigest()
+def warn_of_known_strips(args: argparse.Namespace, config: Config, data: str) -> None:
+    """Log where --start-from or --teacher was fitted on strips of `data` that are held out now.
+
+    What a fit was of stands among --runs; of other files nothing is known.
+    """
+    if config.fold == NO_FOLD:
+        return
+    fits = list[dict[str, Any]]()
+    for path in sorted(args.runs.glob(f"*/{SCORES}")):
+        with suppress(ValueError):  # a damaged one says nothing
+            fits.append(read_json(path))
+    for option, given in (("--start-from", args.start_from), ("--teacher", args.teacher)):
+        known = {"sha256": hash_file(given), "data": data} if given else {}
+        same = [fit for fit in fits if known and known.items() <= fit.items()]
+        if any((fit["fold"], fit["folds"]) != (config.fold, config.folds) for fit in same):
+            log.warning(
+                "%s %s: was fitted on strips that are held out now, so the scores will be too "
+                "good; give what was fitted with this --fold and --folds", option, given,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -435,9 +452,14 @@ class Inputs:
     pairs: Pairs  # of the heads' last fit
     scored: Strips  # held out, for the validation
     unlabelled: list[Strips]  # none, or those of --unlabelled
-    data: str  # hash of all strips, held out or not
+    hashes: list[str]  # of the strips of --data, held out or not, then of each other folder's
     weights: dict[str, Tensor]  # to start from, or none
     start_from: str  # hash of their file
+
+    @property
+    def data(self) -> str:
+        """One hash of all strips."""
+        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
     @property
     def statistics(self) -> list[Path]:
@@ -469,8 +491,9 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, Inputs]:
     if args.unlabelled:
         folder = one_folder(args.unlabelled, competition)
         unlabelled = [Strips(folder, image_names(folder), {}, competition)]
-    data = hash_of([own, *extras, *unlabelled])
-    return config, Inputs(machine, sources, pairs, scored, unlabelled, data, weights, start_from)
+    hashes = [each.fingerprint() for each in (own, *extras, *unlabelled)]
+    warn_of_known_strips(args, config, hashes[0])
+    return config, Inputs(machine, sources, pairs, scored, unlabelled, hashes, weights, start_from)
 
 
 def choose_crops_and_steps(
@@ -505,10 +528,12 @@ def train(args: argparse.Namespace) -> int:
         refit_heads(module, inputs.pairs, args.present_weight)
     if args.taught_gates:
         refit_taught_gates(MemberModule(network, config, config.parts[1]), inputs.unlabelled[0])
-    write_checkpoint(network, config, args.out / f"{config.name}.safetensors")
+    checkpoint = args.out / f"{config.name}.safetensors"
+    write_checkpoint(network, config, checkpoint)
     scores = validate(network, config, inputs.scored, machine.device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
-    write_scores(machine.folder(config) / SCORES, config, scores)
+    fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": hash_file(checkpoint)}
+    write_scores(machine.folder(config) / SCORES, config, scores, fit)
     print(to_json(scores.summary()), end="")
     return 0
 

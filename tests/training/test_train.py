@@ -299,6 +299,40 @@ def test_a_fit_that_goes_on_needs_no_download_any_more(
     assert "state of another experiment (encoder_weights , now imagenet)" in found
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["--start-from", "FITTED", "--fold", 2, "--folds", 3], ["--start-from"]),
+        (["--teacher", "FITTED", "--fold", 1, "--folds", 4], ["--teacher"]),
+        (["--start-from", "FITTED", "--teacher", "FITTED", "--fold", 1, "--folds", 3], []),
+        (["--start-from", "FITTED", "--fold", "none"], []),
+        (["--start-from", "OTHER", "--fold", 2, "--folds", 3], []),
+    ],
+)
+def test_weights_that_were_fitted_on_strips_that_are_held_out_now_are_told(
+    options: list[object],
+    warned: list[str],
+    again: Path,
+    steel: Path,
+    strips: Strips,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The scores of such a fit are too good."""
+    (again / "runs" / "torn").mkdir()
+    (again / "runs" / "torn" / "scores.json").write_text("{")
+    save_file({"a": torch.zeros(1)}, again / "other.safetensors")
+    files = {"FITTED": again / "mine.safetensors", "OTHER": again / "other.safetensors"}
+    words = ["--data", steel, "--name", "n", "--encoder", "e", "--runs", again / "runs"]
+    words += [files.get(str(word), word) for word in options]
+    args = train.parse_args(list(map(str, words)))
+    config = Config("n", "e", fold=args.fold, folds=args.folds)
+    for data in (strips.fingerprint(), "of other strips"):
+        caplog.clear()
+        train.warn_of_known_strips(args, config, data)
+        told = [message.split()[0] for message in caplog.messages]
+        assert told == (warned if data == strips.fingerprint() else [])
+
+
 # --- what it refuses ------------------------------------------------------------------------------
 
 
