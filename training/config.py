@@ -71,10 +71,8 @@ class Config:
     extra_shares: tuple[float, ...] = ()  # of the draws that come from each further folder
     evenness: float = 0.5  # exponent of the classes' counts: 1 as they come, 0 all alike
     learning_rate: float = 3e-4  # at 1e-3 with four crops a step the loss rises again
-    mean: float = 0.34  # of grey in [0, 1], measured on the competition's strips
-    std: float = 0.13
-    means: tuple[float, ...] = ()  # of each channel, RGB, where one number does not hold for all
-    stds: tuple[float, ...] = ()
+    mean: tuple[float, ...] = (0.34,)  # of values in [0, 1], one or one a channel, RGB;
+    std: tuple[float, ...] = (0.13,)  # these were measured on the competition's strips
     classes: int = len(SEVERSTAL.classes)
     seed: int = 0
     precision: str = "32"  # one of PRECISIONS
@@ -114,8 +112,9 @@ class Config:
             "classes": self.classes,
             "aux_params": {"classes": self.classes, "pooling": "max"},
         }
-        mean = list(self.means) or [self.mean] * self.channels
-        std = list(self.stds) or [self.std] * self.channels
+        mean, std = (
+            list(each) * (self.channels if len(each) == 1 else 1) for each in (self.mean, self.std)
+        )
         return MemberSpec(self.name, f"{self.name}.safetensors", model, mean, std)
 
 
@@ -142,12 +141,11 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--crops {config.crops}, expected 1 or more")
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise ValueError(f"--learning-rate {config.learning_rate}, expected a number above 0")
-    if {len(config.means), len(config.stds)} - {0, config.channels}:
-        raise ValueError(f"--mean {config.means}, --std {config.stds}: one, or one a channel")
-    if not all(0 <= mean <= 1 for mean in config.means) or not all(s > 0 for s in config.stds):
-        raise ValueError(f"--mean {config.means}, --std {config.stds}: of values in [0, 1]")
-    if not config.std > 0 or not 0 <= config.mean <= 1:
-        raise ValueError(f"--mean {config.mean}, --std {config.std}: of grey in [0, 1]")
+    given = f"--mean {list(config.mean)}, --std {list(config.std)}"
+    if {len(config.mean), len(config.std)} - {1, config.channels}:
+        raise ValueError(f"{given}: one, or one a channel")
+    if not all(0 <= mean <= 1 for mean in config.mean) or not all(std > 0 for std in config.std):
+        raise ValueError(f"{given}: of values in [0, 1]")
     shares = (config.moved_share, config.defect_share, *config.extra_shares)
     if not all(0 <= share <= 1 for share in shares) or sum(config.extra_shares) >= 1:
         given = f"--moved-share {config.moved_share}, --extra's {list(config.extra_shares)}"

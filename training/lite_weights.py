@@ -38,9 +38,10 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if "_conv_stem.weight" in found and "_bn0.running_mean" in found:
         # Lite's input is (grey - LITE_MEAN) / LITE_STD in each of three channels
         stem = found["_conv_stem.weight"].sum(dim=1, keepdim=True)
-        offset = (Config.mean - LITE_MEAN) / LITE_STD
+        [mean], [std] = Config.mean, Config.std
+        offset = (mean - LITE_MEAN) / LITE_STD
         found["_bn0.running_mean"] = found["_bn0.running_mean"] - offset * stem.sum(dim=(1, 2, 3))
-        found["_conv_stem.weight"] = stem * (Config.std / LITE_STD)
+        found["_conv_stem.weight"] = stem * (std / LITE_STD)
     found |= {k: torch.full_like(v, OPEN) for k, v in state.items() if "_se_expand.bias" in k}
     for key, value in state.items():
         if "_se_" not in key and (key not in found or found[key].shape != value.shape):

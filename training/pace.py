@@ -16,7 +16,7 @@ from training.config import Config, Part
 from training.fit import Machine, Watch, fit_within_memory, retake_from_strips, take_steps
 from training.json_files import write_json
 from training.module import new_network
-from training.states import other_experiment
+from training.states import as_today, other_experiment
 from training.strips import Strips
 
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
@@ -112,10 +112,11 @@ def choose_steps(
     path, own = machine.folder(config) / STEPS, asdict(replace(config, crops=0, teacher=""))
     asked = json.loads(json.dumps(own))  # tuples as JSON has them
     saved = read_json(path) if path.is_file() else {}
-    if saved.get("asked") != asked:
+    known = as_today(saved.get("asked", {}))
+    if known != asked:
         states = sorted(path.parent.glob("*.ckpt"))
         if saved and states:  # which go on with their own steps, not with new ones
-            raise ValueError(f"{states[0]}: {other_experiment(saved.get('asked', {}), asked)}")
+            raise ValueError(f"{states[0]}: {other_experiment(known, asked)}")
         start = time.perf_counter()
         pace = fit_within_memory(lambda tried: measure_pace(sources, tried, machine), config)
         seconds = 60 * minutes - (time.perf_counter() - start)

@@ -253,7 +253,10 @@ def choose_device(asked: str | None) -> torch.device:
     return device
 
 
-def measure_normalisation(strips: Strips, channels: int, most: int = 64) -> dict[str, Any]:
+Values = tuple[float, ...]  # one, or one a channel
+
+
+def measure_normalisation(strips: Strips, channels: int, most: int = 64) -> tuple[Values, Values]:
     """Return mean and std of each channel of some images, as a network of `channels` sees them.
 
     Raises:
@@ -266,32 +269,25 @@ def measure_normalisation(strips: Strips, channels: int, most: int = 64) -> dict
         sums.append(torch.stack([planes.mean(dim=(1, 2)), planes.square().mean(dim=(1, 2))]))
     mean, square = torch.stack(sums).mean(dim=0)
     std = (square - mean**2).clamp_min(1e-8).sqrt()
-    return normalisation([round(float(v), 4) for v in mean], [round(float(v), 4) for v in std])
+    return tuple(round(float(v), 4) for v in mean), tuple(round(float(v), 4) for v in std)
 
 
-def normalisation(mean: list[float], std: list[float]) -> dict[str, Any]:
-    """Return the fields of a `Config` for one number, or one a channel."""
-    if len(mean) == len(std) == 1:
-        return {"mean": mean[0], "std": std[0]}
-    return {"means": tuple(mean), "stds": tuple(std)}
-
-
-def choose_normalisation(args: argparse.Namespace, strips: Strips) -> dict[str, Any]:
-    """Return the normalisation that was asked for, else Severstal's, else what is measured.
+def choose_normalisation(args: argparse.Namespace, strips: Strips) -> tuple[Values, Values]:
+    """Return the mean and std that were asked for, else Severstal's, else what is measured.
 
     Raises:
         ValueError: --mean comes without --std, or they have different lengths.
     """
     mean, std = args.mean, args.std
     if args.competition is None:
-        mean, std = mean or [Config.mean], std or [Config.std]
+        mean, std = mean or Config.mean, std or Config.std
     if mean is None and std is None:
         found = measure_normalisation(strips, args.channels)
-        log.info("mean and std of the images: %s", list(found.values()))
+        log.info("mean and std of the images: %s", found)
         return found
     if not mean or not std or len(mean) != len(std):
         raise ValueError(f"--mean {mean}, --std {std}: give both, of one length")
-    return normalisation(mean, std)
+    return tuple(mean), tuple(std)
 
 
 def check_options(args: argparse.Namespace, config: Config, rules: Competition, cuda: bool) -> None:
@@ -323,6 +319,7 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
     precision = args.precision or ("16-mixed" if cuda else "32")
     if precision == "16-mixed" and not cuda:
         raise ValueError("--precision 16-mixed needs a GPU; on a CPU 32 or bf16-mixed")
+    mean, std = choose_normalisation(args, strips)
     config = Config(
         name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
         crop_steps=args.crop_steps, whole_steps=args.whole_steps, crop_size=args.crop_size,
@@ -330,7 +327,7 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
         learning_rate=args.learning_rate, precision=precision,
         evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
         teacher=str(args.teacher or ""),
-        **choose_normalisation(args, strips), crops=args.crops, moved_share=args.moved_share,
+        mean=mean, std=std, crops=args.crops, moved_share=args.moved_share,
         moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
     )  # fmt: skip
     check_config(config)

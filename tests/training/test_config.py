@@ -35,6 +35,8 @@ def test_the_manifests_entry_has_a_mean_for_every_channel(channels: int, config:
     spec = replace(config, channels=channels).spec
     assert spec.model["in_channels"] == channels
     assert (spec.mean, spec.std) == ([0.34] * channels, [0.13] * channels)
+    colours = (0.1, 0.2, 0.3)
+    assert replace(config, channels=3, mean=colours, std=colours).spec.mean == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(
@@ -50,11 +52,12 @@ def test_the_manifests_entry_has_a_mean_for_every_channel(channels: int, config:
         ({"crops": -1}, "--crops -1, expected 1 or more"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0, expected a number above 0"),
         ({"learning_rate": math.nan}, "--learning-rate nan"),
-        ({"std": 0.0}, "--mean 0.34, --std 0.0: of grey in [0, 1]"),
-        ({"mean": 87.0}, "--mean 87.0"),
+        ({"std": (0.0,)}, "--mean [0.34], --std [0.0]: of values in [0, 1]"),
+        ({"mean": (87.0,)}, "--mean [87.0]"),
+        ({"mean": (0.1, 0.2)}, "--mean [0.1, 0.2], --std [0.13]: one, or one a channel"),
         ({"moved_share": 1.5}, "--moved-share 1.5, --extra's []: each from 0 to 1"),
         ({"extra_shares": (0.5, 0.5)}, "--extra's below 1 together"),
-        ({"std": math.nan}, "--std nan"),
+        ({"std": (math.nan,)}, "--std [nan]"),
         ({"classes": 0}, "--classes 0"),
         ({"evenness": math.nan}, "--evenness nan"),
     ],

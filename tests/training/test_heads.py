@@ -46,7 +46,7 @@ def test_the_presence_layer_on_pooled_features_is_the_networks_presence(
         image, masks = some.load(name)
         grey = torch.from_numpy(image / 255).float()[None, None]
         with torch.inference_mode():
-            _, presence = network((grey - config.mean) / config.std)
+            _, presence = network((grey - config.mean[0]) / config.std[0])
             found = presence_layer(network)(pooled[row])
         assert torch.allclose(found, presence[0], atol=1e-4)
         assert present[row].bool().tolist() == masks.any(axis=(1, 2)).tolist()
@@ -131,7 +131,7 @@ def test_a_class_that_all_strips_have_or_none_keeps_its_gate(
 def mask_logits(network: Any, image: Image, config: Config) -> Any:
     grey = torch.from_numpy(image / 255).float()[None, None]
     with torch.inference_mode():
-        return network.eval()((grey - config.mean) / config.std)[0][0].numpy()
+        return network.eval()((grey - config.mean[0]) / config.std[0])[0][0].numpy()
 
 
 def dices_at(network: Any, config: Config, strips: Strips, levels: list[float]) -> Any:

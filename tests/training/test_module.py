@@ -83,7 +83,7 @@ def test_an_image_of_any_size_is_padded_and_its_masks_are_cut_back(
     padded = F.pad(images, padding, mode="replicate").expand(-1, channels, -1, -1)
     with torch.no_grad():
         outputs = module(images)
-        masks, presence = network((padded - config.mean) / config.std)
+        masks, presence = network((padded - config.mean[0]) / config.std[0])
     assert outputs.masks.shape == (1, CLASSES, *size)
     assert torch.allclose(outputs.masks, masks[..., : size[0], : size[1]], atol=1e-5)
     assert torch.allclose(outputs.presence, presence, atol=1e-5)

@@ -30,7 +30,7 @@ def test_the_checkpoint_is_loaded_by_the_kernel(
     member = load_member(tmp_path, config.spec, CPU)
     images = torch.rand(1, 1, *SMALL, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        inputs = ((images - config.mean) / config.std).expand(-1, channels, -1, -1)
+        inputs = ((images - config.mean[0]) / config.std[0]).expand(-1, channels, -1, -1)
         logits, presence = network(inputs)
         found = member(images)
     expected = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
@@ -62,7 +62,7 @@ def test_validation_scores_the_gated_member_on_whole_strips(
         image, masks = some.load(name)
         grey = torch.from_numpy(image / 255).float()[None, None]
         with torch.inference_mode():
-            logits, presence = network((grey - config.mean) / config.std)
+            logits, presence = network((grey - config.mean[0]) / config.std[0])
         gated = logits.sigmoid() * presence.sigmoid()[:, :, None, None]
         expected.add((gated[0] > 0.55).numpy(), masks)
     assert scores.summary() == expected.summary()

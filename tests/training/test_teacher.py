@@ -23,7 +23,7 @@ from training.teacher import mask_probabilities, read_teacher
 @pytest.fixture
 def teacher(config: Config, tmp_path: Path) -> Path:
     """The checkpoint of another network, of three channels and with a name of its own."""
-    other = replace(config, name="other", channels=3, seed=5, mean=0.5, std=0.25)
+    other = replace(config, name="other", channels=3, seed=5, mean=(0.5,), std=(0.25,))
     path = tmp_path / "renamed.safetensors"
     write_checkpoint(new_network(other), other, path)
     return path

@@ -490,7 +490,7 @@ def test_a_mean_is_measured_of_the_images_that_can_be_read(tmp_path: Path) -> No
         save_image(tmp_path / name, np.full(SMALL, value, np.uint8))
     (tmp_path / "torn.png").write_bytes(b"torn")
     strips = Strips(tmp_path, ["a.png", "torn.png", "b.png"], {})
-    assert train.measure_normalisation(strips, 1) == {"mean": 0.4, "std": 0.2}
+    assert train.measure_normalisation(strips, 1) == ((0.4,), (0.2,))
     torn = replace(strips, names=["torn.png"])
     with pytest.raises(ValueError, match=f"{tmp_path}: none of 1 images can be read"):
         train.measure_normalisation(torn, 1)
