@@ -17,7 +17,7 @@ from kernel.ensemble import Ensemble
 from kernel.faults import one_line
 from kernel.images import Strip
 from kernel.logs import Stages, log, progress
-from kernel.manifest import Manifest
+from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.members import split_network
 from kernel.scheduling import Scheduler
 from training.config import NO_FOLD, Config
@@ -86,6 +86,21 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
     part = path.with_suffix(".part")
     save_file(weights, part, {"member": json.dumps(asdict(config.spec), sort_keys=True)})
     part.replace(path)
+
+
+def warn_of_shifts(path: Path) -> None:
+    """Warn where the manifest beside a new checkpoint shifts its logits, as another fit needed."""
+    try:
+        members = load_manifest(path.parent).members
+    except (ValueError, OSError):  # none is there, or the build will say what is wrong with it
+        return
+    for spec in members:
+        shifts = [name for name in ("mask_shift", "gate_shift") if np.any(getattr(spec, name))]
+        if spec.file == path.name and shifts:
+            log.warning(
+                "%s has a %s for %s, of another fit: set it to 0, or calibrate anew, "
+                "docs/training.md", path.with_name(MANIFEST), " and a ".join(shifts), spec.name,
+            )  # fmt: skip
 
 
 def write_scores(

@@ -69,6 +69,7 @@ from training.results import (
     add_experiment,
     read_entry,
     validate,
+    warn_of_shifts,
     write_checkpoint,
     write_scores,
 )
@@ -76,7 +77,6 @@ from training.states import crops_of, describe_experiment
 from training.strips import Strips, check_classes, image_names, read_each, read_strips
 from training.teacher import read_teacher
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
 SAVE_EVERY = {"cpu": 50, "cuda": 500}  # steps
 
 EXAMPLE = """\
@@ -207,7 +207,8 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     add("--taught-gates", action="store_true", help=about)
     about = "held-out strips that are scored, at most (default %(default)s)"
     add("--validation-strips", type=int, default=100, help=about)
-    add("--out", type=Path, default=WEIGHTS, help="folder of checkpoint and experiments.csv")
+    about = "folder of checkpoint and experiments.csv (default %(default)s)"
+    add("--out", type=Path, default=Path("my_weights"), help=about)
     about = "folder of the states to resume from (default %(default)s)"
     add("--runs", type=Path, default=Path("runs"), help=about)
     add("--comment", default="", help="for experiments.csv")
@@ -526,12 +527,16 @@ def train(args: argparse.Namespace) -> int:
     if args.taught_gates:
         refit_taught_gates(MemberModule(network, config, config.parts[1]), inputs.unlabelled[0])
     checkpoint = args.out / f"{config.name}.safetensors"
+    before = hash_file(checkpoint) if checkpoint.is_file() else ""
     write_checkpoint(network, config, checkpoint)
+    sha256 = hash_file(checkpoint)
     scores = validate(network, config, inputs.scored, machine.device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
-    fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": hash_file(checkpoint)}
+    fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": sha256}
     write_scores(machine.folder(config) / SCORES, config, scores, fit)
     print(to_json(scores.summary()), end="")
+    if sha256 != before:
+        warn_of_shifts(checkpoint)
     return 0
 
 

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, SMALL, draw_image, error_of, exit_code, save_image
+from helpers import (
+    CPU,
+    SMALL,
+    draw_image,
+    edit_manifest,
+    error_of,
+    exit_code,
+    save_image,
+    tiny_entry,
+    write_manifest,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -99,6 +109,28 @@ def test_a_finished_fit_is_not_trained_again(
     assert run_train(steel, again) == 0
     assert (again / "mine.safetensors").read_bytes() == before
     assert len((again / "experiments.csv").read_text().splitlines()) == 3
+
+
+def test_a_fit_does_not_write_over_the_shipped_members_unless_it_is_asked_to() -> None:
+    words = ["--data", "d", "--name", "n", "--encoder", "e"]
+    assert train.parse_args(words).out == Path("my_weights")
+
+
+def test_a_member_that_is_fitted_anew_under_the_shifts_of_another_fit_is_told(
+    again: Path, steel: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shifts = {"mask_shift": 1.5, "gate_shift": [0, -8.53, 0, 0]}
+    others = [tiny_entry(name, SPEC.model) | shifts for name in ("mine", "other")]
+    write_manifest(again, others)
+    assert run_train(steel, again) == 0
+    assert "of another fit" not in caplog.text  # it is the same
+    assert run_train(steel, again, "--heads-on", "none") == 0
+    [line] = [line for line in caplog.messages if "of another fit" in line]
+    assert "ensemble.json has a mask_shift and a gate_shift for mine, of another fit" in line
+    edit_manifest(again, lambda entries: entries["members"][0].update(mask_shift=0, gate_shift=0))
+    caplog.clear()
+    assert run_train(steel, again) == 0
+    assert "of another fit" not in caplog.text
 
 
 def test_three_channels_without_a_fold_with_a_further_folder_and_unlabelled_strips(
