@@ -18,7 +18,7 @@ from kernel.device import DeviceLost
 from kernel.faults import one_line
 from kernel.images import check_kinds
 from kernel.logs import Stages, log
-from kernel.manifest import MANIFEST, load_manifest
+from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
 from kernel.options import Options, check_options, parse_options
 from kernel.predict import Outcome, RunContext, predict_here
@@ -103,6 +103,12 @@ def log_summary(record: RunRecord, output: Path) -> None:
     )
 
 
+def log_members(manifest: Manifest) -> None:
+    """Log which checkpoints these are: the dry run's log and Kaggle's can be compared."""
+    members = ", ".join(f"{spec.name} {spec.sha256[:12]}" for spec in manifest.members)
+    log.info("members, by their sha256: %s", members)
+
+
 def find_bundle(options: Options) -> Path:
     """Return the folder of the bundle: the one that was named, else the one that is mounted."""
     what = "the dataset that `kaggle datasets create` made of the bundle"
@@ -118,6 +124,8 @@ def run(options: Options) -> RunRecord:
     """
     start, stages, bundle = time.monotonic(), Stages(), find_bundle(options)
     manifest = load_manifest(bundle)
+    if not options.worker:
+        log_members(manifest)
     competition = manifest.competition
     task = find_task(options, competition)
     submission = open_submission(options, task)

@@ -1,6 +1,8 @@
 """A whole run in this process: the rows that are asked for, with the double loop's masks."""
 
+import hashlib
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,21 @@ def assert_rows(rles: dict[tuple[str, int], str], bundle: Path, images: dict[str
         for label in LABELS:
             found = decode_by_hand(rles[name, label], (image.shape[0], image.shape[1]))
             assert_masks(found, mean[label - 1], threshold_of(bundle))
+
+
+def test_the_log_names_the_members_by_their_files_hashes(
+    built_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = built_bundle / "dataset"
+    caplog.set_level(logging.INFO)
+    save_strips(tmp_path / "images", ["a.jpg"])
+    predict(dataset, tmp_path / "images", tmp_path / "out.csv")
+    hashes = {
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in dataset.glob("*.safetensors")
+    }
+    [line] = [line for line in caplog.messages if line.startswith("members, by their sha256: ")]
+    assert dict(each.split() for each in line.partition(": ")[2].split(", ")) == hashes
 
 
 # --- the rows -------------------------------------------------------------------------------------
