@@ -57,12 +57,13 @@ def print_next(out: Path, metadata: Metadata) -> None:
     kernel = metadata.kernel
     _print_owner(metadata.owner)
     print(f"  kaggle datasets create -p {shlex.quote(str(out / 'dataset'))}")
+    print(f"  kaggle datasets status {metadata.dataset['id']}")
+    print("and when that says ready (before, the kernel gets no members, or the last version's):")
     print(f"  kaggle kernels push -p {shlex.quote(str(out / 'kernel'))}")
-    print("and when that version of the kernel has run on Kaggle:")
+    print("and when that has run on Kaggle, with the number that the push printed for VERSION:")
     print(
         f"  kaggle competitions submit {kernel['competition_sources'][0]} -k {kernel['id']}"
-        " -v 1 -f submission.csv -m first"
+        " -v VERSION -f submission.csv -m first"
     )
-    print(
-        f"Later versions: kaggle datasets version -p {shlex.quote(str(out / 'dataset'))} -m MESSAGE"
-    )
+    later = f"kaggle datasets version -p {shlex.quote(str(out / 'dataset'))} -m MESSAGE"
+    print(f"Later versions: {later}, then the same from its status on.")

@@ -61,7 +61,7 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
     assert all_bytes(out) == all_bytes(built_bundle)
     assert f"kaggle datasets create -p {out / 'dataset'}" in done.stdout
     assert f"kaggle kernels push -p {out / 'kernel'}" in done.stdout
-    assert "-k somebody/severstal-steel-ensemble-submission -v 1" in done.stdout
+    assert "-k somebody/severstal-steel-ensemble-submission -v VERSION" in done.stdout
     assert "still your-kaggle-name" not in done.stdout
     assert "430,296" in done.stdout  # parameters of the first member
     assert "a multiply-add counts as 2" in done.stdout

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -124,15 +125,16 @@ def check_ran(root: Path, sample: Path) -> None:
 def test_what_the_client_sends_runs_on_kaggle(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    create, push, submit = commands_told(tiny_bundle, capsys)
+    create, status, push, submit = commands_told(tiny_bundle, capsys)
     with serve() as kaggle:
         said = run_client(kaggle, tmp_path, *create)
         assert "Your private Dataset is being created" in said
         assert "kipping" not in said
+        assert run_client(kaggle, tmp_path, *status).splitlines()[-1] == "ready"
         said = run_client(kaggle, tmp_path, *push)
-        assert "successfully pushed" in said
+        [version] = re.findall(r"Kernel version (\d+) successfully pushed", said)
         assert "title" not in said and "not valid" not in said
-        run_client(kaggle, tmp_path, *submit)
+        run_client(kaggle, tmp_path, *(version if w == "VERSION" else w for w in submit))
     dataset = check_created(kaggle, tiny_bundle)
     script = check_pushed(kaggle, dataset)
     check_submitted(kaggle)
