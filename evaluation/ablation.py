@@ -19,14 +19,13 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.faults import one_line
 from kernel.images import read_image
 from kernel.logs import Stages, log, progress
-from kernel.manifest import MANIFEST, Manifest, load_manifest
+from kernel.manifest import MANIFEST, Manifest, load_manifest, source_entry
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
 from training.ground_truth import Truth, decode_scored_masks
 from training.metrics import Floats, Ints, Masks, Scores, dice_of
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
-ADDED = ("sha256", "flops")  # fields of a member that a build fills in
 AREAS = (0, 64, 128, 256, 512, 1024, 2048)  # pixels
 
 # --- variants -------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def write_proposal(
     """
     entries = read_json(bundle / MANIFEST)
     kept = [entry for entry in entries["members"] if entry["name"] in members]
-    entries["members"] = [{k: v for k, v in entry.items() if k not in ADDED} for entry in kept]
+    entries["members"] = [source_entry(entry) for entry in kept]
     entries["flips"] = [flip for flip in load_manifest(bundle).flips if flip in flips]
     entries |= {key: best[key] for key in ("threshold", "min_area")}
     path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

@@ -3,8 +3,8 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
@@ -33,6 +33,7 @@ from kernel.tta import FLIPS
 MANIFEST = "ensemble.json"
 MAX_NAME = 100  # characters of a member's name and file; a file system takes 255 bytes
 LISTS = ("flips", "image_size")  # fields that are tuples
+BUILT_FIELDS = ("sha256", "flops")  # of a member: a build fills them in
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,22 @@ def _with_slug(competition: Competition, slug: str) -> Competition:
 def manifest_entries(manifest: Manifest) -> dict[str, Any]:
     """Return the JSON object of a manifest."""
     return asdict(manifest) | {"competition": manifest.competition.slug}
+
+
+def source_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a member's entry without what a build fills in, and what is nothing."""
+    names = [each.name for each in fields(MemberSpec) if each.name not in BUILT_FIELDS]
+    return {name: entry[name] for name in names if entry.get(name)}
+
+
+def source_entries(members: Iterable[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    """Return the JSON object of a manifest to build of: members' entries, `others`, defaults."""
+    default = Manifest([])
+    return {
+        "format": default.format, **others, "threshold": default.threshold,
+        "min_area": default.min_area, "flips": default.flips,
+        "members": [source_entry(entry) for entry in members],
+    }  # fmt: skip
 
 
 def _parse_member(entry: object) -> MemberSpec:

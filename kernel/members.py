@@ -3,6 +3,7 @@
 import atexit
 import functools
 import hashlib
+import json
 import platform
 import shutil
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -197,6 +198,22 @@ def build_network(model: dict[str, Any]) -> nn.Module:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"SMP builds no network of {short(model)}: {one_line(error)}") from error
     return network.eval()
+
+
+def read_entry(path: Path) -> dict[str, Any]:
+    """Return the member's entry in a checkpoint's header, as a fit and a build write it.
+
+    Raises:
+        ValueError: it is no such checkpoint, or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            entry = json.loads(file.metadata()["member"])
+        if not isinstance(entry, dict):
+            raise ValueError(f"its header's member is {short(entry)}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no checkpoint of train.py: {one_line(error)}") from error
+    return entry
 
 
 def hash_file(path: Path) -> str:

@@ -17,7 +17,7 @@ from kernel.engines import load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
 from kernel.logs import Stages
-from kernel.manifest import Manifest, MemberSpec
+from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec
 from kernel.members import Member, load_member
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
 from packing.checkpoints import STATISTICS, Checkpoint, read_checkpoint
@@ -180,7 +180,7 @@ def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: 
 
 def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path) -> MemberSpec:
     """Write a network's weights in fp16, its entry in their header; the entry with the hash."""
-    entry = {k: v for k, v in asdict(spec).items() if k not in ("sha256", "flops")}  # known later
+    entry = {k: v for k, v in asdict(spec).items() if k not in BUILT_FIELDS}  # known later
     header = {"member": json.dumps(entry, sort_keys=True)}  # one key: several have no fixed order
     data = save(to_half(network.state_dict(), path), header)
     (folder / spec.file).write_bytes(data)

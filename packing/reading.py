@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import pickle
 import pickletools
 import re
@@ -14,8 +13,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+
+from kernel.members import read_entry
 
 PRETRAINED_FILES = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained, new and old
 SHARD = re.compile(r"(?:pytorch_)?model-\d{5}-of-(?!00001\b)\d{5}\.")  # one file of several
@@ -229,11 +229,9 @@ class Content:
 def read_header(path: Path) -> dict[str, Any]:
     """Return the entry of a manifest in a safetensors header; nothing of a file that has none."""
     try:
-        with safe_open(path, "pt") as file:
-            member = json.loads((file.metadata() or {}).get("member", "{}"))
-    except (ValueError, OSError, SafetensorError):
+        return read_entry(path)
+    except ValueError:
         return {}
-    return member if isinstance(member, dict) else {}
 
 
 def _read_safetensors(path: Path) -> Content:

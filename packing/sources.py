@@ -10,16 +10,11 @@ from typing import Any
 from kernel.checks import read_json
 from kernel.competition import COMPETITION, SEVERSTAL, Competition, load_competition
 from kernel.faults import short
-from kernel.manifest import MANIFEST, Manifest, parse_manifest
+from kernel.manifest import MANIFEST, Manifest, parse_manifest, source_entries
 from kernel.members import check_sha256
 from kernel.rows import replace_file
 from packing.models import read_model, with_todays_options, without_activation
 from packing.reading import no_such_checkpoint, read_header, weights_file
-
-HEADER = (  # of a member's entry
-    "name", "file", "model", "mean", "std", "image_size", "channels", "softmax", "mask_shift",
-    "gate_shift",
-)  # fmt: skip
 
 
 def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
@@ -62,15 +57,8 @@ def propose_manifest(path: Path, competition: Competition) -> None:
     members = [entry | {"file": file.name} for file, entry in found.items() if entry]
     if not members:
         return
-    default, other = Manifest([]), competition != SEVERSTAL
-    entries = {
-        "format": default.format, **({"competition": competition.slug} if other else {}),
-        "threshold": default.threshold, "min_area": default.min_area,
-        "flips": default.flips,
-        "members": [
-            {key: entry[key] for key in HEADER if entry.get(key)} for entry in members
-        ],
-    }  # fmt: skip
+    other = competition != SEVERSTAL
+    entries = source_entries(members, **({"competition": competition.slug} if other else {}))
     description, beside = path.with_name(COMPETITION), ""
     if other and not description.exists():
         replace_file(description, _as_json(asdict(competition)))

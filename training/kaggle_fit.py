@@ -19,19 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kernel.checks import read_json
+from kernel.checks import check_fields, read_json
 from kernel.command import INTERRUPTED, run_command
 from kernel.competition import SEVERSTAL
 from kernel.faults import one_line
 from kernel.images import size_of
 from kernel.logs import log, progress
-from kernel.manifest import MANIFEST, Manifest
-from kernel.members import hash_file
+from kernel.manifest import MANIFEST, MemberSpec, source_entries
+from kernel.members import hash_file, read_entry
 from kernel.mounts import find_one, folders_with
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.json_files import write_json
-from training.results import SCORES, read_entry
+from training.results import SCORES
 from training.strips import image_names, read_each
 
 RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by
@@ -46,7 +46,6 @@ COMMON = [
     "--whole-steps", "600", "--save-every", "1000", "--validation-strips", "100000",
     "--present-weight", "1",
 ]  # fmt: skip
-SPEC_FIELDS = ("name", "file", "model", "mean", "std")  # of a source manifest
 
 EXAMPLE = "  python training/kaggle_fit.py --input /kaggle/input --hours 11.5"
 
@@ -86,7 +85,7 @@ def bring_earlier(root: Path, resume: bool) -> None:
         shutil.copyfile(source, target)  # without its mode: the mount is read-only
     for path in found[0].glob("*.safetensors"):
         try:
-            manifest_entry(path)
+            check_fields(read_entry(path), MemberSpec, "its header")
         except ValueError as error:
             log.warning("%s is damaged (%s): it is fitted anew", path, error)
             Path(path.name).unlink()
@@ -141,26 +140,14 @@ def read_once(paths: Sequence[Path]) -> None:
 # --- what is left behind --------------------------------------------------------------------------
 
 
-def manifest_entry(path: Path) -> dict[str, Any]:
-    """Return what a source manifest has of the entry in a checkpoint's header; as `read_entry`."""
-    entry = read_entry(path)
-    if lacking := set(SPEC_FIELDS) - entry.keys():
-        raise ValueError(f"{path}: its header lacks {min(lacking)}")
-    return {field: entry[field] for field in SPEC_FIELDS}
-
-
 def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
     """Write what the finished members of a list give together; their states are not needed more."""
     finished = {job.name: scores for job in jobs if (scores := scores_of(job))}
     write_json(Path(RECORD), finished)
     if finished:
-        members = [manifest_entry(Path(f"{name}.safetensors")) for name in finished]
-        default = Manifest([])
-        write_json(Path(MANIFEST), {
-            "format": default.format, "competition": default.competition.slug,
-            "image_size": image_size, "classes": default.classes, "threshold": default.threshold,
-            "min_area": default.min_area, "flips": default.flips, "members": members,
-        })  # fmt: skip
+        members = [read_entry(Path(f"{name}.safetensors")) for name in finished]
+        others = {"competition": SEVERSTAL.slug, "image_size": image_size}
+        write_json(Path(MANIFEST), source_entries(members, **others))
     for name in finished:
         for state in (RUNS / name).glob("*.ckpt"):
             state.unlink()

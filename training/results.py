@@ -5,11 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -52,20 +50,6 @@ def validate(
             log.warning("%s counts as an empty answer: %s", name, state.fault)
         scores.add(np.zeros_like(masks) if state.fault else state.masks, masks)
     return scores
-
-
-def read_entry(path: Path) -> dict[str, Any]:
-    """Return the entry of a manifest that `write_checkpoint` put into a header.
-
-    Raises:
-        ValueError: it is no such checkpoint, or damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            entry: dict[str, Any] = json.loads(file.metadata()["member"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no checkpoint of train.py: {one_line(error)}") from error
-    return entry
 
 
 def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:

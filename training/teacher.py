@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kernel.images import pad_to_multiple
 from kernel.manifest import MemberSpec
-from kernel.members import Member, load_member
-from training.results import read_entry
+from kernel.members import Member, load_member, read_entry
 
 
 @functools.cache

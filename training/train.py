@@ -38,7 +38,7 @@ from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
 from kernel.images import image_to_tensor
 from kernel.logs import log
-from kernel.members import hash_file, to_channels
+from kernel.members import hash_file, read_entry, to_channels
 from kernel.mounts import one_folder
 from training.batches import Batches
 from training.config import (
@@ -67,7 +67,6 @@ from training.pace import choose_steps
 from training.results import (
     SCORES,
     add_experiment,
-    read_entry,
     validate,
     warn_of_shifts,
     write_checkpoint,

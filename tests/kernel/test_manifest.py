@@ -1,7 +1,7 @@
 """The manifest: what a bundle says of itself is read as it stands, or refused by its path."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from helpers import SMALL, tiny_entry, tiny_model, write_manifest
 
 from kernel.competition import SEVERSTAL
 from kernel.faults import MAX_LINE, one_line
-from kernel.manifest import Manifest, MemberSpec, load_manifest, manifest_entries
+from kernel.manifest import Manifest, MemberSpec, load_manifest, manifest_entries, source_entry
 
 
 def member(**changes: Any) -> dict[str, Any]:
@@ -150,6 +150,13 @@ def test_a_bundle_for_a_copy_of_severstal_keeps_its_slug(tmp_path: Path) -> None
     manifest = load_manifest(tmp_path)
     assert manifest.competition == replace(SEVERSTAL, slug="my-copy")
     assert manifest_entries(manifest)["competition"] == "my-copy"
+
+
+def test_an_entry_to_build_of_lacks_what_a_build_fills_in_and_what_is_nothing() -> None:
+    own = member(mask_shift=1.5, gate_shift=[0.0, -1.0, 0.0, 0.0], channels=[0, 1, 2, 3])
+    spec = MemberSpec(**own, sha256="0" * 64, flops=[5, 7])
+    assert source_entry(asdict(spec)) == own
+    assert source_entry({"flops": [5, 7], "unknown": 1}) == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "null", "{}"])

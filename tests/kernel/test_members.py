@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kernel.engines import compile_member, to_half_precision
 from kernel.manifest import MemberSpec, load_manifest
-from kernel.members import Member, load_member, split_network
+from kernel.members import Member, load_member, read_entry, split_network
 
 Weights = dict[str, torch.Tensor]
 
@@ -34,6 +34,18 @@ def test_a_member_whose_bytes_are_those_packed_is_loaded(session_light: Path) ->
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert not any(module.training for module in found.encoder.network.modules())
+
+
+@pytest.mark.parametrize("header", [None, {}, {"member": "[]"}, {"member": "{"}])
+def test_a_checkpoint_whose_header_has_no_members_entry_is_refused_by_its_path(
+    header: dict[str, str] | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, header)
+    with pytest.raises(ValueError, match=rf"{path}: no checkpoint of train\.py: "):
+        read_entry(path)
+    save_file({"weight": torch.zeros(1)}, path, {"member": '{"name": "one"}'})
+    assert read_entry(path) == {"name": "one"}
 
 
 def test_shifts_move_both_heads_logits(dataset: Path) -> None:
