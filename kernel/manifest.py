@@ -223,11 +223,14 @@ def _check_softmax(member: MemberSpec) -> None:
 
 def _check_normalisation(member: MemberSpec, bits: int) -> None:
     channels = member.model.get("in_channels", 3)  # SMP's default
+    expect(channels in (1, 3), "model's in_channels", channels, "1 or 3")
     for name, values in (("mean", member.mean), ("std", member.std)):
-        fits = isinstance(values, list) and len(values) == channels and channels in (1, 3)
+        fits = isinstance(values, list) and len(values) == channels
         if not fits or not all(map(is_number, values)):
+            unsaid = " where it says nothing" * ("in_channels" not in member.model)
             raise ValueError(
-                f"{name} {short(values)} for {channels} channels, expected 1 or 3 numbers"
+                f"{name} {short(values)}, expected as many numbers as model's in_channels: "
+                f"{channels}{unsaid}"
             )
     _check_range(member, bits)
     if min(member.mean) < 0 or min(member.std) <= 0:

@@ -303,21 +303,24 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a mean of three channels": (
         {"mean": [0.3] * 3},
-        "mean [0.3, 0.3, 0.3] for 1 channels, expected 1 or 3 numbers",
+        "mean [0.3, 0.3, 0.3], expected as many numbers as model's in_channels: 1",
     ),
     "a mean of two channels": (
         {"model": model(in_channels=2), "mean": [0.3, 0.3]},
-        "mean [0.3, 0.3] for 2 channels, expected 1 or 3 numbers",
+        "model's in_channels 2, expected 1 or 3",
     ),
     "a mean of one where SMP takes three": (
         {"model": no_model("in_channels")},
-        "mean [0.3] for 3 channels, expected 1 or 3 numbers",
+        "mean [0.3], expected as many numbers as model's in_channels: 3 where it says nothing",
     ),
     "a mean of NaN": (
         {"mean": [float("nan")]},
-        "mean [nan] for 1 channels, expected 1 or 3 numbers",
+        "mean [nan], expected as many numbers as model's in_channels: 1",
     ),
-    "a std that is a number": ({"std": 0.2}, "std 0.2 for 1 channels, expected 1 or 3 numbers"),
+    "a std that is a number": (
+        {"std": 0.2},
+        "std 0.2, expected as many numbers as model's in_channels: 1",
+    ),
     "a mean of 0-255": (
         {"mean": [87.5]},
         "mean [87.5] of grey in 0-255, expected of [0, 1]: divide by 255, mean [0.3431]",

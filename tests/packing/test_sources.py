@@ -69,16 +69,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two means for one channel": (
         {"members": [member(mean=[0.1, 0.2])]},
-        r"member one: mean \[0.1, 0.2\] for 1 channels",
+        r"member one: mean \[0.1, 0.2\], expected as many numbers as model's in_channels: 1",
     ),
     "three means for one channel": (
         {"members": [member(mean=[0.3] * 3)]},
-        "member one: mean .* for 1 channels",
+        "member one: mean .*, expected as many numbers as model's in_channels: 1",
     ),
-    "no std": ({"members": [member(std=[])]}, r"member one: std \[\] for 1 channels"),
+    "no std": ({"members": [member(std=[])]}, r"member one: std \[\], expected as many"),
     "two channels": (
         {"members": [member(model=model(in_channels=2), mean=[0, 0], std=[1, 1])]},
-        "for 2 channels, expected 1 or 3",
+        "member one: model's in_channels 2, expected 1 or 3",
     ),
     "a std of nought": (
         {"members": [member(std=[0.0])]},
