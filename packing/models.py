@@ -61,6 +61,11 @@ def read_model(source: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model = {"arch": config["_model_class"], **config}
+    except FileNotFoundError:
+        raise ValueError(
+            f"lacks `model`, and no {path.name} lies beside {weights_file(source)}; write in "
+            "`model` what smp.create_model was called with"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: names no architecture ({error!r}); the manifest's entry needs `model`"

@@ -28,6 +28,15 @@ def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
     return path
 
 
+def _saved_model(weights: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """The model of an entry that names none, from beside its weights."""
+    source = _source_of(weights, entry)
+    try:
+        return read_model(source)
+    except ValueError as error:
+        raise ValueError(f"member {entry['name']}: {error}") from error
+
+
 def _packed_entry(weights: Path, entry: Any) -> Any:
     """A source entry as it stands in the bundle: flat file name, model filled in.
 
@@ -36,7 +45,7 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     fields = entry if isinstance(entry, dict) else {}
     if not all(isinstance(fields.get(key), str) for key in ("name", "file")):
         return entry
-    model = entry["model"] if "model" in entry else read_model(_source_of(weights, entry))
+    model = entry["model"] if "model" in entry else _saved_model(weights, entry)
     model = with_todays_options(without_activation(model, fields.get("softmax") is True))
     name = re.sub(r"[^\w.-]+", "-", entry["name"])
     return entry | {"file": f"{name}.safetensors", "model": model}

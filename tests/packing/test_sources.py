@@ -111,6 +111,20 @@ def test_a_folder_without_weights_names_the_file_that_it_lacks(tmp_path: Path) -
         read_sources(tmp_path)
 
 
+def test_an_entry_without_a_model_is_named_with_the_file_that_has_no_config_beside_it(
+    tmp_path: Path,
+) -> None:
+    write_manifest(tmp_path, [{k: v for k, v in member(file="one.pt").items() if k != "model"}])
+    (tmp_path / "one.pt").touch()
+    with pytest.raises(ValueError) as error:
+        read_sources(tmp_path)
+    said = f"member one: lacks `model`, and no config.json lies beside {tmp_path / 'one.pt'}; write"
+    assert str(error.value).startswith(said)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"member one: .*config\.json: names no architecture"):
+        read_sources(tmp_path)
+
+
 def test_checkpoints_that_say_what_they_are_get_a_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
