@@ -3,14 +3,14 @@
 import json
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from kernel.checks import read_json
 from kernel.competition import COMPETITION, SEVERSTAL, Competition, load_competition
 from kernel.faults import short
-from kernel.manifest import MANIFEST, Manifest, parse_manifest, source_entries
+from kernel.manifest import MANIFEST, Manifest, MemberSpec, parse_manifest, source_entries
 from kernel.members import check_sha256
 from kernel.rows import replace_file
 from packing.models import read_model, with_todays_options, without_activation
@@ -77,6 +77,21 @@ def propose_manifest(path: Path, competition: Competition) -> None:
     print(f"{path}: was not there; written of what {files} say of themselves{beside}: look at it")
 
 
+def _check_different(sources: list[Path], members: list[MemberSpec]) -> None:
+    """Raise ValueError where two members are one checkpoint, and alike but for their names."""
+    alike = [
+        replace(spec, name="", sha256="", file=os.path.realpath(weights_file(source)))
+        for source, spec in zip(sources, members, strict=True)
+    ]
+    for index, each in enumerate(alike):
+        first = alike.index(each)
+        if first < index:
+            raise ValueError(
+                f"members {members[first].name} and {members[index].name} are the same: "
+                f"{each.file}; leave one out, or correct its `file`"
+            )
+
+
 def read_sources(
     weights: Path, competition: Competition | None = None
 ) -> tuple[Manifest, list[Path]]:
@@ -85,7 +100,8 @@ def read_sources(
     The competition is the one asked for, else the one described beside the manifest.
 
     Raises:
-        ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing or changed.
+        ValueError: the manifest is missing or breaks a rule, or a checkpoint is missing, changed or
+            there twice.
     """
     path = weights / MANIFEST
     if not path.is_file():
@@ -101,4 +117,5 @@ def read_sources(
     sources = [_source_of(weights, entry) for entry in members or []]
     for source, spec in zip(sources, manifest.members, strict=True):
         check_sha256(weights_file(source), spec.sha256)
+    _check_different(sources, manifest.members)
     return manifest, sources

@@ -205,6 +205,20 @@ def test_a_link_to_itself_is_no_checkpoint(tmp_path: Path) -> None:
         read_sources(tmp_path)
 
 
+def test_one_checkpoint_under_two_names_is_refused_unless_something_else_differs(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "one.safetensors").touch()
+    (tmp_path / "link.safetensors").symlink_to("one.safetensors")
+    two = member(name="two", file="link.safetensors")
+    write_manifest(tmp_path, [member(), two])
+    path = tmp_path / "one.safetensors"
+    with pytest.raises(ValueError, match=f"members one and two are the same: {path}; leave one"):
+        read_sources(tmp_path)
+    write_manifest(tmp_path, [member(), two | {"image_size": [128, 192]}])
+    assert len(read_sources(tmp_path)[1]) == 2
+
+
 def test_a_name_becomes_a_flat_file_and_the_source_stays_what_it_was(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "last.pt").touch()
