@@ -20,7 +20,7 @@ from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
 from packing.notebook import build_notebook
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
-from packing.sources import propose_manifest, read_sources
+from packing.sources import left_out, propose_manifest, read_sources
 from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
@@ -150,6 +150,8 @@ def build(
     if not (weights / MANIFEST).is_file():
         propose_manifest(weights / MANIFEST, competition or load_competition(weights))
     manifest, sources = read_sources(weights, competition)
+    if others := left_out(weights, sources):
+        print(f"not in {weights / MANIFEST}, so not packed: {', '.join(others)}")
     _check_inputs([weights, *sources], out)
     metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)

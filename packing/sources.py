@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kernel.manifest import MANIFEST, Manifest, MemberSpec, parse_manifest, sour
 from kernel.members import check_sha256
 from kernel.rows import replace_file
 from packing.models import read_model, with_todays_options, without_activation
-from packing.reading import no_such_checkpoint, read_header, weights_file
+from packing.reading import SUFFIXES, no_such_checkpoint, read_header, weights_file
 
 
 def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
@@ -75,6 +76,17 @@ def propose_manifest(path: Path, competition: Competition) -> None:
     replace_file(path, _as_json(entries))
     files = ", ".join(entry["file"] for entry in members)
     print(f"{path}: was not there; written of what {files} say of themselves{beside}: look at it")
+
+
+def left_out(weights: Path, sources: Iterable[Path]) -> list[str]:
+    """Return the names of the checkpoints in a folder that are no member's."""
+    packed = {os.path.realpath(weights_file(source)) for source in sources}
+    found = {each.name: weights_file(each) for each in sorted(weights.iterdir())}
+    return [
+        name
+        for name, file in found.items()
+        if file.suffix in SUFFIXES and file.is_file() and os.path.realpath(file) not in packed
+    ]
 
 
 def _check_different(sources: list[Path], members: list[MemberSpec]) -> None:

@@ -119,6 +119,21 @@ def test_a_manifest_that_a_build_writes_is_of_its_competition(
     assert read_sources(tmp_path)[0].competition == Competition(slug="mine", bits=16)
 
 
+def test_a_build_says_which_checkpoints_beside_the_manifest_it_does_not_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is fitted and built; its manifest is proposed. Then another is fitted."""
+    said = f"not in {tmp_path / 'ensemble.json'}, so not packed: mine.pth"
+    monkeypatch.setattr(bundle, "read_metadata", lambda *_: 1 / 0)
+    (tmp_path / "mine.pth").touch()
+    for name, line in (("one", said), ("two", f"{said}, two.safetensors")):
+        header = {"member": json.dumps(tiny_entry(name, tiny_model()))}
+        save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors", header)
+        with pytest.raises(ZeroDivisionError):
+            build(tmp_path, tmp_path / "dist", None)
+        assert capsys.readouterr().out.splitlines()[-1] == line
+
+
 # --- in the place of another ----------------------------------------------------------------------
 
 

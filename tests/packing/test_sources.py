@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, parse_manifest
-from packing.sources import propose_manifest, read_sources
+from packing.sources import left_out, propose_manifest, read_sources
 
 
 def member(**changes: Any) -> dict[str, Any]:
@@ -217,6 +217,17 @@ def test_one_checkpoint_under_two_names_is_refused_unless_something_else_differs
         read_sources(tmp_path)
     write_manifest(tmp_path, [member(), two | {"image_size": [128, 192]}])
     assert len(read_sources(tmp_path)[1]) == 2
+
+
+def test_checkpoints_in_the_folder_that_are_no_members_are_left_out(tmp_path: Path) -> None:
+    for name in ("one.safetensors", "two.safetensors", "mine.pth", "notes.txt", "run/best.ckpt",
+                 "saved/model.safetensors", "other/model.safetensors"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link.pt").symlink_to("one.safetensors")
+    write_manifest(tmp_path, [member(), member(name="saved", file="saved")])
+    _, sources = read_sources(tmp_path)
+    assert left_out(tmp_path, sources) == ["mine.pth", "other", "two.safetensors"]
 
 
 def test_a_name_becomes_a_flat_file_and_the_source_stays_what_it_was(tmp_path: Path) -> None:
