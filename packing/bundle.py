@@ -26,7 +26,8 @@ from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
 FIT = "fit"  # the kernel that fits; a build leaves it
 LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
-BUNDLE_ENTRIES = {"dataset", "kernel", FIT, "report", CALIBRATION}  # the dry run adds the last two
+REPORT, LAST_REPORT = "report", "report-before"  # a dry run's, and that of a bundle before this
+BUNDLE_ENTRIES = {"dataset", "kernel", FIT, REPORT, LAST_REPORT, CALIBRATION}
 BUILT = (MANIFEST, SCRIPT.name, DATASET_METADATA.name)  # in the dataset of every bundle
 
 # --- staging --------------------------------------------------------------------------------------
@@ -168,5 +169,8 @@ def build(
             shutil.copy(out / CALIBRATION, bundle)
         if (out / FIT).is_dir():
             shutil.copytree(out / FIT, bundle / FIT)
+        report = out / (REPORT if (out / REPORT).is_dir() else LAST_REPORT)
+        if report.is_dir():
+            shutil.copytree(report, bundle / LAST_REPORT)
         _swap_in(bundle, out, scratch / "previous")
     return metadata, packed

@@ -176,7 +176,6 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_previous_one(
 def test_a_second_build_replaces_all_but_the_calibration_and_the_fit_kernel(
     built: Path, tiny_weights: Path
 ) -> None:
-    (built / "report").mkdir()
     (built / "fit").mkdir()
     (built / "fit" / "fit.py").write_text("FILES")
     (built / "calibration.json").write_text("{}")
@@ -188,6 +187,19 @@ def test_a_second_build_replaces_all_but_the_calibration_and_the_fit_kernel(
     assert (built / "dataset/fpn-b.safetensors").exists()
     assert not (built / "dataset/unet-c.safetensors").exists()
     assert {path.name for path in built.parent.iterdir()} == {"dist", "weights"}
+
+
+def test_the_report_of_a_dry_run_outlives_the_builds_after_it_as_one_of_before(
+    built: Path, tiny_weights: Path
+) -> None:
+    """Its proposal may be hours of work."""
+    for proposal in ("first", "second"):
+        (built / "report").mkdir()
+        (built / "report" / "ensemble.json").write_text(proposal)
+        for _ in range(2):
+            build(tiny_weights, built, None)
+            assert not (built / "report").exists()
+            assert (built / "report-before" / "ensemble.json").read_text() == proposal
 
 
 def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Path) -> None:
