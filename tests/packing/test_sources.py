@@ -10,7 +10,7 @@ import torch
 from helpers import read_manifest, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import save_file
 
-from kernel.competition import SEVERSTAL
+from kernel.competition import SEVERSTAL, with_classes
 from kernel.manifest import Manifest, parse_manifest
 from packing.sources import left_out, propose_manifest, read_sources
 
@@ -173,7 +173,7 @@ def test_a_manifest_that_was_proposed_for_another_competition_stays_its(
 ) -> None:
     two = {"classes": 2, "aux_params": {"classes": 2, "pooling": "max"}}
     write_packed(tmp_path, model=model(**two))
-    mine = replace(SEVERSTAL, slug="mine", classes=("a", "b"), images_with_class=None, bits=16)
+    mine = replace(with_classes(SEVERSTAL, 2), slug="mine", classes=("a", "b"), bits=16)
     propose_manifest(tmp_path / "ensemble.json", mine)
     assert read_manifest(tmp_path)["competition"] == "mine"
     assert "of themselves, competition.json beside it: look" in capsys.readouterr().out
