@@ -6,9 +6,18 @@ BIN := .venv/bin
 # Without a GPU the members run on OpenVINO.
 OPENVINO := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo openvino)
 
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+# $(call venv,FOLDER): a virtual environment of PYTHON; one of an older Python is made anew.
+define venv
+@$(PYTHON) -c '$(NEW_ENOUGH)' || { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	"3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+@$(PYTHON) -m venv $$($(1)/bin/python -c '$(NEW_ENOUGH)' 2>/dev/null || echo --clear) $(1)
+endef
+
 # $(call install,EXTRAS): this project and its EXTRAS into .venv; what pip prints goes to a log file.
 define install
-@$(PYTHON) -m venv .venv
+$(call venv,.venv)
 @$(BIN)/python -m pip install --constraint constraints.txt --editable '.$(if $(1),[$(1)])' \
 	>.venv/pip.log 2>&1 || { tail -n 20 .venv/pip.log; echo "pip failed: see .venv/pip.log"; exit 1; }
 @touch $@
@@ -81,12 +90,12 @@ mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and
 
 versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions; as on Kaggle: PYTHON=python3.12
 	@echo "== the kernel's tests, and those of the packed kernel"
-	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest tests/kernel tests/evaluation/test_dry_run.py \
+	PYTHONPATH='$(CURDIR)' .venv-oldest/bin/python -m pytest tests/kernel tests/evaluation/test_dry_run.py \
 		tests/packing/test_kaggle.py tests/packing/test_notebook.py
 
 .venv-oldest/installed: requirements-oldest.txt
 	@echo "== installing the oldest versions into .venv-oldest: minutes"
-	$(PYTHON) -m venv .venv-oldest
+	$(call venv,.venv-oldest)
 	.venv-oldest/bin/python -m pip install --requirement requirements-oldest.txt
 	@touch $@
 

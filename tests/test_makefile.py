@@ -1,0 +1,75 @@
+"""The Makefile: which Python it takes, and where it may lie. Stubs stand for Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+NEW = f"""#!/bin/sh
+[ "$1" = -c ] && exec '{sys.executable}' -c "$2"
+echo "$@" >> calls
+"""
+OLD = f"""#!/bin/sh
+[ "$1" = -c ] && exec '{sys.executable}' -c "import sys; sys.version_info = (3, 9, 2); $2"
+[ "$1" = --version ] && exec echo Python 3.9.2
+echo "$@" >> calls
+"""
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The project's Makefile in a folder, as from a shell of its own."""
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-f", str(ROOT / "Makefile"), *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_an_old_python_is_named_with_the_remedy_before_anything_is_made(tmp_path: Path) -> None:
+    old = write_script(tmp_path / "python3.9", OLD)
+    ended = make(tmp_path, ".venv/installed-demo", f"PYTHON={old}")
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    needed = f"{required.removeprefix('>=')} or newer is needed: make .venv/installed-demo PYTHON="
+    assert ended.returncode
+    assert f"PYTHON={old} is Python 3.9.2; {needed}" in ended.stdout
+    assert not (tmp_path / ".venv").exists() and not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize(("before", "options"), [(None, "--clear "), (OLD, "--clear "), (NEW, "")])
+def test_an_environment_of_an_older_python_is_made_anew(
+    before: str | None, options: str, tmp_path: Path
+) -> None:
+    """Else its own link to that Python stays, and pip refuses the project for ever."""
+    new = write_script(tmp_path / "python3.12", NEW)
+    if before:
+        write_script(tmp_path / ".venv" / "bin" / "python", before)
+    make(tmp_path, ".venv/installed-demo", f"PYTHON={new}")
+    assert (tmp_path / "calls").read_text().splitlines()[0] == f"-m venv {options}.venv"
+
+
+def test_the_oldest_versions_are_tested_in_a_folder_with_a_space_in_its_name(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "my steel"
+    write_script(folder / ".venv-oldest/bin/python", '#!/bin/sh\necho "$PYTHONPATH" > path\n')
+    for name in ("requirements-oldest.txt", ".venv-oldest/installed"):
+        (folder / name).touch()
+    ended = make(folder, "versions")
+    assert ended.returncode == 0, ended.stderr
+    assert (folder / "path").read_text() == f"{folder}\n"
