@@ -9,7 +9,6 @@ exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
 import argparse
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -106,6 +105,8 @@ def network_denial() -> list[str]:
 
 def _peak_bytes() -> int:
     """The most memory that a child process has held; macOS counts bytes, Linux KiB."""
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -355,6 +356,10 @@ def dry_run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a file or folder is missing or not what it should be.
     """
+    if sys.platform == "win32":
+        raise ValueError(
+            "the dry run lays links, which Windows keeps from most users: run it in WSL"
+        )
     competition, images = check_args(args)
     if args.calibrate:
         machine = keep_rate(args.bundle, args.calibrate)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -298,6 +299,16 @@ def test_a_ground_truth_that_is_none_is_refused_before_anything_runs(
     assert exit_code(dry_run.main, "--bundle", bundle, *given) == 2
     line = error_of(capsys.readouterr().err)
     assert line.startswith(error.format(truth).replace("NAME", name))
+
+
+def test_on_windows_it_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    script = runpy.run_path(str(ROOT / "evaluation" / "dry_run.py"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert exit_code(script["main"]) == 2
+    assert error_of(capsys.readouterr().err).endswith("run it in WSL")
 
 
 def test_metadata_without_an_id_is_one_line(
