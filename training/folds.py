@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
 from kernel.command import run_command
 from kernel.rows import csv_line, layouts_of
@@ -19,10 +18,14 @@ def split_folds(strips: Strips, folds: int, fold: int) -> tuple[Strips, Strips]:
     """Return training and validation strips, every class in the same share in each fold.
 
     Raises:
-        ValueError: there are fewer strips than folds.
+        ValueError: there are fewer strips than folds, or the stratifier is not installed.
     """
     if fold == NO_FOLD:
         return strips, replace(strips, names=[])
+    try:
+        from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+    except ModuleNotFoundError as error:  # of the extra `training`; what imports this may have none
+        raise ValueError(f"folds: {error}; pip install -e '.[training]'") from error
     if len(strips.names) < folds:
         raise ValueError(
             f"{strips.folder}: {len(strips.names)} strips for {folds} folds; give fewer --folds"

@@ -1,5 +1,6 @@
 """Folds: every class in the same share in each, and the command that writes one out."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def test_without_a_fold_every_strip_is_trained_on() -> None:
     training, validation = split_folds(many_strips(), 5, NO_FOLD)
     assert training.names == many_strips().names
     assert not validation.names
+
+
+def test_without_the_stratifier_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "iterstrat.ml_stratifiers", None)
+    with pytest.raises(ValueError, match=r"iterstrat\.ml_stratifiers .*pip install -e '\.\[train"):
+        split_folds(many_strips(), 5, 2)
+    assert not split_folds(many_strips(), 5, NO_FOLD)[1].names
 
 
 def test_fewer_strips_than_folds_are_refused() -> None:
