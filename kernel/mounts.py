@@ -3,19 +3,26 @@
 import atexit
 import functools
 import os
+import re
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.logs import log, progress
+from kernel.rows import fits_header
 
 SAMPLE = "sample_submission.csv"
 SPARE_BYTES = 100_000_000  # of disk, beside what is unpacked
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
+CSV = re.compile(r"\.csv(\.zip)?$", re.IGNORECASE)
+SHOWN_CSVS = 6  # names in a message
+TEST_SET = re.compile("(?<![a-z])test")  # in the path of a test set's images
+
+Loose = tuple[tuple[str, Path], ...]  # name and path of images that lie beside a zip of others
 
 
 def find_folders(root: Path, name: str) -> list[Path]:
@@ -129,43 +136,82 @@ def one_folder(folder: Path, competition: Competition) -> Path:
 
 def find_images(
     sample: Path, names: set[str], root: Path, competition: Competition = SEVERSTAL
-) -> Path:
-    """Find the folder with most of a sample's images: below the sample's own, else below `root`.
+) -> tuple[Path, Loose]:
+    """Find a sample's images: a folder of them, or a zip and those that lie loose.
 
-    Of images in folders of their own it is a new one, of links to those that the sample names; of
-    images in a zip it is the zip.
+    Each is looked for below the sample's own folder, then below `root`, then in the zip there that
+    holds most: a loose one may replace a damaged one of a zip. Where they lie in several folders,
+    or under other names than the csv's, the folder is a new one, of links.
 
     Raises:
-        ValueError: no folder holds any.
+        ValueError: there is none of them.
     """
+    found: dict[str, Path] = {}
     for top in (sample.parent, root):
-        if competition.image_path:
-            paths = image_paths(top, competition)
-            if not names.isdisjoint(paths):
-                return link_images({name: paths[name] for name in paths.keys() & names})
-            continue
-        shares = {folder: len(names.intersection(files)) for folder, files in _walk(top)}
-        best = max(sorted(shares), key=lambda folder: shares[folder], default=top)
-        if shares.get(best):
-            return best
+        if len(found) < len(names):
+            found = _find_loose(top, names, competition) | found
+    missing = names - found.keys()
+    zips = _list_zips(root, missing, competition) if missing else {}
+    archive, zipped = next(iter(zips.items()), (None, frozenset[str]()))
+    missing -= zipped
+    if missing == names:
+        raise ValueError(
+            f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
+            f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; of "
+            "images in folders of their own `image_path` says the names (docs/competitions.md)"
+        )
+    if missing:
+        log.warning(
+            "%s: holds %d of the %d images that %s names, and no %r: the rows of the others stay "
+            "empty; of images in folders of their own `image_path` says the names",
+            *(root, len(names) - len(missing), len(names), sample.name, min(missing)),
+        )
+    if archive:
+        return archive, tuple(sorted(found.items()))
+    folders = {path.parent for path in found.values()}
+    one = len(folders) == 1 and not competition.image_path
+    return folders.pop() if one else link_images(found), ()
+
+
+def _find_loose(top: Path, names: set[str], competition: Competition) -> dict[str, Path]:
+    """Name → path of a sample's images below a folder, each from the folder that holds most."""
+    if competition.image_path:
+        paths = image_paths(top, competition)
+        return {name: paths[name] for name in paths.keys() & names}
+    held = _most_first({folder: names.intersection(files) for folder, files in _walk(top)})
+    return {name: folder / name for folder in reversed(held) for name in held[folder]}
+
+
+def _list_zips(root: Path, names: Set[str], competition: Competition) -> dict[Path, Set[str]]:
+    """The zips below a folder that hold some of a sample's images, and which; most first."""
     zips = [below / file for below, files in _walk(root) for file in files if file.endswith(".zip")]
-    held = {archive: len(list_zip(archive, names, competition)) for archive in sorted(zips)}
-    best = max(held, key=lambda archive: held[archive], default=root)
-    if held.get(best):
-        return best
-    raise ValueError(
-        f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
-        f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; of images in "
-        "folders of their own `image_path` says the names (docs/competitions.md)"
-    )
+    return _most_first({each: dict(list_zip(each, names, competition)).keys() for each in zips})
+
+
+def _most_first(held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:
+    """Sort places by how many of a sample's images they hold; of equals a test set is first."""
+
+    def order(place: Path) -> tuple[int, int, Path]:
+        return -len(held[place]), -len(TEST_SET.findall(str(place).lower())), place
+
+    ranked = sorted(filter(held.get, held), key=order)
+    if len(ranked) > 1 and (both := held[ranked[0]] & held[ranked[1]]):
+        log.warning(
+            "%s and %s both hold %d images that the sample names, like %r: the first's are taken; "
+            "name the right folder with --images",
+            *(*ranked[:2], len(both), min(both)),
+        )
+    return {place: held[place] for place in ranked}
 
 
 # --- zips, as some old competitions are mounted ---------------------------------------------------
 
 
 @functools.cache
-def unzip(archive: Path, members: tuple[tuple[str, str], ...]) -> Path:
+def unzip(archive: Path, members: tuple[tuple[str, str], ...], loose: Loose = ()) -> Path:
     """Return a folder of files of a zip, (name, path in it), that goes when this process ends.
+
+    Links to `loose` images lie beside them.
 
     Raises:
         ValueError: the zip is damaged or of an unknown kind, or the disk has no room for them.
@@ -183,6 +229,8 @@ def unzip(archive: Path, members: tuple[tuple[str, str], ...]) -> Path:
             for name, path in progress(members, f"unpacking {archive.name}", "file"):
                 with opened.open(path) as source, (folder / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
+            for name, place in loose:
+                (folder / name).symlink_to(place.absolute())
     except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # encrypted, another method
         raise ValueError(f"{archive}: {error}; fetch it again, or unpack it") from error
     return folder
@@ -209,12 +257,48 @@ def list_zip(
 
 
 def find_sample(root: Path, competition: Competition) -> Path:
-    """Find the sample under `root`, or unpack the zip of it; ValueError as `find_one`."""
+    """Find the sample under `root`, or unpack the zip of it.
+
+    Where none has the usual name, it is the csv that is called a sample, or a submission, and has
+    the competition's header.
+
+    Raises:
+        ValueError: there is none, or two differ; the message says what to add or to name.
+    """
     what, zipped = f"the competition {competition.slug}", f"{SAMPLE}.zip"
-    if folders_with(root, SAMPLE) or not folders_with(root, zipped):
+    if folders_with(root, SAMPLE):
         return find_one(root, SAMPLE, what, "--sample") / SAMPLE
-    archive = find_one(root, zipped, what, "--sample") / zipped
-    held = list_zip(archive, {SAMPLE}, SEVERSTAL)
-    if not held:
+    if folders_with(root, zipped):
+        archive = find_one(root, zipped, what, "--sample") / zipped
+        if sample := _unzip_csv(archive):
+            return sample
         raise ValueError(f"{archive}: no {SAMPLE} in it; give --sample")
-    return unzip(archive, held) / SAMPLE
+    seen = [below / file for below, files in _walk(root) for file in files if CSV.search(file)]
+    for word in ("sample", "submission"):
+        fitting = _fitting(sorted(path for path in seen if word in path.name.lower()), competition)
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            listed = ", ".join(map(str, fitting))
+            raise ValueError(f"more than one csv may be the sample: {listed}; choose with --sample")
+    if seen:
+        names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
+        header = " or ".join(",".join(layout) for layout in competition.layouts)
+        raise ValueError(
+            f"no {SAMPLE} under {root}, and no csv there is called one and has the header {header}:"
+            f" {names}; add {what} to the kernel's sources, or give --sample"
+        )
+    return find_one(root, SAMPLE, what, "--sample") / SAMPLE
+
+
+def _fitting(paths: Iterable[Path], competition: Competition) -> list[Path]:
+    """Those of some csv files, unpacked, that have a competition's header; copies count as one."""
+    opened = [_unzip_csv(path) if path.suffix == ".zip" else path for path in paths]
+    fitting = (path for path in opened if path and fits_header(path, competition))
+    return sorted({path.read_bytes(): path for path in fitting}.values())
+
+
+def _unzip_csv(archive: Path) -> Path | None:
+    """Unpack the csv that a zip is named after; None where it is not in it."""
+    held = list_zip(archive, {archive.stem}, SEVERSTAL)
+    return unzip(archive, held) / archive.stem if held else None

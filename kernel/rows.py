@@ -125,6 +125,16 @@ def read_rows(
     return layout, rows
 
 
+def fits_header(path: Path, competition: Competition) -> bool:
+    """Whether a file is a csv with the header of one of a competition's layouts."""
+    try:
+        with read_lines(path) as lines:
+            _parse_header(next(lines, []), competition, SPREADSHEET_CELL)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 @contextmanager
 def read_lines(path: Path) -> Iterator[Iterator[list[str]]]:
     """The cells of a csv's lines, .gz or not, empty ones left out; errors inside name the line.

@@ -8,6 +8,7 @@ from pathlib import Path
 from kernel.competition import SEVERSTAL, Competition
 from kernel.logs import log
 from kernel.mounts import (
+    Loose,
     find_images,
     find_sample,
     list_images,
@@ -27,6 +28,7 @@ class Task:
     images: Path  # a folder, or a zip for `unpack_images`
     layout: Layout
     pairs: list[RowKey]  # of every row, in order
+    loose: Loose = ()  # images that lie beside the zip
 
     @property
     def names(self) -> list[str]:
@@ -116,7 +118,10 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         if not known:
             log.warning("%s: names no image: the submission is its header alone", sample)
             return Task(images or sample.parent, layout, [])
-        task = Task(images or find_images(sample, known, options.input, competition), layout, pairs)
+        loose: Loose = ()
+        if not images:
+            images, loose = find_images(sample, known, options.input, competition)
+        task = Task(images, layout, pairs, loose)
     if not task.pairs:
         raise ValueError(no_images(task.images, competition.suffix))
     there = list_images(task.images) if task.images.is_dir() else []
@@ -130,6 +135,6 @@ def unpack_images(task: Task, competition: Competition) -> Task:
     """Return a task whose images lie in a folder: those of a zip are unpacked."""
     if task.images.is_dir():
         return task
-    return replace(
-        task, images=unzip(task.images, list_zip(task.images, set(task.names), competition))
-    )
+    zipped = set(task.names) - dict(task.loose).keys()
+    members = list_zip(task.images, zipped, competition)
+    return replace(task, images=unzip(task.images, members, task.loose))

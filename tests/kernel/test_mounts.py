@@ -104,6 +104,107 @@ def test_a_tree_without_the_competition_names_it_and_what_is_there(tmp_path: Pat
         find_task(Options(input=tmp_path))
 
 
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+def mount_test_set(root: Path, *images: str) -> None:
+    """A sample of a.jpg and b.jpg, and files below its folder that say where they lie."""
+    write(root / COMPETITION / SAMPLE, "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\nb.jpg,1 1,0\n")
+    for image in images:
+        write(root / COMPETITION / image, image)
+
+
+SPREAD = {  # a test set in several folders
+    "two folders": ("test/1/a.jpg", "test/2/b.jpg"),
+    "a folder an image": ("stage1_test/a/images/a.jpg", "stage1_test/b/images/b.jpg"),
+    "most in one, and again in another": ("1/a.jpg", "2/a.jpg", "2/b.jpg", "2/c.jpg"),
+}
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_images_of_several_folders_are_all_predicted(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_test_set(tmp_path, *SPREAD[case])
+    found = contents(find_task(Options(input=tmp_path)).images)
+    wanted = {name: [path for path in SPREAD[case] if path.endswith(name)] for name in found}
+    assert found.keys() >= {"a.jpg", "b.jpg"}
+    assert found == {name: paths[-1] for name, paths in wanted.items()}
+    assert ("both hold 1 images" in caplog.text) == ("again" in case)
+    assert "stay empty" not in caplog.text
+
+
+def test_images_that_lie_beside_the_competition_fill_up_those_that_it_has(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "b.jpg")
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / "datasets" / "me" / name, "another's")
+    task = find_task(Options(input=tmp_path))
+    assert contents(task.images) == {"a.jpg": "another's", "b.jpg": "b.jpg"}
+
+
+def test_a_run_that_lacks_images_says_how_many_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_test_set(tmp_path, "images/a.jpg")
+    assert find_task(Options(input=tmp_path)).images == tmp_path / COMPETITION / "images"
+    [line] = caplog.messages
+    said = f"holds 1 of the 2 images that {SAMPLE} names, and no 'b.jpg': the rows of the others"
+    assert said in line and "`image_path` says the names" in line
+
+
+@pytest.mark.parametrize(
+    ("right", "other"),
+    [("imgs_test", "annotations"), ("my/test/images", "contest"), ("training", "validation")],
+)
+def test_of_two_folders_that_hold_the_same_names_it_is_the_test_set_and_both_are_named(
+    right: str, other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"{folder}/{name}.jpg" for folder in (right, other) for name in "ab"]
+    mount_test_set(tmp_path, *names)
+    root = tmp_path / COMPETITION
+    assert find_task(Options(input=tmp_path)).images == root / right
+    [line] = caplog.messages
+    assert line.startswith(f"{root / right} and {root / other} both hold 2 images that the sample")
+    assert line.endswith("like 'a.jpg': the first's are taken; name the right folder with --images")
+
+
+OTHER_NAMES = ("sample_submission_v2.csv", "sampleSubmission.csv", "stage1_Submission.CSV")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_sample_of_another_name_is_known_by_its_header(
+    name: str, zipped: bool, tmp_path: Path
+) -> None:
+    mount(tmp_path, "ensemble", COMPETITION, f"{COMPETITION}/test")
+    sample = (tmp_path / COMPETITION / SAMPLE).rename(tmp_path / COMPETITION / name)
+    if zipped:
+        write_zip(sample.with_name(f"{name}.zip"), {name: sample.read_text(encoding="utf-8")})
+        sample.unlink()
+    write(tmp_path / COMPETITION / "train.csv", "ImageId,EncodedPixels,ClassId\nx.jpg,1 1,3\n")
+    write(tmp_path / COMPETITION / "a_sample_of_the_metadata.csv", "ImageId,width\n")
+    write(tmp_path / "a-copy" / name, sample.read_text(encoding="utf-8") if not zipped else "")
+    write(tmp_path / "another" / "my_submission.csv", "ImageId,EncodedPixels\nx.jpg_1,\n")
+    assert find_task(Options(input=tmp_path)).names == ["a.jpg", "b.jpg"]
+
+
+def test_of_csv_files_that_are_no_sample_all_are_named_and_of_several_samples_too(
+    tmp_path: Path,
+) -> None:
+    for name in ("train.csv", "sample_v2.csv"):
+        write(tmp_path / COMPETITION / name, "id,rle\na,\n")
+    message = (
+        r"the header ImageId_ClassId,.* or .*ClassId: sample_v2\.csv, train\.csv; add the compet"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_task(Options(input=tmp_path))
+    for name in ("sample_v2.csv", "sample_v3.csv"):
+        write(tmp_path / COMPETITION / name, f"ImageId_ClassId,EncodedPixels\n{name}_1,\n")
+    with pytest.raises(ValueError, match=r"sample_v2\.csv, .*sample_v3\.csv; choose with --sample"):
+        find_task(Options(input=tmp_path))
+
+
 # --- zips -----------------------------------------------------------------------------------------
 
 
@@ -139,9 +240,29 @@ def test_a_competition_that_is_mounted_as_zips_is_unpacked(
     (tmp_path / COMPETITION / "a_damaged_one.zip").write_bytes(b"PK\3\4")
     task = unpacked(tmp_path)
     assert task.names == ["a.jpg", "b.jpg"]
-    read = {path.name: path.read_text(encoding="utf-8") for path in task.images.iterdir()}
-    assert read == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
+    assert contents(task.images) == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
     assert unpacked(tmp_path) == task  # once, for the notebook's last cell too
+
+
+def test_an_image_that_lies_beside_the_zip_of_all_takes_the_place_of_the_one_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_zips(tmp_path, sample_too=True, below="test/")
+    write(tmp_path / COMPETITION / "b.jpg", "a corrected b")
+    task = unpacked(tmp_path)
+    assert contents(task.images) == {"a.jpg": "pixels of a", "b.jpg": "a corrected b"}
+    assert unpacked(tmp_path) == task
+    assert not [record for record in caplog.records if "stay empty" in record.message]
+
+
+def test_of_two_zips_of_the_same_images_both_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_zips(tmp_path, sample_too=False, below="test/")
+    hq = tmp_path / COMPETITION / "test_hq.zip"
+    write_zip(hq, {f"test_hq/{name}.jpg": f"{name} in high quality" for name in "abc"})
+    assert contents(unpacked(tmp_path).images) == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
+    assert f"test.zip and {hq} both hold 2 images that the sample names" in caplog.text
 
 
 def test_images_of_a_zip_have_the_names_that_image_path_makes(tmp_path: Path) -> None:

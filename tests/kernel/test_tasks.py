@@ -80,7 +80,7 @@ def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Pa
     (tmp_path / "empty").mkdir()
     sample = tmp_path / "sample_submission.csv"
     found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
-    assert found == tmp_path / "test_images"
+    assert found == (tmp_path / "test_images", ())
 
 
 @pytest.mark.parametrize("folders", [[], ["train_images"]])
