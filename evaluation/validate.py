@@ -6,7 +6,9 @@ from pathlib import Path
 
 from kernel.command import run_command
 from kernel.competition import add_competition_option, find_competition
+from kernel.logs import log
 from kernel.mounts import one_folder
+from kernel.rle import is_empty_mark
 from kernel.rows import read_rows
 from kernel.task import check_instances, read_sample
 from kernel.validator import check_submission
@@ -37,7 +39,15 @@ def validate(args: argparse.Namespace) -> int:
         pass
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder of images")
-    check_instances(args.sample, read_rows(args.sample, competition=competition)[1], competition)
+    rows = read_rows(args.sample, competition=competition)[1]
+    check_instances(args.sample, rows, competition)
+    mark = next((rle for *_, rle in rows if rle and is_empty_mark(rle)), None)
+    if mark:
+        log.warning(
+            "%s: %r has no pixel, and the description's `empty` is %r: correct it if the sample "
+            "writes empty masks so",
+            *(args.sample, mark, competition.empty),
+        )
     layout, pairs = read_sample(args.sample, None, competition)
     images, columns = args.images and one_folder(args.images, competition), layout.columns
     findings = check_submission(args.submission, columns, pairs, images, competition)

@@ -71,27 +71,44 @@ def join_rles(rles: Iterable[str]) -> str:
     return " ".join(f"{start} {end - start}" for start, end in joined)
 
 
-def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> str | None:
-    """Return what Kaggle would refuse in the code of an image of `n_pixels`, or None."""
-    first = competition.first_index
+def is_empty_mark(cell: str) -> bool:
+    """Whether a csv's cell stands for an empty mask: less than a run, or runs without a pixel."""
+    words = cell.split()
+    return len(words) < 2 or not any(length.strip("0") for length in words[1::2])
+
+
+def number_fault(rle: str) -> str | None:
+    """Return why a code is not made of pairs of numbers, or None."""
     words = rle.split()
     wrong = next((word for word in words if not re.fullmatch("-?[0-9]+", word)), None)
     if wrong is not None:
         return f"{short(wrong)} is no number"
     try:
-        runs = _runs(rle)
+        _runs(rle)
     except ValueError as error:
         return str(error)
+    return None
+
+
+def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> str | None:
+    """Return what Kaggle would refuse in the code of an image of `n_pixels`, or None."""
+    if fault := number_fault(rle):
+        return fault
+    first = competition.first_index
     last = first - 1  # pixel of the run before
-    for start, length in runs:
+    for start, length in _runs(rle):
         run = f"run {start} {length}"
         if start < first:
             return f"{run} starts before pixel {first}" + (": is it 0-indexed?" if first else "")
         if length < 1:
             return f"{run} has no pixel"
         if start <= last + 1 and last >= first:
-            how = "touches" if start == last + 1 else "overlaps or comes before"
-            return f"{run} {how} the run that ends at {last}: sort and join them"
+            if start == last + 1:
+                return f"{run} touches the run that ends at {last}: join them"
+            return (
+                f"{run} overlaps or comes before the run that ends at {last}: sort and join them, "
+                "or make the starts of a relative code absolute"
+            )
         last = start + length - 1
         if last >= n_pixels + first:
             return f"{run} leaves an image of {n_pixels} pixels"

@@ -164,6 +164,7 @@ def _parse_header(
         raise ValueError(_header_fault(header, competition))
     cells = {column: known[0][column] for column in named}
     layout = Layout(cells, competition, tuple(header))
+    empty = (competition.empty or "").strip()
     patterns = {column: _pattern(template, competition) for column, template in known[0].items()}
 
     def parse(cells: list[str]) -> Row:
@@ -177,7 +178,7 @@ def _parse_header(
             values |= match.groupdict()
         if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")
-        rle = "" if values["mask"].strip() == competition.empty else values["mask"]
+        rle = "" if values["mask"].strip() == empty else values["mask"]
         if rle and len(rle) == cut_off:
             raise ValueError(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "

@@ -11,10 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kernel.competition import Competition, check_competition
+from kernel.competition import SLOT, Competition, check_competition
 from kernel.images import is_coloured
 from kernel.mounts import list_images, no_images
-from kernel.rows import no_csv_fault, read_lines, read_rows
+from kernel.rle import is_empty_mark, number_fault
+from kernel.rows import Row, no_csv_fault, read_lines, read_rows
 from kernel.task import check_instances
 
 SEPARATORS = "_-/|: "
@@ -22,7 +23,9 @@ MASKS = ("rle", "mask", "pixel", "predict", "segment", "encod")  # in a mask col
 SEEN = 32  # images that are looked at
 SHOWN = 6  # classes that are listed
 ASK = {  # what neither a sample nor images show
-    "run_order, first_index": "down the columns and from 1, as most have it",
+    "run_order": "down the columns, as most have it",
+    "first_index": "1, as most have it",
+    "starts": "absolute; relative ones, which count from the run before, are not written",
     "mask_size": "null, the image's own",
     "time_limit_s": "an hour",
 }
@@ -40,8 +43,9 @@ def propose(sample: Path, images: Path) -> Proposal:
     """Return the description that a sample submission and some of its images suggest.
 
     Raises:
-        ValueError: the sample names none of the images, has no column of masks, has several rows of
-            an image and class, or a row that is not like the others; names the line.
+        ValueError: the sample names none of the images, has no column of masks or masks that are no
+            run-length code, has several rows of an image and class, or a row that is not like the
+            others; names the line.
     """
     names = list_images(images) if images.is_dir() else []
     if not names:
@@ -55,17 +59,27 @@ def propose(sample: Path, images: Path) -> Proposal:
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
     competition = Competition(**found)
     check_competition(competition)
-    found_rows = read_rows(sample, competition=competition)[1]
+    found_rows = read_rows(sample, _code_fault, competition)[1]
     check_instances(sample, found_rows, competition)
     count = len({image for image, *_ in found_rows})
-    has_empty = any(len(row[mask].split()) < 2 for row in rows)
-    unsure = _list_unsure(competition, count, has_empty)
+    unsure = _list_unsure(competition, count, len(rows))
+    if not any(is_empty_mark(row[mask]) for row in rows):
+        unsure.append('empty: "", for the sample has no empty mask')
     return Proposal(Competition(**found | {"n_images": count}), unsure)
 
 
-def _list_unsure(competition: Competition, count: int, has_empty: bool) -> list[str]:
-    """What of a description a sample of `count` images did not show, and what was taken for it."""
-    unsure = [f"{name}: {taken}" for name, taken in ASK.items()]
+def _code_fault(row: Row) -> str | None:
+    fault = number_fault(row[2])
+    return fault and f"{fault}: no run-length code, and no other is written"
+
+
+def _list_unsure(competition: Competition, count: int, rows: int) -> list[str]:
+    """What a sample of `count` images and `rows` did not show, and what was taken for it."""
+    shown = () if competition.first_index else ("first_index",)  # by a start of 0
+    unsure = [f"{name}: {taken}" for name, taken in ASK.items() if name not in shown]
+    for column, cell in competition.layouts[0].items():
+        if not SLOT.search(cell):
+            unsure.append(f"column {column}: always {cell!r}, as the sample's {rows} rows have it")
     unsure.append(f"slug, title: {competition.slug}, as the sample's folder is named")
     unsure.append(f"n_images: {count}, the sample's; a hidden set may be larger")
     named = [column for column, cell in competition.layouts[0].items() if "{class}" in cell]
@@ -79,8 +93,6 @@ def _list_unsure(competition: Competition, count: int, has_empty: bool) -> list[
             f" and {len(competition.classes) - SHOWN} more" if competition.classes[SHOWN:] else ""
         )
         unsure.append(f"classes: {classes}{more}, as the column {named[0]} has them, in that order")
-    if not has_empty:
-        unsure.append('empty: "", for the sample has no empty mask')
     return unsure
 
 
@@ -131,7 +143,7 @@ def _mask_column(sample: Path, header: Sequence[str]) -> int:
 def _find_layout(
     sample: Path, header: list[str], rows: list[list[str]], names: list[str], mask: int
 ) -> dict[str, Any]:
-    """Find what the layout says: templates, classes, suffix and empty token.
+    """Find what the layout says: templates, classes, suffix, empty token and first index.
 
     `mask` is the number of the masks' column.
     """
@@ -143,11 +155,14 @@ def _find_layout(
             template, classes = _split_cells(cells, known)
             if template:
                 layout = {header[column]: template, header[mask]: "{mask}"}
-                found = {"suffix": suffix, "classes": classes or ("mask",)}
+                found: dict[str, Any] = {"suffix": suffix, "classes": classes or ("mask",)}
                 for other in set(others) - {column}:
                     found |= _read_other(header[other], [row[other] for row in rows], layout)
-                tokens = Counter(row[mask] for row in rows if len(row[mask].split()) < 2)
+                masks = [row[mask].strip() for row in rows]
+                tokens = Counter(filter(is_empty_mark, masks))
                 found["empty"] = tokens.most_common(1)[0][0] if tokens else ""
+                starts = (cell.split()[0] for cell in masks if not is_empty_mark(cell))
+                found["first_index"] = 0 if "0" in starts else 1
                 return found | {"layouts": ({name: layout[name] for name in header},)}
     raise ValueError(
         f"{sample}: line 2: {','.join(rows[0])[:60]} names no image of the folder, which has "

@@ -85,6 +85,23 @@ def test_a_sample_of_another_competition_names_the_description_that_is_nearest(
     assert HEADERS[header] in message
 
 
+@pytest.mark.parametrize(("empty", "said"), [("", True), ("1 0", False)])
+def test_a_sample_that_writes_empty_masks_otherwise_than_described_is_named(
+    empty: str, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample, mine = tmp_path / "sample.csv", tmp_path / "mine.json"
+    layout = {"id": "{image}", "rle": "{mask}"}
+    described = {"slug": "vessels", "layouts": [layout], "classes": ["vessel"], "empty": empty}
+    mine.write_text(json.dumps(described))
+    sample.write_text("id,rle\na.tif,1 5\nb.tif,1 0\n")
+    answer = tmp_path / "mine.csv"
+    answer.write_text(f"id,rle\na.tif,1 5\nb.tif,{empty}\n")
+    assert exit_code(validate.main, answer, "--sample", sample, "--competition", mine) == 0
+    assert (
+        f"{sample}: '1 0' has no pixel, and the description's `empty` is ''" in caplog.text
+    ) == said
+
+
 def test_a_sample_of_instances_is_refused_whatever_its_description_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel.competition import SEVERSTAL
 from kernel.rows import read_rows
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
@@ -70,6 +72,13 @@ def test_a_csv_gives_its_rows_and_keeps_its_columns(
     layout, rows = read_rows(path)
     assert ",".join(layout.columns) == header
     assert rows == [expected]
+
+
+@pytest.mark.parametrize("empty", ["-1", " -1", "1 0"])
+def test_an_empty_mask_is_known_with_blanks_around_it(empty: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,{empty}\nb.jpg,1, {empty.strip()} \n")
+    _, rows = read_rows(tmp_path / "rows.csv", competition=replace(SEVERSTAL, empty=empty))
+    assert rows == [("a.jpg", 1, ""), ("b.jpg", 1, "")]
 
 
 HEAD = "ImageId,ClassId,EncodedPixels\n"

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
 from kernel.images import Mask, Size
-from kernel.rle import decode_rle, encode_rle, join_rles, rle_fault
+from kernel.rle import decode_rle, encode_rle, is_empty_mark, join_rles, rle_fault
 
 repeatable = settings(derandomize=True, max_examples=150)
 
@@ -229,6 +229,7 @@ ILL_FORMED = {
     "a negative length": ("3 -1", "has no pixel"),
     "unsorted runs": ("9 2 1 2", "overlaps or comes before the run that ends at 10"),
     "an overlap": ("1 4 3 4", "overlaps or comes before the run that ends at 4"),
+    "starts from the run before": ("9 2 4 2", "or make the starts of a relative code absolute"),
     "touching runs": ("1 4 5 2", "touches the run that ends at 4"),
     "one pixel too many": ("24 2", "leaves an image of 24 pixels"),
     "a number that no integer holds": ("99999999999999999999 1", "leaves an image"),
@@ -240,6 +241,16 @@ ILL_FORMED = {
 def test_an_ill_formed_code_is_refused_by_what_is_wrong(case: str) -> None:
     rle, words = ILL_FORMED[case]
     assert words in str(rle_fault(rle, 24))
+
+
+@pytest.mark.parametrize("cell", ["", " ", "-1", " -1 ", "1 0", "0 0", "1 0 5 0", "1 00"])
+def test_a_cell_without_a_pixel_stands_for_an_empty_mask(cell: str) -> None:
+    assert is_empty_mark(cell)
+
+
+@pytest.mark.parametrize("cell", ["1 1", "0 1", "1 10", "1 0 5 1", "0 1.0 eNoLTDA="])
+def test_a_cell_with_a_pixel_or_of_another_code_stands_for_no_empty_mask(cell: str) -> None:
+    assert not is_empty_mark(cell)
 
 
 @repeatable

@@ -58,7 +58,8 @@ def test_a_sample_and_an_image_show_what_a_shipped_description_says(
         assert f"classes: {', '.join(shipped.classes)}, as the column " in unsure
     else:
         assert "classes: " in unsure
-    assert "run_order" in unsure and "mask_size" in unsure
+    assert all(f"{name}: " in unsure for name in ("run_order", "first_index", "starts"))
+    assert "mask_size" in unsure and "always" not in unsure
 
 
 def test_every_shipped_competition_is_proposed_here() -> None:
@@ -73,7 +74,7 @@ def test_the_command_writes_a_description_that_is_read_and_never_writes_over_one
     arguments = ("--new-competition", sample, "--images", images, "--out", out)
     assert exit_code(build_kernel.main, *arguments) == 0
     printed = capsys.readouterr().out
-    assert "run_order, first_index: down the columns" in printed
+    assert "run_order: down the columns" in printed
     assert find_competition(str(out)).classes == CLOUDS
     assert exit_code(build_kernel.main, *arguments) == 2
     assert "is there already" in error_of(capsys.readouterr().err)
@@ -93,6 +94,32 @@ def test_the_slug_keeps_what_an_address_may_have(tmp_path: Path) -> None:
     sample, images = draw(tmp_path, "clouds")
     folder = sample.parent.rename(tmp_path / "understanding_cloud_organization")
     assert propose(folder / sample.name, images).competition.slug == folder.name
+
+
+@pytest.mark.parametrize("mark", ["1 0", " -1", "-"])
+def test_a_mask_without_a_pixel_is_the_empty_one(mark: str, tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text(f"id,rle\na_1,{mark}\nb_2,1 2\n")
+    proposal = propose(sample, images)
+    assert proposal.competition.empty == mark.strip()
+    assert not [line for line in proposal.unsure if line.startswith("empty")]
+
+
+def test_a_run_from_0_shows_the_first_index(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text("id,rle\na_1,5 1\nb_2,0 1\n")
+    proposal = propose(sample, images)
+    assert proposal.competition.first_index == 0
+    assert not [line for line in proposal.unsure if "first_index" in line]
+
+
+def test_a_cell_that_is_the_same_in_every_row_is_asked_for(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text("id,height,rle\na_1,512,1 1\nb_2,512,1 1\n")
+    assert (
+        "column height: always '512', as the sample's 2 rows have it"
+        in propose(sample, images).unsure
+    )
 
 
 def test_a_table_as_pandas_writes_it_and_with_a_long_mask_is_read(tmp_path: Path) -> None:
@@ -126,6 +153,11 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "several rows of an image": ("id,rle\na_1,1 1\na_1,5 1\n", "a_1.png has 2 rows of class mask"),
     "text of UTF-16": ("id,rle\na_1,1 1\n".encode("utf-16"), "line 1: no csv: text in UTF-16"),
     "a quote that stays open": ('id,rle\na_1,"1 1\n', "line 2: unexpected end of data"),
+    "boxes": ("id,rle\na_1,0.5 0 0 9 9\n", "line 2: '0.5' is no number: no run-length code"),
+    "a code in base64": (
+        "id,rle\na_1,1 1\nb_2,0 1.0 eNoLTDAw\n",
+        "line 3: '1.0' is no number: no run-length code, and no other is written",
+    ),
     "no rows": ("id,rle\n", "line 1: 'id,rle': no header and rows"),
     "a row of its own kind": (
         "id,rle\na_1_x,1 1\na_1_y,1 1\nb_2,1 1\n",
