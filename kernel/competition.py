@@ -229,7 +229,13 @@ def load_competition(folder: Path) -> Competition:
 
 # --- by name, for the commands --------------------------------------------------------------------
 
-INSTANCES = {"airbus": "a row a ship", "airbus-ship-detection": "a row a ship"}
+INSTANCES = {  # slug → how they are written
+    "airbus": "a row a ship",  # as one may call it
+    "airbus-ship-detection": "a row a ship",
+    "data-science-bowl-2018": "a row a nucleus",
+    "sartorius-cell-instance-segmentation": "a row a cell",
+    "hubmap-hacking-the-human-vasculature": "a code a vessel",
+}
 
 
 def _shipped_folder() -> Path:
@@ -266,6 +272,15 @@ def with_classes(competition: Competition, count: int) -> Competition:
     )
 
 
+def check_scoring(slug: str, where: str) -> None:
+    """Raise ValueError for a competition that is known to score instances; `where` names it."""
+    if slug in INSTANCES:
+        raise ValueError(
+            f"{where}: scores instances, {INSTANCES[slug]}; this pipeline writes one mask of each "
+            "class, so it does not fit"
+        )
+
+
 def find_competition(asked: str | None) -> Competition:
     """Return a shipped description by its name, or the one at a path; Severstal's for None.
 
@@ -274,14 +289,12 @@ def find_competition(asked: str | None) -> Competition:
     """
     if asked is None:
         return SEVERSTAL
-    if asked in INSTANCES:
-        raise ValueError(
-            f"--competition {asked}: scores instances, {INSTANCES[asked]}: several rows of an "
-            "image and class; this pipeline writes one mask of each class, so it does not fit"
-        )
+    check_scoring(asked, f"--competition {asked}")
     shipped = asked in shipped_names()
     path = _shipped_folder() / f"{asked}.json" if shipped else Path(asked)
     if not path.is_file():
         near = nearest_of(asked, shipped_names())
         raise ValueError(f"--competition {asked}: neither a file nor a shipped one; {near}")
-    return parse_competition(read_json(path), path)
+    found = parse_competition(read_json(path), path)
+    check_scoring(found.slug, f"{path}: slug {found.slug}")
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kernel.competition import SLOT, Competition, check_competition
+from kernel.competition import SLOT, Competition, check_competition, check_scoring
 from kernel.images import is_coloured
 from kernel.mounts import list_images, no_images
 from kernel.rle import is_empty_mark, number_fault
@@ -44,8 +44,8 @@ def propose(sample: Path, images: Path) -> Proposal:
 
     Raises:
         ValueError: the sample names none of the images, has no column of masks or masks that are no
-            run-length code, has several rows of an image and class, or a row that is not like the
-            others; names the line.
+            run-length code, has several rows of an image and class or a row that is not like the
+            others, names the line; or its folder is named as a competition that scores instances.
     """
     names = list_images(images) if images.is_dir() else []
     if not names:
@@ -54,6 +54,7 @@ def propose(sample: Path, images: Path) -> Proposal:
     mask = _mask_column(sample, header)
     folder = sample.resolve().parent.name.lower()
     slug = re.sub("[^a-z0-9_]+", "-", folder).strip("-_") or "my-competition"
+    check_scoring(slug, f"{sample}: slug {slug}, as its folder is named")
     found = _find_layout(sample, header, rows, names, mask)
     found |= _look_at_images(images, names)
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}

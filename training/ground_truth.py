@@ -51,7 +51,11 @@ def read_truth(
             masks[name]  # named, and clean if nothing else follows
     several = sum(len(rles) > 1 for labels in masks.values() for rles in labels.values())
     if several:
-        log.info("%s: %d masks come in several rows, which are joined", path, several)
+        log.warning(
+            "%s: %d masks come in several rows, which are joined: where the competition scores "
+            "instances, each by itself, this pipeline does not fit",
+            *(path, several),
+        )
     return {
         name: {c: rles[0] if len(rles) == 1 else join_rles(rles) for c, rles in labels.items()}
         for name, labels in masks.items()

@@ -173,9 +173,14 @@ def test_a_name_that_does_not_ship_is_refused_with_the_nearest() -> None:
         find_competition("cloud")
 
 
-def test_a_competition_of_instances_is_refused_with_the_reason() -> None:
+def test_a_competition_of_instances_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"airbus: scores instances.*one mask of each class"):
         find_competition("airbus")
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"slug": "data-science-bowl-2018"}')
+    message = rf"{mine}: slug data-science-bowl-2018: scores instances, a row a nucleus"
+    with pytest.raises(ValueError, match=message):
+        find_competition(str(mine))
 
 
 # --- bad descriptions -----------------------------------------------------------------------------

@@ -146,6 +146,13 @@ def test_images_that_opencv_does_not_take_are_passed_over(tmp_path: Path) -> Non
     assert propose(sample, images).competition.image_size == (64, 96)
 
 
+def test_a_sample_in_the_folder_of_a_competition_of_instances_is_refused(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    folder = sample.parent.rename(tmp_path / "Airbus Ship Detection")
+    with pytest.raises(ValueError, match=r"slug airbus-.*, as its folder is named: scores inst"):
+        propose(folder / sample.name, images)
+
+
 REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no column of masks": ("id,x\na_1,1 1\n", "line 1: id,x: no column is named like a mask"),
     "no image of the folder": ("id,rle\nc_3,1 1\n", "line 2: c_3,1 1 names no image"),
