@@ -24,16 +24,15 @@ from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import check_kinds
 from kernel.logs import Stages, log, progress
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest
-from kernel.mounts import one_folder
+from kernel.mounts import open_images
 from packing.checkpoints import read_checkpoint
 from packing.members import to_half
 from packing.models import load_into_model
 from packing.sources import read_sources
 from training.json_files import write_json
-from training.strips import image_names, read_each, read_strips
+from training.strips import read_each, read_strips
 
 MAX_SHIFT = 20.0  # logits by which gates are shifted at most
 OPEN_OR_SHUT = 1e-9  # a gate so near to 0 or 1 that its logit, 21, is cut off
@@ -178,9 +177,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def calibrate(args: argparse.Namespace) -> int:
     """Find the shifts and print them; write ensemble.json if asked."""
     manifest = load_manifest(args.bundle)
-    folder = one_folder(args.images, manifest.competition)
-    names = image_names(folder)
-    check_kinds(folder, names, manifest.competition)
+    folder, names = open_images(args.images, manifest.competition)
     shares = args.shares or share_of_classes(args.data, manifest)
     if len(shares) != manifest.classes or not all(0 < share < 1 for share in shares):
         raise ValueError(

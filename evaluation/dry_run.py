@@ -42,10 +42,10 @@ from kernel.competition import (
     add_competition_option,
     find_competition,
 )
-from kernel.images import check_kinds, read_image, size_of
+from kernel.images import read_image, size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, no_images, one_folder
+from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder, open_images
 from kernel.rows import read_rows
 from kernel.run_record import RunRecord, read_run_record
 from kernel.task import read_sample
@@ -88,7 +88,7 @@ def make_kaggle_tree(
     )
     sample = competition / SAMPLE
     size = manifest.competition.image_size or (1, 1)
-    names = list_images(one_folder(images, manifest.competition))
+    names = list_images(one_folder(images, manifest.competition), manifest.competition.suffix)
     write_sample(sample, names, manifest.competition, size)
     (root / "working").mkdir()
     return sample
@@ -149,7 +149,7 @@ def check_answer(submission: Path, sample: Path, competition: Competition) -> Ch
 
 def check_on_pytorch(root: Path, bundle: Path, images: Path) -> Check:
     """Run one image without OpenVINO: a machine with a GPU loads SMP and every checkpoint."""
-    name = list_images(images)[0]
+    name = list_images(images, load_manifest(bundle / "dataset").competition.suffix)[0]
     one = root / "one" / name
     one.parent.mkdir(parents=True)
     one.symlink_to(images.resolve() / name)
@@ -269,22 +269,13 @@ def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
         raise ValueError("--ground-truth needs the --images that it is of")
     if not (args.bundle / "dataset" / MANIFEST).exists():
         raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
-    if args.images and not args.images.is_dir():
-        raise ValueError(f"{args.images}: no such folder of images")
     competition = load_manifest(args.bundle / "dataset").competition
     if args.competition and find_competition(args.competition) != competition:
         raise ValueError(
             f"--competition {args.competition}: {args.bundle} was built for {competition.slug}; "
             "build it again with the same --competition"
         )
-    if args.images is None:
-        return competition, None
-    images = one_folder(args.images, competition)
-    names = list_images(images)
-    if not names:
-        raise ValueError(no_images(args.images))
-    check_kinds(images, names, competition)
-    return competition, images
+    return competition, open_images(args.images, competition)[0] if args.images else None
 
 
 def check_truth(truth: Truth, images: Path, path: Path, competition: Competition) -> None:

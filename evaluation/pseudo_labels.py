@@ -26,16 +26,16 @@ from kernel.command import INTERRUPTED, run_command
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.faults import one_line
-from kernel.images import check_kinds, read_image
+from kernel.images import read_image
 from kernel.logs import Stages, log, progress
 from kernel.manifest import load_manifest
-from kernel.mounts import one_folder
+from kernel.mounts import open_images
 from kernel.rle import encode_rle
 from training.folds import write_strips
 from training.ground_truth import Rles
 from training.losses import SURE
 from training.metrics import Masks
-from training.strips import Strips, image_names
+from training.strips import Strips
 
 EXAMPLE = """\
   python evaluation/pseudo_labels.py --images severstal/test_images --out data/pseudo
@@ -70,13 +70,14 @@ def label_strip(
 
 
 def label_strips(
-    ensemble: Ensemble, folder: Path, gate_shifts: tuple[float, float], min_area: int
+    ensemble: Ensemble, paths: Sequence[Path], gate_shifts: tuple[float, float], min_area: int
 ) -> Iterator[tuple[str, dict[int, str]]]:
-    """Yield the strips of a folder of whose classes the ensemble is sure: name, class → RLE."""
+    """Yield those of some strips of whose classes the ensemble is sure: name, class → RLE."""
     competition = ensemble.manifest.competition
-    for name in progress(image_names(folder), "strips", "strip"):
+    for path in progress(paths, "strips", "strip"):
+        name = path.name
         try:
-            recorded = RecordedPasses(ensemble, read_image(folder / name, competition), name)
+            recorded = RecordedPasses(ensemble, read_image(path, competition), name)
             recorded.record_all()
         except (ValueError, OSError, RuntimeError) as error:  # of the file, or out of memory
             log.warning("%s is left out: %s", name, one_line(error))
@@ -120,13 +121,13 @@ def label(args: argparse.Namespace) -> int:
         pass
     manifest = load_manifest(args.bundle)
     competition = replace(manifest.competition, mask_size=None)  # to train on: the image's own size
-    folder = one_folder(args.images, competition)
-    check_kinds(folder, image_names(folder), competition)
+    folder, names = open_images(args.images, competition)
     manifest = replace(manifest, competition=competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     labels, code = Rles(), 0
     try:
-        for name, masks in label_strips(ensemble, folder, (sure, wide), args.min_area):
+        paths = [folder / name for name in names]
+        for name, masks in label_strips(ensemble, paths, (sure, wide), args.min_area):
             labels[name] = masks
     except KeyboardInterrupt:
         log.warning("interrupted: the %d strips that are labelled are written", len(labels))

@@ -10,10 +10,10 @@ from kernel.command import run_command
 from kernel.device import pick_device
 from kernel.ensemble import load_ensemble
 from kernel.faults import one_line
-from kernel.images import check_kinds, read_image, size_of
+from kernel.images import read_image, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import TOGETHER, load_manifest
-from kernel.mounts import list_images, one_folder
+from kernel.mounts import open_images
 from training.ground_truth import check_names, decode_scored_masks, read_truth
 from training.json_files import to_json, write_json
 from training.metrics import Masks, Scores
@@ -60,11 +60,9 @@ def score(args: argparse.Namespace) -> int:
     """
     manifest = load_manifest(args.bundle)
     competition = manifest.competition
-    images = one_folder(args.images, competition)
-    names = list_images(images)
+    images, names = open_images(args.images, competition)
     truth = read_truth(args.truth, competition)
     check_names(truth, names, args.truth, images)
-    check_kinds(images, names, competition)
     ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):

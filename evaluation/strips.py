@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.mounts import list_images, no_images, one_folder
+from kernel.mounts import open_images
 
 
 def sample_strips(
@@ -14,13 +14,10 @@ def sample_strips(
     """Strips of a folder, drawn with a seed; all of them where there are no more than `count`.
 
     Raises:
-        ValueError: the folder holds none, or none is asked for.
+        ValueError: none is asked for, or as `open_images`.
     """
     if count < 1:
         raise ValueError(f"--strips {count}: expected 1 or more")
-    folder = one_folder(folder, competition)
-    names = list_images(folder)
-    if not names:
-        raise ValueError(no_images(folder))
+    folder, names = open_images(folder, competition)
     drawn = np.random.default_rng(seed).permutation(len(names))[:count]
     return [folder / names[index] for index in sorted(drawn)]

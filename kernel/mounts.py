@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.images import check_kinds
 from kernel.logs import log, progress
 from kernel.rows import fits_header
 
 SAMPLE = "sample_submission.csv"
 SPARE_BYTES = 100_000_000  # of disk, beside what is unpacked
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
+OTHER_SUFFIXES = {".dcm", ".gif", ".jp2", ".npy", ".webp"}  # of images that are not read
 CSV = re.compile(r"\.csv(\.zip)?$", re.IGNORECASE)
 SHOWN_CSVS = 6  # names in a message
 TEST_SET = re.compile("(?<![a-z])test")  # in the path of a test set's images
@@ -73,23 +75,31 @@ def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), files
 
 
-def list_images(folder: Path) -> list[str]:
-    """Names of the images in a folder, sorted: files with an image's suffix that are not hidden."""
+def list_images(folder: Path, suffix: str = "") -> list[str]:
+    """Names of the images in a folder, sorted: files with an image's suffix that are not hidden.
+
+    With a competition's `suffix` those that end in it.
+    """
     paths = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path.name for path in paths if not path.name.startswith(".") and path.is_file())
+    names = (path.name for path in paths if not path.name.startswith(".") and path.is_file())
+    return sorted(name for name in names if name.endswith(suffix))
 
 
-def no_images(folder: Path, suffix: str = "") -> str:
+def no_images_fault(folder: Path, suffix: str = "") -> str:
     """Say that a folder has no images, or none with a suffix, and where below it one is."""
     if list_images(folder):
         return f"{folder}: no image in it ends in {suffix!r}; correct `suffix`"
+    others = list[Path]()
     for below, files in _walk(folder):
+        others += [below / file for file in files if Path(file).suffix.lower() in OTHER_SUFFIXES]
         names = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
         if names:
             return (
                 f"{folder}: no images in it; {below / min(names)} is in a folder below: name that, "
                 "or say in the description's `image_path` how paths make the csv's names"
             )
+    if others:
+        return f"{folder}: no images in it that are read; save {min(others)} and the like as .png"
     return f"{folder}: no images in it; name the folder that has them"
 
 
@@ -132,6 +142,23 @@ def one_folder(folder: Path, competition: Competition) -> Path:
     paths = image_paths(folder, competition)
     nested = any(competition.matches_path(p.relative_to(folder).as_posix()) for p in paths.values())
     return link_images(paths) if nested or (not list_images(folder) and paths) else folder
+
+
+def open_images(folder: Path, competition: Competition) -> tuple[Path, list[str]]:
+    """Return `one_folder` of a folder, and the names of the competition's images in it, sorted.
+
+    Raises:
+        ValueError: there is no such folder or no image in it, or one is of another colour or depth
+            than the competition's.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of images")
+    found = one_folder(folder, competition)
+    names = list_images(found, competition.suffix)
+    if not names:
+        raise ValueError(no_images_fault(found, competition.suffix))
+    check_kinds(found, names, competition)
+    return found, names
 
 
 def find_images(

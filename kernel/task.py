@@ -13,7 +13,7 @@ from kernel.mounts import (
     find_sample,
     list_images,
     list_zip,
-    no_images,
+    no_images_fault,
     one_folder,
     unzip,
 )
@@ -108,7 +108,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         layouts = list(layouts_of(competition).values())
         # the sample's; Severstal's is that of 2019, as it has been from the first version on
         layout = layout or layouts[0 if competition.slug == SEVERSTAL.slug else -1]
-        names = [name for name in list_images(images) if name.endswith(competition.suffix)]
+        names = list_images(images, competition.suffix)
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)
     else:
@@ -123,7 +123,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
             images, loose = find_images(sample, known, options.input, competition)
         task = Task(images, layout, pairs, loose)
     if not task.pairs:
-        raise ValueError(no_images(task.images, competition.suffix))
+        raise ValueError(no_images_fault(task.images, competition.suffix))
     there = list_images(task.images) if task.images.is_dir() else []
     others = set(there) - set(task.names)
     if others and not options.worker:  # they are other workers'

@@ -13,7 +13,7 @@ import numpy as np
 
 from kernel.competition import SLOT, Competition, check_competition, check_scoring
 from kernel.images import is_coloured
-from kernel.mounts import list_images, no_images
+from kernel.mounts import list_images, no_images_fault
 from kernel.rle import is_empty_mark, number_fault
 from kernel.rows import Row, no_csv_fault, read_lines, read_rows
 from kernel.task import check_instances
@@ -49,7 +49,7 @@ def propose(sample: Path, images: Path) -> Proposal:
     """
     names = list_images(images) if images.is_dir() else []
     if not names:
-        raise ValueError(no_images(images))
+        raise ValueError(no_images_fault(images))
     header, rows = _read_table(sample)
     mask = _mask_column(sample, header)
     folder = sample.resolve().parent.name.lower()

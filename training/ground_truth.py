@@ -11,7 +11,6 @@ import numpy as np
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Size
 from kernel.logs import log
-from kernel.mounts import no_images
 from kernel.rle import decode_rle, join_rles, rle_fault
 from kernel.rows import SPREADSHEET_CELL, Row, read_rows
 from training.metrics import Masks
@@ -69,8 +68,6 @@ def check_names(truth: Truth, names: Collection[str], path: Path, folder: Path) 
     if not truth.keys().isdisjoint(names):
         return
     name = min(truth)
-    if not names:
-        raise ValueError(no_images(folder))
     close = difflib.get_close_matches(name, names, n=1) or sorted(names)[:1]
     raise ValueError(
         f"{path}: none of its {len(truth)} images is in {folder}: it names {name!r}, the folder "

@@ -27,12 +27,12 @@ from kernel.images import size_of
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, MemberSpec, source_entries
 from kernel.members import hash_file, read_entry
-from kernel.mounts import find_one, folders_with
+from kernel.mounts import find_one, folders_with, open_images
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.json_files import write_json
 from training.results import SCORES
-from training.strips import image_names, read_each
+from training.strips import read_each
 
 RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by
 RUNS = Path("runs")
@@ -210,8 +210,7 @@ def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
     common = ["--data", str(data), "--runs", str(RUNS), "--out", ".", "--workers", str(workers)]
     jobs = read_jobs(args.members, common)
     check_list(jobs)
-    folder = data / "train_images"
-    names = image_names(folder)
+    folder, names = open_images(data / "train_images", SEVERSTAL)
     image_size = size_of(next(read_each((folder / name for name in names), str(folder))))
     write_results(jobs, image_size)
     read_once([folder / name for name in names])

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
-from kernel.images import Image, check_kinds, read_image, size_of
+from kernel.images import Image, read_image, size_of
 from kernel.logs import log
-from kernel.mounts import list_images, no_images, one_folder
+from kernel.mounts import open_images
 from training.augmentation import Pair
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
 
@@ -60,20 +60,6 @@ class Strips:
         return digest.hexdigest()
 
 
-def image_names(folder: Path) -> list[str]:
-    """Return the names of a folder's images, sorted, hidden ones left out.
-
-    Raises:
-        ValueError: there is no such folder, or no image is in it.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    names = list_images(folder)
-    if not names:
-        raise ValueError(no_images(folder))
-    return names
-
-
 def load_each(items: Iterable[T], load: Callable[[T], U], what: str) -> Iterator[U]:
     """Yield what `load` makes of each item, an image, that can be read; log the others.
 
@@ -108,13 +94,12 @@ def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
         ValueError: train.csv is missing, cannot be read, or names an image that is not there; or an
             image is of another colour or depth than the competition's.
     """
-    path, folder = data / "train.csv", one_folder(data / "train_images", competition)
+    path = data / "train.csv"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data is a folder with train.csv, train_images/")
     truth = read_truth(path, competition)
-    names = image_names(folder)
+    folder, names = open_images(data / "train_images", competition)
     check_names(truth, names, path, folder)
-    check_kinds(folder, names, competition)
     missing = sorted(set(truth) - set(names))
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""

@@ -39,7 +39,7 @@ from kernel.device import device_usable, pick_device
 from kernel.images import image_to_tensor
 from kernel.logs import log
 from kernel.members import hash_file, read_entry, to_channels
-from kernel.mounts import one_folder
+from kernel.mounts import open_images
 from training.batches import Batches
 from training.config import (
     NO_FOLD,
@@ -73,7 +73,7 @@ from training.results import (
     write_scores,
 )
 from training.states import crops_of, describe_experiment
-from training.strips import Strips, check_classes, image_names, read_each, read_strips
+from training.strips import Strips, check_classes, read_each, read_strips
 from training.teacher import read_teacher
 
 SAVE_EVERY = {"cpu": 50, "cuda": 500}  # steps
@@ -486,8 +486,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, Inputs]:
     weights, start_from = read_start(args.start_from, config)
     unlabelled = list[Strips]()
     if args.unlabelled:
-        folder = one_folder(args.unlabelled, competition)
-        unlabelled = [Strips(folder, image_names(folder), {}, competition)]
+        folder, names = open_images(args.unlabelled, competition)
+        unlabelled = [Strips(folder, names, {}, competition)]
     hashes = [each.fingerprint() for each in (own, *extras, *unlabelled)]
     warn_of_known_strips(args, config, hashes[0])
     return config, Inputs(machine, sources, pairs, scored, unlabelled, hashes, weights, start_from)

@@ -6,7 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from run_records import PASSES, a_record, run_json, strip_work
 from evaluation import dry_run
 from evaluation.recorded import RecordedPasses
 from evaluation.report import Check, ProcessResult
-from kernel.competition import SEVERSTAL
+from kernel.competition import COMPETITION, SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.manifest import load_manifest
+from kernel.mounts import SAMPLE
 from kernel.rows import SPREADSHEET_CELL
 from training.synthetic import Drawing, write_competition
 
@@ -187,6 +188,21 @@ def test_the_tree_has_the_mounts_that_kaggle_makes(
     assert len(sample) == 4
     assert all(line.endswith(",1 409600,0") for line in sample[1:])
     assert len(list((competition / "test_images").iterdir())) == 3
+
+
+def test_images_of_another_suffix_than_the_competitions_get_no_row(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, images = Path(shutil.copytree(tiny_bundle, tmp_path / "dist")), tmp_path / "images"
+    described = asdict(replace(load_manifest(bundle / "dataset").competition, suffix=".png"))
+    (bundle / "dataset" / COMPETITION).write_text(json.dumps(described))
+    save_strips(images, ["a.jpg", "b.png", "c.png"])
+    made = dry_run.make_kaggle_tree(tmp_path / "all", bundle, images)
+    assert [line.split(",")[0] for line in made.read_text().splitlines()[1:]] == ["b", "c"]
+    monkeypatch.setattr(dry_run, "run_kernel", lambda *_, **__: ProcessResult(0, 1.0, True, 1))
+    dry_run.check_on_pytorch(tmp_path / "one", bundle, images)
+    [sample] = (tmp_path / "one").rglob(SAMPLE)
+    assert [line.split(",")[0] for line in sample.read_text().splitlines()[1:]] == ["b"]
 
 
 def test_what_lies_beside_the_images_is_not_mounted(

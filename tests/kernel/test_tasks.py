@@ -133,6 +133,14 @@ def test_a_folder_without_images_says_where_they_are(tmp_path: Path) -> None:
         find_task(Options(images=scans), Competition(suffix=".tif"))
 
 
+@pytest.mark.parametrize("name", ["a.dcm", "case1/scans/b.DCM"])
+def test_a_folder_of_images_that_are_not_read_names_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"no images in it that are read; save .*{name} and the"):
+        find_task(Options(images=tmp_path))
+
+
 def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gone: no such folder of images"):
         find_task(Options(images=tmp_path / "gone"))

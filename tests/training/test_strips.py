@@ -8,7 +8,8 @@ import pytest
 from helpers import CLASSES, LABELS, SMALL, draw_image, save_image
 
 from kernel import images
-from training.strips import Strips, check_classes, image_names, read_each, read_strips
+from kernel.competition import SEVERSTAL
+from training.strips import Strips, check_classes, read_each, read_strips
 
 
 def write_data(folder: Path, rows: str, names: tuple[str, ...] = ("a.png", "b.png")) -> Path:
@@ -85,14 +86,22 @@ def test_only_images_are_strips(tmp_path: Path) -> None:
     assert strips.clean() == ["b.JPG"]
 
 
+def test_images_of_another_suffix_than_the_competitions_are_no_strips(tmp_path: Path) -> None:
+    """Else they would be clean ones, of names that no csv can have."""
+    data = write_data(tmp_path, "a,1,1 2\nb,2,1 2\n", ("a.png", "b.png", "preview.jpg"))
+    strips = read_strips(data, replace(SEVERSTAL, suffix=".png"))
+    assert (strips.names, strips.clean()) == (["a.png", "b.png"], [])
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_without_images_is_refused(there: bool, tmp_path: Path) -> None:
-    folder = tmp_path / "images"
+    data = write_data(tmp_path, "a.png,1,1 2\n", ())
+    folder = data / "train_images"
     if there:
         folder.mkdir()
         (folder / "Thumbs.db").write_bytes(b"x")
     with pytest.raises(ValueError, match=f"{folder}: {'no images' if there else 'no such folder'}"):
-        image_names(folder)
+        read_strips(data)
 
 
 def test_data_without_a_train_csv_is_refused(tmp_path: Path) -> None:
