@@ -41,7 +41,7 @@ from evaluation.strips import sample_strips
 from kernel.command import run_command
 from kernel.competition import SEVERSTAL
 from kernel.ensemble import load_ensemble
-from kernel.images import Size, image_to_tensor, read_image, size_of
+from kernel.images import Image, Size, image_to_tensor, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
@@ -107,16 +107,16 @@ def as_public_kernels(bundle: Path) -> Predict:
     return run
 
 
-def load_scheduler(bundle: Path, early_exit: bool, streams: int) -> Scheduler:
-    """This project's own loading and scheduling."""
+def load_scheduler(bundle: Path, image: Image, early_exit: bool, streams: int) -> Scheduler:
+    """This project's own loading and scheduling, its engines checked on an image."""
     manifest = load_manifest(bundle)
-    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), streams=streams)
+    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), image, streams=streams)
     return Scheduler(ensemble, early_exit=early_exit, threads=streams)
 
 
-def ours(bundle: Path, early_exit: bool, streams: int) -> Predict:
+def ours(bundle: Path, image: Image, early_exit: bool, streams: int) -> Predict:
     """The kernel's way: strip by strip, from the file to its run lengths."""
-    scheduler = load_scheduler(bundle, early_exit, streams)
+    scheduler = load_scheduler(bundle, image, early_exit, streams)
 
     def run(paths: Sequence[Path]) -> dict[str, Masks]:
         strips = read_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
@@ -284,15 +284,16 @@ class Candidate:
         return self.process.submit(_take_turn, paths).result()
 
 
-def candidates(bundle: Path, size: Size, streams: int) -> list[Candidate]:
-    """All of them, for strips of `size`; ours on so many streams."""
+def candidates(bundle: Path, image: Image, streams: int) -> list[Candidate]:
+    """All of them, for strips like `image`; ours on so many streams."""
+    size = size_of(image)
     loads = {
         "(a) eager, as public kernels": partial(as_public_kernels, bundle),
         "(b) traced": partial(exported, bundle, traced, size),
         "(c) OpenVINO": partial(exported, bundle, openvino, size),
         "(d) ONNX Runtime": partial(exported, bundle, onnx_runtime, size),
-        "(e) ours, every pass": partial(ours, bundle, False, streams),
-        "(e) ours, early exit": partial(ours, bundle, True, streams),
+        "(e) ours, every pass": partial(ours, bundle, image, False, streams),
+        "(e) ours, early exit": partial(ours, bundle, image, True, streams),
     }
     return [Candidate(name, load) for name, load in loads.items()]
 
@@ -391,8 +392,8 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
 
 def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over the clean strips and over all."""
-    scheduler = load_scheduler(bundle, early_exit=True, streams=1)
-    strips = read_ahead(next(iter(paths)).parent, [path.name for path in paths], ahead=4)
+    scheduler = load_scheduler(bundle, read_image(paths[0]), early_exit=True, streams=1)
+    strips = read_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
     shares = {
         state.strip.name: scheduler.work(state).share for state in scheduler.predict_strips(strips)
     }
@@ -458,7 +459,7 @@ def measure_race(
 ) -> dict[str, Any]:
     """What all candidates must run for, in turns; of the drawn strips every other one is clean."""
     manifest = load_manifest(dataset)
-    runners = candidates(dataset, size_of(read_image(paths[0])), streams)
+    runners = candidates(dataset, read_image(paths[0]), streams)
     result = race(runners, paths, rounds)
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     results = {

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
 from kernel.checks import read_json
-from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
 from kernel.faults import one_line
 from kernel.images import read_image
-from kernel.logs import Stages, log, progress
+from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest, load_manifest, source_entry
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
@@ -190,7 +190,7 @@ def ablate(
     None, and no proposal, where no strip could be compared.
     """
     manifest = load_manifest(bundle)
-    ensemble = load_ensemble(bundle, manifest, pick_device(), Stages())
+    ensemble = load_for_images(bundle, manifest, images, names)
     thresholds = sorted({*THRESHOLDS, manifest.threshold})
     min_areas = sorted({*AREAS, manifest.min_area})
     stats, areas = collect_stats(ensemble, images, names, truth, thresholds)

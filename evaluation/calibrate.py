@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from evaluation.loading import load_for_images
 from kernel.checks import read_json
 from kernel.command import run_command
-from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
-from kernel.logs import Stages, log, progress
+from kernel.ensemble import Ensemble
+from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest
 from kernel.mounts import open_images
 from packing.checkpoints import read_checkpoint
@@ -186,7 +186,7 @@ def calibrate(args: argparse.Namespace) -> int:
         )
     if args.write:
         check_weights(args.bundle, manifest, args.weights)
-    ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+    ensemble = load_for_images(args.bundle, manifest, folder, names)
     found = find_shifts(gate_logits(ensemble, [folder / name for name in names]), shares)
     print(json.dumps({"shares": shares, "gate_shift": found}, indent=2))
     if args.write:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from evaluation.ablation import half_seconds
+from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
 from evaluation.strips import sample_strips
 from kernel.command import run_command
 from kernel.competition import IMAGE_SIZE
-from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
 from kernel.images import Size, read_image
-from kernel.logs import Stages, progress
+from kernel.logs import progress
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
@@ -228,7 +228,8 @@ def run(args: argparse.Namespace) -> int:
     manifest = load_manifest(args.bundle)
     paths = sample_strips(args.images, args.strips, args.seed, manifest.competition)
     all_flips = replace(manifest, flips=tuple(FLIPS))
-    ensemble = load_ensemble(args.bundle, all_flips, pick_device(), Stages())
+    names = [path.name for path in paths]
+    ensemble = load_for_images(args.bundle, all_flips, paths[0].parent, names)
     results = summarise(record_strips(ensemble, paths, manifest.flips), ensemble, SIZES)
     write_json(args.out, results)
     draw_plot(results, args.out.with_suffix(".png"))

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
 from kernel.command import INTERRUPTED, run_command
-from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
 from kernel.faults import one_line
 from kernel.images import read_image
-from kernel.logs import Stages, log, progress
+from kernel.logs import log, progress
 from kernel.manifest import load_manifest
 from kernel.mounts import open_images
 from kernel.rle import encode_rle
@@ -123,7 +123,7 @@ def label(args: argparse.Namespace) -> int:
     competition = replace(manifest.competition, mask_size=None)  # to train on: the image's own size
     folder, names = open_images(args.images, competition)
     manifest = replace(manifest, competition=competition)
-    ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+    ensemble = load_for_images(args.bundle, manifest, folder, names)
     labels, code = Rles(), 0
     try:
         paths = [folder / name for name in names]

@@ -5,13 +5,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
 from kernel.command import run_command
-from kernel.device import pick_device
-from kernel.ensemble import load_ensemble
 from kernel.faults import one_line
 from kernel.images import read_image, size_of
-from kernel.logs import Stages, log, progress
+from kernel.logs import log, progress
 from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import open_images
 from training.ground_truth import check_names, decode_scored_masks, read_truth
@@ -63,7 +62,7 @@ def score(args: argparse.Namespace) -> int:
     images, names = open_images(args.images, competition)
     truth = read_truth(args.truth, competition)
     check_names(truth, names, args.truth, images)
-    ensemble = load_ensemble(args.bundle, manifest, pick_device(), Stages())
+    ensemble = load_for_images(args.bundle, manifest, images, names)
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):
         image = read_image(images / name, competition)

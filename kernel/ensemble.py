@@ -218,15 +218,16 @@ def load_ensemble(
     manifest: Manifest,
     device: torch.device,
     stages: Stages,
+    image: Image | None,
     allow_missing: bool = False,
-    image: Image | None = None,
     streams: int = 1,
     plain: bool = False,
 ) -> Ensemble:
     """Load the members of a bundle, ready to run in as many threads as there are `streams`.
 
-    `plain` takes no engine but fp32 PyTorch, unchecked. It sets up this process for them: what
-    memory is kept, and PyTorch's threads.
+    Engines are checked on an image like those to come; None where there is none to run. `plain`
+    takes no engine but fp32 PyTorch, unchecked. It sets up this process for them: what memory is
+    kept, and PyTorch's threads.
 
     Raises:
         ValueError: as `load_members`, or no member is left.

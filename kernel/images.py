@@ -4,7 +4,7 @@ import contextlib
 import io
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,14 @@ def read_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) ->
         return Strip(name, read_image(folder / name, competition))
     except Exception as error:  # one bad strip must not cost the submission
         return Strip(name, None, str(error) or repr(error))  # MemoryError says nothing
+
+
+def first_image(
+    folder: Path, names: Iterable[str], competition: Competition = SEVERSTAL
+) -> Image | None:
+    """Return the first of a folder's images that can be read: engines are checked on it."""
+    strips = (decode_strip(folder, name, competition) for name in names)
+    return next((strip.image for strip in strips if strip.image is not None), None)
 
 
 def planes_of(image: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -16,7 +16,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, Size, Strip, read_strip, size_of
+from kernel.images import Image, Size, Strip, first_image, read_strip, size_of
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest
 from kernel.options import Options
@@ -56,12 +56,6 @@ def read_ahead(
                 yield waiting.pop(0).result()
         for strip in waiting:
             yield strip.result()
-
-
-def first_image(task: Task, names: Iterable[str]) -> Image | None:
-    """Return the first image that can be read."""
-    strips = (read_strip(task.images, name, task.layout.competition) for name in names)
-    return next((strip.image for strip in strips if strip.image is not None), None)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
@@ -256,7 +250,8 @@ def predict_on(
     """
     options, on_gpu = context.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, image = context.deadline(), first_image(task, note_names(task, context.submission))
+    deadline, names = context.deadline(), note_names(task, context.submission)
+    image = first_image(task.images, names, task.layout.competition)
     try:
         ensemble = load_ensemble(
             context.bundle,

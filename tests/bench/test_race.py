@@ -16,6 +16,7 @@ from helpers import change_manifest, save_strips
 from torch import Tensor
 
 from bench import race
+from kernel.images import read_image
 from kernel.manifest import load_manifest
 from training import synthetic
 
@@ -80,7 +81,8 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
         paths.append(tmp_path / f"{seed}.png")
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
     found = race.as_public_kernels(dataset)(paths)
-    expected = race.ours(dataset, early_exit=True, streams=1)(paths)
+    image = read_image(paths[0])
+    expected = race.ours(dataset, image, early_exit=True, streams=1)(paths)
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()
     assert race.agreement(found, expected) > 0.999

@@ -37,7 +37,7 @@ THRESHOLDS, AREAS = (0.55, 0.65, 0.7), (0, 2000, 5000)
 @pytest.fixture(scope="module")
 def ensemble(tiny_bundle: Path) -> Ensemble:
     dataset = tiny_bundle / "dataset"
-    return load_ensemble(dataset, load_manifest(dataset), CPU, Stages())
+    return load_ensemble(dataset, load_manifest(dataset), CPU, Stages(), None)
 
 
 @pytest.fixture(scope="module")

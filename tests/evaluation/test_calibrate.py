@@ -24,7 +24,7 @@ SHARES = [0.1, 0.2, 0.4, 0.6]
 
 
 def ensemble_of(dataset: Path) -> Ensemble:
-    return load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages())
+    return load_ensemble(dataset, load_manifest(dataset), pick_device(), Stages(), None)
 
 
 # --- shifts ---------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_bad_input_is_one_line_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibrate, "load_ensemble", None)
+    monkeypatch.setattr(calibrate, "load_for_images", None)
     words = ["--bundle", dataset, "--images", labelled_strips / "test_images", *options]
     assert exit_code(calibrate.main, *words) == 2
     assert message in error_of(capsys.readouterr().err)

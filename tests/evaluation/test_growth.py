@@ -24,7 +24,7 @@ def ensemble(tiny_bundle: Path) -> Ensemble:
     """The three tiny members under all four flips."""
     dataset = tiny_bundle / "dataset"
     manifest = replace(load_manifest(dataset), flips=tuple(FLIPS))
-    return load_ensemble(dataset, manifest, CPU, Stages())
+    return load_ensemble(dataset, manifest, CPU, Stages(), None)
 
 
 def test_members_past_the_last_are_the_first_ones_again(ensemble: Ensemble) -> None:

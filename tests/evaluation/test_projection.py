@@ -287,7 +287,7 @@ def test_a_run_names_its_passes_in_the_order_in_which_they_run(
     calls = Calls(monkeypatch, None)
     record = predict(tiny_bundle / "dataset", images, tmp_path / "out.csv")
     ensemble = load_ensemble(
-        tiny_bundle / "dataset", load_manifest(tiny_bundle / "dataset"), CPU, Stages()
+        tiny_bundle / "dataset", load_manifest(tiny_bundle / "dataset"), CPU, Stages(), None
     )
     specs = [(p.member, p.flip, *ensemble.members[p.member].spec.flops) for p in ensemble.passes]
     assert [(p["member"], p["flip"], *p["flops"]) for p in record["passes"]] == specs

@@ -140,7 +140,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(pseudo_labels, "load_ensemble", None)
+    monkeypatch.setattr(pseudo_labels, "load_for_images", None)
     options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
     assert exit_code(pseudo_labels.main, *options, "--out", tmp_path / "file" / "pseudo") == 2
     assert str(tmp_path / "file") in error_of(capsys.readouterr().err)

@@ -28,7 +28,7 @@ def faults(mib: int) -> int:
 
 
 bundle = Path({bundle!r})
-load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages())
+load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages(), None)
 {then}
 """
 

@@ -46,7 +46,7 @@ def ensemble(halved: Path) -> Ensemble:
 
 
 def ensemble_of(folder: Path) -> Ensemble:
-    return load_ensemble(folder, load_manifest(folder), CPU, Stages())
+    return load_ensemble(folder, load_manifest(folder), CPU, Stages(), None)
 
 
 def masks_of(ensemble: Ensemble, *images: Image) -> np.ndarray:

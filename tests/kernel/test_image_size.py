@@ -98,7 +98,7 @@ def pass_by_hand(network: Any, name: str, image: Image, flip: str) -> Probabilit
 def test_each_pass_is_that_of_the_network_on_strips_of_its_own_size(
     bundle: Path, networks: dict[str, nn.Module]
 ) -> None:
-    ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages())
+    ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages(), None)
     image = draw_image(1, LARGE)
     for pass_id, each in enumerate(ensemble.passes):
         with torch.inference_mode():
@@ -132,7 +132,7 @@ def test_resizing_rounds_no_probability_above_its_gate() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_early_exit_changes_no_mask_of_resized_members(bundle: Path, batch_size: int) -> None:
-    ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages())
+    ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages(), None)
     images = [draw_image(seed, LARGE) for seed in range(5)]
     early, every = (
         predict_masks(Scheduler(ensemble, batch_size, early_exit=exit_), images)

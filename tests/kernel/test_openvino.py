@@ -275,7 +275,7 @@ def test_pytorch_keeps_one_thread_unless_a_member_runs_on_it(
         (openvino_dataset / openvino_files(last.file)[0]).write_text("<net", encoding="utf-8")
     torch.set_num_threads(3)
     try:
-        load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+        load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages(), None)
         assert torch.get_num_threads() == (3 if failed else 1)
     finally:
         torch.set_num_threads(1)  # as conftest has it
@@ -454,7 +454,7 @@ def test_where_openvino_fails_pytorch_runs_and_the_log_says_so(
     spec = specs_of(openvino_dataset)[0]
     fault, reason = FAULTS[case]
     fault(openvino_dataset, spec, monkeypatch)
-    ensemble = load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+    ensemble = load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages(), None)
     assert isinstance(ensemble.members["unet-a"].encoder, Encoder)
     [line] = [line for line in caplog.messages if line.startswith("unet-a runs on PyTorch, not")]
     assert reason in line
@@ -503,7 +503,7 @@ def test_a_checkpoint_that_changed_is_refused_though_its_halves_are_whole(
     with (openvino_dataset / file).open("ab") as written:
         written.write(b" ")
     with pytest.raises(ValueError, match="changed after it was hashed"):
-        load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages())
+        load_ensemble(openvino_dataset, load_manifest(openvino_dataset), CPU, Stages(), None)
     assert "OpenVINO" not in caplog.text
 
 
@@ -517,7 +517,7 @@ from kernel.images import Strip
 from kernel.logs import Stages
 from kernel.manifest import load_manifest
 bundle = Path({str(openvino_dataset)!r})
-ensemble = load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages())
+ensemble = load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages(), None)
 ensemble.run_encoder(0, torch.rand(1, 1, 64, 96))
 print(sorted({{"segmentation_models_pytorch", "timm"}} & sys.modules.keys()))
 """

@@ -628,7 +628,7 @@ def doubting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ensemble(doubting: Path) -> Ensemble:
-    return load_ensemble(doubting, load_manifest(doubting), CPU, Stages())
+    return load_ensemble(doubting, load_manifest(doubting), CPU, Stages(), None)
 
 
 def strips_of(images: Sequence[Image]) -> list[Strip]:
