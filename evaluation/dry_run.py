@@ -42,8 +42,7 @@ from kernel.competition import (
     add_competition_option,
     find_competition,
 )
-from kernel.images import read_image, size_of
-from kernel.logs import log, progress
+from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder, open_images
 from kernel.rows import read_rows
@@ -51,7 +50,7 @@ from kernel.run_record import RunRecord, read_run_record
 from kernel.task import read_sample
 from kernel.validator import check_submission
 from training.competition_files import write_sample
-from training.ground_truth import Truth, check_names, decode_masks, read_truth
+from training.ground_truth import Truth, check_masks, check_names, read_truth
 from training.json_files import write_json
 from training.synthetic import Drawing, write_competition
 
@@ -278,19 +277,6 @@ def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
     return competition, open_images(args.images, competition)[0] if args.images else None
 
 
-def check_truth(truth: Truth, images: Path, path: Path, competition: Competition) -> None:
-    """Raise ValueError for a mask that leaves its image, before the run; names the csv."""
-    for name in progress(sorted(truth.keys() & set(list_images(images))), "ground truth", "image"):
-        try:
-            size = size_of(read_image(images / name, competition))
-        except (ValueError, OSError):
-            continue  # the run will name it
-        try:
-            decode_masks(truth, name, size, competition)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-
 # --- command line ---------------------------------------------------------------------------------
 
 EXAMPLE = "  python evaluation/dry_run.py --bundle dist --images severstal/test_images"
@@ -330,8 +316,9 @@ def _run_bundle(
         images = one_folder(mounted, competition)
     truth = read_truth(truth_csv, competition) if truth_csv else None
     if truth is not None and args.ground_truth:
-        check_names(truth, list_images(images), truth_csv, mounted)
-        check_truth(truth, images, truth_csv, competition)
+        names = list_images(images)
+        check_names(truth, names, truth_csv, mounted)
+        check_masks(truth, names, truth_csv, images, competition)
     run = DryRun(args.bundle, competition, images, truth, args.budget_s, bool(args.ground_truth))
     run.out.mkdir(exist_ok=True)
     for name in (*RESULTS, MANIFEST):  # an earlier run's

@@ -13,7 +13,7 @@ from kernel.images import read_image, size_of
 from kernel.logs import log, progress
 from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import open_images
-from training.ground_truth import check_names, decode_scored_masks, read_truth
+from training.ground_truth import check_masks, check_names, decode_scored_masks, read_truth
 from training.json_files import to_json, write_json
 from training.metrics import Masks, Scores
 
@@ -55,28 +55,32 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def score(args: argparse.Namespace) -> int:
     """Score every strip of `--images`; those that `--truth` does not name are clean.
 
-    A strip that the networks fail on, out of memory, is named and left out.
+    A strip that cannot be read, or that the networks fail on, is named and left out.
+
+    Raises:
+        ValueError: the bundle or the truth is not what it should be, or no strip could be scored.
     """
     manifest = load_manifest(args.bundle)
     competition = manifest.competition
     images, names = open_images(args.images, competition)
     truth = read_truth(args.truth, competition)
     check_names(truth, names, args.truth, images)
+    check_masks(truth, names, args.truth, images, competition)
     ensemble = load_for_images(args.bundle, manifest, images, names)
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):
-        image = read_image(images / name, competition)
-        masks = decode_scored_masks(truth, name, size_of(image), competition)
         try:
+            image = read_image(images / name, competition)
             found = predict_strip(RecordedPasses(ensemble, image, name))
-        except RuntimeError as error:
+        except (ValueError, OSError, RuntimeError) as error:  # of the file, or out of memory
             log.warning("%s is not scored: %s", name, one_line(error))
             continue
+        masks = decode_scored_masks(truth, name, size_of(image), competition)
         for member, each in found.items():
             scores[member].add(each, masks)
         write_json(args.out, {member: each.summary() for member, each in scores.items()})
     if not scores:
-        raise ValueError(f"{images}: the networks failed on every strip, as the lines above say")
+        raise ValueError(f"{images}: no strip could be scored, as the lines above say")
     summary = {
         member: each.summary() | {"intervals": each.intervals()} for member, each in scores.items()
     }

@@ -213,7 +213,7 @@ def first_image(
     folder: Path, names: Iterable[str], competition: Competition = SEVERSTAL
 ) -> Image | None:
     """Return the first of a folder's images that can be read: engines are checked on it."""
-    strips = (decode_strip(folder, name, competition) for name in names)
+    strips = (read_strip(folder, name, competition) for name in names)
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.images import Size
-from kernel.logs import log
+from kernel.images import Size, read_image, size_of
+from kernel.logs import log, progress
+from kernel.mounts import no_images_fault
 from kernel.rle import decode_rle, join_rles, rle_fault
 from kernel.rows import SPREADSHEET_CELL, Row, read_rows
 from training.metrics import Masks
@@ -90,6 +91,28 @@ def decode_masks(
     except ValueError as error:
         raise ValueError(f"the masks of {name}: {error}") from None
     return np.stack(masks)
+
+
+def check_masks(
+    truth: Truth,
+    names: Collection[str],
+    path: Path,
+    folder: Path,
+    competition: Competition = SEVERSTAL,
+) -> None:
+    """Raise ValueError for a mask that leaves its image; images that cannot be read are skipped.
+
+    The message names the csv at `path`. Every image of `folder` that has a mask is read.
+    """
+    for name in progress(sorted(truth.keys() & set(names)), "ground truth", "image"):
+        try:
+            size = size_of(read_image(folder / name, competition))
+        except (ValueError, OSError):
+            continue  # what uses it will name it
+        try:
+            decode_masks(truth, name, size, competition)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def decode_scored_masks(

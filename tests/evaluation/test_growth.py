@@ -66,6 +66,18 @@ def test_a_replay_costs_what_the_kernel_runs(ensemble: Ensemble, tmp_path: Path)
         assert found[1] > 0
 
 
+def test_a_strip_that_cannot_be_read_is_named_and_left_out(
+    ensemble: Ensemble, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_strips(tmp_path, ["b.png"])
+    (tmp_path / "a.png").write_bytes(b"torn")
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert len(growth.record_strips(ensemble, paths, ["none"]).clean) == 1
+    assert f"a.png is left out: {paths[0]}: 4 bytes" in caplog.text
+    with pytest.raises(ValueError, match="no strip can be read, as the lines above say"):
+        growth.record_strips(ensemble, paths[:1], ["none"])
+
+
 def test_the_command_writes_its_figures_and_a_plot(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Scores of a bundle: each member alone and without flips, and all of them as the kernel runs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,39 @@ def test_a_strip_that_the_networks_fail_on_is_named_and_left_out(
     assert [len(each.dices) for each in counted] == ([] if every_strip else [1] * 3)
     if every_strip:
         error = error_of(capsys.readouterr().err)
-        assert error == f"{images}: the networks failed on every strip, as the lines above say"
+        assert error == f"{images}: no strip could be scored, as the lines above say"
+
+
+def test_an_image_that_cannot_be_read_is_named_and_left_out(
+    dataset: Path, labelled_strips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one, whose pixels would be what engines are checked on."""
+    images = Path(shutil.copytree(labelled_strips / "test_images", tmp_path / "images"))
+    out, truth = tmp_path / "scores.json", labelled_strips / "test.csv"
+    options = ["--bundle", dataset, "--truth", truth, "--out", out, "--images"]
+    assert exit_code(score.main, *options, images) == 0
+    expected = out.read_text()
+    (images / "0torn.jpg").write_bytes(b"torn")
+    assert exit_code(score.main, *options, images) == 0
+    assert out.read_text() == expected
+    assert f"0torn.jpg is not scored: {images / '0torn.jpg'}: 4 bytes" in caplog.text
+
+
+def test_a_mask_that_leaves_its_image_is_refused_before_the_work(
+    labelled_strips: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(score, "load_for_images", None)
+    images, truth = labelled_strips / "test_images", tmp_path / "test.csv"
+    last = max(path.name for path in images.iterdir())
+    truth.write_text(f"ImageId,ClassId,EncodedPixels\n{last},1,900000 5\n")
+    options = ("--images", images, "--truth", truth, "--out", tmp_path / "scores.json")
+    assert exit_code(score.main, "--bundle", dataset, *options) == 2
+    error = error_of(capsys.readouterr().err)
+    assert error.startswith(f"{truth}: the masks of {last}: run 900000 5 leaves an image")
 
 
 def test_a_ground_truth_that_is_missing_is_one_line_and_code_2(
