@@ -1,8 +1,9 @@
 """Images: which there are at an address, and their bytes from wherever they lie."""
 
 import functools
+import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -99,13 +100,37 @@ def _list_folder(fs: Any, path: str) -> list[str]:
     if not fs.isdir(path):
         fs.info(path)  # says why there is nothing
         raise ValueError("is a file; name its folder, or a list that ends in .csv or .parquet")
-    names = (posixpath.relpath(found, path) for found in fs.find(path))
+    here = isinstance(fs, fsspec.get_filesystem_class("file"))
+    names = (posixpath.relpath(found, path) for found in (_walk(path) if here else fs.find(path)))
     return sorted(
         name
         for name in names
         if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in name.split("/"))
     )
+
+
+def _walk(top: str) -> Iterator[str]:
+    """Every file below a folder here, in linked folders too and each of them once.
+
+    fsspec's own walk leaves linked folders out, and those that may not be read.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set[str]()
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()  # a link back up would never end
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (posixpath.join(folder, name) for name in files)
 
 
 def _read_list(address: str, reader: Callable[..., pa.Table]) -> list[str]:

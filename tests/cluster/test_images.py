@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,32 @@ def test_a_folders_images_are_found_at_any_depth_and_hidden_files_are_none(tmp_p
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "link.jpg").symlink_to(tmp_path / "b.jpg")
     assert names_of(tmp_path) == ["2024/01/c.jpeg", "a.PNG", "b.jpg", "link.jpg"]
+
+
+def test_images_in_linked_folders_are_found_and_each_folder_is_listed_once(tmp_path: Path) -> None:
+    save_strips(tmp_path, ["mill/a.jpg", "disk/01/b.jpg"])
+    (tmp_path / "mill" / "2024").symlink_to(tmp_path / "disk")
+    (tmp_path / "mill" / "2024" / "up").symlink_to(tmp_path / "mill")
+    found = find_images(str(tmp_path / "mill"))
+    assert list(found.names) == ["2024/01/b.jpg", "a.jpg"]
+    assert found.read("2024/01/b.jpg").image is not None
+
+
+def test_a_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read any: what the system says of another user's stands in for it."""
+    save_strips(tmp_path, ["a.jpg", "secret/b.jpg"])
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot be read: .*Permission denied: '.*/secret'"):
+        find_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
