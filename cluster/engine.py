@@ -17,6 +17,8 @@ from cluster.output import Output, Parts, Totals
 from cluster.worker import Worker, read_strips
 
 READERS = 2  # of images, for each worker: as many as the kernel's
+RETRIES = 3  # of a part whose process died; Ray Data itself would try for ever
+MAX_LOST = 8  # parts that a run may go on without; more are no image's fault
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ def connect(address: str | None) -> None:
         ray.init(address, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"--address {address}: no cluster answers: {error}") from error
+
+
+def connect_anew(address: str | None) -> None:
+    """Leave the cluster and join it again, or start another here, as `connect` does.
+
+    A driver keeps a handle of a worker whose part was left out, and so the worker its processors.
+    """
+    ray.shutdown()
+    connect(address)
 
 
 def _knock(address: str) -> None:
@@ -92,9 +103,14 @@ def predict_parts(
     """Run the images through the workers, a part at a time, into the output.
 
     A part is a block of Ray Data's all the way: what reads it and what writes it ask for no
-    processor, so that workers which take them all cannot starve them.
+    processor, so that workers which take them all cannot starve them. Up to `MAX_LOST` parts that
+    end their processes again and again have no rows in the end.
+
+    Raises:
+        RayError: there are more of them, or Ray gave up.
     """
     context = DataContext.get_current()
+    context.max_errored_blocks = MAX_LOST
     context.target_max_block_size = None  # a part is not to be cut between an image's rows
     names = images.names
     parts = [  # each of its own: a slice of one array is pickled with all of it
@@ -110,6 +126,7 @@ def predict_parts(
         batch_format="pyarrow",
         compute=readers,
         num_cpus=0,
+        max_retries=RETRIES,
     ).map_batches(
         Worker,
         batch_size=None,
@@ -117,6 +134,11 @@ def predict_parts(
         compute=ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=waiting),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
+        max_task_retries=RETRIES,
         fn_constructor_kwargs=constructor | {"cpus": workers.cpus},
-    ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=readers.size)
+    ).write_datasink(
+        sink,
+        ray_remote_args={"num_cpus": 0, "max_retries": RETRIES},
+        concurrency=readers.size,
+    )
     return sink.totals

@@ -48,6 +48,13 @@ def write_whole(fs: Any, path: str, data: bytes) -> None:
     fs.mv(beside, path)
 
 
+def fault_rows(names: Iterable[str], classes: int, fault: str) -> pa.Table:
+    """Return rows of images that could not be predicted: every class, without a mask."""
+    empty = {"rle": "", "pixels": 0, "fault": fault}
+    rows = [{"image": name, "class": c, **empty} for name in names for c in range(1, classes + 1)]
+    return pa.Table.from_pylist(rows, schema=ROWS)
+
+
 @dataclass
 class Totals:
     """Counts of images and of what was found in them."""
@@ -153,6 +160,15 @@ class Output:
         ]
         return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
 
+    def write_part(self, rows: pa.Table) -> Totals:
+        """Write rows as one file, named after its images: a second try writes it again."""
+        names = "\n".join(rows["image"].to_pylist()).encode()
+        name = f"part-{hashlib.sha256(names).hexdigest()[:24]}.parquet"
+        data = pa.BufferOutputStream()
+        pyarrow.parquet.write_table(rows, data, compression="zstd")
+        write_whole(self.fs, posixpath.join(self.path, name), data.getvalue().to_pybytes())
+        return Totals.of(rows)
+
     def done(self) -> set[str]:
         """The images that have their rows."""
         found = self._rows().to_table(columns=["image"], filter=FIRST_CLASS)
@@ -204,7 +220,7 @@ class Output:
 
 
 class Parts(Datasink[Totals]):
-    """Writes each part's rows as one file, named after its images: a second try writes it again."""
+    """Writes each part's rows as one file."""
 
     def __init__(self, output: Output) -> None:
         self.output, self.totals = output, Totals()
@@ -212,16 +228,7 @@ class Parts(Datasink[Totals]):
     def write(self, blocks: Iterable[Block], ctx: Any) -> Totals:
         """Write the rows of one part."""
         rows = pa.concat_tables(BlockAccessor.for_block(block).to_arrow() for block in blocks)
-        if not rows.num_rows:
-            return Totals()
-        names = "\n".join(rows["image"].to_pylist()).encode()
-        name = f"part-{hashlib.sha256(names).hexdigest()[:24]}.parquet"
-        data = pa.BufferOutputStream()
-        pyarrow.parquet.write_table(rows, data, compression="zstd")
-        write_whole(
-            self.output.fs, posixpath.join(self.output.path, name), data.getvalue().to_pybytes()
-        )
-        return Totals.of(rows)
+        return self.output.write_part(rows) if rows.num_rows else Totals()
 
     def on_write_complete(self, write_result: Any) -> None:
         """Add up what the parts hold."""

@@ -9,15 +9,16 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ray.exceptions import RayError
 
-from cluster.engine import connect, plan_workers, predict_parts
+from cluster.engine import RETRIES, connect, connect_anew, plan_workers, predict_parts
 from cluster.images import ImageSet, absolute, find_images, open_local
-from cluster.output import Output
+from cluster.output import Output, Totals, fault_rows
 from cluster.report import Run, check_writable, write_page
 from cluster.worker import manifest_hash
 from kernel.command import run_command
@@ -29,6 +30,7 @@ from kernel.rows import RowKey
 from kernel.task import read_sample
 
 FIRST_IMAGES = 100  # that are tried for one that can be read
+DEADLY = f"its worker died at it, {RETRIES + 1} times alone"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
 
@@ -89,11 +91,31 @@ def check_sample(pairs: Iterable[RowKey], images: ImageSet) -> None:
         log.warning("%d of the sample's images are not there, %r…", len(lacking), min(lacking))
 
 
+def predict_lost(
+    lost: list[str], output: Output, images: ImageSet, predict: Callable[[list[str]], Totals]
+) -> Totals:
+    """Predict images whose parts ended their processes, each alone; where that ends too: a fault.
+
+    Where no image has rows it is no image's fault, and they are left without.
+    """
+    log.warning(
+        "%d images have no rows, their workers died: each comes once more, alone", len(lost)
+    )
+    totals, done = predict(lost), output.done()
+    bad = [name for name in lost if name not in done]
+    if bad and done:
+        rows = fault_rows(bad, len(images.competition.classes), DEADLY)
+        totals.add(output.write_part(rows))
+        for name in bad:
+            log.warning("%s stays empty: %s", name, DEADLY)
+    return totals
+
+
 def predict_rest(
     args: argparse.Namespace, images: ImageSet, names: list[str], record: dict[str, str]
 ) -> Run:
     """Predict the images that have no rows yet; return what was done."""
-    image, rest = first_image(images), replace(images, names=names)
+    image = first_image(images)
     connect(args.address)
     workers = plan_workers(args.gpus, args.workers, args.cpus_per_worker)
     output = Output(args.output)
@@ -106,10 +128,17 @@ def predict_rest(
         "early_exit": args.early_exit,
     }
     per_part = args.images_per_part or (256 if workers.gpus else 16)
-    log.info("%d images, %s", len(rest.names), workers)
+    log.info("%d images, %s", len(names), workers)
     start = time.monotonic()
+
+    def predict(names: list[str], per_part: int) -> Totals:
+        return predict_parts(replace(images, names=names), per_part, workers, constructor, output)
+
     try:
-        totals = predict_parts(rest, per_part, workers, constructor, output)
+        totals, done = predict(names, per_part), output.done()
+        if lost := [name for name in names if name not in done]:
+            connect_anew(args.address)
+            totals.add(predict_lost(lost, output, images, partial(predict, per_part=1)))
     except RayError as error:
         reason = " ".join(str(getattr(error, "cause", None) or error).split())
         raise RuntimeError(f"the run stopped: {reason}; start it again to go on") from error

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from helpers import LABELS, ROOT, predict, save_strips, write_sample
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
+import ray
 from ray.cluster_utils import Cluster
 
-from cluster.output import Output
+from cluster import engine
+from cluster.images import find_images
+from cluster.output import Output, fault_rows
 
 pytestmark = [
     pytest.mark.nodes,
@@ -152,6 +156,40 @@ def test_what_dies_half_way_is_made_up_for(
         wait_for_parts(process, out)
         strike(cluster)
         assert_whole(process, job, out)
+
+
+def test_parts_at_which_every_worker_dies_are_left_out_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would start worker after worker for them."""
+
+    class Mortal:  # in this function: it is pickled whole
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def __call__(self, strips: Any) -> Any:
+            names = strips["image"].to_pylist()
+            if "05.jpg" in names:
+                os._exit(1)
+            return fault_rows(names, len(LABELS), "")
+
+    names = [f"{index:02}.jpg" for index in range(20)]
+    save_strips(tmp_path / "images", names)
+    monkeypatch.setattr(engine, "Worker", Mortal)
+    output = Output(str(tmp_path / "out"))
+    output.begin({})
+    with cluster_of(1) as cluster:
+        engine.connect(cluster.address)
+        try:
+            images, one = find_images(str(tmp_path / "images")), engine.Workers(1, cpus=1)
+            totals = engine.predict_parts(images, 2, one, {}, output)
+            engine.connect_anew(cluster.address)
+            alone = replace(images, names=["04.jpg"]), replace(images, names=["05.jpg"])
+            again = [engine.predict_parts(each, 1, one, {}, output) for each in alone]
+        finally:
+            ray.shutdown()
+    assert [each.images for each in (totals, *again)] == [18, 1, 0]
+    assert output.done() == set(names) - {"05.jpg"}
 
 
 def test_a_driver_that_is_killed_goes_on_where_it_stood(job: Job, tmp_path: Path) -> None:

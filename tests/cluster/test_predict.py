@@ -36,6 +36,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]
 
 from cluster.engine import Workers
 from cluster.images import ImageSet
+from cluster.output import Output, Totals, fault_rows
 from cluster.predict import main
 from kernel.competition import find_competition, load_competition
 from kernel.images import read_image
@@ -160,6 +161,47 @@ def test_images_that_came_later_and_are_all_bad_have_their_rows_too(
     assert exit_code(main, *options_of(tmp_path)) == 2
     assert asked[0] == ["b.jpg"]
     np.testing.assert_array_equal(asked[1], read_image(tmp_path / "images" / "a.jpg"))
+
+
+@pytest.mark.parametrize("deadly", [{"b.jpg"}, {"a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"}])
+def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
+    deadly: set[str],
+    session_light: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where all are such it is the workers' fault, and the run can be started again."""
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    shutil.copytree(session_light, tmp_path / "dataset")
+    save_strips(tmp_path / "images", names)
+    write_sample(tmp_path / "sample.csv", names)
+    calls = list[object]()
+
+    def predict_parts(rest: ImageSet, per_part: int, *given: Any) -> Totals:
+        calls.append((list(rest.names), per_part))
+        totals = Totals()
+        for start in range(0, len(rest.names), per_part):
+            part = rest.names[start : start + per_part]
+            if deadly.isdisjoint(part):
+                totals.add(given[-1].write_part(fault_rows(part, len(LABELS), "")))
+        return totals
+
+    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    monkeypatch.setattr("cluster.predict.connect_anew", lambda _: calls.append("anew"))
+    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
+    monkeypatch.setattr("cluster.predict.predict_parts", predict_parts)
+    words = [*options_of(tmp_path), "--images-per-part", "2"]
+    all_dead = len(deadly) == len(names)
+    assert exit_code(main, *words) == (2 if all_dead else 0)
+    assert calls == [(names, 2), "anew", (names if all_dead else names[:2], 1)]
+    output, fault = Output(str(tmp_path / "out")), "its worker died at it, 4 times alone"
+    assert output.done() == (set() if all_dead else set(names))
+    assert output.faults(9) == ({} if all_dead else {"b.jpg": fault})
+    assert (f"b.jpg stays empty: {fault}" in caplog.messages) == (not all_dead)
+    error = "5 images have no rows, 'a.jpg': start again" if all_dead else ""
+    assert error in capsys.readouterr().err
 
 
 # --- refused before any work ----------------------------------------------------------------------
