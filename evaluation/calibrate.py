@@ -24,8 +24,9 @@ from evaluation.loading import load_for_images
 from kernel.checks import read_json
 from kernel.command import run_command
 from kernel.ensemble import Ensemble
+from kernel.faults import short
 from kernel.logs import log, progress
-from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest
+from kernel.manifest import BUILT_FIELDS, MANIFEST, Manifest, MemberSpec, load_manifest
 from kernel.mounts import open_images
 from packing.checkpoints import read_checkpoint
 from packing.members import to_half
@@ -117,21 +118,33 @@ def shifts_of(spec: MemberSpec, classes: int) -> list[float]:
     return found if isinstance(found, list) else [found] * classes
 
 
+def _settings(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says of its members, and of the images that their gates are of."""
+    found: dict[str, Any] = {
+        "members": sorted(spec.name for spec in manifest.members),
+        "image_size": manifest.image_size,
+        "the first flip": manifest.flips[0],
+    }
+    for spec in manifest.members:
+        said = {key: value for key, value in vars(spec).items() if key not in ("file", *BUILT_FIELDS)}
+        found |= {f"{key} of {spec.name}": value for key, value in said.items()}
+    return found
+
+
 def check_weights(bundle: Path, manifest: Manifest, weights: Path) -> None:
     """Raise ValueError where a bundle was not built of these weights.
 
-    Members, their shifts or a checkpoint may have changed since; the message names what did.
+    Members, what is said of them or a checkpoint may have changed since; the message names what
+    did.
     """
     own_manifest, sources = read_sources(weights, manifest.competition)
-    own, packed = (
-        {spec.name: shifts_of(spec, manifest.classes) for spec in each.members}
-        for each in (own_manifest, manifest)
-    )
-    if own != packed:
-        raise ValueError(
-            f"{weights / MANIFEST}: members with gate_shift {own}, the bundle has {packed}: "
-            "build it of this file"
-        )
+    own, packed = _settings(own_manifest), _settings(manifest)
+    for key in own | packed:
+        if own.get(key) != packed.get(key):
+            raise ValueError(
+                f"{weights / MANIFEST}: {key}: {short(own.get(key))}, the bundle has "
+                f"{short(packed.get(key))}: build it of this file"
+            )
     paths = {spec.name: path for spec, path in zip(own_manifest.members, sources, strict=True)}
     for spec in progress(manifest.members, "checkpoints", "member"):
         source = paths[spec.name]
@@ -177,6 +190,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def calibrate(args: argparse.Namespace) -> int:
     """Find the shifts and print them; write ensemble.json if asked."""
     manifest = load_manifest(args.bundle)
+    if not any(spec.gated for spec in manifest.members):
+        raise ValueError(
+            f"{args.bundle}: no member has a presence head, so there is no gate to calibrate; "
+            "name the bundle of members that have one"
+        )
     folder, names = open_images(args.images, manifest.competition)
     shares = args.shares or share_of_classes(args.data, manifest)
     if len(shares) != manifest.classes or not all(0 < share < 1 for share in shares):

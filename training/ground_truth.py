@@ -11,7 +11,6 @@ import numpy as np
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Size, read_image, size_of
 from kernel.logs import log, progress
-from kernel.mounts import no_images_fault
 from kernel.rle import decode_rle, join_rles, rle_fault
 from kernel.rows import SPREADSHEET_CELL, Row, read_rows
 from training.metrics import Masks

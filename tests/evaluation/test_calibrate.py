@@ -1,12 +1,14 @@
 """Calibration without labels: mean gates meet the classes' shares, in the kernel's own run too."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import change_manifest, error_of, exit_code, read_manifest, save_strips
+from helpers import change_manifest, change_member, error_of, exit_code, read_manifest, save_strips
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -173,6 +175,49 @@ def test_shifts_are_not_added_twice(
     write = ["--weights", weights, "--write", weights / MANIFEST]
     assert exit_code(calibrate.main, *options, "--shares", *SHARES, *write) == 2
     assert "build it of this file" in error_of(capsys.readouterr().err)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "mean": (lambda folder: change_member(folder, mean=[0.5]), "mean of unet-a: [0.5], the bundle"),
+    "channels": (
+        lambda folder: change_member(folder, channels=[3, 2, 1, 0]),
+        "channels of unet-a: [3, 2, 1, 0], the bundle has None",
+    ),
+    "a member's image_size": (
+        lambda folder: change_member(folder, image_size=[32, 64]),
+        "image_size of unet-a: (32, 64), the bundle has None",
+    ),
+    "image_size": (
+        lambda folder: change_manifest(folder, image_size=[32, 64]),
+        "image_size: (32, 64), the bundle has None",
+    ),
+    "the first flip": (
+        lambda folder: change_manifest(folder, flips=["vertical", "none"]),
+        "the first flip: 'vertical', the bundle has 'none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_gates_of_other_settings_than_the_weights_have_now_are_not_written(
+    case: str, dataset: Path, tmp_path: Path
+) -> None:
+    weights = Path(shutil.copytree(dataset, tmp_path / "weights"))
+    manifest = load_manifest(dataset)
+    change_manifest(weights, flips=[*manifest.flips, "both"], threshold=0.4, min_area=9)
+    check_weights(dataset, manifest, weights)  # by which no gate is moved
+    change, words = CHANGES[case]
+    change(weights)
+    with pytest.raises(ValueError, match=re.escape(f"{weights / MANIFEST}: {words}")):
+        check_weights(dataset, manifest, weights)
+
+
+def test_where_no_member_has_a_presence_head_there_is_nothing_to_calibrate(
+    light_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--bundle", light_bundle, "--images", tmp_path / "gone", "--shares", *SHARES]
+    assert exit_code(calibrate.main, *options) == 2
+    assert "no member has a presence head" in error_of(capsys.readouterr().err)
 
 
 def test_a_member_that_was_fitted_again_is_to_be_built_first(
