@@ -125,8 +125,9 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
         "image_size": manifest.image_size,
         "the first flip": manifest.flips[0],
     }
+    built = ("file", *BUILT_FIELDS)
     for spec in manifest.members:
-        said = {key: value for key, value in vars(spec).items() if key not in ("file", *BUILT_FIELDS)}
+        said = {key: value for key, value in vars(spec).items() if key not in built}
         found |= {f"{key} of {spec.name}": value for key, value in said.items()}
     return found
 

@@ -263,6 +263,36 @@ def test_a_bundle_with_openvino_is_run_without_it_too(
     assert "changed after it was hashed" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (run_json(faults={}), "the members load on PyTorch, too, as where there is a GPU"),
+        (run_json(), "without OpenVINO, as where there is a GPU, strips that failed: 1"),
+        (None, "without OpenVINO, as where there is a GPU, the kernel left no run.json: a pass"),
+    ],
+    ids=["clean", "a strip that fails", "a run that its watchdog ended"],
+)
+def test_a_run_without_openvino_is_judged_by_its_record_too(
+    record: dict[str, Any] | None,
+    words: str,
+    tiny_bundle: Path,
+    strips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its exit code is 0 whatever became of the image."""
+
+    def run_kernel(root: Path, *_: Any, **__: Any) -> ProcessResult:
+        if record:
+            (root / "working" / "run.json").write_text(json.dumps(record))
+        return ProcessResult(0, 1.0, True, 1)
+
+    monkeypatch.setattr(dry_run, "run_kernel", run_kernel)
+    check = dry_run.check_on_pytorch(tmp_path, tiny_bundle, strips / "test_images")
+    assert check.words.startswith(words)
+    assert check.ok is (record is not None and not record["faults"])
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -361,7 +391,7 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It leaves a valid submission and exit code 0, and no run.json."""
+    """It leaves a valid submission and exit code 0, and no run.json, as a full disk does."""
     run_kernel = dry_run.run_kernel
 
     def hang(root: Path, *arguments: Any) -> ProcessResult:
@@ -372,7 +402,8 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
     monkeypatch.setattr(dry_run, "run_kernel", hang)
     assert exit_code(dry_run.main, "--bundle", bundle, "--images", strips / "test_images") == 1
     captured = capfd.readouterr()
-    assert "== Not ready for Kaggle: a pass hung until the budget was spent" in captured.out
+    why = "a pass hung until its watchdog ended it, or the disk was full; see its lines above"
+    assert f"== Not ready for Kaggle: the kernel left no run.json: {why}" in captured.out
     assert "Traceback" not in captured.err
 
 
