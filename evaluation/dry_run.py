@@ -173,7 +173,7 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path) -> Check:
     code = run_kernel(root, _find_script(bundle), quiet=True).exit_code
     checks = [Check(False, f"it ends with code {code}") if code else check_ended(root / "working")]
     if is_clean(checks):
-        checks += check_record(read_json(root / "working" / "run.json"))
+        checks += check_record(read_run_record(root / "working" / "run.json"))
     if not is_clean(checks):
         return Check(False, f"without OpenVINO, as where there is a GPU, {failed_words(checks)}")
     return Check(True, "the members load on PyTorch, too, as where there is a GPU")

@@ -340,10 +340,14 @@ def keep_rate(bundle: Path, path: Path) -> str:
     Return the machine's name, by which the report judges from then on.
 
     Raises:
-        ValueError: the file is no run.json, or not of a whole run in which strips were predicted.
+        ValueError: the file is no run.json, or not of a whole run there in which strips were
+            predicted.
     """
     record = read_run_record(path)
     run = MeasuredRun(record)
+    own = path.resolve().parent == (bundle / "report").resolve()  # the dry run's, of any kernel
+    if own or not record.kaggle:
+        raise ValueError(f"{path}: not of a run on Kaggle; give the run.json of its output")
     if not run.counts.any():
         raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
     unknown = record.strips - len(record.work) - len(record.faults)

@@ -16,6 +16,8 @@ from kernel.scheduling import StripWork
 from kernel.task import Task
 from kernel.tta import Half, Pass
 
+KAGGLE_RUN = "KAGGLE_KERNEL_RUN_TYPE"  # set where Kaggle runs it
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -37,6 +39,7 @@ class RunRecord:
     seconds: float
     stages: dict[str, float]  # seconds, without the networks'
     networks: Mapping[str, Mapping[Half, float]]  # member → half → seconds
+    kaggle: bool = True  # whether Kaggle ran it, of which an older record says nothing
 
 
 def build_run_record(
@@ -61,6 +64,7 @@ def build_run_record(
         seconds=seconds,
         stages=dict(stages.seconds),
         networks=stages.network_table(),
+        kaggle=KAGGLE_RUN in os.environ,
     )
 
 

@@ -403,6 +403,18 @@ def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
         assert list(read_rates(tmp_path)) == known
 
 
+def test_a_run_that_was_not_on_kaggle_is_no_measurement_of_its_machine(tmp_path: Path) -> None:
+    path, own = tmp_path / "run.json", tmp_path / "report" / "run.json"
+    path.write_text(json.dumps(run_json(kaggle=False)))
+    own.parent.mkdir()
+    own.write_text(json.dumps(run_json()))  # of a kernel that does not say where it ran
+    for given in (path, own):
+        with pytest.raises(ValueError, match=f"{given}: not of a run on Kaggle"):
+            keep_rate(tmp_path, given)
+    path.write_text(json.dumps(run_json(kaggle=True)))
+    assert keep_rate(tmp_path, path) == "Kaggle's CPU"
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [

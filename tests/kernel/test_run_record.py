@@ -416,9 +416,17 @@ def test_two_workers_give_the_union_of_what_each_ran(
 # --- the file -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kaggle", [False, True])
 def test_the_record_lies_in_run_json_beside_the_submission(
-    session_light: Path, images: Path, tmp_path: Path
+    kaggle: bool,
+    session_light: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    if kaggle:
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     save_strips(images, NAMES, SIZE)
     (images / "bad.png").write_bytes(b"")
     paths = ("--bundle", session_light, "--images", images, "--output", tmp_path / "out.csv")
@@ -427,7 +435,9 @@ def test_the_record_lies_in_run_json_beside_the_submission(
     assert record.keys() == {
         *("strips", "rows", "non_empty", "faults", "passes", "work", "strip_s", "dropped"),
         *("share", "device", "gpu_bytes", "workers", "budget_s", "seconds", "stages", "networks"),
+        "kaggle",
     }
+    assert record["kaggle"] is kaggle
     assert (record["strips"], record["rows"], record["budget_s"]) == (7, 28, 3600)
     assert list(record["faults"]) == ["bad.png"]
     assert record["strip_s"].keys() == {*NAMES, "bad.png"}
