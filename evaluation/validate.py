@@ -50,6 +50,11 @@ def validate(args: argparse.Namespace) -> int:
         )
     layout, pairs = read_sample(args.sample, None, competition)
     images, columns = args.images and one_folder(args.images, competition), layout.columns
+    if images and pairs and not any((images / name).exists() for name, _ in pairs):
+        raise ValueError(
+            f"--images {args.images}: has none of the sample's images, such as {pairs[0][0]!r}; "
+            "name the folder that they are in"
+        )
     findings = check_submission(args.submission, columns, pairs, images, competition)
     print("\n".join(findings.lines()))
     return 1 if findings.errors else 0

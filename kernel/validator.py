@@ -186,7 +186,8 @@ def unlikely_masks(
             f"masks fall into thin pieces: {joined:.0%} of the median mask's pixels go on {on}, "
             f"above 90 % in real ones; is the RLE written along the {other}, or is it noise?"
         )
-    black = float(np.mean([each.black for each in masks]))  # NaN without images: no warning
+    blacks = [each.black for each in masks if not np.isnan(each.black)]
+    black = float(np.mean(blacks)) if blacks else 0.0  # not known without images: no warning
     if black > 0.05:
         yield f"{black:.0%} of a mask lies on black, beside the steel: are the masks mirrored?"
     first, last = sum(each.first_row for each in masks), sum(each.last_row for each in masks)
@@ -228,8 +229,9 @@ def check_submission(
 ) -> Findings:
     """Check a submission against the columns and (image, class) pairs that it must have.
 
-    With the folder `images` a mask is checked against its own image, else against the competition's
-    usual size, where that is known. `cut_off` is as in `read_rows`.
+    With the folder `images` a mask is checked against its own image. Without it, and where the
+    folder lacks an image, it is checked against the competition's usual size, where that is known.
+    `cut_off` is as in `read_rows`.
     """
     try:
         layout, rows = read_rows(path, competition=competition, cut_off=cut_off)
@@ -239,14 +241,21 @@ def check_submission(
     errors = [] if header == ",".join(columns) else [f"header {header}, not {','.join(columns)}"]
     errors += row_faults(layout, rows, pairs)
     rles = masks_by_image(rows)
+    lacking = [name for name in rles if images and not (images / name).exists()]
+    folders = dict.fromkeys(rles, images) | dict.fromkeys(lacking)
     with ThreadPoolExecutor() as pool:
         checked = list(
-            pool.map(lambda item: check_image(images, item[0], item[1], competition), rles.items())
+            pool.map(lambda name: check_image(folders[name], name, rles[name], competition), rles)
         )
     errors += first_few(fault for faults, _ in checked for fault in faults)
     masks = [each for _, several in checked for each in several]
     labels, count = sorted({label for _, label in pairs}), len({name for name, _ in pairs})
     unlikely = list[str]()
+    if lacking:
+        unlikely.append(
+            f"{len(lacking):,} images with a mask are not in {images}, such as {lacking[0]!r}: "
+            "their masks are not checked against them"
+        )
     if not errors and (masks or not rles):  # of masks of no known size nothing is measured
         unlikely += unlikely_counts(masks, count, competition)
         unlikely += [*unlikely_areas(masks, competition), *unlikely_masks(masks, competition)]

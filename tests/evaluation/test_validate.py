@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, error_of, exit_code, run_script, write_sample
+from helpers import ROOT, error_of, exit_code, run_script, save_strips, write_sample
 
 from evaluation import validate
 
@@ -64,6 +64,24 @@ def test_a_folder_of_images_that_is_not_there_is_no_verdict(
     named = ("--sample", sample, "--images", tmp_path / "gone")
     assert exit_code(validate.main, answer, *named) == 2
     assert "gone: no such folder of images" in error_of(capsys.readouterr().err)
+
+
+def test_a_folder_of_some_of_the_images_is_a_warning_and_one_of_none_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"])
+    answer = write_answer(tmp_path / "mine.csv", ["a.jpg", "b.jpg"])
+    named = ("--sample", sample, "--images", tmp_path / "images")
+    save_strips(tmp_path / "images", ["c.jpg"])
+    assert exit_code(validate.main, answer, *named) == 2
+    error = error_of(capsys.readouterr().err)
+    assert error.startswith(
+        f"--images {tmp_path / 'images'}: has none of the sample's images, such"
+    )
+    save_strips(tmp_path / "images", ["a.jpg"])
+    assert exit_code(validate.main, answer, *named) == 0
+    out = capsys.readouterr().out
+    assert "warning: 1 images with a mask are not in" in out and out.endswith("\nvalid\n")
 
 
 HEADERS = {

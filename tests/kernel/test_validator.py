@@ -174,13 +174,36 @@ def test_a_thousand_faults_of_a_kind_are_a_few_lines(tmp_path: Path) -> None:
 def test_each_mask_is_held_against_its_own_image(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), np.full((4, 6), 99, np.uint8))
     cv2.imwrite(str(tmp_path / "b.png"), np.full((5, 6), 99, np.uint8))
-    pairs = [("a.png", 1), ("b.png", 1), ("gone.png", 1)]
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    pairs = [("a.png", 1), ("b.png", 1), ("torn.png", 1)]
     path = tmp_path / "submission.csv"
     path.write_text(csv_of(filled(dict.fromkeys(pairs, "25 6"), pairs), "two-column"))
     errors = check_submission(path, LAYOUTS["two-column"].columns, pairs, tmp_path).errors
     assert errors[0] == "row a.png, class 1: run 25 6 leaves an image of 24 pixels"
-    assert errors[1].startswith("gone.png has a mask, but cannot be read")
+    assert errors[1].startswith("torn.png has a mask, but cannot be read")
     assert len(errors) == 2
+
+
+def test_the_mask_of_an_image_that_is_not_there_is_held_against_the_usual_size(
+    tmp_path: Path,
+) -> None:
+    """And what is seen on the other images is judged by them."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 6), np.uint8))
+    pairs, path = [("a.png", 1), ("gone.png", 1)], tmp_path / "submission.csv"
+    for run, errors in {
+        "1 6": [],
+        "409600 2": ["row gone.png, class 1: run 409600 2 leaves an image of 409600 pixels"],
+    }.items():
+        rles = {("a.png", 1): "1 6", ("gone.png", 1): run}
+        path.write_text(csv_of(filled(rles, pairs), "two-column"))
+        found = check_submission(path, LAYOUTS["two-column"].columns, pairs, tmp_path)
+        assert found.errors == errors
+        assert found.warnings[0] == (
+            f"1 images with a mask are not in {tmp_path}, such as 'gone.png': "
+            "their masks are not checked against them"
+        )
+        mirrored = [line for line in found.warnings if "are the masks mirrored" in line]
+        assert len(mirrored) == (0 if errors else 1)
 
 
 # --- what the masks look like ---------------------------------------------------------------------
