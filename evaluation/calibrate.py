@@ -32,7 +32,7 @@ from packing.checkpoints import read_checkpoint
 from packing.members import to_half
 from packing.models import load_into_model
 from packing.sources import read_sources
-from training.json_files import write_json
+from training.json_files import check_place, write_json
 from training.strips import read_each, read_strips
 
 MAX_SHIFT = 20.0  # logits by which gates are shifted at most
@@ -204,6 +204,7 @@ def calibrate(args: argparse.Namespace) -> int:
             "a class without an image cannot be calibrated"
         )
     if args.write:
+        check_place(args.write)
         check_weights(args.bundle, manifest, args.weights)
     ensemble = load_for_images(args.bundle, manifest, folder, names)
     found = find_shifts(gate_logits(ensemble, [folder / name for name in names]), shares)

@@ -29,7 +29,7 @@ from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
 from packing.members import count_flops
-from training.json_files import write_json
+from training.json_files import check_place, write_json
 from training.metrics import Floats
 
 MOST_MEMBERS = 9
@@ -240,6 +240,7 @@ def run(args: argparse.Namespace) -> int:
     """Record the strips that are drawn, replay them, and write what was found."""
     manifest = load_manifest(args.bundle)
     paths = sample_strips(args.images, args.strips, args.seed, manifest.competition)
+    check_place(args.out)
     all_flips = replace(manifest, flips=tuple(FLIPS))
     names = [path.name for path in paths]
     ensemble = load_for_images(args.bundle, all_flips, paths[0].parent, names)

@@ -32,7 +32,7 @@ from kernel.logs import Stages, progress
 from kernel.manifest import TOGETHER, Manifest, load_manifest
 from kernel.members import Member, load_member, split_network
 from kernel.threshold import apply_threshold
-from training.json_files import write_json
+from training.json_files import check_place, write_json
 from training.metrics import dice
 
 CPU = torch.device("cpu")
@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure on the strips that are drawn, and write what was found."""
     manifest = load_manifest(args.bundle)
     paths = sample_strips(args.images, args.strips, args.seed, manifest.competition)
+    check_place(args.out)
     images = [read_image(path, manifest.competition) for path in paths]
     images = [highest_contrast_crop(image) for image in images] if args.crop else images
     results = measure(args.bundle, manifest, args.way, images)

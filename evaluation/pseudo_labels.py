@@ -13,7 +13,6 @@ read is named and left out; Ctrl-C ends with those that are labelled by then.
 
 import argparse
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from kernel.mounts import open_images
 from kernel.rle import encode_rle
 from training.folds import write_strips
 from training.ground_truth import Rles
+from training.json_files import check_place
 from training.losses import SURE
 from training.metrics import Masks
 from training.strips import Strips
@@ -116,9 +116,7 @@ def label(args: argparse.Namespace) -> int:
         raise ValueError(f"--min-area {args.min_area}: expected 1 pixel or more")
     if args.out.exists():
         raise ValueError(f"{args.out}: is there already; give another --out, or remove it")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=args.out.parent):  # where hours of labels go in the end
-        pass
+    check_place(args.out)
     manifest = load_manifest(args.bundle)
     competition = replace(manifest.competition, mask_size=None)  # to train on: the image's own size
     folder, names = open_images(args.images, competition)

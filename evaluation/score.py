@@ -14,7 +14,7 @@ from kernel.logs import log, progress
 from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import open_images
 from training.ground_truth import check_masks, check_names, decode_scored_masks, read_truth
-from training.json_files import to_json, write_json
+from training.json_files import check_place, to_json, write_json
 from training.metrics import Masks, Scores
 
 
@@ -66,6 +66,7 @@ def score(args: argparse.Namespace) -> int:
     truth = read_truth(args.truth, competition)
     check_names(truth, names, args.truth, images)
     check_masks(truth, names, args.truth, images, competition)
+    check_place(args.out)
     ensemble = load_for_images(args.bundle, manifest, images, names)
     scores: dict[str, Scores] = defaultdict(Scores)
     for name in progress(names, "strips", "strip"):

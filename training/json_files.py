@@ -1,7 +1,9 @@
 """JSON files of figures."""
 
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,22 @@ def to_json(entries: Any) -> str:
     plain = json.loads(json.dumps(entries), parse_constant=lambda _: None)
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace").decode()
+
+
+def check_place(path: Path) -> None:
+    """Try the folder that a file is to be written to after long work; make it where it lacks.
+
+    Raises:
+        OSError: nothing can be written there, or the path is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        return  # a device, which `write_json` writes to
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_json(path: Path, entries: Any) -> None:

@@ -144,6 +144,7 @@ def test_gates_are_those_of_the_gated_members(dataset: Path, labelled_strips: Pa
         (["--data", "gone"], "gone/train.csv: no such file"),
         (["--shares", *SHARES, "--images", "gone"], "gone: no such folder"),
         (["--shares", *SHARES, "--weights", "gone", "--write", "x"], "gone/ensemble.json: no such"),
+        (["--shares", *SHARES, "--write", "."], ".: a folder, expected a file"),
     ],
 )
 def test_bad_input_is_one_line_before_the_work(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.json_files import to_json, write_json
+from training.json_files import check_place, to_json, write_json
 
 
 def test_a_mean_of_nothing_is_null() -> None:
@@ -38,6 +38,20 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"strips": 2})
     assert json.loads(path.read_text()) == {"strips": 1}
+
+
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, named in (
+        (tmp_path, tmp_path),
+        (tmp_path / "file" / "a.json", tmp_path / "file"),
+        (Path("/proc/a.json"), "/proc"),  # where nobody makes a file
+    ):
+        with pytest.raises(OSError, match=str(named)):
+            check_place(path)
+    for path in (tmp_path / "new" / "a.json", tmp_path / "file", Path(os.devnull)):
+        check_place(path)
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_link_stays_and_a_device_is_written_to(tmp_path: Path) -> None:
