@@ -24,6 +24,8 @@ from kernel.members import Member, check_sha256, load_member, use_wheels
 from kernel.reference import reference_file
 from kernel.tta import Half, apply_flip, list_passes
 
+Seen = tuple[str, int, Size]  # a member, a batch's images and their (H, W)
+
 
 def _proof_cost(member: Member) -> tuple[bool, int, int]:
     """Sorts members by what their gates cost: a clean strip needs those of the first alone."""
@@ -52,7 +54,7 @@ class Ensemble:
         self.sizes = {m.spec.name: m.spec.image_size or manifest.image_size for m in members}
         self.active: dict[int, str] = {}  # thread → the member that it runs
         self.lock = threading.Lock()
-        self.tried = set[str]()  # members that ran both in halves and in one piece
+        self.tried = set[Seen]()  # that ran both in halves and in one piece
 
     def prepare(self, image: Image) -> Tensor:
         """Return an image, grey or RGB, as a pass takes it: (1, channels, H, W) in [0, 1]."""
@@ -83,7 +85,7 @@ class Ensemble:
         if member.whole is None:
             encoded = self.run_encoder(pass_id, images)
             return encoded[0], self.run_decoder(pass_id, encoded, size)
-        if member.spec.name not in self.tried:
+        if self._seen(member, images) not in self.tried:
             return self._try_one_piece(pass_id, images, size)
         with self.stages.whole_pass(member.spec.name, self.passes[pass_id].flops):
             return self._run_whole(member, flip, images, size)
@@ -96,7 +98,10 @@ class Ensemble:
         return gates, self._flip_crop_resize(probabilities, gates, member, flip, size)
 
     def _try_one_piece(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-        """Run a pass both ways; from here on the member runs in one piece if no bit differs."""
+        """Run a pass both ways; from here on the member runs in one piece if no bit differs.
+
+        An engine compiles each shape anew: what holds for one need not for another.
+        """
         member, flip = self._activate(pass_id)
         encoded = self.run_encoder(pass_id, images)
         halves = encoded[0], self.run_decoder(pass_id, encoded, size)
@@ -112,8 +117,13 @@ class Ensemble:
         if fault:
             log.warning("%s runs in two halves, not in one piece: %s", member.spec.name, fault)
             self.members[member.spec.name] = replace(member, whole=None)
-        self.tried.add(member.spec.name)
+        self.tried.add(self._seen(member, images))
         return halves
+
+    def _seen(self, member: Member, images: Tensor) -> Seen:
+        """Name a member and what it sees of images: how many, and their size."""
+        height, width = self.sizes[member.spec.name] or images.shape[-2:]
+        return member.spec.name, len(images), (height, width)
 
     def _resize_pad_flip(self, images: Tensor, member: Member, flip: str) -> Tensor:
         """Resize, pad and flip images to what a member takes under a flip."""

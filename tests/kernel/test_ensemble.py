@@ -18,11 +18,13 @@ from oracle import (
     pass_by_hand,
     threshold_of,
 )
+from torch import Tensor
 
 from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, size_of
+from kernel.images import Image, Size, size_of
 from kernel.logs import Stages
-from kernel.manifest import load_manifest
+from kernel.manifest import Manifest, MemberSpec, load_manifest
+from kernel.members import Member
 from kernel.scheduling import Scheduler
 
 
@@ -105,6 +107,35 @@ def test_a_member_that_does_not_compile_runs_plain_and_is_named(
     mean, threshold = mean_by_hand(halved, image), threshold_of(halved)
     assert_masks(masks_of(ensemble_of(halved), image)[0], mean, threshold)
     assert "unet-a runs on plain PyTorch, it does not compile" in caplog.text
+
+
+@pytest.mark.parametrize("size", [(32, 64), None], ids=["resized to one", "as it is"])
+def test_a_member_is_tried_in_one_piece_at_each_size_that_it_sees(
+    size: Size | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine is compiled for each: here the second one gives other bits in one piece."""
+
+    def encode(images: Tensor) -> tuple[Tensor, ...]:
+        ran.append("encoder")
+        return torch.ones(len(images), 4), images
+
+    def decode(_: Tensor, images: Tensor) -> Tensor:
+        return images.expand(-1, 4, -1, -1) / 2
+
+    def whole(images: Tensor) -> tuple[Tensor, Tensor]:
+        gates = torch.ones(len(images), 4)
+        return gates, decode(gates, images) + (1e-6 if images.shape[-1] == 96 else 0)
+
+    ran = list[str]()
+    spec = MemberSpec("one", "one.safetensors", {}, [0.0], [1.0], image_size=size)
+    member = Member(spec, encode, decode, 32, whole=whole)
+    ensemble = Ensemble(Manifest([spec]), [member], CPU, Stages())
+    for width in (64, 64, 96, 96):
+        images = torch.rand(1, 1, 32, width, generator=torch.Generator().manual_seed(width))
+        _, found = ensemble.run_pass(0, images, (32, width))
+        assert size or torch.equal(found, images.expand(-1, 4, -1, -1) / 2)
+    assert len(ran) == (1 if size else 3)
+    assert ("one runs in two halves, not in one piece: its bits" in caplog.text) == (size is None)
 
 
 def test_a_gate_never_raises_a_probability(ensemble: Ensemble) -> None:
