@@ -27,7 +27,7 @@ from kernel.engines import (
     to_half_precision,
 )
 from kernel.ensemble import Ensemble
-from kernel.images import Image, pad_to_multiple, read_image, size_of
+from kernel.images import Image, read_image, size_of
 from kernel.logs import Stages, progress
 from kernel.manifest import TOGETHER, Manifest, load_manifest
 from kernel.members import Member, load_member, split_network
@@ -124,7 +124,7 @@ def measure(bundle: Path, manifest: Manifest, way: str, images: Sequence[Image])
         compare_strip(exact, rounded, image, changes)
         tensor = exact.prepare(highest_contrast_crop(image))
         for a, b in zip(plain, fp16, strict=True):
-            found = differences(a, b, pad_to_multiple(tensor, a.stride))
+            found = differences(a, b, tensor, exact.sizes[a.spec.name])
             apart[a.spec.name] = [*map(max, apart[a.spec.name], found)]
     return {
         "way": way,

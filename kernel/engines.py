@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kernel.device import lasting_memory
-from kernel.images import Image, image_to_tensor, pad_to_multiple
+from kernel.images import Image, Size, image_to_tensor, pad_to_multiple, resize_images
 from kernel.logs import Stages, log
 from kernel.manifest import MemberSpec
 from kernel.members import Member, split_network
@@ -195,25 +195,44 @@ def highest_contrast_crop(image: Image, width: int = 400) -> Image:
     return max(parts, key=lambda part: float(part.std()))
 
 
-def differences(member: Member, other: Member, images: Tensor) -> list[float]:
-    """Mean differences of two members' gates, and of their masks with all gates open."""
-    pairs = zip(answers(member, images), answers(other, images), strict=True)
+def differences(
+    plain: Member, other: Member, crop: Tensor, size: Size | None = None
+) -> list[float]:
+    """Mean differences of two members' gates, and of their masks with all gates open.
+
+    Both see a crop (1, channels, H, W), padded. Some networks (DPT, Swin) take images of one size
+    alone, `size`: for them it is resized.
+    """
+    images = pad_to_multiple(crop, plain.stride)
+    try:
+        expected = answers(plain, images)
+    except (RuntimeError, ValueError, AssertionError):
+        if size is None:
+            raise
+        images = pad_to_multiple(resize_images(crop, size), plain.stride)
+        expected = answers(plain, images)
+    pairs = zip(expected, answers(other, images), strict=True)
     return [(a - b).abs().mean().item() for a, b in pairs]
 
 
 def check_engine(
-    engine: Member, plain: Member, image: Image | None, device: torch.device
+    engine: Member,
+    plain: Member,
+    image: Image | None,
+    device: torch.device,
+    size: Size | None = None,
 ) -> Member:
     """Return the engine, or plain fp32 PyTorch where the engine fails or differs.
 
-    Both see one crop of an image, grey or RGB, in a quarter of a strip's time. Gates and masks are
-    compared apart: a shut gate would hide wrong masks. Without an image nothing is checked.
+    Both see one crop of an image, grey or RGB, in a quarter of a strip's time. Strips are resized
+    to `size`, and the crop for a member that takes no other. Gates and masks are compared apart: a
+    shut gate would hide wrong masks. Without an image nothing is checked.
     """
     if image is None:
         return engine
-    images = image_to_tensor(highest_contrast_crop(image), device)
+    crop = image_to_tensor(highest_contrast_crop(image), device)
     try:
-        apart = differences(plain, engine, pad_to_multiple(images, plain.stride))
+        apart = differences(plain, engine, crop, size)
         agree = all(difference <= TOLERANCE for difference in apart)  # which NaN is not
         fault = "" if agree else f"gates and masks are {apart} apart"
     except Exception as error:  # a failed engine must not cost the submission

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernel.device import keep_freed_memory, share_freed_memory
 from kernel.engines import (
@@ -17,7 +17,7 @@ from kernel.engines import (
     load_checked_openvino,
     openvino_files,
 )
-from kernel.images import Image, Size, image_to_tensor, pad_to_multiple
+from kernel.images import Image, Size, image_to_tensor, pad_to_multiple, resize_images
 from kernel.logs import Stages, log, progress
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import Member, check_sha256, load_member, use_wheels
@@ -129,7 +129,7 @@ class Ensemble:
         """Resize, pad and flip images to what a member takes under a flip."""
         size = self.sizes[member.spec.name]
         if size and size != tuple(images.shape[-2:]):
-            images = _resize(images, size)
+            images = resize_images(images, size)
         return apply_flip(pad_to_multiple(images, member.stride), flip)
 
     def _flip_crop_resize(
@@ -141,7 +141,7 @@ class Ensemble:
         mask_size = self.manifest.competition.size_of_mask(size)
         if own_size != mask_size:
             bound = gates[..., None, None]
-            probabilities = torch.minimum(_resize(probabilities, mask_size), bound)
+            probabilities = torch.minimum(resize_images(probabilities, mask_size), bound)
         return probabilities
 
     def _activate(self, pass_id: int) -> tuple[Member, str]:
@@ -153,10 +153,6 @@ class Ensemble:
             if before not in self.active.values():
                 self.members[before].release_memory()
         return self.members[name], self.passes[pass_id].flip
-
-
-def _resize(images: Tensor, size: Size) -> Tensor:
-    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -198,10 +194,12 @@ def load_members(
     allow_missing: bool,
     image: Image | None,
     plain: bool = False,
+    size: Size | None = None,
 ) -> dict[str, Member]:
     """Load members of a bundle on PyTorch, by their names, checked on `image` if there is one.
 
-    `plain` ones stay as they are loaded, unfolded and in fp32.
+    `plain` ones stay as they are loaded, unfolded and in fp32. Strips are resized to `size` for
+    those that have none of their own.
 
     Raises:
         ValueError: as `load_member`, unless `allow_missing`.
@@ -218,7 +216,8 @@ def load_members(
                     raise
                 log.warning("going on without member %s: %s", spec.name, error)
                 continue
-            checks[spec.name] = pool.submit(check_engine, engine, member, image, device)
+            own = spec.image_size or size
+            checks[spec.name] = pool.submit(check_engine, engine, member, image, device, own)
         with stages("check"):
             return {name: check.result() for name, check in checks.items()}
 
@@ -252,7 +251,9 @@ def load_ensemble(
         with stages("import"):
             import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
         image = None if plain else image
-        members |= load_members(bundle, left, device, stages, allow_missing, image, plain)
+        members |= load_members(
+            bundle, left, device, stages, allow_missing, image, plain, manifest.image_size
+        )
     if not members:
         raise ValueError(f"{bundle}: no member can be used")
     if device.type == "cpu":

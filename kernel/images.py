@@ -231,6 +231,11 @@ def image_to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
     return to_device(torch.from_numpy(planes)[None], torch.device(device)) / white
 
 
+def resize_images(images: Tensor, size: Size) -> Tensor:
+    """Images, or probabilities, (B, channels, H, W) in another size (H, W), bilinear."""
+    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Images (B, channels, H, W) with the last row and column repeated up to the next multiple."""
     height, width = images.shape[-2:]

@@ -139,6 +139,24 @@ def test_an_engine_that_agrees_within_rounding_is_kept(
     assert not caplog.text
 
 
+def test_the_engine_of_a_member_that_takes_one_size_alone_is_checked_at_it(
+    plain: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As DPT and Swin do; by its crop PyTorch itself would fail."""
+
+    def encode(images: Tensor) -> Any:
+        assert images.shape[-2:] == (32, 64), "Input height doesn't match model"
+        return plain.encoder(images)
+
+    fixed = replace(plain, encoder=encode)
+    close = replace(fixed, decoder=lambda *parts: plain.decoder(*parts) + 1e-4)
+    wrong = replace(fixed, decoder=lambda *parts: plain.decoder(*parts).flip(-1))
+    assert check_engine(close, fixed, GREY, CPU, (32, 64)) is close
+    assert not caplog.text
+    assert check_engine(wrong, fixed, GREY, CPU, (32, 64)) is fixed
+    assert check_engine(close, fixed, GREY, CPU) is fixed
+
+
 def test_an_engine_is_checked_where_most_is_to_be_seen() -> None:
     image = np.full((256, 1600), 30, np.uint8)
     image[:, 900:1000] = GREY[0, :1]

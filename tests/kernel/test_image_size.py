@@ -110,6 +110,20 @@ def test_each_pass_is_that_of_the_network_on_strips_of_its_own_size(
         assert (found <= encoded[0][0, :, None, None]).all()  # the early exit rests on it
 
 
+def test_engines_are_checked_at_the_size_that_strips_are_resized_to(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = dict[str, Any]()
+
+    def check(engine: Member, plain: Member, *given: Any) -> Member:
+        sizes[plain.spec.name] = given[-1]
+        return engine
+
+    monkeypatch.setattr("kernel.ensemble.check_engine", check)
+    ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages(), draw_image(1, LARGE))
+    assert sizes == ensemble.sizes == {"plain": LARGE, "small": OWN, "more": (64, 64)}
+
+
 def test_resizing_rounds_no_probability_above_its_gate() -> None:
     """The early exit rests on it; here every pixel is at its gate."""
 
