@@ -1,7 +1,8 @@
-"""The device: which one works, what memory of the host is kept, the copies to and fro."""
+"""The device: which one works, what memory is kept, the copies to and fro."""
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,14 @@ def pick_device() -> torch.device:
     """CUDA where it works, else the CPU."""
     cuda = torch.device("cuda")
     return cuda if torch.cuda.is_available() and device_usable(cuda) else torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes of a GPU that are free, in PyTorch's cache too; a CPU's have no bound."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 # --- memory of the host ---------------------------------------------------------------------------

@@ -123,6 +123,14 @@ class Tally:
         self._close(possible, certain)
         return True
 
+    def release_gates(self) -> None:
+        """Take back the passes that are encoded and not decoded: they come again.
+
+        What they proved stays proven.
+        """
+        del self.gates[self.decoded :]
+        self.bounds.clear()
+
     def finalize(self) -> None:
         """Take the mean of the passes decoded so far: no other comes."""
         self._restart(self.decoded)

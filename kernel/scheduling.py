@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernel.deadline import Deadline
-from kernel.device import DeviceLost, device_usable, is_out_of_memory, to_host
+from kernel.device import DeviceLost, device_usable, free_memory, is_out_of_memory, to_host
 from kernel.early_exit import Tally
 from kernel.images import Image, Size, Strip, size_of
 from kernel.logs import Stages, log
@@ -50,6 +50,7 @@ class PassSource(Protocol):
 Step = tuple[Half, ...]  # the halves of a pass that run at once
 TOO_LATE = "no time was left for it"  # the one fault that no other engine could mend
 LONGEST_WAIT = 16  # batches' worth of strips that may end before one that came earlier
+FEATURES_SHARE = 0.6  # of a GPU's free memory, for what is encoded and not decoded yet
 ENCODE, DECODE, WHOLE = (Half.ENCODER,), (Half.DECODER,), (Half.ENCODER, Half.DECODER)
 
 
@@ -72,6 +73,7 @@ class StripState:
     pending_features: tuple[Tensor, ...] = ()  # what the step under way encoded
     host_masks: npt.NDArray[np.bool_] | None = None  # once it has ended and they were copied
     fault: str = ""
+    alone: bool = False  # the others wait for its end: beside them memory was too small for it
 
     def __post_init__(self) -> None:
         self.planned = list(self.pass_ids)
@@ -89,6 +91,11 @@ class StripState:
         if self.host_masks is not None:
             return self.host_masks
         return to_host(self.tally.masks(self.size))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is encoded and not decoded yet."""
+        return sum(tensor.nbytes for features in self.encoded for tensor in features)
 
     def launch(self, encoded: tuple[Tensor, ...], probabilities: Tensor | None) -> Tensor:
         """Queue what its next step gave, gates first; return what `settle` takes."""
@@ -108,6 +115,18 @@ class StripState:
         elif step == ENCODE:
             self.encoded.append(self.pending_features)
         self.pending_features = ()
+        self._set_next_step()
+
+    def cancel(self) -> None:
+        """Give up what its next step launched: it failed, and may come again."""
+        self.arrived, self.tally.launched = (), (None, None)
+
+    def release_features(self) -> None:
+        """Give up what is encoded and not decoded yet: those passes are encoded again."""
+        kept = self.pass_ids[self.tally.decoded : len(self.tally.gates)]
+        self.ran[Half.ENCODER] = [i for i in self.ran[Half.ENCODER] if i not in kept]
+        self.encoded.clear()
+        self.tally.release_gates()
         self._set_next_step()
 
     def finalize(self) -> None:
@@ -204,6 +223,8 @@ class Scheduler:
     ) -> None:
         self.source, self.batch_size, self.early_exit = source, batch_size, early_exit
         self.smaller = dict[torch.Size, int]()  # batches of images that memory was too small for
+        self.room = FEATURES_SHARE * free_memory(source.device)  # bytes for features that are kept
+        self.bytes_a_value = 0.0  # the most that a strip kept for each value of its images
         self.threads, self.stopped = threads, False
         self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
@@ -257,7 +278,8 @@ class Scheduler:
             if self.deadline.over:
                 for state in states:
                     state.finalize()
-            self._run_next_step([state for state in states if not state.done], n_ended)
+            going = [state for state in states if not state.done]
+            self._run_next_step(self._with_room(going), n_ended)
             done = [state for state in states if state.done]
             plans = [[self.source.passes[i] for i in s.planned] for s in done if s.planned]
             if plans:
@@ -303,6 +325,27 @@ class Scheduler:
         known = [n for shape, n in list(self.smaller.items()) if shape.numel() <= values]
         return min(known, default=self.batch_size)
 
+    def _with_room(self, states: list[StripState]) -> list[StripState]:
+        """The strips that memory holds the features of, a batch at the least.
+
+        By the most that any strip kept so far. The others wait, without features.
+        """
+        states = sorted(states, key=lambda state: not state.alone)
+        most = len(states)
+        if states and states[0].alone:
+            most = 1
+        elif self.room < math.inf:
+            values = [state.images.numel() for state in states]
+            kept = [s.kept_bytes / count for s, count in zip(states, values, strict=True)]
+            self.bytes_a_value = max([self.bytes_a_value, *kept])
+            needed = self.bytes_a_value * sum(values)  # by all of them
+            if needed > self.room:
+                size = max(map(self._batch_size_of, states))
+                most = max(size, int(most * self.room / needed))
+        for state in states[most:]:
+            state.release_features()
+        return states[:most]
+
     def _run_next_step(self, states: list[StripState], n_ended: int) -> None:
         """Run the step whose batch is fullest, and of equals the one furthest behind.
 
@@ -331,11 +374,17 @@ class Scheduler:
         try:
             found = to_host(self._launch(step, pass_id, states))  # (B, 4, classes)
         except Exception as error:  # out of memory, or one strip that a network cannot take
+            for state in states:
+                state.cancel()
             size, shape = self._batch_size_of(states[0]), states[0].images.shape
             if is_out_of_memory(error) and size > 1:
                 self.smaller[shape] = size // 2  # these states are where they were, and come again
+                self.room /= 2
                 what = "out of memory: %d strips of %d×%d at a time from here on"
                 log.warning(what, size // 2, shape[-1], shape[-2])
+                return
+            if is_out_of_memory(error) and not states[0].alone:
+                states[0].alone = True  # it comes again when the others have made room
                 return
             fault, middle = self._fault_of(error), len(states) // 2
             if middle:

@@ -1,12 +1,16 @@
-"""The device: what a run on the CPU does with memory that it has freed."""
+"""The device: what memory is free, and what a run on the CPU does with what it has freed."""
 
+import math
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+import torch
+from helpers import CPU, ROOT
+
+from kernel.device import free_memory
 
 FAULTS = """
 import resource
@@ -66,3 +70,11 @@ def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: 
     apart = f"with lasting_memory():\n    {LEAST}"
     assert after_loading(session_light, apart) > 10_000
     assert after_loading(session_light, f"{apart}\n{LEAST}") < 1000
+
+
+def test_what_pytorch_holds_unused_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert free_memory(torch.device("cuda")) == 130
+    assert free_memory(CPU) == math.inf

@@ -179,6 +179,23 @@ def test_where_passes_are_dropped_the_masks_are_those_of_the_others(case: Case, 
 
 
 @settings(max_examples=200)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_gates_that_are_released_and_come_again_change_no_mask(case: Case, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tally = Tally(case.n_passes, case.manifest, early_exit=True)
+    while tally.open:
+        encoded = len(tally.gates)
+        if rng.random() < 0.2:
+            tally.release_gates()
+            assert len(tally.gates) == tally.decoded and not tally.bounds
+        elif tally.decoded < encoded and (encoded == case.n_passes or rng.random() < 0.5):
+            add_probabilities(tally, case.probabilities[tally.decoded])
+        else:
+            add_gates(tally, case.gates[encoded])
+    np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
+
+
+@settings(max_examples=200)
 @given(cases(), st.integers(1, 20), st.integers(0, 5))
 def test_a_tally_that_is_ended_early_has_the_masks_of_its_decoded_passes(
     case: Case, decoded: int, ahead: int

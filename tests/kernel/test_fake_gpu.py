@@ -114,6 +114,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**34))
     return mode
 
 

@@ -455,6 +455,85 @@ def test_a_strip_that_takes_all_memory_alone_costs_only_itself(
     assert "OutOfMemoryError" in states["5"].fault
 
 
+# --- features that are kept -----------------------------------------------------------------------
+
+
+class Kept:
+    """Bytes of the features of all strips under way, before each step."""
+
+    def __init__(self, source: DrawnPasses, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.states, self.seen, admit = list[StripState](), list[int](), Scheduler._admit
+
+        def spied(scheduler: Scheduler, *strip: Any) -> StripState:
+            self.states.append(admit(scheduler, *strip))
+            return self.states[-1]
+
+        def hungry(run_half: Any) -> Any:
+            def run(*given: Any) -> Any:
+                self.seen.append(sum(state.kept_bytes for state in self.states))
+                if self.seen[-1] > limit:
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+                return run_half(*given)
+
+            return run
+
+        monkeypatch.setattr(Scheduler, "_admit", spied)
+        for half in Half:
+            monkeypatch.setattr(source, f"run_{half}", hungry(getattr(source, f"run_{half}")))
+
+
+A_STRIP = N_PASSES * (4 * CLASSES + 8)  # bytes of its gates and its number, of every pass
+
+
+def assert_masks(states: dict[str, StripState], source: DrawnPasses) -> None:
+    assert len(states) == N_STRIPS
+    for name, state in states.items():
+        assert not state.fault
+        np.testing.assert_array_equal(state.masks, source.masks(int(name)))
+        assert state.ran[Half.ENCODER] == sorted(set(state.ran[Half.ENCODER]))
+
+
+def test_no_more_strips_are_under_way_than_memory_holds_the_features_of(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(source, math.inf, monkeypatch)
+    assert_masks(run(Scheduler(source, 2), numbered()), source)
+    assert max(kept.seen) > 2 * A_STRIP  # on the CPU
+    kept.seen.clear()
+    for free, most in ((3 * A_STRIP, 2 * A_STRIP), (1.0, 2 * A_STRIP), (1e9, 8 * A_STRIP)):
+        monkeypatch.setattr("kernel.scheduling.free_memory", lambda _, free=free: free)
+        assert_masks(run(Scheduler(source, 2), numbered()), source)
+        assert 0 < max(kept.seen) <= most  # a batch has two
+        kept.seen.clear()
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 16])
+def test_no_strip_fails_for_the_memory_that_others_keep(
+    batch_size: int, source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(source, A_STRIP, monkeypatch)
+    assert_masks(run(Scheduler(source, batch_size), numbered()), source)
+    assert max(kept.seen) > A_STRIP
+
+
+def test_what_a_step_launched_that_failed_is_not_kept(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, states, kept = StripState.launch, list[StripState](), list[Any]()
+
+    def hungry(state: StripState, *given: Any) -> Tensor:
+        states.append(state)
+        if len(states) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        if len(states) == 3:
+            kept.extend((each.arrived, each.tally.launched) for each in states)
+        return launch(state, *given)
+
+    monkeypatch.setattr(StripState, "launch", hungry)
+    assert_masks(run(Scheduler(source, 4), numbered()), source)
+    assert kept == [((), (None, None))] * 3
+
+
 # --- passes that give NaN -------------------------------------------------------------------------
 
 
