@@ -184,7 +184,6 @@ def compile_member(plain: Member, device: torch.device) -> Member:
     network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # batches are filled up: few shapes, tried once each
         network = to_half_precision(network)
     return split_network(network, plain.spec, device)
 

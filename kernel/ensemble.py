@@ -236,7 +236,7 @@ def load_ensemble(
 
     Engines are checked on an image like those to come; None where there is none to run. `plain`
     takes no engine but fp32 PyTorch, unchecked. It sets up this process for them: what memory is
-    kept, and PyTorch's threads.
+    kept, PyTorch's threads, and whether cuDNN tries its algorithms.
 
     Raises:
         ValueError: as `load_members`, or no member is left.
@@ -261,4 +261,6 @@ def load_ensemble(
     loaded = [members[spec.name] for spec in manifest.members if spec.name in members]
     if all(isinstance(member.encoder, OpenVino) for member in loaded):
         torch.set_num_threads(1)  # idle ones would spin on the cores that OpenVINO's run on
+    # Batches are filled up: few shapes, tried once each. The check's never comes again:
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not plain
     return Ensemble(manifest, loaded, device, stages, streams)

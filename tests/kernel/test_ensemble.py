@@ -138,6 +138,29 @@ def test_a_member_is_tried_in_one_piece_at_each_size_that_it_sees(
     assert ("one runs in two halves, not in one piece: its bits" in caplog.text) == (size is None)
 
 
+@pytest.mark.parametrize(("device", "plain"), [("cuda", False), ("cuda", True), ("cpu", False)])
+def test_cudnn_tries_its_algorithms_where_a_gpu_runs_an_engine_that_is_checked(
+    device: str,
+    plain: bool,
+    ensemble: Ensemble,
+    halved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not in the check, whose shape never comes again, nor where an engine broke the GPU."""
+    seen = list[bool]()
+
+    def load(*_: object) -> dict[str, Member]:
+        seen.append(torch.backends.cudnn.benchmark)
+        return ensemble.members
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr("kernel.ensemble.load_members", load)
+    manifest, on = load_manifest(halved), torch.device(device)
+    load_ensemble(halved, manifest, on, Stages(), image=None, plain=plain)
+    assert seen == [False]
+    assert torch.backends.cudnn.benchmark == (device == "cuda" and not plain)
+
+
 def test_a_gate_never_raises_a_probability(ensemble: Ensemble) -> None:
     """The three members are one with a gate, one more, and one without: both kinds are mixed."""
     members = [ensemble.members[name] for name in ("unet-a", "fpn-b", "unet-c")]

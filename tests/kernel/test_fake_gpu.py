@@ -132,7 +132,7 @@ def test_both_halves_run_in_fp16_on_the_gpu_and_give_fp32(name: str, gpu: FakeTe
     member = member_of(SPECS[name])
     weights = {(weight.device, weight.dtype) for weight in member.encoder.network.parameters()}
     assert weights == {(CUDA, torch.float16)}
-    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark  # before the check
     with gpu, Watch() as watch:
         gates, *features = member.encoder(torch.rand(BATCH, 1, 64, 96, device=CUDA))
         probabilities = member.decoder(gates, *features)
