@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kernel.logs import log
 
+GPU_LOST = 3  # exit code of a worker whose GPU runs nothing any more
+
 
 class DeviceLost(RuntimeError):
     """The GPU runs nothing any more."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from kernel.command import run_command
 from kernel.competition import load_competition
 from kernel.contact_sheet import Picture, draw_submission
-from kernel.device import DeviceLost
+from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
 from kernel.images import check_kinds
 from kernel.logs import Stages, log
@@ -30,7 +30,6 @@ from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
 
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
-GPU_LOST = 3  # exit code of a worker
 CHECK_S = 0.02  # seconds that the validator may take for an image; 0.007 were measured
 
 

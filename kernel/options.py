@@ -29,6 +29,7 @@ class Options:
     worker: bool = False  # one of several processes, for rows of its own
     budget_s: float | None = None  # from the start of `run`; None: the competition's limit
     strict: bool = False  # a strip that failed is an error
+    plain: bool = False  # no engine but fp32 PyTorch: where one broke a GPU down
     allow_missing_members: bool = False
     report: Path | None = None  # None is run.json beside the output
 
@@ -94,6 +95,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     about = "seconds until everything is written; default: the competition's limit, an hour"
     add("--budget-s", type=float, help=about)
     add("--strict", action="store_true", help="exit code 1 where a strip failed")
+    add("--plain", action="store_true", help="run PyTorch in fp32 alone, slowly")
     add("--allow-missing-members", action="store_true", help="go on without a bad member")
     about = "seconds, work per strip and every failed strip (default: run.json beside the output)"
     add("--report", type=Path, help=about)

@@ -313,7 +313,7 @@ def _first_backend(context: RunContext) -> Backend:
     given_gpu = context.options.worker and os.environ.get("CUDA_VISIBLE_DEVICES")
     if given_gpu and device.type == "cpu":
         raise DeviceLost("the GPU of this worker does not work")  # another's may
-    return Backend(device)
+    return Backend(device, context.options.plain)
 
 
 def _attempt(

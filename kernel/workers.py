@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kernel.command import BAD_INPUT
+from kernel.device import GPU_LOST
 from kernel.faults import one_line
 from kernel.logs import Stages, log
 from kernel.options import arguments_of
@@ -100,9 +102,18 @@ def worker_budget_s(left_s: float) -> float:
 
 
 def start_worker(
-    context: RunContext, task: Task, folder: Path, number: int, count: int, gpu: str
+    context: RunContext,
+    task: Task,
+    folder: Path,
+    number: int,
+    count: int,
+    gpu: str,
+    plain: bool = False,
 ) -> Worker:
-    """Start this script once more, for a task of its own on one GPU: one of `count` that run."""
+    """Start this script once more, for a task of its own on one GPU: one of `count` that run.
+
+    With `plain` it runs no engine.
+    """
     options = context.options
     csv = folder / f"{number}.csv"
     if csv.with_suffix(".sample").exists():  # of the one before it
@@ -118,6 +129,7 @@ def start_worker(
         batch_size=1 if alone else options.batch_size,
         streams=1 if alone else options.streams,
         budget_s=worker_budget_s(context.until_watchdog_s()),
+        plain=plain or options.plain,
     )
     command = [sys.executable, str(find_script(context.bundle)), *arguments_of(own)]
     threads = max((os.cpu_count() or 1) // count, 1)
@@ -234,7 +246,10 @@ def _collect(workers: Iterable[Worker], submission: Submission) -> None:
 def _follow_crashed(
     context: RunContext, workers: list[Worker], folder: Path, count: int, again: bool
 ) -> bool:
-    """Start a worker for what each one leaves that crashed, once; False where that is not to be."""
+    """Start a worker for what each one leaves that crashed, once; False where that is not to be.
+
+    On a GPU that broke down it runs no engine, which would break it again. There PyTorch may abort.
+    """
     for worker in [each for each in workers if each.crashed and not each.crash_handled]:
         worker.crash_handled = True
         worker.collect(context.submission)  # its last rows
@@ -243,10 +258,12 @@ def _follow_crashed(
             continue
         if not again or worker.is_replacement:
             return False
+        code, number, gpu = worker.process.returncode, worker.number, worker.gpu
         what = "worker %d ended with exit code %d: the %d images that it leaves run in another"
-        log.warning(what, worker.number, worker.process.returncode, len(rest.names))
+        plain = code == GPU_LOST or (code == -signal.SIGABRT and bool(gpu))
+        log.warning(f"{what}, on plain PyTorch" if plain else what, number, code, len(rest.names))
         try:
-            workers.append(start_worker(context, rest, folder, worker.number, count, worker.gpu))
+            workers.append(start_worker(context, rest, folder, number, count, gpu, plain))
         except OSError as error:
             log.warning("no other can be started: %s", one_line(error))
             return False

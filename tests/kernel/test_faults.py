@@ -252,6 +252,20 @@ def test_a_device_that_stays_lost_is_not_tried_for_ever(
     assert record["faults"] == dict.fromkeys(NAMES, "was not predicted")
 
 
+def test_a_run_on_plain_pytorch_begins_with_it(
+    session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[bool]()
+
+    def run_plain(*given: Any, **options: Any) -> None:
+        asked.append(options["plain"])
+        predict_on(*given, **options)
+
+    monkeypatch.setattr("kernel.predict.predict_on", run_plain)
+    assert not predict(session_light, images, images.parent / "s.csv", plain=True)["faults"]
+    assert asked == [True]
+
+
 def test_what_fails_every_way_before_a_strip_is_done_is_raised(
     session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,35 @@ def test_workers_that_lose_their_gpus_are_followed_by_new_ones(
     assert list(record["faults"]) == ["3.png"]
 
 
+@pytest.mark.parametrize(
+    ("ends", "gpu", "plain"),
+    [
+        ("os._exit(3)", "0", True),
+        ("os.abort()", "0", True),
+        ("os.abort()", "", False),
+        ("os.kill(os.getpid(), 9)", "0", False),
+    ],
+)
+def test_where_a_gpu_is_lost_the_next_worker_runs_no_engine(
+    ends: str, gpu: str, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What broke the GPU would break it again."""
+    popen, commands = subprocess.Popen, list[list[str]]()
+
+    def start(command: list[str], **_: object) -> Any:
+        commands.append(command)
+        return popen([sys.executable, "-c", f"import os; {ends}"])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.01)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    begin = time.monotonic()
+    run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
+    run_workers(run, task, [gpu], again=True)
+    assert [parse_options(words[2:]).plain for words in commands] == [False, plain]
+
+
 def read_submission_of(data: bytes, path: Path) -> dict[tuple[str, int], str]:
     """The rows of a submission's bytes."""
     path.write_bytes(data)
@@ -521,7 +550,13 @@ def started(
     "options",
     [
         Options(),
-        Options(sample=Path("s.csv"), batch_size=3, early_exit=False, allow_missing_members=True),
+        Options(
+            sample=Path("s.csv"),
+            batch_size=3,
+            early_exit=False,
+            plain=True,
+            allow_missing_members=True,
+        ),
         Options(input=Path("in"), layout="two-column", workers=3, strict=True, streams=2),
     ],
     ids=["defaults", "all changed", "those of the first process alone"],
