@@ -32,8 +32,8 @@ class Tally:
     on what else is in the batch. They do not as long as the batch has one size, so all are padded
     to it: tested bit by bit on the CPU. But PyTorch's loops there leave a tensor's end to scalar
     code, which may round otherwise, so it is certain of batches of one alone. A GPU's libraries
-    promise no more than they document; after running out of memory the size is another, and last
-    bits may be.
+    promise no more than they document; after running out of memory, and there with images of many
+    sizes, the size is another, and last bits may be.
 
     Two things take passes away, and the proof begins anew with the K that is left: `settle` of one
     that gave NaN, and `finalize` where the hour ends before the last pass. Whether a decoder that

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, free_memory, is_out_of_memory, to_host
 from kernel.early_exit import Tally
+from kernel.engines import MAX_CACHED_SHAPES
 from kernel.images import Image, Size, Strip, size_of
 from kernel.logs import Stages, log
 from kernel.manifest import Manifest
@@ -223,6 +224,7 @@ class Scheduler:
     ) -> None:
         self.source, self.batch_size, self.early_exit = source, batch_size, early_exit
         self.smaller = dict[torch.Size, int]()  # batches of images that memory was too small for
+        self.shapes = set[torch.Size]()  # of images that a GPU ran
         self.room = FEATURES_SHARE * free_memory(source.device)  # bytes for features that are kept
         self.bytes_a_value = 0.0  # the most that a strip kept for each value of its images
         self.threads, self.stopped = threads, False
@@ -431,7 +433,7 @@ class Scheduler:
         self, step: Step, pass_id: int, states: list[StripState]
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What a step's networks give: gates with features, and probabilities."""
-        source, size, batch_size = self.source, states[0].size, self._batch_size_of(states[0])
+        source, size, batch_size = self.source, states[0].size, self._padded_size(states)
         if step == DECODE:
             oldest = zip(*(state.encoded[0] for state in states), strict=True)
             encoded = [pad_batch(tensors, batch_size) for tensors in oldest]
@@ -441,6 +443,20 @@ class Scheduler:
             return source.run_encoder(pass_id, images), None
         gates, probabilities = source.run_pass(pass_id, images, size)
         return (gates,), probabilities
+
+    def _padded_size(self, states: list[StripState]) -> int:
+        """What a batch of strips is filled up to: a power of two on a GPU that ran many shapes.
+
+        There cuDNN would try its algorithms for each of them.
+        """
+        size = self._batch_size_of(states[0])
+        if self.source.device.type != "cuda":
+            return size
+        self.shapes.add(states[0].images.shape)
+        if len(self.shapes) <= MAX_CACHED_SHAPES:
+            return size
+        torch.backends.cudnn.benchmark = False
+        return int(min(size, 2 ** math.ceil(math.log2(len(states)))))
 
     def _settle(self, states: list[StripState], found: npt.NDArray[np.float64]) -> None:
         """End a step; masks of strips that end with it come from the device together."""
