@@ -45,6 +45,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, memory_format=torch.channels_last if half else torch.contiguous_format)
 
 
+def _fp32_logits(outputs: Tensor) -> Tensor:
+    """A network's outputs in fp32; NaN where fp16 was too small, which a sigmoid would hide."""
+    logits = _cast(outputs, torch.float32)
+    return logits if outputs is logits else logits.where(logits.isfinite(), torch.nan)
+
+
 def _shift_of(shift: float | list[float]) -> Tensor | None:
     """One number, or one a class, as a tensor (1 or classes,); None where nothing is added."""
     values = shift if isinstance(shift, list) else [shift]  # with numbers alone: it may be meta
@@ -82,7 +88,7 @@ class Encoder(nn.Module):
         features, presence = self._run_network(_cast(images, self.dtype))
         if presence is None:
             return images.new_ones(images.shape[0], self.classes), *features
-        presence = _cast(_select(presence, self.channels), torch.float32)
+        presence = _fp32_logits(_select(presence, self.channels))
         if self.shift is not None:
             presence = presence + self.shift
         return torch.sigmoid(presence), *features
@@ -120,9 +126,9 @@ class Decoder(nn.Module):
         else:
             logits = self.network.segmentation_head(self.network.decoder(list(features)))
         if self.softmax:
-            masks = _select(_cast(logits, torch.float32).softmax(1), self.channels)
+            masks = _select(_fp32_logits(logits).softmax(1), self.channels)
             return masks * gates[:, :, None, None]
-        logits = _cast(_select(logits, self.channels), torch.float32)
+        logits = _fp32_logits(_select(logits, self.channels))
         if self.shift is not None:
             logits = logits + self.shift[:, None, None]
         return torch.sigmoid(logits) * gates[:, :, None, None]

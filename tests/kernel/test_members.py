@@ -102,6 +102,23 @@ def test_a_softmax_is_over_all_outputs_the_background_too(
     assert found.dtype == torch.float32 and (found <= gates[..., None, None]).all()
 
 
+@pytest.mark.parametrize("bias", [1e5, -1e5])
+@pytest.mark.parametrize("head", ["classification_head.3", "segmentation_head.0"])
+def test_logits_that_fp16_cannot_hold_are_nan_there_and_numbers_in_fp32(
+    head: str, bias: float, dataset: Path
+) -> None:
+    """Its largest number is 65,504; a sigmoid would make 1 or 0 of infinity."""
+    plain = load_member(dataset, spec_of(dataset), CPU)
+    network = plain.encoder.network
+    with torch.inference_mode():
+        network.get_submodule(head).bias.fill_(bias)
+        images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
+        assert plain(images).isfinite().all()
+        half = split_network(to_half_precision(network), plain.spec, CPU)
+        assert half(images).isnan().all()
+        assert half.encoder(images)[0].isnan().all() == head.startswith("classification")
+
+
 def test_a_missing_member_is_named(light_bundle: Path) -> None:
     (light_bundle / "fpn.safetensors").unlink()
     with pytest.raises(ValueError, match=r"fpn\.safetensors: no such file; the bundle is not whol"):
