@@ -225,7 +225,7 @@ def _take(
         work = outcome.work[name] = scheduler.work(state)
         if not (fp16 and work.nan):
             return False
-        outcome.faults[name] = f"passes {work.nan} give NaN in fp16"
+        outcome.faults[name] = f"passes {list(work.nan)} give NaN in fp16"
         outcome.failed.add(name)
         return True
     outcome.faults[name] = state.fault

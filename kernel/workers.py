@@ -199,6 +199,11 @@ class Round:
         """Whether those that died did so because of what they were given."""
         return set(self.exit_codes.values()) <= REFUSALS
 
+    @property
+    def killed(self) -> bool:
+        """Whether one died of what would end this process, too."""
+        return not set(self.exit_codes.values()) <= {*REFUSALS, GPU_LOST}
+
 
 def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
     """Share a task among a worker on each of `gpus`; their masks go to the submission.
@@ -349,10 +354,10 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
     that leaves runs on the other GPUs. Where those crash too a worker on the CPU runs what all had
     begun: the image at which it dies is left out, and the GPUs go on. What killed a worker would
-    end the run, so images run in this process only where every worker refused its input: then it
-    says why.
+    end the run, so images run in this process only where every worker refused its input, or where
+    the CPU's did after GPUs that gave nothing: then it says why.
     """
-    outcome, rest, died, done = Outcome(), task, "", context.submission.done
+    outcome, rest, died, done, killed = Outcome(), task, "", context.submission.done, False
     places = Places(gpus_of(count), gpus_of(count))
     for attempt in itertools.count():
         given, n_before = places.take(rest), len(done)
@@ -367,7 +372,9 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
         outcome.add(found.outcome)
         if found.exit_codes:
             died = _why_died(context, found, len(places.gpus) or 1)
-            if attempt == 0 and not done and found.refused:
+            killed = killed or found.killed
+            first_or_last = attempt == 0 or not places.gpus
+            if found.refused and first_or_last and not (killed or done):
                 log.warning("all of them did so, and all images run in this process")
                 return predict_here(context, task)  # it says what is wrong, as in one process
             if found.image_at_death and found.image_at_death not in done and not places.gpus:

@@ -485,6 +485,22 @@ def test_what_every_worker_refuses_is_refused_in_this_process(
     assert len(calls) == 1 and outcome.faults == {"a.jpg": "here"}
 
 
+@pytest.mark.parametrize(
+    ("code", "done", "here"), [(3, set(), True), (3, {"4.png"}, False), (-11, set(), False)]
+)
+def test_what_the_cpu_refuses_where_the_gpus_gave_nothing_is_refused_in_this_process(
+    code: int, done: set[str], here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that cannot be imported looks like a lost GPU there."""
+    monkeypatch.setattr("kernel.workers.predict_here", lambda *_: Outcome({"a.jpg": "here"}))
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    submission.done |= done
+    lost = replace(DIES, codes={1: 3, 2: code}, lost={"0", "1"})
+    outcome, calls = rounds_of([lost, replace(DIES, codes={1: 2})], submission, monkeypatch)
+    assert calls[:2] == [["0", "1"], [""]]
+    assert (outcome.faults == {"a.jpg": "here"}) == here
+
+
 def test_a_later_worker_that_cannot_be_started_costs_what_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
