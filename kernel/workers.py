@@ -30,6 +30,7 @@ COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
 ENDING_S = 30.0  # that an interrupted worker has for its last save
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
+STALLED_S = 600.0  # without a strip that begins or ends, where another worker has done its own
 MAX_FRUITLESS_ROUNDS = 3  # on the CPU in a row, that give no image
 REFUSALS = {1, BAD_INPUT}  # exit codes of a traceback and of bad input: no crash
 
@@ -49,6 +50,7 @@ class Worker:
     is_replacement: bool = False  # of one that crashed
     crash_handled: bool = False
     ended_unasked: bool = False
+    stalled: bool = False  # and was killed for it
     taken_ns: int = 0  # when the csv was written that was taken over last
 
     @property
@@ -74,6 +76,11 @@ class Worker:
         self.taken_ns, rules = written_ns, submission.layout.competition
         for image, label, rle in read_rows(self.csv, competition=rules, cut_off=0)[1]:
             submission.set_masks(image, {label: rle})
+
+    def idle_s(self) -> float:
+        """Seconds since it was started, began an image or saved one."""
+        paths = [self.csv.with_suffix(suffix) for suffix in (".sample", ".csv", LAST)]
+        return time.time() - max(path.stat().st_mtime for path in paths if path.is_file())
 
     def last_image(self) -> str:
         """The image that it began last, by what `note_names` writes beside its csv."""
@@ -225,6 +232,7 @@ def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: boo
                 time.sleep(COLLECT_S)
                 running, started = not all(worker.ended for worker in workers), len(workers)
                 _collect(workers, context.submission)
+                _kill_stalled(workers)
                 if not context.deadline().over:
                     if not _follow_crashed(context, workers, folder, count, again):
                         break
@@ -248,6 +256,17 @@ def _collect(workers: Iterable[Worker], submission: Submission) -> None:
     submission.save_throttled()
 
 
+def _kill_stalled(workers: Sequence[Worker]) -> None:
+    """Kill workers that hang where another has ended with a record: what they leave has a place."""
+    if not any(worker.record.is_file() for worker in workers):
+        return
+    for worker in workers:
+        if not (worker.ended or worker.stalled) and worker.idle_s() > STALLED_S:
+            log.warning("worker %d has done nothing for %.0f s: killed", worker.number, STALLED_S)
+            worker.stalled = True
+            worker.process.kill()
+
+
 def _follow_crashed(
     context: RunContext, workers: list[Worker], folder: Path, count: int, again: bool
 ) -> bool:
@@ -261,7 +280,7 @@ def _follow_crashed(
         rest = worker.task.without(context.submission.done)
         if not rest.names:
             continue
-        if not again or worker.is_replacement:
+        if not again or worker.is_replacement or worker.stalled:
             return False
         code, number, gpu = worker.process.returncode, worker.number, worker.gpu
         what = "worker %d ended with exit code %d: the %d images that it leaves run in another"

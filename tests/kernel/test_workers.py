@@ -730,6 +730,49 @@ def test_a_worker_that_hangs_is_killed_before_the_hour_ends(
     assert context.left_s() > 0
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_worker_that_hangs_is_killed_when_another_has_done_its_own(
+    writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves goes to the other's GPU; not while it still saves strips."""
+    workers, sleep = list[Worker](), time.sleep
+
+    def start(command: list[str], **_: object) -> Any:
+        code = "import time; time.sleep(60)" if commands else ""
+        commands.append(command)
+        return popen([sys.executable, "-c", code])
+
+    def started_worker(*given: Any) -> Worker:
+        worker = start_worker(*given)
+        workers.append(worker)
+        if len(workers) == 1:
+            worker.process.wait()
+            worker.record.touch()
+        long_ago = time.time() - 700
+        for path in worker.csv.parent.iterdir():
+            os.utime(path, (long_ago, long_ago))
+        return worker
+
+    def wait(seconds: float) -> None:
+        sleep(seconds)
+        if writes:
+            workers[1].csv.with_suffix(".last").touch()
+            workers[1].process.terminate()  # at last
+
+    popen, commands = subprocess.Popen, list[list[str]]()
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("kernel.workers.start_worker", started_worker)
+    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.01)
+    monkeypatch.setattr(time, "sleep", wait)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    begin = time.monotonic()
+    run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
+    found = run_workers(run, task, ["0", "1"], again=False)
+    assert found.codes[2] == (-15 if writes else -9)
+    assert found.lost >= {"1"} and workers[1].stalled != writes
+
+
 WORKS = """
 import pathlib, signal, sys, time
 output = pathlib.Path(sys.argv[1])
