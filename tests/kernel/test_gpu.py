@@ -38,8 +38,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def masks_of(bundle: Path, images: Path, output: Path, **options: Any) -> np.ndarray:
-    """Masks (strips, classes, H, W) that a run writes; it runs on the GPU, and no strip fails."""
-    record = predict(bundle / "dataset", images, output, **options)
+    """Masks (strips, classes, H, W) that a run writes; it runs on the GPU, and no strip fails.
+
+    In this process, unless told otherwise: patches and logs reach no other.
+    """
+    record = predict(bundle / "dataset", images, output, **{"workers": 1} | options)
     assert not record["faults"]
     assert record["device"] == "cuda"
     rows = read_submission(output)
