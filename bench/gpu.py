@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kernel.command import run_command
 from kernel.competition import IMAGE_SIZE
-from kernel.device import pick_device
+from kernel.device import is_out_of_memory, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.logs import Stages, log
@@ -121,7 +121,9 @@ def sweep_batches(
             torch.cuda.reset_peak_memory_stats(device)
         try:
             seconds = seconds_of(run, device)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         rows[str(batch)] = {
             "images_a_second": batch / seconds,

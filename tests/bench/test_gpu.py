@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from bench import gpu
-from kernel.manifest import load_manifest
+from kernel.ensemble import Ensemble
+from kernel.logs import Stages
+from kernel.manifest import Manifest, load_manifest
 from kernel.members import load_member
+from kernel.tta import Pass
 
 CPU = torch.device("cpu")
 
@@ -59,6 +62,33 @@ def test_all_sections_end_in_one_file_and_a_table(
         f"every pass: strips_a_second {found['strips']['every pass']['strips_a_second']:.4g}"
         in (printed)
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "rows"),
+    [
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), ["1", "2"]),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), ["1", "2"]),
+        (RuntimeError("no kernel image is available"), None),
+    ],
+    ids=str,
+)
+def test_the_sweep_ends_at_the_batch_that_memory_is_too_small_for(
+    error: Exception, rows: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble = Ensemble(Manifest([]), [], CPU, Stages())
+    ensemble.passes = [Pass("a", "none", (1, 1))]
+
+    def run_pass(pass_id: int, images: torch.Tensor, size: Any) -> None:
+        if len(images) > 2:
+            raise error
+
+    monkeypatch.setattr(ensemble, "run_pass", run_pass)
+    if rows:
+        assert list(gpu.sweep_batches(ensemble, 1.0, (8, 8), (1, 2, 4, 8))) == rows
+        return
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        gpu.sweep_batches(ensemble, 1.0, (8, 8), (1, 2, 4, 8))
 
 
 def test_a_section_that_fails_or_comes_too_late_is_named() -> None:
