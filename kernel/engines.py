@@ -21,6 +21,7 @@ from kernel.reference import answers, read_reference, reference_file
 from kernel.tta import Half
 
 MAX_CACHED_SHAPES = 4  # of strips that an engine is compiled for at a time
+TENSOR_CORES = (7, 0)  # the first compute capability that has them: Volta's
 TOLERANCE = 1e-3  # mean difference of probabilities; fp16's is below, a wrong network's far above
 
 
@@ -179,11 +180,11 @@ def to_half_precision(network: nn.Module) -> nn.Module:
 def compile_member(plain: Member, device: torch.device) -> Member:
     """Return a member on PyTorch with batch norm folded; on a GPU in fp16, channels last.
 
-    `plain` stays as it is.
+    So where it has tensor cores, else in fp32. `plain` stays as it is.
     """
     network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES:
         network = to_half_precision(network)
     return split_network(network, plain.spec, device)
 

@@ -115,6 +115,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**34))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     return mode
 
 
@@ -149,6 +150,15 @@ def test_both_halves_run_in_fp16_on_the_gpu_and_give_fp32(name: str, gpu: FakeTe
     if not member.encoder.monolithic:
         images = features[1:]  # the first is the input, of one channel or as it was
         assert all(each.is_contiguous(memory_format=torch.channels_last) for each in images)
+
+
+def test_without_tensor_cores_a_member_runs_in_fp32(
+    gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 0))
+    network = member_of(SPECS["three channels"]).encoder.network
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.decoder.modules())
 
 
 @torch.inference_mode()
