@@ -17,12 +17,14 @@ from kernel.images import Image, Size, image_to_tensor, pad_to_multiple, resize_
 from kernel.logs import Stages, log
 from kernel.manifest import MemberSpec
 from kernel.members import Member, split_network
-from kernel.reference import answers, read_reference, reference_file
+from kernel.reference import answers, logits_of, read_reference, reference_file
 from kernel.tta import Half
 
 MAX_CACHED_SHAPES = 4  # of strips that an engine is compiled for at a time
 TENSOR_CORES = (7, 0)  # the first compute capability that has them: Volta's
-TOLERANCE = 1e-3  # mean difference of probabilities; fp16's is below, a wrong network's far above
+# Mean differences of gates, a few numbers, and of masks, then of their logits; fp16's are below,
+# those of a wrong network far above:
+TOLERANCES = (5e-3, 1e-3, 0.1, 0.1)
 
 
 # --- OpenVINO -------------------------------------------------------------------------------------
@@ -200,8 +202,8 @@ def differences(
 ) -> list[float]:
     """Mean differences of two members' gates, and of their masks with all gates open.
 
-    Both see a crop (1, channels, H, W), padded. Some networks (DPT, Swin) take images of one size
-    alone, `size`: for them it is resized.
+    First those of probabilities, then those of their logits. Both see a crop (1, channels, H, W),
+    padded. Some networks (DPT, Swin) take images of one size alone, `size`: for them it is resized.
     """
     images = pad_to_multiple(crop, plain.stride)
     try:
@@ -211,7 +213,8 @@ def differences(
             raise
         images = pad_to_multiple(resize_images(crop, size), plain.stride)
         expected = answers(plain, images)
-    pairs = zip(expected, answers(other, images), strict=True)
+    pairs = list(zip(expected, answers(other, images), strict=True))
+    pairs += [(logits_of(a), logits_of(b)) for a, b in pairs]
     return [(a - b).abs().mean().item() for a, b in pairs]
 
 
@@ -226,14 +229,15 @@ def check_engine(
 
     Both see one crop of an image, grey or RGB, in a quarter of a strip's time. Strips are resized
     to `size`, and the crop for a member that takes no other. Gates and masks are compared apart: a
-    shut gate would hide wrong masks. Without an image nothing is checked.
+    shut gate would hide wrong masks; and by their logits too: on a clean strip all probabilities
+    are near 0. Without an image nothing is checked.
     """
     if image is None:
         return engine
     crop = image_to_tensor(highest_contrast_crop(image), device)
     try:
         apart = differences(plain, engine, crop, size)
-        agree = all(difference <= TOLERANCE for difference in apart)  # which NaN is not
+        agree = all(each <= most for each, most in zip(apart, TOLERANCES, strict=True))  # NaN not
         fault = "" if agree else f"gates and masks are {apart} apart"
     except Exception as error:  # a failed engine must not cost the submission
         fault = repr(error)

@@ -50,14 +50,16 @@ class Reference:
                 raise ValueError(f"packed with {key} {packed}, the manifest says {entry[key]}")
         pairs = zip(answers(member, self.images), (self.gates, self.masks), strict=True)
         apart = [
-            (_logits(found) - _logits(expected)).abs().mean().item() for found, expected in pairs
+            (logits_of(found) - logits_of(expected)).abs().mean().item()
+            for found, expected in pairs
         ]
         if not all(difference <= LOGIT_TOLERANCE for difference in apart):  # NaN is not
             found = " and ".join(f"{difference:.2g}" for difference in apart)
             raise ValueError(f"logits of gates and masks are {found} from PyTorch's")
 
 
-def _logits(probabilities: Tensor) -> Tensor:
+def logits_of(probabilities: Tensor) -> Tensor:
+    """Return the logits of probabilities, but for those very near 0 and 1."""
     return torch.logit(probabilities.clamp(MIN_PROBABILITY, MAX_PROBABILITY))
 
 

@@ -131,10 +131,31 @@ def test_wrong_masks_show_behind_a_shut_gate(plain: Member) -> None:
     assert check_engine(wrong, shut, GREY, CPU) is shut
 
 
+FAINT: dict[str, Any] = {  # all probabilities near 0, as on a clean strip
+    "gates": lambda p, by: replace(
+        p, encoder=lambda x: (p.encoder(x)[0] * 1e-4 * by, *p.encoder(x)[1:])
+    ),
+    "masks": lambda p, by: replace(p, decoder=lambda *parts: p.decoder(*parts) * 1e-4 * by),
+}
+
+
+@pytest.mark.parametrize(("by", "kept"), [(0, False), (0.5, False), (1.05, True)])
+@pytest.mark.parametrize("which", FAINT)
+def test_where_all_is_near_0_what_differs_shows(
+    which: str, by: float, kept: bool, plain: Member
+) -> None:
+    faint, engine = FAINT[which](plain, 1), FAINT[which](plain, by)
+    assert check_engine(engine, faint, GREY, CPU) is (engine if kept else faint)
+
+
 def test_an_engine_that_agrees_within_rounding_is_kept(
     plain: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
-    close = replace(plain, decoder=lambda *parts: plain.decoder(*parts) + 1e-4)
+    close = replace(
+        plain,
+        encoder=lambda x: (plain.encoder(x)[0] * (1 - 2e-3), *plain.encoder(x)[1:]),
+        decoder=lambda *parts: plain.decoder(*parts) + 1e-4,
+    )
     assert check_engine(close, plain, GREY, CPU) is close
     assert not caplog.text
 
