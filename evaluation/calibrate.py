@@ -191,17 +191,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def calibrate(args: argparse.Namespace) -> int:
     """Find the shifts and print them; write ensemble.json if asked."""
     manifest = load_manifest(args.bundle)
-    if not any(spec.gated for spec in manifest.members):
-        raise ValueError(
-            f"{args.bundle}: no member has a presence head, so there is no gate to calibrate; "
-            "name the bundle of members that have one"
-        )
     folder, names = open_images(args.images, manifest.competition)
     shares = args.shares or share_of_classes(args.data, manifest)
     if len(shares) != manifest.classes or not all(0 < share < 1 for share in shares):
         raise ValueError(
             f"shares {shares}: expected {manifest.classes}, each above 0 and below 1; "
             "a class without an image cannot be calibrated"
+        )
+    if not any(spec.gated for spec in manifest.members):
+        raise ValueError(
+            f"{args.bundle}: no member has a presence head, so there is no gate to calibrate; "
+            "name the bundle of members that have one"
         )
     if args.write:
         check_place(args.write)

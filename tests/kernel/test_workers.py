@@ -495,8 +495,8 @@ def test_what_the_cpu_refuses_where_the_gpus_gave_nothing_is_refused_in_this_pro
     monkeypatch.setattr("kernel.workers.predict_here", lambda *_: Outcome({"a.jpg": "here"}))
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     submission.done |= done
-    lost = replace(DIES, codes={1: 3, 2: code}, lost={"0", "1"})
-    outcome, calls = rounds_of([lost, replace(DIES, codes={1: 2})], submission, monkeypatch)
+    lost = replace(DIES, exit_codes={1: 3, 2: code}, lost={"0", "1"})
+    outcome, calls = rounds_of([lost, replace(DIES, exit_codes={1: 2})], submission, monkeypatch)
     assert calls[:2] == [["0", "1"], [""]]
     assert (outcome.faults == {"a.jpg": "here"}) == here
 
@@ -769,7 +769,7 @@ def test_a_worker_that_hangs_is_killed_when_another_has_done_its_own(
     begin = time.monotonic()
     run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
     found = run_workers(run, task, ["0", "1"], again=False)
-    assert found.codes[2] == (-15 if writes else -9)
+    assert found.exit_codes[2] == (-15 if writes else -9)
     assert found.lost >= {"1"} and workers[1].stalled != writes
 
 
