@@ -41,6 +41,7 @@ ALL_GIVEN = Options(
     worker=True,
     budget_s=66.75,
     strict=True,
+    plain=True,
     allow_missing_members=True,
     report=Path("report.json"),
 )
