@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from cluster.images import ImageSet
 from cluster.output import Output, Parts, Totals
@@ -44,6 +46,7 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # of what starts here; by itself it is 15
     # Readers and writers idle while a part is predicted; new ones would import all of it again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    warnings.simplefilter("ignore", RayDeprecationWarning)  # of retries, which nothing else bounds
     try:
         _knock(address)
         dashboard = False if address == "local" else None  # one that is joined has its own

@@ -365,6 +365,15 @@ def test_weights_that_were_fitted_on_strips_that_are_held_out_now_are_told(
         assert told == (warned if data == strips.fingerprint() else [])
 
 
+def test_a_fit_tells_so_before_its_first_step(
+    again: Path, steel: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = again / "mine.safetensors"
+    options = ["--start-from", start, "--fold", 2]
+    assert run_train(steel, again, *options) == 2  # the states are of fold 1
+    assert f"--start-from {start}: was fitted on strips that are held out now" in caplog.text
+
+
 # --- what it refuses ------------------------------------------------------------------------------
 
 
