@@ -83,7 +83,7 @@ class Outcome:
     """What became of every image; its masks are in the submission."""
 
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
-    failed: set[str] = field(default_factory=set)  # that the networks failed on, in all or a pass
+    failed: set[str] = field(default_factory=set)  # those of them that the networks failed on
     work: dict[str, StripWork] = field(default_factory=dict)  # image → what ran for it
     passes: list[Pass] = field(default_factory=list)  # that were loaded; `work` has their numbers
     dropped: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
@@ -188,21 +188,19 @@ def predict_task(
     stages.threads = scheduler.threads
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)
-    fp16 = patience < math.inf and scheduler.source.device.type == "cuda"
     with progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
             if not state.fault:
                 sizes.add(state.strip.name, state.size)
-            failed = _take(state, scheduler, submission, outcome, fp16)
-            in_a_row = in_a_row + failed if failed or state.fault else 0
+                in_a_row = 0
+            in_a_row += _take(state, scheduler, submission, outcome)
             with stages("write"):
                 submission.save_throttled()
             before, since = time.monotonic(), before
             outcome.strip_s[state.strip.name] = before - since
             bar.update()
             if in_a_row >= patience:
-                fault = outcome.faults[state.strip.name]
-                raise EngineFails(f"on {in_a_row} images in a row {fault}")
+                raise EngineFails(f"on {in_a_row} images in a row {state.fault}")
     sizes.log_counts()
     late = sum(fault == TOO_LATE for fault in outcome.faults.values())
     if late:
@@ -210,24 +208,19 @@ def predict_task(
 
 
 def _take(
-    state: StripState, scheduler: Scheduler, submission: Submission, outcome: Outcome, fp16: bool
+    state: StripState, scheduler: Scheduler, submission: Submission, outcome: Outcome
 ) -> bool:
     """Take a strip's masks into the submission, or its fault into the outcome.
 
-    Return whether the networks failed on it. So they did where a pass gave NaN in `fp16`; the
-    others' masks stand until it is run again.
+    Return whether the networks failed on it.
     """
     name, rules = state.strip.name, submission.layout.competition
     if not state.fault:
         with scheduler.source.stages("rle"):
             masks = enumerate(state.masks, 1)
             submission.set_masks(name, {label: encode_rle(mask, rules) for label, mask in masks})
-        work = outcome.work[name] = scheduler.work(state)
-        if not (fp16 and work.nan):
-            return False
-        outcome.faults[name] = f"passes {list(work.nan)} give NaN in fp16"
-        outcome.failed.add(name)
-        return True
+        outcome.work[name] = scheduler.work(state)
+        return False
     outcome.faults[name] = state.fault
     if state.fault == TOO_LATE:  # one of many: they are counted
         return False
@@ -369,7 +362,7 @@ def predict_here(context: RunContext, task: Task) -> Outcome:
         bundle_fault = rest is task or (last and not outcome.work)
         lost, fault = _attempt(backend, context, rest, found, bundle_fault)
         outcome.add(found)
-        rest = rest.without((found.work.keys() | found.faults.keys()) - found.failed)
+        rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
         more = rest.names and not context.deadline().over
         backend = backend.next_after(lost) if more else None
         if backend:

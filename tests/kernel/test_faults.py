@@ -42,8 +42,8 @@ from kernel import ensemble, inference
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
-from kernel.ensemble import Ensemble, load_ensemble
-from kernel.images import Image, Mask, image_to_tensor
+from kernel.ensemble import Ensemble
+from kernel.images import Image, Mask
 from kernel.members import Member
 from kernel.predict import Backend, RunContext, predict_on
 from kernel.rle import encode_rle
@@ -165,51 +165,6 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
     [line] = [line for line in caplog.messages if line.startswith(reason)]
     assert "the last 6 images run again, on plain PyTorch" in line
-
-
-@pytest.mark.parametrize(("patience", "late"), [(8, False), (1, False), (8, True)])
-def test_a_strip_of_which_fp16_gives_nan_runs_again_in_fp32(
-    patience: int,
-    late: bool,
-    bundle: Path,
-    images: Path,
-    whole: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """No GPU here: what stands for one is the CPU by its name. Too late, the other passes count."""
-    run_decoder, plain_ones = Ensemble.run_decoder, list[Ensemble]()
-
-    def load(*given: Any, **options: Any) -> Ensemble:
-        loaded = load_ensemble(*given, **options)
-        loaded.device = torch.device("cuda")
-        plain_ones.extend([loaded] * options["plain"])
-        return loaded
-
-    def overflow(self: Ensemble, pass_id: int, *given: Any) -> Tensor:
-        found = run_decoder(self, pass_id, *given)
-        return found if pass_id or self in plain_ones else found * torch.nan
-
-    def run_late(*given: Any, **options: Any) -> None:
-        monkeypatch.setattr(Deadline, "over", options["plain"] and late)
-        predict_on(*given, **options)
-
-    monkeypatch.setattr("kernel.predict.MAX_FAILURES", patience)
-    monkeypatch.setattr("kernel.predict.load_ensemble", load)
-    monkeypatch.setattr("kernel.predict.predict_on", run_late)
-    monkeypatch.setattr("kernel.scheduling.free_memory", lambda _: math.inf)
-    monkeypatch.setattr(Ensemble, "prepare", lambda _, image: image_to_tensor(image))
-    monkeypatch.setattr(Ensemble, "run_decoder", overflow)
-    record = predict(bundle, images, images.parent / "submission.csv")
-    assert not record["faults"] and record["work"].keys() == set(NAMES)
-    assert any(work["nan"] for work in record["work"].values()) == late
-    rows = read_submission(images.parent / "submission.csv")
-    assert all(any(rows[name, label] for label in LABELS) for name in NAMES)
-    assert (rows == read_submission(whole)) != late
-    [line] = [line for line in caplog.messages if "run again, on plain PyTorch" in line]
-    assert line.startswith(
-        "on 1 images in a row " * (patience == 1) + "passes [0] give NaN in fp16"
-    )
 
 
 def test_an_error_after_strips_that_are_done_ends_nothing(
