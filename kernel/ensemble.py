@@ -1,6 +1,7 @@
 """The ensemble: members × flips, each pass from an image to its gates and probabilities."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kernel.device import keep_freed_memory, share_freed_memory
 from kernel.engines import (
+    MAX_CACHED_SHAPES,
     OpenVino,
     check_engine,
     compile_member,
@@ -24,7 +26,7 @@ from kernel.members import Member, check_sha256, load_member, use_wheels
 from kernel.reference import reference_file
 from kernel.tta import Half, apply_flip, list_passes
 
-Seen = tuple[str, int, Size]  # a member, a batch's images and their (H, W)
+Shape = tuple[int, int, int]  # of a batch: images, H, W
 
 
 def _proof_cost(member: Member) -> tuple[bool, int, int]:
@@ -54,7 +56,7 @@ class Ensemble:
         self.sizes = {m.spec.name: m.spec.image_size or manifest.image_size for m in members}
         self.active: dict[int, str] = {}  # thread → the member that it runs
         self.lock = threading.Lock()
-        self.tried = set[Seen]()  # that ran both in halves and in one piece
+        self.tried = defaultdict[str, set[Shape]](set)  # by member: run in halves and in one piece
 
     def prepare(self, image: Image) -> Tensor:
         """Return an image, grey or RGB, as a pass takes it: (1, channels, H, W) in [0, 1]."""
@@ -82,10 +84,12 @@ class Ensemble:
     def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Return gates and probabilities of both halves, in one piece where the engine has one."""
         member, flip = self._activate(pass_id)
-        if member.whole is None:
+        tried, shape = self.tried[member.spec.name], self._shape_of(member, images)
+        many = shape not in tried and len(tried) == MAX_CACHED_SHAPES
+        if member.whole is None or many:
             encoded = self.run_encoder(pass_id, images)
             return encoded[0], self.run_decoder(pass_id, encoded, size)
-        if self._seen(member, images) not in self.tried:
+        if shape not in tried:
             return self._try_one_piece(pass_id, images, size)
         with self.stages.whole_pass(member.spec.name, self.passes[pass_id].flops):
             return self._run_whole(member, flip, images, size)
@@ -100,7 +104,8 @@ class Ensemble:
     def _try_one_piece(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Run a pass both ways; from here on the member runs in one piece if no bit differs.
 
-        An engine compiles each shape anew: what holds for one need not for another.
+        An engine compiles each shape anew: what holds for one need not for another. Where there are
+        more than it keeps, the others run in halves.
         """
         member, flip = self._activate(pass_id)
         encoded = self.run_encoder(pass_id, images)
@@ -117,13 +122,13 @@ class Ensemble:
         if fault:
             log.warning("%s runs in two halves, not in one piece: %s", member.spec.name, fault)
             self.members[member.spec.name] = replace(member, whole=None)
-        self.tried.add(self._seen(member, images))
+        self.tried[member.spec.name].add(self._shape_of(member, images))
         return halves
 
-    def _seen(self, member: Member, images: Tensor) -> Seen:
-        """Name a member and what it sees of images: how many, and their size."""
+    def _shape_of(self, member: Member, images: Tensor) -> Shape:
+        """Return what a member sees of images: how many, and their size."""
         height, width = self.sizes[member.spec.name] or images.shape[-2:]
-        return member.spec.name, len(images), (height, width)
+        return len(images), height, width
 
     def _resize_pad_flip(self, images: Tensor, member: Member, flip: str) -> Tensor:
         """Resize, pad and flip images to what a member takes under a flip."""
@@ -261,6 +266,7 @@ def load_ensemble(
     loaded = [members[spec.name] for spec in manifest.members if spec.name in members]
     if all(isinstance(member.encoder, OpenVino) for member in loaded):
         torch.set_num_threads(1)  # idle ones would spin on the cores that OpenVINO's run on
-    # Batches are filled up: few shapes, tried once each. The check's never comes again:
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not plain
+    if device.type == "cuda":
+        # Batches are filled up: few shapes, tried once each. The check's never comes again:
+        torch.backends.cudnn.benchmark = not plain
     return Ensemble(manifest, loaded, device, stages, streams)

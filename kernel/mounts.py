@@ -271,7 +271,7 @@ def list_zip(
     try:
         with zipfile.ZipFile(archive) as opened:
             paths = [path for path in opened.namelist() if not path.endswith("/")]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError) as error:
         log.warning("%s is no whole zip: %s", archive, error)
         return ()
     for path in paths:

@@ -120,7 +120,7 @@ class StripState:
 
     def cancel(self) -> None:
         """Give up what its next step launched: it failed, and may come again."""
-        self.arrived, self.tally.launched = (), (None, None)
+        self.pending_features, self.tally.launched = (), (None, None)
 
     def release_features(self) -> None:
         """Give up what is encoded and not decoded yet: those passes are encoded again."""

@@ -11,6 +11,7 @@ from kernel.mounts import (
     Loose,
     find_images,
     find_sample,
+    link_images,
     list_images,
     list_zip,
     no_images_fault,
@@ -135,6 +136,12 @@ def unpack_images(task: Task, competition: Competition) -> Task:
     """Return a task whose images lie in a folder: those of a zip are unpacked."""
     if task.images.is_dir():
         return task
-    zipped = set(task.names) - dict(task.loose).keys()
-    members = list_zip(task.images, zipped, competition)
-    return replace(task, images=unzip(task.images, members, task.loose))
+    loose = dict(task.loose)
+    members = list_zip(task.images, set(task.names) - loose.keys(), competition)
+    try:
+        return replace(task, images=unzip(task.images, members, task.loose))
+    except ValueError as error:
+        if not loose:
+            raise
+        log.warning("%s: the rows of its %d images stay empty", error, len(members))
+        return replace(task, images=link_images(loose))

@@ -70,7 +70,7 @@ def propose(sample: Path, images: Path) -> Proposal:
 
 
 def _code_fault(row: Row) -> str | None:
-    fault = number_fault(row[2])
+    fault = None if is_empty_mark(row[2]) else number_fault(row[2])
     return fault and f"{fault}: no run-length code, and no other is written"
 
 

@@ -100,7 +100,7 @@ def _check_different(sources: list[Path], members: list[MemberSpec]) -> None:
         if first < index:
             raise ValueError(
                 f"members {members[first].name} and {members[index].name} are the same: "
-                f"{each.file}; leave one out, or correct its `file`"
+                f"{each.file}; leave one out, correct its `file`, or copy it to count it twice"
             )
 
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from kernel.checks import read_json
 from kernel.ensemble import Ensemble
 from kernel.faults import one_line
 from kernel.images import Strip
 from kernel.logs import Stages, log, progress
-from kernel.manifest import MANIFEST, Manifest, load_manifest
+from kernel.manifest import MANIFEST, Manifest
 from kernel.members import split_network
 from kernel.scheduling import Scheduler
 from training.config import NO_FOLD, Config
@@ -75,16 +76,17 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
 
 def warn_of_shifts(path: Path) -> None:
     """Warn where the manifest beside a new checkpoint shifts its logits, as another fit needed."""
+    manifest = path.with_name(MANIFEST)
     try:
-        members = load_manifest(path.parent).members
-    except (ValueError, OSError):  # none is there, or the build will say what is wrong with it
-        return
-    for spec in members:
-        shifts = [name for name in ("mask_shift", "gate_shift") if np.any(getattr(spec, name))]
-        if spec.file == path.name and shifts:
+        entries = [entry for entry in read_json(manifest)["members"] if entry["file"] == path.name]
+    except (ValueError, OSError, KeyError, TypeError):
+        return  # none is there, or the build will say what is wrong with it
+    for entry in entries:
+        shifts = [name for name in ("mask_shift", "gate_shift") if np.any(entry.get(name, 0))]
+        if shifts:
             log.warning(
                 "%s has a %s for %s, of another fit: set it to 0, or calibrate anew, "
-                "docs/training.md", path.with_name(MANIFEST), " and a ".join(shifts), spec.name,
+                "docs/training.md", manifest, " and a ".join(shifts), path.stem,
             )  # fmt: skip
 
 

@@ -528,6 +528,7 @@ def train(args: argparse.Namespace) -> int:
     checkpoint = args.out / f"{config.name}.safetensors"
     before = hash_file(checkpoint) if checkpoint.is_file() else ""
     write_checkpoint(network, config, checkpoint)
+    log.info("%s: written", checkpoint)
     sha256 = hash_file(checkpoint)
     scores = validate(network, config, inputs.scored, machine.device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)

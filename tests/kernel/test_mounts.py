@@ -238,6 +238,7 @@ def test_a_competition_that_is_mounted_as_zips_is_unpacked(
 ) -> None:
     mount_zips(tmp_path, sample_too, below)
     (tmp_path / COMPETITION / "a_damaged_one.zip").write_bytes(b"PK\3\4")
+    (tmp_path / COMPETITION / "a_dangling_one.zip").symlink_to("gone.zip")
     task = unpacked(tmp_path)
     assert task.names == ["a.jpg", "b.jpg"]
     assert contents(task.images) == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
@@ -303,7 +304,7 @@ def test_a_sample_that_its_zip_lacks_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_zip_that_is_damaged_or_has_no_room_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     mount_zips(tmp_path, sample_too=False, below="test/")
     archive = tmp_path / COMPETITION / "test.zip"
@@ -317,6 +318,10 @@ def test_a_zip_that_is_damaged_or_has_no_room_is_named(
     archive.write_bytes(data)
     with pytest.raises(ValueError, match=r"test\.zip: .*; fetch it again"):
         unpacked(tmp_path)
+    caplog.clear()
+    write(tmp_path / COMPETITION / "b.jpg", "a loose b")  # which it must not cost
+    assert contents(unpacked(tmp_path).images) == {"b.jpg": "a loose b"}
+    assert "test.zip: " in caplog.text and "the rows of its 1 images stay empty" in caplog.text
 
 
 def test_rows_stand_before_images_are_unpacked(

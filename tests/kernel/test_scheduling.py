@@ -555,7 +555,7 @@ def test_what_a_step_launched_that_failed_is_not_kept(
         if len(states) == 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         if len(states) == 3:
-            kept.extend((each.arrived, each.tally.launched) for each in states)
+            kept.extend((each.pending_features, each.tally.launched) for each in states)
         return launch(state, *given)
 
     monkeypatch.setattr(StripState, "launch", hungry)

@@ -105,6 +105,12 @@ def test_a_mask_without_a_pixel_is_the_empty_one(mark: str, tmp_path: Path) -> N
     assert not [line for line in proposal.unsure if line.startswith("empty")]
 
 
+def test_of_two_marks_of_an_empty_mask_the_other_is_no_wrong_code(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text("id,rle\na_1,\nb_2,-1\n")
+    assert propose(sample, images).competition.empty == ""
+
+
 def test_a_run_from_0_shows_the_first_index(tmp_path: Path) -> None:
     sample, images = draw(tmp_path, "salt")
     sample.write_text("id,rle\na_1,5 1\nb_2,0 1\n")
