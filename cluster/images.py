@@ -19,6 +19,7 @@ from kernel.logs import log
 from kernel.mounts import IMAGE_SUFFIXES
 
 COLUMN = "image"  # of a list
+LOST = "lost+found"  # a file system's own folder, which may not be read
 AS_TEXT = pyarrow.csv.ConvertOptions(column_types={COLUMN: pa.string()}, strings_can_be_null=True)
 READERS: dict[str, Callable[..., pa.Table]] = {
     ".parquet": pyarrow.parquet.read_table,
@@ -129,7 +130,9 @@ def _walk(top: str) -> Iterator[str]:
             folders.clear()  # a link back up would never end
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        shown = (name for name in folders if not name.startswith(".") and name != LOST)
+        # Linked ones last: an image's name is that in its own folder.
+        folders[:] = sorted(shown, key=lambda name: (os.path.islink(f"{folder}/{name}"), name))
         yield from (posixpath.join(folder, name) for name in files)
 
 

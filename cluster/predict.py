@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from cluster.engine import RETRIES, connect, connect_anew, plan_workers, predict_parts
+from cluster.engine import connect, connect_anew, plan_workers, predict_parts
 from cluster.images import ImageSet, absolute, find_images, open_local
 from cluster.output import Output, Totals, fault_rows
 from cluster.report import Run, check_writable, write_page
@@ -30,7 +30,8 @@ from kernel.rows import RowKey
 from kernel.task import read_sample
 
 FIRST_IMAGES = 100  # that are tried for one that can be read
-DEADLY = f"its worker died at it, {RETRIES + 1} times alone"  # a fault
+PredictNames = Callable[[list[str]], Totals]
+DEADLY = "its part failed, and it alone did again: the log says why"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
 
@@ -92,18 +93,18 @@ def check_sample(pairs: Iterable[RowKey], images: ImageSet) -> None:
 
 
 def predict_lost(
-    lost: list[str], output: Output, images: ImageSet, predict: Callable[[list[str]], Totals]
+    lost: list[str], names: list[str], output: Output, images: ImageSet, predict: PredictNames
 ) -> Totals:
-    """Predict images whose parts ended their processes, each alone; where that ends too: a fault.
+    """Predict images whose parts failed, each alone; where that fails too: a fault.
 
-    Where no image has rows it is no image's fault, and they are left without.
+    Where none of this run's `names` has rows it is no image's fault, and they are left without.
     """
     log.warning(
-        "%d images have no rows, their workers died: each comes once more, alone", len(lost)
+        "%d images have no rows, their parts failed: each comes once more, alone", len(lost)
     )
     totals, done = predict(lost), output.done()
     bad = [name for name in lost if name not in done]
-    if bad and done:
+    if bad and not done.isdisjoint(names):
         rows = fault_rows(bad, len(images.competition.classes), DEADLY)
         totals.add(output.write_part(rows))
         for name in bad:
@@ -138,7 +139,7 @@ def predict_rest(
         totals, done = predict(names, per_part), output.done()
         if lost := [name for name in names if name not in done]:
             connect_anew(args.address)
-            totals.add(predict_lost(lost, output, images, partial(predict, per_part=1)))
+            totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
     except RayError as error:
         reason = " ".join(str(getattr(error, "cause", None) or error).split())
         raise RuntimeError(f"the run stopped: {reason}; start it again to go on") from error

@@ -21,7 +21,7 @@ from kernel.scheduling import TOO_LATE, StripWork
 from kernel.tta import Half
 from kernel.watchdog import margin_s
 from kernel.workers import worker_budget_s
-from packing.bundle import CALIBRATION
+from packing.bundle import CALIBRATION, LAST_REPORT, REPORT
 from training.json_files import write_json
 from training.metrics import Floats, Ints
 
@@ -345,7 +345,8 @@ def keep_rate(bundle: Path, path: Path) -> str:
     """
     record = read_run_record(path)
     run = MeasuredRun(record)
-    own = path.resolve().parent == (bundle / "report").resolve()  # the dry run's, of any kernel
+    reports = [(bundle / name).resolve() for name in (REPORT, LAST_REPORT)]
+    own = path.resolve().parent in reports  # the dry run's, of any kernel
     if own or not record.kaggle:
         raise ValueError(f"{path}: not of a run on Kaggle; give the run.json of its output")
     if not run.counts.any():

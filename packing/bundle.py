@@ -169,7 +169,8 @@ def build(
             shutil.copy(out / CALIBRATION, bundle)
         if (out / FIT).is_dir():
             shutil.copytree(out / FIT, bundle / FIT)
-        report = out / (REPORT if (out / REPORT).is_dir() else LAST_REPORT)
+        ended = (out / REPORT / "report.json").is_file()  # a run that failed leaves none
+        report = out / (REPORT if ended else LAST_REPORT)
         if report.is_dir():
             shutil.copytree(report, bundle / LAST_REPORT)
         _swap_in(bundle, out, scratch / "previous")

@@ -29,8 +29,10 @@ def test_images_in_linked_folders_are_found_and_each_folder_is_listed_once(tmp_p
     save_strips(tmp_path, ["mill/a.jpg", "disk/01/b.jpg"])
     (tmp_path / "mill" / "2024").symlink_to(tmp_path / "disk")
     (tmp_path / "mill" / "2024" / "up").symlink_to(tmp_path / "mill")
+    save_strips(tmp_path, ["mill/run/c.jpg", "mill/lost+found/d.jpg"])  # the second a disk's own
+    (tmp_path / "mill" / "latest").symlink_to("run")
     found = find_images(str(tmp_path / "mill"))
-    assert list(found.names) == ["2024/01/b.jpg", "a.jpg"]
+    assert list(found.names) == ["2024/01/b.jpg", "a.jpg", "run/c.jpg"]
     assert found.read("2024/01/b.jpg").image is not None
 
 

@@ -196,7 +196,8 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
     all_dead = len(deadly) == len(names)
     assert exit_code(main, *words) == (2 if all_dead else 0)
     assert calls == [(names, 2), "anew", (names if all_dead else names[:2], 1)]
-    output, fault = Output(str(tmp_path / "out")), "its worker died at it, 4 times alone"
+    output = Output(str(tmp_path / "out"))
+    fault = "its part failed, and it alone did again: the log says why"
     assert output.done() == (set() if all_dead else set(names))
     assert output.faults(9) == ({} if all_dead else {"b.jpg": fault})
     assert (f"b.jpg stays empty: {fault}" in caplog.messages) == (not all_dead)

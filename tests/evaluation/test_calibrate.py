@@ -214,9 +214,10 @@ def test_gates_of_other_settings_than_the_weights_have_now_are_not_written(
 
 
 def test_where_no_member_has_a_presence_head_there_is_nothing_to_calibrate(
-    light_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    light_bundle: Path, labelled_strips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--bundle", light_bundle, "--images", tmp_path / "gone", "--shares", *SHARES]
+    images = labelled_strips / "test_images"
+    options = ["--bundle", light_bundle, "--images", images, "--shares", *SHARES]
     assert exit_code(calibrate.main, *options) == 2
     assert "no member has a presence head" in error_of(capsys.readouterr().err)
 

@@ -34,7 +34,7 @@ from evaluation.report import Check, ProcessResult
 from kernel.competition import COMPETITION, SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.manifest import load_manifest
-from kernel.mounts import SAMPLE
+from kernel.mounts import list_images
 from kernel.rows import SPREADSHEET_CELL
 from training.synthetic import Drawing, write_competition
 
@@ -191,7 +191,7 @@ def test_the_tree_has_the_mounts_that_kaggle_makes(
 
 
 def test_images_of_another_suffix_than_the_competitions_get_no_row(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tmp_path: Path
 ) -> None:
     bundle, images = Path(shutil.copytree(tiny_bundle, tmp_path / "dist")), tmp_path / "images"
     described = asdict(replace(load_manifest(bundle / "dataset").competition, suffix=".png"))
@@ -199,10 +199,6 @@ def test_images_of_another_suffix_than_the_competitions_get_no_row(
     save_strips(images, ["a.jpg", "b.png", "c.png"])
     made = dry_run.make_kaggle_tree(tmp_path / "all", bundle, images)
     assert [line.split(",")[0] for line in made.read_text().splitlines()[1:]] == ["b", "c"]
-    monkeypatch.setattr(dry_run, "run_kernel", lambda *_, **__: ProcessResult(0, 1.0, True, 1))
-    dry_run.check_on_pytorch(tmp_path / "one", bundle, images)
-    [sample] = (tmp_path / "one").rglob(SAMPLE)
-    assert [line.split(",")[0] for line in sample.read_text().splitlines()[1:]] == ["b"]
 
 
 def test_what_lies_beside_the_images_is_not_mounted(
@@ -249,7 +245,9 @@ def test_a_bundle_with_openvino_is_run_without_it_too(
     """Its halves are left out of that run, whose log is shown only where it fails."""
     for name in ("unet-a.encoder.xml", "unet-a.encoder.bin", "unet-a.reference"):
         (bundle / "dataset" / name).write_text("torn", encoding="utf-8")
-    good = dry_run.check_on_pytorch(tmp_path / "good", bundle, strips / "test_images")
+    images = strips / "test_images"
+    name = list_images(images)[0]
+    good = dry_run.check_on_pytorch(tmp_path / "good", bundle, images, name)
     assert good.ok and "on PyTorch" in good.words
     assert not list((tmp_path / "good").rglob("unet-a.encoder.*"))
     assert "training  median area" not in capfd.readouterr().out
@@ -257,7 +255,7 @@ def test_a_bundle_with_openvino_is_run_without_it_too(
     assert len(read_table(sample)) == 1
     with (bundle / "dataset" / "unet-a.safetensors").open("ab") as file:
         file.write(b" ")
-    bad = dry_run.check_on_pytorch(tmp_path / "bad", bundle, strips / "test_images")
+    bad = dry_run.check_on_pytorch(tmp_path / "bad", bundle, images, name)
     assert bad.ok is False
     assert bad.words == "without OpenVINO, as where there is a GPU, it ends with code 2"
     assert "changed after it was hashed" in capfd.readouterr().out
@@ -288,7 +286,8 @@ def test_a_run_without_openvino_is_judged_by_its_record_too(
         return ProcessResult(0, 1.0, True, 1)
 
     monkeypatch.setattr(dry_run, "run_kernel", run_kernel)
-    check = dry_run.check_on_pytorch(tmp_path, tiny_bundle, strips / "test_images")
+    images = strips / "test_images"
+    check = dry_run.check_on_pytorch(tmp_path, tiny_bundle, images, list_images(images)[0])
     assert check.words.startswith(words)
     assert check.ok is (record is not None and not record["faults"])
 

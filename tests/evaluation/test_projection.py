@@ -406,9 +406,11 @@ def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
 def test_a_run_that_was_not_on_kaggle_is_no_measurement_of_its_machine(tmp_path: Path) -> None:
     path, own = tmp_path / "run.json", tmp_path / "report" / "run.json"
     path.write_text(json.dumps(run_json(kaggle=False)))
-    own.parent.mkdir()
-    own.write_text(json.dumps(run_json()))  # of a kernel that does not say where it ran
-    for given in (path, own):
+    before = tmp_path / "report-before" / "run.json"
+    for each in (own, before):
+        each.parent.mkdir()
+        each.write_text(json.dumps(run_json()))  # of a kernel that does not say where it ran
+    for given in (path, own, before):
         with pytest.raises(ValueError, match=f"{given}: not of a run on Kaggle"):
             keep_rate(tmp_path, given)
     path.write_text(json.dumps(run_json(kaggle=True)))

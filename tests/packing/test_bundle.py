@@ -194,11 +194,13 @@ def test_the_report_of_a_dry_run_outlives_the_builds_after_it_as_one_of_before(
 ) -> None:
     """Its proposal may be hours of work."""
     for proposal in ("first", "second"):
-        (built / "report").mkdir()
-        (built / "report" / "ensemble.json").write_text(proposal)
+        (built / "report").mkdir(exist_ok=True)
+        for name in ("report.json", "ensemble.json"):
+            (built / "report" / name).write_text(proposal)
         for _ in range(2):
             build(tiny_weights, built, None)
             assert not (built / "report").exists()
+            (built / "report").mkdir()  # of a run that fails
             assert (built / "report-before" / "ensemble.json").read_text() == proposal
 
 
