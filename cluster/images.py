@@ -5,6 +5,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -132,7 +133,7 @@ def _walk(top: str) -> Iterator[str]:
         seen.add(real)
         shown = (name for name in folders if not name.startswith(".") and name != LOST)
         # Linked ones last: an image's name is that in its own folder.
-        folders[:] = sorted(shown, key=lambda name: (os.path.islink(f"{folder}/{name}"), name))
+        folders[:] = sorted(shown, key=lambda name: (Path(folder, name).is_symlink(), name))
         yield from (posixpath.join(folder, name) for name in files)
 
 
