@@ -107,7 +107,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
     if images and not sample:
         layout = choose_layout(competition, options.layout)
         layouts = list(layouts_of(competition).values())
-        # the sample's; Severstal's is that of 2019, as it has been from the first version on
+        # the sample's, the last one; Severstal's is its first one, that of 2019
         layout = layout or layouts[0 if competition.slug == SEVERSTAL.slug else -1]
         names = list_images(images, competition.suffix)
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
