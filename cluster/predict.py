@@ -173,7 +173,8 @@ def run(args: argparse.Namespace) -> int:
     if last:
         lacking = set(rest) - output.done()
         if lacking:
-            raise RuntimeError(f"{len(lacking)} images have no rows, {min(lacking)!r}: start again")
+            why = f"{len(lacking)} images have no rows, {min(lacking)!r}"
+            raise RuntimeError(f"{why}: start again, or leave them out")
     if sample:
         layout, pairs = sample
         empty_rows = manifest.empty_rows or not layout.may_omit_empty

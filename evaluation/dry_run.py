@@ -282,8 +282,8 @@ def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
     competition = load_manifest(args.bundle / "dataset").competition
     if args.competition and find_competition(args.competition) != competition:
         raise ValueError(
-            f"--competition {args.competition}: {args.bundle} was built for {competition.slug}; "
-            "build it again with the same --competition"
+            f"--competition {args.competition}: {args.bundle} was built for {competition.slug}, or "
+            "of another description of it; build it again with the same --competition"
         )
     return competition, open_images(args.images, competition)[0] if args.images else None
 

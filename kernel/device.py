@@ -60,7 +60,8 @@ def free_memory(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
+    index = device.index or 0  # PyTorch 2.3 takes no device without one
+    return torch.cuda.mem_get_info(index)[0] + cached
 
 
 # --- memory of the host ---------------------------------------------------------------------------

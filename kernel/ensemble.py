@@ -85,7 +85,7 @@ class Ensemble:
         """Return gates and probabilities of both halves, in one piece where the engine has one."""
         member, flip = self._activate(pass_id)
         tried, shape = self.tried[member.spec.name], self._shape_of(member, images)
-        many = shape not in tried and len(tried) == MAX_CACHED_SHAPES
+        many = shape not in tried and len(tried) >= MAX_CACHED_SHAPES
         if member.whole is None or many:
             encoded = self.run_encoder(pass_id, images)
             return encoded[0], self.run_decoder(pass_id, encoded, size)

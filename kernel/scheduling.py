@@ -227,6 +227,7 @@ class Scheduler:
         self.shapes = set[torch.Size]()  # of images that a GPU ran
         self.room = FEATURES_SHARE * free_memory(source.device)  # bytes for features that are kept
         self.bytes_a_value = 0.0  # the most that a strip kept for each value of its images
+        self.kept = 0  # bytes, by all strips that go on
         self.threads, self.stopped = threads, False
         self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
@@ -346,6 +347,7 @@ class Scheduler:
                 most = max(size, int(most * self.room / needed))
         for state in states[most:]:
             state.release_features()
+        self.kept = sum(state.kept_bytes for state in states[:most])
         return states[:most]
 
     def _run_next_step(self, states: list[StripState], n_ended: int) -> None:
@@ -381,7 +383,8 @@ class Scheduler:
             size, shape = self._batch_size_of(states[0]), states[0].images.shape
             if is_out_of_memory(error) and size > 1:
                 self.smaller[shape] = size // 2  # these states are where they were, and come again
-                self.room /= 2
+                if self.kept > self.room / 4:  # else it is the step's own memory
+                    self.room /= 2
                 what = "out of memory: %d strips of %d×%d at a time from here on"
                 log.warning(what, size // 2, shape[-1], shape[-2])
                 return

@@ -140,7 +140,7 @@ def unpack_images(task: Task, competition: Competition) -> Task:
     members = list_zip(task.images, set(task.names) - loose.keys(), competition)
     try:
         return replace(task, images=unzip(task.images, members, task.loose))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if not loose:
             raise
         log.warning("%s: the rows of its %d images stay empty", error, len(members))

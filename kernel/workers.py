@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -338,10 +338,16 @@ class Places:
     fruitless: int = 0  # rounds on the CPU in a row
 
     def take(self, rest: Task) -> Task:
-        """Return what of the task runs in the next round, on no more GPUs than images."""
-        given = rest.only(self.suspects) if self.suspects and not self.gpus else rest
-        self.gpus = self.gpus[: len(given.names)]
-        return given
+        """Return what of the task runs in the next round, on no more GPUs than images.
+
+        On GPUs the suspects come last: one that hangs has the others behind it.
+        """
+        if self.suspects:
+            suspects, others = rest.only(self.suspects), rest.without(self.suspects)
+            last = replace(rest, pairs=others.pairs + suspects.pairs)
+            rest = last if self.gpus else suspects
+        self.gpus = self.gpus[: len(rest.names)]
+        return rest
 
     def choose(self, found: Round, rest: Task, grew: bool) -> bool:
         """Choose for what is left, by what the last round gave; False where no other would help.

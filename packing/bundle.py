@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kernel.competition import COMPETITION, Competition, load_competition
+from kernel.competition import COMPETITION, Competition, check_scoring, load_competition
 from kernel.logs import progress
 from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
@@ -151,6 +151,8 @@ def build(
     if not (weights / MANIFEST).is_file():
         propose_manifest(weights / MANIFEST, competition or load_competition(weights))
     manifest, sources = read_sources(weights, competition)
+    slug = manifest.competition.slug
+    check_scoring(slug, f"{weights}: competition {slug}")
     if others := left_out(weights, sources):
         print(f"not in {weights / MANIFEST}, so not packed: {', '.join(others)}")
     _check_inputs([weights, *sources], out)

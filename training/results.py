@@ -85,7 +85,7 @@ def warn_of_shifts(path: Path) -> None:
         shifts = [name for name in ("mask_shift", "gate_shift") if np.any(entry.get(name, 0))]
         if shifts:
             log.warning(
-                "%s has a %s for %s, of another fit: set it to 0, or calibrate anew, "
+                "%s has a %s for %s, of another fit: set it to 0, and calibrate the gates anew, "
                 "docs/training.md", manifest, " and a ".join(shifts), path.stem,
             )  # fmt: skip
 

@@ -73,8 +73,9 @@ def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: 
 
 
 def test_what_pytorch_holds_unused_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 + index, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
     assert free_memory(torch.device("cuda")) == 130
+    assert free_memory(torch.device("cuda:1")) == 131
     assert free_memory(CPU) == math.inf

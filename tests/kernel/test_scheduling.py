@@ -545,6 +545,26 @@ def test_no_strip_fails_for_the_memory_that_others_keep(
     assert max(kept.seen) > A_STRIP
 
 
+@pytest.mark.parametrize(("free", "left"), [(1e9, 1), (200.0, 0.5)], ids=["ample", "filled"])
+def test_a_step_that_is_too_large_itself_leaves_the_others_their_room(
+    free: float, left: float, source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_encoder, tried = source.run_encoder, list[int]()
+
+    def hungry(pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        tried.append(pass_id)
+        if len(tried) > 20 and len(images) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return run_encoder(pass_id, images)
+
+    monkeypatch.setattr(source, "run_encoder", hungry)
+    monkeypatch.setattr("kernel.scheduling.free_memory", lambda _: free)
+    scheduler = Scheduler(source, 2)
+    room = scheduler.room
+    assert_masks(run(scheduler, numbered()), source)
+    assert scheduler.room == left * room
+
+
 def test_what_a_step_launched_that_failed_is_not_kept(
     source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:

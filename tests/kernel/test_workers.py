@@ -26,7 +26,7 @@ from kernel.predict import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission, read_rows
 from kernel.task import Task
 from kernel.watchdog import margin_s
-from kernel.workers import Round, Worker, predict_by_workers, run_workers, start_worker
+from kernel.workers import Places, Round, Worker, predict_by_workers, run_workers, start_worker
 
 NAMES = [f"{index}.png" for index in range(5)]
 
@@ -393,6 +393,17 @@ DIES = Round(Outcome(), {1: -11})
 
 
 @pytest.mark.parametrize(
+    ("gpus", "taken"), [(["1"], ["0.png", "2.png", "1.png"]), ([], ["1.png"])], ids=["GPU", "CPU"]
+)
+def test_images_at_which_workers_died_come_last_on_a_gpu_and_alone_on_the_cpu(
+    gpus: list[str], taken: list[str]
+) -> None:
+    """One that hangs the next worker too has the others behind it."""
+    task = Task(Path("strips"), LAYOUTS["two-column"], [(name, 1) for name in NAMES[:3]])
+    assert Places(["0", "1"], gpus, {"1.png"}).take(task).names == taken
+
+
+@pytest.mark.parametrize(
     ("last", "working", "rounds"),
     [
         ("", "", [["0", "1"], ["1"], [""]]),
@@ -425,7 +436,12 @@ def test_workers_that_give_nothing_are_not_started_for_ever(
         ({"0": NAMES, "1": []}, [("01", NAMES), ("1", NAMES[1:])]),  # a GPU that breaks each time
         (
             {"0": ["2.png"], "1": ["2.png"]},  # an image that kills on GPUs alone
-            [("01", NAMES), ("1", NAMES[1:]), ("", ["2.png"]), ("01", NAMES[3:])],
+            [
+                ("01", NAMES),
+                ("1", ["1.png", "3.png", "4.png", "2.png"]),
+                ("", ["2.png"]),
+                ("01", NAMES[3:]),
+            ],
         ),
     ],
 )

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from helpers import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kernel.competition import Competition
+from kernel.competition import COMPETITION, SEVERSTAL, Competition
 from kernel.manifest import load_manifest
 from kernel.members import load_member
 from packing import bundle, metadata
@@ -117,6 +118,17 @@ def test_a_manifest_that_a_build_writes_is_of_its_competition(
         build(tmp_path, tmp_path / "dist", None, competition=mine)
     assert read_manifest(tmp_path)["competition"] == "mine"
     assert read_sources(tmp_path)[0].competition == Competition(slug="mine", bits=16)
+
+
+def test_a_competition_of_instances_is_refused_where_only_its_description_names_it(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    weights = Path(shutil.copytree(tiny_weights, tmp_path / "airbus"))
+    described = asdict(replace(SEVERSTAL, slug="airbus-ship-detection"))
+    (weights / COMPETITION).write_text(json.dumps(described), encoding="utf-8")
+    edit_manifest(weights, lambda entries: entries.update(competition="airbus-ship-detection"))
+    with pytest.raises(ValueError, match=r"competition airbus-ship-detection: scores instances"):
+        build(weights, tmp_path / "dist", "someone")
 
 
 def test_a_build_says_which_checkpoints_beside_the_manifest_it_does_not_pack(
