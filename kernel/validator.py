@@ -81,7 +81,7 @@ class MaskStats:
     joined: float  # share of its pixels whose neighbour to the right is on too
     black: float  # share of its pixels where the image is black, beside the steel; NaN without it
     first_row: int  # runs that start in the image's first row
-    last_row: int  # and in its last, as those would that count pixels from 0
+    last_row: int  # and in its last and go on in the next column, as if pixels counted from 0
 
 
 def mask_stats(
@@ -92,9 +92,10 @@ def mask_stats(
     mask = in_run_order(decoded, competition)  # its runs go down
     area, height = int(mask.sum()), mask.shape[0]
     joined = float((mask[:, :-1] & mask[:, 1:]).sum() / area)
-    rows = (np.array(rle.split()[::2], np.int64) - competition.first_index) % height
+    numbers = np.array(rle.split(), np.int64)
+    rows, goes_on = (numbers[::2] - competition.first_index) % height, numbers[1::2] > 1
     share = float("nan") if black is None else float(black[decoded].mean())
-    first, last = int((rows == 0).sum()), int((rows == height - 1).sum())
+    first, last = int((rows == 0).sum()), int((goes_on & (rows == height - 1)).sum())
     return MaskStats(label, area, joined, share, first, last)
 
 
@@ -195,7 +196,7 @@ def unlikely_masks(
         line, index = competition.run_order.removesuffix("s"), competition.first_index
         line = "row" if line == "column" else "column"  # across the runs
         yield (
-            f"{last} runs start in the last {line} and {first} in the first: "
+            f"{last} runs go over from the last {line} and {first} start in the first: "
             f"this competition counts pixels from {index}; was {1 - index} taken?"
         )
 

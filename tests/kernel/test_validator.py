@@ -360,12 +360,12 @@ def stats_of(label: int, area: int = 800, **changes: Any) -> MaskStats:
 def test_a_mask_is_measured_as_it_is_by_hand(run_order: str) -> None:
     down = run_order == "columns"
     competition = Competition(run_order=run_order, first_index=int(down))
-    rle = "1 2 5 1 12 1" if down else "0 2 4 1 11 1"  # starts on the first line twice, on the last
-    black = np.zeros((4, 3), bool)
-    black[3, 2] = True  # under one of its four pixels
+    rle = "1 2 8 2 12 1" if down else "0 2 7 2 11 1"  # from the first line, over from the last,
+    black = np.zeros((4, 3), bool)  # and on the last alone
+    black[3, 2] = True  # under one of its five pixels
     shape, outside = ((4, 3), black) if down else ((3, 4), black.T)
     found = mask_stats(2, rle, shape, outside, competition)
-    assert found == MaskStats(2, 4, 0.25, 0.25, 2, 1)
+    assert found == MaskStats(2, 5, 0.2, 0.2, 1, 1)
     assert np.isnan(mask_stats(2, rle, shape, None, competition).black)
 
 
@@ -471,14 +471,14 @@ SIGNS: dict[str, tuple[dict[str, Any], Competition, str | None]] = {
     "in the last row": (
         {"first_row": 4, "last_row": 5},
         ODD,
-        "5 runs start in the last row and 4 in the first: this competition counts pixels from 1; "
-        "was 0 taken?",
+        "5 runs go over from the last row and 4 start in the first: this competition counts "
+        "pixels from 1; was 0 taken?",
     ),
     "in the last column": (
         {"last_row": 6},
         ACROSS,
-        "6 runs start in the last column and 0 in the first: this competition counts pixels "
-        "from 0; was 1 taken?",
+        "6 runs go over from the last column and 0 start in the first: this competition counts "
+        "pixels from 0; was 1 taken?",
     ),
 }
 
