@@ -180,9 +180,9 @@ def to_half_precision(network: nn.Module) -> nn.Module:
 
 
 def compile_member(plain: Member, device: torch.device) -> Member:
-    """Return a member on PyTorch with batch norm folded; on a GPU in fp16, channels last.
+    """Return a member on PyTorch with batch norm folded, in fp32; `plain` stays as it is.
 
-    So where it has tensor cores, else in fp32. `plain` stays as it is.
+    On a GPU that has tensor cores it is in fp16, channels last.
     """
     network = copy.deepcopy(plain.encoder.network)
     fold_batch_norm(network)

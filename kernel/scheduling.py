@@ -339,15 +339,16 @@ class Scheduler:
             most = 1
         elif self.room < math.inf:
             values = [state.images.numel() for state in states]
-            kept = [s.kept_bytes / count for s, count in zip(states, values, strict=True)]
-            self.bytes_a_value = max([self.bytes_a_value, *kept])
+            kept = [state.kept_bytes for state in states]
+            of_each = (n / count for n, count in zip(kept, values, strict=True))
+            self.bytes_a_value = max([self.bytes_a_value, *of_each])
             needed = self.bytes_a_value * sum(values)  # by all of them
             if needed > self.room:
                 size = max(map(self._batch_size_of, states))
                 most = max(size, int(most * self.room / needed))
+            self.kept = sum(kept[:most])
         for state in states[most:]:
             state.release_features()
-        self.kept = sum(state.kept_bytes for state in states[:most])
         return states[:most]
 
     def _run_next_step(self, states: list[StripState], n_ended: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import CPU, error_of, exit_code, save_strips
+from helpers import CPU, save_strips
 
 from evaluation import growth
 from evaluation.growth import choose, list_choices
@@ -97,19 +97,6 @@ def test_the_command_writes_its_figures_and_a_plot(
     assert all(0 < row["share"] <= 1 for row in found["flips"].values())
     plot = cv2.imread(str(out.with_suffix(".png")))
     assert plot is not None and np.asarray(plot).std() > 10
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    tiny_bundle: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    save_strips(tmp_path / "strips", ["a.png"])
-    monkeypatch.setattr(growth, "load_for_images", None)
-    words = ["--bundle", tiny_bundle / "dataset", "--images", tmp_path / "strips"]
-    assert exit_code(growth.main, *words, "--out", tmp_path) == 2
-    assert f"{tmp_path}: a folder, expected a file" in error_of(capsys.readouterr().err)
 
 
 def test_costs_are_mixed_by_the_share_of_clean_strips(ensemble: Ensemble) -> None:

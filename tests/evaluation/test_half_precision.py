@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, draw_image, error_of, exit_code, save_strips
+from helpers import CPU, draw_image, save_strips
 
 from evaluation import half_precision
 from evaluation.half_precision import WAYS, Changes, in_half_precision
@@ -47,19 +47,6 @@ def test_what_changed_is_counted_by_pixel_and_by_pair() -> None:
     assert found["pixels_changed"] == pytest.approx(1 / 80 / 2)
     assert found["pairs_changed"] == 1 / 8
     assert found["dice_against_fp32"] == pytest.approx((7 + 2 * 9 / 19) / 8)
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    tiny_bundle: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    save_strips(tmp_path / "strips", ["a.png"])
-    monkeypatch.setattr(half_precision, "measure", None)
-    words = ["--bundle", tiny_bundle / "dataset", "--images", tmp_path / "strips"]
-    assert exit_code(half_precision.main, *words, "--out", tmp_path) == 2
-    assert f"{tmp_path}: a folder, expected a file" in error_of(capsys.readouterr().err)
 
 
 def test_the_command_writes_what_it_found(

@@ -136,20 +136,6 @@ def test_a_mask_that_leaves_its_image_is_refused_before_the_work(
     assert error.startswith(f"{truth}: the masks of {last}: run 900000 5 leaves an image")
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    labelled_strips: Path,
-    dataset: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(score, "load_for_images", None)
-    images, truth = labelled_strips / "test_images", labelled_strips / "test.csv"
-    options = ("--images", images, "--truth", truth, "--out", tmp_path)
-    assert exit_code(score.main, "--bundle", dataset, *options) == 2
-    assert f"{tmp_path}: a folder, expected a file" in error_of(capsys.readouterr().err)
-
-
 def test_a_ground_truth_that_is_missing_is_one_line_and_code_2(
     dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
