@@ -43,7 +43,7 @@ from cluster.engine import READERS, Workers, predict_parts
 from cluster.images import ImageSet
 from cluster.output import Output
 from cluster.worker import Worker, manifest_hash
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.images import Image, Size
 from kernel.logs import log
@@ -397,9 +397,7 @@ PARTS = {
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("parts", nargs="+", choices=PARTS, help="what is measured")
     add("--bundle", type=Path, default=ROOT / "dist" / "dataset", help="of kernel and workers")

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.device import is_out_of_memory, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
@@ -297,9 +297,7 @@ def _in_words(value: Any) -> str:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=ROOT / "weights", help="folder of ensemble.json")
     add("--device", default="", help="default: the CUDA device that works")

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evaluation.strips import sample_strips
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.ensemble import load_ensemble
 from kernel.images import Image, Size, image_to_tensor, read_image, size_of
@@ -573,9 +573,7 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("dist"), help="what build_kernel wrote")
     parser.add_argument("--strips", type=int, default=8, help="half of them clean")
     parser.add_argument("--rounds", type=int, default=5)

@@ -21,7 +21,7 @@ from cluster.images import ImageSet, absolute, find_images, open_local
 from cluster.output import Output, Totals, fault_rows
 from cluster.report import Run, check_writable, write_page
 from cluster.worker import manifest_hash
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.images import Image
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
@@ -195,9 +195,7 @@ EXAMPLE = (
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", default="dist/dataset", help=f"folder with {MANIFEST}, on every machine")
     about = "folder of images, or a list of them: .csv or .parquet with a column `image`"

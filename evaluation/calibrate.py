@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaluation.loading import load_for_images
 from kernel.checks import read_json
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.ensemble import Ensemble
 from kernel.faults import short
 from kernel.logs import log, progress
@@ -41,8 +41,7 @@ DECIMALS = 2  # of a shift
 
 EXAMPLE = """\
   python evaluation/calibrate.py --images severstal/test_images --data severstal \\
-      --weights my_weights --write my_weights/ensemble.json
-"""
+      --weights my_weights --write my_weights/ensemble.json"""
 
 Shifts = dict[str, list[float]]  # member → of each class
 
@@ -170,9 +169,7 @@ def add_shifts(entries: dict[str, Any], manifest: Manifest, found: Shifts) -> di
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
     about = "folder of images without truth, as they come: many, and not picked"

@@ -35,7 +35,7 @@ from evaluation.report import (
     is_clean,
 )
 from kernel.checks import read_json
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import (
     IMAGE_SIZE,
     Competition,
@@ -295,9 +295,7 @@ EXAMPLE = "  python evaluation/dry_run.py --bundle dist --images severstal/test_
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist"), help="what build_kernel.py wrote")
     add("--images", type=Path, help="folder of strips (default: synthetic ones, drawn on the spot)")

@@ -19,7 +19,7 @@ from evaluation.ablation import half_seconds
 from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
 from evaluation.strips import sample_strips
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.ensemble import Ensemble
 from kernel.faults import one_line
@@ -224,9 +224,7 @@ EXAMPLE = "  python evaluation/growth.py --images severstal/test_images --strips
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
     add("--images", type=Path, required=True, help="folder of strips")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.strips import sample_strips
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.engines import (
     TOLERANCES,
     differences,
@@ -160,9 +160,7 @@ EXAMPLE = "  python evaluation/half_precision.py --images severstal/test_images 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
     add("--images", type=Path, required=True, help="folder of strips")

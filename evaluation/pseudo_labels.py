@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
-from kernel.command import INTERRUPTED, run_command
+from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.ensemble import Ensemble
 from kernel.faults import one_line
 from kernel.images import read_image
@@ -37,9 +37,7 @@ from training.losses import SURE
 from training.metrics import Masks
 from training.strips import Strips
 
-EXAMPLE = """\
-  python evaluation/pseudo_labels.py --images severstal/test_images --out data/pseudo
-"""
+EXAMPLE = "  python evaluation/pseudo_labels.py --images severstal/test_images --out data/pseudo"
 
 
 def mean_with_gates(recorded: RecordedPasses, gate_shift: float) -> Tensor:
@@ -93,9 +91,7 @@ def label_strips(
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
     add("--images", type=Path, required=True, help="folder of strips without truth")

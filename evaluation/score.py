@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evaluation.loading import load_for_images
 from evaluation.recorded import RecordedPasses
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.faults import one_line
 from kernel.images import read_image, size_of
 from kernel.logs import log, progress
@@ -41,9 +41,7 @@ EXAMPLE = "  python evaluation/score.py --images data/steel/test_images --truth 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
     add("--images", type=Path, required=True, help="folder of strips")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import add_competition_option, find_competition
 from kernel.logs import log
 from kernel.mounts import one_folder
@@ -18,9 +18,7 @@ EXAMPLE = "  python evaluation/validate.py submission.csv --sample sample_submis
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     parser.add_argument("submission", type=Path)
     parser.add_argument("--sample", type=Path, required=True, help="the competition's own, mounted")
     parser.add_argument("--images", type=Path, help="their folder, where sizes differ")

@@ -1,5 +1,6 @@
 """The boundary of every command: bad input ends it with one line and an exit code."""
 
+import argparse
 import contextlib
 import os
 import signal
@@ -13,6 +14,17 @@ BAD_INPUT = 2  # the exit code, as argparse's
 INTERRUPTED = 130
 
 Failures = tuple[type[Exception], ...]
+
+
+def new_parser(
+    about: str | None, example: str = "", allow_abbrev: bool = True
+) -> argparse.ArgumentParser:
+    """Return a parser whose help shows a command to copy and `about`, as they are written."""
+    return argparse.ArgumentParser(
+        description=f"{example}\n\n{about}".strip("\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=allow_abbrev,
+    )
 
 
 def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSError)) -> None:

@@ -1,6 +1,5 @@
 """Options of a run: their defaults, the command line that gives them, and what is refused."""
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kernel.command import new_parser
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE
 
@@ -72,9 +72,7 @@ ABOUT = "Predicts every strip once through every member under every flip, offlin
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Parse the command line; no argument is needed on Kaggle."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{ABOUT}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(ABOUT, EXAMPLE)
     add = parser.add_argument
     about = "where the bundle and the competition are mounted"
     add("--input", type=Path, help=about)

@@ -23,16 +23,16 @@ from queue import SimpleQueue
 
 import torch
 
-from kernel.command import INTERRUPTED, run_command
+from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.logs import log
 from kernel.watchdog import after
 from training import train
 
 SCRIPT = Path(train.__file__)
 
-EXAMPLE = """\
-  python training/fit_members.py training/members.txt -- --data severstal --crop-steps 6000
-"""
+EXAMPLE = (
+    "  python training/fit_members.py training/members.txt -- --data severstal --crop-steps 6000"
+)
 
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL, and for a device's answer
@@ -239,9 +239,7 @@ def fit_members(args: argparse.Namespace) -> int:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what follows `--` is common to all members."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("members", type=Path, help="the list, like training/members.txt")
     about = "one member at a time on each, like cuda:0 cuda:1 or cpu cpu (default: every GPU)"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.rows import csv_line, layouts_of
 from training.config import NO_FOLD, Config, add_competition_options, read_competition
 from training.strips import Strips, read_strips
@@ -73,11 +73,11 @@ def write_strips(strips: Strips, folder: Path) -> None:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\nCopy a fold's strips and the others into folders of their own: "
-        "OUT/train and OUT/held_out,\nand the held-out names into OUT/held_out.txt.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    about = (
+        "Copy a fold's strips and the others into folders of their own: OUT/train and OUT/held_out,"
+        "\nand the held-out names into OUT/held_out.txt."
     )
+    parser = new_parser(about, EXAMPLE)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     add("--folds", type=int, default=Config.folds, help="default %(default)s")

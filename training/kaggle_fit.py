@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel.checks import check_fields, read_json
-from kernel.command import INTERRUPTED, run_command
+from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.faults import one_line
 from kernel.images import size_of
@@ -234,9 +234,7 @@ def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     about = "where the competition and earlier outputs are mounted (default %(default)s)"
     add("--input", type=Path, default=Path("/kaggle/input"), help=about)

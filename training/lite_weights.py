@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from training.config import Config
 
 LITE_MEAN, LITE_STD = 127 / 255, 128 / 255  # of the values in [0, 1] that Lite takes
 OPEN = 3.0  # a gate's logit: sigmoid gives 0.95
 LITE_FILE = "efficientnet-lite0-57934424.pth"  # as the package names it
 
-EXAMPLE = f"  python training/lite_weights.py --weights {LITE_FILE} --out data/lite0.safetensors\n"
+EXAMPLE = f"  python training/lite_weights.py --weights {LITE_FILE} --out data/lite0.safetensors"
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,9 +55,7 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="the package's .pth file")
     add("--out", type=Path, required=True, help="safetensors file to write")

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.contact_sheet import Picture, add_caption, overlay_masks, stack
 from kernel.images import Image, Mask
 from training.augmentation import Pair
@@ -182,10 +182,7 @@ def draw_example(strips: Strips, rng: Rng) -> list[Picture]:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\nDraw defects before and after their move to another strip.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("Draw defects before and after their move to another strip.", EXAMPLE)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     add("--out", type=Path, default=Path("moved.png"), help="default moved.png")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import (
     IMAGE_SIZE,
     SEVERSTAL,
@@ -224,10 +224,7 @@ EXAMPLE = "  python training/synthetic.py --out data/steel --train 1200 --test 4
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{EXAMPLE}\n\nDraw synthetic steel strips in the competition's layout.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("Draw synthetic steel strips in the competition's layout.", EXAMPLE)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write; holds no strips yet")
     add("--train", type=int, default=1200, help="strips in train_images (default 1200)")

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernel.checks import read_json
-from kernel.command import run_command
+from kernel.command import new_parser, run_command
 from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
 from kernel.images import image_to_tensor
@@ -78,9 +78,10 @@ from training.teacher import read_teacher
 
 SAVE_EVERY = {"cpu": 50, "cuda": 500}  # steps
 
-EXAMPLE = """\
-  python training/train.py --data data/steel --name resnet34 --encoder resnet34 --arch Unet --fold 1
-"""
+EXAMPLE = (
+    "  python training/train.py --data data/steel --name resnet34 --encoder resnet34 --arch Unet "
+    "--fold 1"
+)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -215,11 +216,8 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=EXAMPLE + "\n" + (__doc__ or ""),
-        allow_abbrev=False,  # a list's lines are searched for options
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    # A list's lines are searched for options, by their whole names:
+    parser = new_parser(__doc__, EXAMPLE, allow_abbrev=False)
     add_data_options(parser)
     add_network_options(parser)
     add_machine_options(parser)
