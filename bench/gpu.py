@@ -29,10 +29,11 @@ from kernel.competition import IMAGE_SIZE
 from kernel.device import is_out_of_memory, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, manifest_entries
 from kernel.members import Member, build_network, load_member, split_network
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from packing.members import count_flops
 from training import synthetic
 

@@ -42,13 +42,14 @@ from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.ensemble import load_ensemble
 from kernel.images import Image, Size, image_to_tensor, read_image, size_of
-from kernel.logs import Stages, progress
+from kernel.logs import progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
 from kernel.options import Options
 from kernel.predict import read_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from kernel.tta import apply_flip
 from packing.bundle import build
 from training import synthetic

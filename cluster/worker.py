@@ -25,11 +25,12 @@ from kernel.competition import COMPETITION
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import load_ensemble
 from kernel.images import Image, Strip
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.members import hash_file
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler, StripState
+from kernel.stages import Stages
 
 STRIPS = pa.schema(
     {

@@ -6,8 +6,8 @@ from pathlib import Path
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import first_image
-from kernel.logs import Stages
 from kernel.manifest import Manifest
+from kernel.stages import Stages
 
 
 def load_for_images(

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from kernel.budget import margin_s, planned_s, worker_budget_s
 from kernel.checks import read_json
 from kernel.competition import SEVERSTAL
-from kernel.deadline import Deadline
 from kernel.run_record import RunRecord, read_run_record
 from kernel.scheduling import TOO_LATE, StripWork
 from kernel.tta import Half
-from kernel.watchdog import margin_s
-from kernel.workers import worker_budget_s
 from packing.bundle import CALIBRATION, LAST_REPORT, REPORT
 from training.json_files import write_json
 from training.metrics import Floats, Ints
@@ -181,7 +179,7 @@ def usable_s(budget_s: float, workers: int = 1) -> float:
     """
     if workers > 1:
         budget_s = worker_budget_s(budget_s - margin_s(budget_s))
-    return (1 - Deadline.RESERVE) * budget_s - Deadline.RESERVE_S
+    return planned_s(budget_s)
 
 
 def project(run: MeasuredRun, resamples: int = 2000) -> Projection:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kernel.ensemble import Ensemble
 from kernel.images import Image, Size, Strip, size_of
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.manifest import Manifest
 from kernel.scheduling import Scheduler, StripState
+from kernel.stages import Stages
 from kernel.tta import Half, Pass
 
 T = TypeVar("T")

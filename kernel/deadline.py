@@ -5,6 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from kernel.budget import planned_s
 from kernel.logs import log
 from kernel.tta import Half, Pass
 
@@ -43,18 +44,16 @@ class Deadline:
     Nothing is dropped in the first moments, and half-way through them all averages begin anew: a
     GPU's first batches try algorithms and load code, and would be taken for what strips take.
 
-    Where even one pass is too much, strips stay empty from `end` on. A part of the budget is kept
-    in reserve for what lies outside: the interpreter's start, the last save, a pass that stalls.
+    Where even one pass is too much, strips stay empty from `end` on.
     """
 
-    RESERVE_S, RESERVE = 10.0, 0.05  # of the budget
     WARM_UP = 0.03  # of the time that is left when the strips start
 
     def __init__(
         self, budget_s: float, start: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.clock = clock
-        self.end = start + (1 - self.RESERVE) * budget_s - self.RESERVE_S
+        self.end = start + planned_s(budget_s)
         self.last = start  # time at which the last strip was done
         self.restart_at = math.inf  # time at which all averages begin anew
         self.warm_at = start  # time from which on passes are dropped
@@ -80,10 +79,17 @@ class Deadline:
         self.seconds[member, half].add(seconds, strips)
 
     def strips_done(self, plans: Sequence[Sequence[Pass]]) -> None:
-        """Count strips that end together, each by the passes it began with: each took as long."""
+        """Count strips that end together, each by the passes it began with: each took as long.
+
+        One that had none, for it could not be read, took no time.
+        """
+        self.strips_left -= len(plans)
+        timed = [passes for passes in plans if passes]
+        if not timed:
+            return
         now = self.clock()
-        for passes in plans:
-            self.ratio.add((now - self.last) / len(plans), self.full_s(passes))
+        for passes in timed:
+            self.ratio.add((now - self.last) / len(timed), self.full_s(passes))
         self.last = now
 
     def full_s(self, passes: Iterable[Pass]) -> float:
@@ -91,8 +97,8 @@ class Deadline:
         keys = [(each.member, half) for each in passes for half in Half]
         return sum(self.seconds[key].mean for key in keys if key in self.seconds)
 
-    def select_passes(self, passes: Sequence[Pass], strips: int) -> list[int]:
-        """Return the indices of the passes for the next strip; `strips` are still to be done."""
+    def select_passes(self, passes: Sequence[Pass]) -> list[int]:
+        """Return the indices of the passes for the next strip."""
         now = self.clock()
         if now >= self.restart_at:
             self.restart_at = math.inf
@@ -108,7 +114,7 @@ class Deadline:
             return passes[index].flip == first_flip, -self.full_s([passes[index]])
 
         for index in sorted(kept, key=value)[:-1]:
-            if strips * ratio * self.full_s([passes[i] for i in kept]) <= left_s:
+            if self.strips_left * ratio * self.full_s([passes[i] for i in kept]) <= left_s:
                 break
             kept.remove(index)
         self._count_dropped([str(each) for i, each in enumerate(passes) if i not in kept])

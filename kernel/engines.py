@@ -14,10 +14,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kernel.device import lasting_memory
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple, resize_images
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.manifest import MemberSpec
 from kernel.members import Member, split_network
 from kernel.reference import answers, logits_of, read_reference, reference_file
+from kernel.stages import Stages
 from kernel.tta import Half
 
 MAX_CACHED_SHAPES = 4  # of strips that an engine is compiled for at a time

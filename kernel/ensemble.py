@@ -20,10 +20,11 @@ from kernel.engines import (
     openvino_files,
 )
 from kernel.images import Image, Size, image_to_tensor, pad_to_multiple, resize_images
-from kernel.logs import Stages, log, progress
+from kernel.logs import log, progress
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import Member, check_sha256, load_member, use_wheels
 from kernel.reference import reference_file
+from kernel.stages import Stages
 from kernel.tta import Half, apply_flip, list_passes
 
 Shape = tuple[int, int, int]  # of a batch: images, H, W

@@ -17,13 +17,14 @@ from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
 from kernel.images import check_kinds
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
 from kernel.options import Options, check_options, parse_options
 from kernel.predict import Outcome, RunContext, predict_here
 from kernel.rows import Submission
 from kernel.run_record import RunRecord, build_run_record, write_run_record
+from kernel.stages import Stages
 from kernel.task import Task, find_task, unpack_images
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog

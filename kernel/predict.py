@@ -12,20 +12,21 @@ from pathlib import Path
 
 import torch
 
+from kernel.budget import margin_s
 from kernel.competition import SEVERSTAL, Competition
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip, first_image, read_strip, size_of
-from kernel.logs import Stages, log, progress
+from kernel.logs import log, progress
 from kernel.manifest import Manifest
 from kernel.options import Options
 from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.scheduling import TOO_LATE, Scheduler, StripState, StripWork
+from kernel.stages import Stages
 from kernel.task import Task
 from kernel.tta import Pass
-from kernel.watchdog import margin_s
 
 LAST = ".last"  # beside a worker's csv: the image that it began last
 MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs

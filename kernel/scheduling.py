@@ -22,8 +22,9 @@ from kernel.device import DeviceLost, device_usable, free_memory, is_out_of_memo
 from kernel.early_exit import Tally
 from kernel.engines import MAX_CACHED_SHAPES
 from kernel.images import Image, Size, Strip, size_of
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.manifest import Manifest
+from kernel.stages import Stages
 from kernel.tta import Half, Pass
 
 
@@ -284,13 +285,12 @@ class Scheduler:
             going = [state for state in states if not state.done]
             self._run_next_step(self._with_room(going), n_ended)
             done = [state for state in states if state.done]
-            plans = [[self.source.passes[i] for i in s.planned] for s in done if s.planned]
-            if plans:
+            if done:
+                plans = [[self.source.passes[i] for i in state.planned] for state in done]
                 self.deadline.strips_done(plans)
             n_ended += len(done)
             for state in done:
                 state.encoded.clear()  # hundreds of MB, and whoever gets it may keep it
-                self.deadline.strips_left -= 1
                 yield state
             states = [state for state in states if not state.done]
 
@@ -310,7 +310,7 @@ class Scheduler:
         fault = strip.fault
         if strip.image is not None:
             passes = [source.passes[i] for i in self.pass_ids]
-            selected = self.deadline.select_passes(passes, self.deadline.strips_left)
+            selected = self.deadline.select_passes(passes)
             pass_ids, size = [self.pass_ids[index] for index in selected], size_of(strip.image)
             try:
                 with source.stages("prepare"):

@@ -6,18 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kernel.budget import margin_s
 from kernel.logs import log
 from kernel.rows import Submission
-
-MIN_MARGIN_S = 3.0
-
-
-def margin_s(budget_s: float) -> float:
-    """Seconds before the end of a budget at which a run is ended: of an hour a minute.
-
-    What came before the run, the container's start and the imports, has taken some of it unseen.
-    """
-    return max(budget_s / 60, MIN_MARGIN_S)
 
 
 def after(seconds: float, action: Callable[[], object]) -> threading.Timer:

@@ -14,20 +14,20 @@ from pathlib import Path
 
 import torch
 
+from kernel.budget import margin_s, worker_budget_s
 from kernel.command import BAD_INPUT
 from kernel.device import GPU_LOST
 from kernel.faults import one_line
-from kernel.logs import Stages, log
+from kernel.logs import log
 from kernel.options import arguments_of
 from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
 from kernel.run_record import read_run_record
 from kernel.scheduling import TOO_LATE
+from kernel.stages import Stages
 from kernel.task import Task
-from kernel.watchdog import margin_s
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
-WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before this process does
 ENDING_S = 30.0  # that an interrupted worker has for its last save
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
 STALLED_S = 600.0  # without a strip that begins or ends, where another worker has done its own
@@ -101,11 +101,6 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-def worker_budget_s(left_s: float) -> float:
-    """Return a worker's budget where `left_s` seconds are left until the run's watchdog."""
-    return max(left_s - WORKER_MARGIN_S, left_s / 2, 1.0)
 
 
 def start_worker(

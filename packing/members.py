@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernel.engines import load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
-from kernel.logs import Stages
 from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec
 from kernel.members import Member, load_member
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
+from kernel.stages import Stages
 from packing.checkpoints import STATISTICS, Checkpoint, read_checkpoint
 from packing.models import (
     check_config,

@@ -16,10 +16,11 @@ from kernel.checks import read_json
 from kernel.ensemble import Ensemble
 from kernel.faults import one_line
 from kernel.images import Strip
-from kernel.logs import Stages, log, progress
+from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
 from kernel.members import split_network
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from training.config import NO_FOLD, Config
 from training.json_files import write_json
 from training.metrics import Scores

@@ -11,9 +11,9 @@ import torch
 
 from bench import gpu
 from kernel.ensemble import Ensemble
-from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import load_member
+from kernel.stages import Stages
 from kernel.tta import Pass
 
 CPU = torch.device("cpu")

@@ -23,9 +23,9 @@ from evaluation.ablation import (
 from evaluation.recorded import RecordedPasses
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Strip, read_image
-from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest, parse_manifest
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from kernel.tta import Half
 from training.ground_truth import decode_masks, read_truth
 from training.metrics import dice

@@ -19,8 +19,8 @@ from kernel.checks import read_json
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import read_image
-from kernel.logs import Stages
 from kernel.manifest import MANIFEST, load_manifest
+from kernel.stages import Stages
 
 SHARES = [0.1, 0.2, 0.4, 0.6]
 

@@ -13,9 +13,9 @@ from evaluation import growth
 from evaluation.growth import choose, list_choices
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Strip
-from kernel.logs import Stages
 from kernel.manifest import load_manifest
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from kernel.tta import FLIPS, Half
 
 

@@ -27,13 +27,13 @@ from evaluation.projection import (
 from kernel.deadline import Deadline
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Size
-from kernel.logs import Stages
 from kernel.manifest import Manifest, load_manifest
 from kernel.options import Options, parse_options
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.run_record import parse_run_record
 from kernel.scheduling import TOO_LATE
+from kernel.stages import Stages
 from kernel.task import Task
 from kernel.tta import Half, Pass
 from kernel.workers import start_worker
@@ -315,8 +315,9 @@ def test_a_flip_that_the_deadline_dropped_is_not_charged(
 ) -> None:
     calls = Calls(monkeypatch, None)
 
-    def without_horizontal(self: Deadline, passes: Sequence[Pass], strips: int) -> list[int]:
-        kept = [i for i, each in enumerate(passes) if each.flip != "horizontal" or strips == 2]
+    def without_horizontal(self: Deadline, passes: Sequence[Pass]) -> list[int]:
+        all_kept = self.strips_left == 2
+        kept = [i for i, each in enumerate(passes) if each.flip != "horizontal" or all_kept]
         self.dropped.update(str(each) for i, each in enumerate(passes) if i not in kept)
         return kept
 

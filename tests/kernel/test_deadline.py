@@ -14,12 +14,20 @@ from helpers import predict, read_submission, save_strips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel.budget import RESERVE, RESERVE_S
 from kernel.deadline import Deadline
 from kernel.images import Strip, read_strip
 from kernel.tta import Half, Pass, list_passes
 
 MACHINES = int(os.environ.get("MACHINES", "500"))  # simulated, by each property
 FLIPS = ("none", "horizontal", "vertical")
+
+
+def select(deadline: Deadline, passes: Sequence[Pass], strips: int) -> list[int]:
+    """The passes of the next of so many strips that are left."""
+    deadline.strips_left = strips
+    return deadline.select_passes(passes)
+
 
 # --- simulated machines ---------------------------------------------------------------------------
 
@@ -47,7 +55,7 @@ class Machine:
         """All strips under a Deadline, as `Scheduler` uses it, one strip at a time."""
         deadline = Deadline(budget_s, self.now, clock=lambda: self.now)
         rng, log = np.random.default_rng(self.seed), Log(self, deadline, self.now + budget_s)
-        deadline.start_strips()
+        deadline.start_strips(self.strips)
         for strip in range(self.strips):
             if strip == self.stall_at:
                 self.now += self.stall_s
@@ -55,7 +63,7 @@ class Machine:
                 log.plans.append([])
                 continue
             before = self.now
-            plan = deadline.select_passes(self.passes, self.strips - strip)
+            plan = select(deadline, self.passes, self.strips - strip)
             log.plans.append(plan)
             clean = rng.random() < self.clean
             for number in plan[: math.ceil(len(plan) / 2)] if clean else plan:
@@ -107,7 +115,7 @@ def test_every_strip_has_passes_or_stays_empty_and_the_budget_is_never_passed(
     slowest_pass_s = 2 * max(machine.cost_s.values()) * max(machine.slower, 1)
     stalled = machine.stall_s if machine.stall_at < machine.strips else 0
     assert machine.now <= log.deadline.end + slowest_pass_s + stalled
-    if slowest_pass_s < Deadline.RESERVE_S and not stalled:
+    if slowest_pass_s < RESERVE_S and not stalled:
         assert machine.now <= log.end
     assert all(plan == sorted(set(plan)) for plan in log.plans)
 
@@ -132,7 +140,7 @@ def test_a_steady_machine_leaves_less_unused_than_a_chunk_of_strips(
     machine.strips = max(machine.strips, 50)
     strip_s = sum(2 * 3 * cost for cost in machine.cost_s.values())
     working = share * machine.strips * strip_s
-    log = machine.run((working + Deadline.RESERVE_S) / (1 - Deadline.RESERVE))
+    log = machine.run((working + RESERVE_S) / (1 - RESERVE))
     if any(len(plan) < len(machine.passes) for plan in log.plans):
         assert log.deadline.end - machine.now <= 2 * strip_s + 1e-6
 
@@ -146,7 +154,7 @@ def test_flips_are_dropped_before_members_and_the_expensive_before_the_cheap() -
         for member, cost in machine.cost_s.items():
             deadline.half_done(member, Half.ENCODER, cost, 1)
             deadline.half_done(member, Half.DECODER, cost, 1)
-        kept = deadline.select_passes(passes, 100)
+        kept = select(deadline, passes, 100)
         dropped = [str(passes[number]) for number in range(len(passes)) if number not in kept]
         assert deadline.dropped == dict.fromkeys(dropped, 1)
         order += [name for name in dropped if name not in order]
@@ -169,8 +177,8 @@ def test_before_the_first_strip_is_done_a_strip_is_expected_to_take_its_passes_s
     deadline.half_done("a", Half.ENCODER, 2.0, 1)
     deadline.half_done("a", Half.DECODER, 1.0, 1)
     assert deadline.full_s(passes) == 9
-    assert len(deadline.select_passes(passes, int(deadline.end / 9))) == 3
-    assert len(deadline.select_passes(passes, int(deadline.end / 9) + 1)) == 2
+    assert len(select(deadline, passes, int(deadline.end / 9))) == 3
+    assert len(select(deadline, passes, int(deadline.end / 9) + 1)) == 2
 
 
 def test_time_outside_the_networks_counts() -> None:
@@ -184,9 +192,9 @@ def test_time_outside_the_networks_counts() -> None:
     now[0] = 60.0  # a strip of three passes, 30 s of them in networks
     deadline.strips_done([passes])
     left_s = deadline.end - 60.0
-    assert len(deadline.select_passes(passes, int(left_s / 60))) == 3
-    assert len(deadline.select_passes(passes, int(left_s / 60) + 1)) == 2
-    assert len(deadline.select_passes(passes, int(left_s / 40) + 1)) == 1
+    assert len(select(deadline, passes, int(left_s / 60))) == 3
+    assert len(select(deadline, passes, int(left_s / 60) + 1)) == 2
+    assert len(select(deadline, passes, int(left_s / 40) + 1)) == 1
 
 
 def test_strips_that_end_together_count_alike() -> None:
@@ -201,8 +209,8 @@ def test_strips_that_end_together_count_alike() -> None:
         now[0] += 8 * 3.0
         deadline.strips_done([passes] * 8)
     strips = int((deadline.end - now[0]) / 3.0)
-    assert len(deadline.select_passes(passes, strips)) == 3
-    assert len(deadline.select_passes(passes, strips + 1)) == 2
+    assert len(select(deadline, passes, strips)) == 3
+    assert len(select(deadline, passes, strips + 1)) == 2
 
 
 @pytest.mark.parametrize("warm_up", [0.0, Deadline.WARM_UP])

@@ -21,7 +21,7 @@ import torch
 
 from kernel.device import lasting_memory
 from kernel.ensemble import load_ensemble
-from kernel.logs import Stages
+from kernel.stages import Stages
 from kernel.manifest import load_manifest
 
 

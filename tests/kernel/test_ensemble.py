@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, size_of
-from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 
 
 @pytest.fixture(scope="module")

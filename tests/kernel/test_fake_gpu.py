@@ -30,7 +30,6 @@ from kernel.early_exit import Tally
 from kernel.engines import compile_member
 from kernel.ensemble import Ensemble
 from kernel.images import Strip
-from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member, build_network, split_network
 from kernel.scheduling import (
@@ -41,6 +40,7 @@ from kernel.scheduling import (
     Step,
     StripState,
 )
+from kernel.stages import Stages
 from kernel.tta import FLIPS
 
 pytestmark = pytest.mark.skipif(

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from kernel.competition import SEVERSTAL
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image
-from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from kernel.tta import FLIPS
 from packing.bundle import build
 

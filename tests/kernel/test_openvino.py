@@ -37,11 +37,11 @@ from kernel.engines import (
 )
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Strip
-from kernel.logs import Stages
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
 from kernel.reference import read_reference, reference_file
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from kernel.tta import Half
 from packing import bundle
 from packing.members import pack_openvino, pack_reference
@@ -514,7 +514,7 @@ from pathlib import Path
 import torch
 from kernel.ensemble import load_ensemble
 from kernel.images import Strip
-from kernel.logs import Stages
+from kernel.stages import Stages
 from kernel.manifest import load_manifest
 bundle = Path({str(openvino_dataset)!r})
 ensemble = load_ensemble(bundle, load_manifest(bundle), torch.device("cpu"), Stages(), None)

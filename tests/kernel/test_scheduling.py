@@ -31,7 +31,6 @@ from kernel.device import DeviceLost
 from kernel.early_exit import Tally
 from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Image, Size, Strip
-from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
 from kernel.scheduling import (
@@ -45,6 +44,7 @@ from kernel.scheduling import (
     StripWork,
     pad_batch,
 )
+from kernel.stages import Stages
 from kernel.tta import Half, list_passes
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)
@@ -673,8 +673,8 @@ def test_when_the_time_is_over_no_half_is_run_any_more(source: DrawnPasses) -> N
 
 def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: DrawnPasses) -> None:
     class Half3(Deadline):
-        def select_passes(self, passes: Sequence[Any], strips: int) -> list[int]:
-            return [0, 2] if strips == N_STRIPS - 3 else list(range(len(passes)))
+        def select_passes(self, passes: Sequence[Any]) -> list[int]:
+            return [0, 2] if self.strips_left == N_STRIPS - 3 else list(range(len(passes)))
 
     asked = [5, 4, 3]
     deadline = Half3(1e6, 0.0, clock=lambda: 0.0)
@@ -706,10 +706,11 @@ def test_the_deadline_learns_what_each_half_and_strip_took(source: DrawnPasses) 
             heard.append((member, half, strips))
 
         def strips_done(self, plans: Sequence[Sequence[Any]]) -> None:
+            super().strips_done(plans)
             heard.extend(tuple(map(str, passes)) for passes in plans)
 
-        def select_passes(self, passes: Sequence[Any], strips: int) -> list[int]:
-            heard.append(("of", strips))
+        def select_passes(self, passes: Sequence[Any]) -> list[int]:
+            heard.append(("of", self.strips_left))
             return list(range(len(passes)))
 
     scheduler = Scheduler(source, 1, False, Spied(1e6, 0.0, clock=lambda: 0.0), [1, 2])

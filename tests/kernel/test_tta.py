@@ -13,10 +13,10 @@ from torch import nn
 
 from kernel.ensemble import Ensemble
 from kernel.images import size_of
-from kernel.logs import Stages
 from kernel.manifest import Manifest, MemberSpec
 from kernel.members import split_network
 from kernel.scheduling import Scheduler
+from kernel.stages import Stages
 from kernel.tta import FLIPS, Pass, list_passes
 
 

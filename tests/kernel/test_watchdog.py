@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from helpers import predict, read_submission, run_kernel, run_script, save_strips
 
+from kernel.budget import MIN_MARGIN_S
 from kernel.predict import Outcome
 from kernel.rows import LAYOUTS, Submission
-from kernel.watchdog import MIN_MARGIN_S, watchdog
+from kernel.watchdog import watchdog
 
 PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]
 

@@ -17,15 +17,15 @@ import pytest
 import torch
 from helpers import predict, read_submission, save_strips, write_sample
 
+from kernel.budget import margin_s
 from kernel.deadline import Deadline
-from kernel.logs import Stages
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
 from kernel.predict import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission, read_rows
+from kernel.stages import Stages
 from kernel.task import Task
-from kernel.watchdog import margin_s
 from kernel.workers import Places, Round, Worker, predict_by_workers, run_workers, start_worker
 
 NAMES = [f"{index}.png" for index in range(5)]
