@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from packing.metadata import Metadata
+from packing.summary import print_next
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "weights" / "README.md"]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "README.md"]
 PACKED = {"dist/dataset/inference.py": "kernel/inference.py"}  # what the build makes of what
@@ -63,6 +66,18 @@ def test_a_command_of_the_manuals_exists_with_its_options(
         options = {word.partition("=")[0] for word in own[1:] if word.startswith("--")}
         known = set(re.findall(r"--[a-z][a-z0-9-]*", help_of(script, monkeypatch, capsys)))
         assert options <= known, options - known
+
+
+def test_another_competition_is_uploaded_and_submitted_as_the_build_prints_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = "your-kaggle-name/NAME"
+    kernel = {"id": f"{own}-submission", "competition_sources": ["SLUG"]}
+    print_next(Path("dist"), Metadata({"id": own}, kernel))
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    page = (ROOT / "docs" / "competitions.md").read_text(encoding="utf-8")
+    documented = [words for words in commands_of(page) if words[0] == "kaggle"]
+    assert documented == [words for words in printed if words[:1] == ["kaggle"]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
