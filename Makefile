@@ -55,12 +55,12 @@ help:  ## this list
 	$(call install,dev)
 	@touch .venv/installed-demo
 
-bench: .venv/installed  ## race the packed members against the ways in which others run them; on real strips too: REAL=folder
+bench: .venv/installed  ## race the shipped members against the ways in which others run them; on real strips too: REAL=folder
 	@echo "== installing the peers: OpenVINO, ONNX Runtime"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@echo "== packing with OpenVINO's halves, then the race: minutes to an hour"
-	$(BIN)/python build_kernel.py --openvino --out dist
-	$(BIN)/python bench/race.py $(if $(REAL),--real $(REAL))
+	$(BIN)/python build_kernel.py --openvino --out dist-bench
+	$(BIN)/python bench/race.py --bundle dist-bench $(if $(REAL),--real $(REAL))
 
 gpu: .venv/installed  ## on a CUDA machine, unattended in 9 minutes: its tests, a race, images/s; bench/gpu.json
 	$(BIN)/python bench/gpu.py
@@ -80,8 +80,8 @@ test-cluster: .venv/installed  ## several Ray nodes here, and what dies half-way
 
 bench-cluster: .venv/installed  ## one worker against the plain kernel, two against one, the engine's overhead
 	@echo "== packing with OpenVINO's halves: minutes"
-	$(BIN)/python build_kernel.py --openvino --out dist
-	$(BIN)/python bench/cluster_overhead.py kernel workers kernels overhead
+	$(BIN)/python build_kernel.py --openvino --out dist-bench
+	$(BIN)/python bench/cluster_overhead.py kernel workers kernels overhead --bundle dist-bench/dataset
 
 mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"
@@ -100,4 +100,4 @@ versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions
 	@touch $@
 
 clean:
-	rm -rf dist data runs mutants .cache
+	rm -rf dist dist-bench data runs mutants .cache

@@ -1,6 +1,7 @@
 """The Makefile: which Python it takes, and where it may lie. Stubs stand for Python."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,3 +74,16 @@ def test_the_oldest_versions_are_tested_in_a_folder_with_a_space_in_its_name(
     ended = make(folder, "versions")
     assert ended.returncode == 0, ended.stderr
     assert (folder / "path").read_text() == f"{folder}\n"
+
+
+@pytest.mark.parametrize("target", ["bench", "bench-cluster"])
+def test_a_bench_leaves_the_users_own_bundle_alone(target: str, tmp_path: Path) -> None:
+    """What lies in dist is uploaded: it may be of other members than the shipped ones."""
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed").touch()
+    printed = make(tmp_path, "--dry-run", target).stdout
+    (built,) = re.findall(r"build_kernel\.py .*--out (\S+)", printed)
+    (raced,) = re.findall(r"bench/\w+\.py .*--bundle (\S+)", printed)
+    assert built != "dist" and Path(raced).parts[0] == built
+    assert built in make(tmp_path, "--dry-run", "clean").stdout.split()
+    assert f"{built}/" in (ROOT / ".gitignore").read_text().splitlines()
