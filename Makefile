@@ -33,7 +33,7 @@ demo: .venv/installed-demo  ## build the bundle and run it as Kaggle does, on sy
 	@echo "== installing what the demo needs into .venv: the first time takes minutes, for PyTorch"
 	$(call install,$(OPENVINO))
 
-test: lint  ## lint, types and every test
+test: lint  ## lint, types and every test but those of several nodes: make test-cluster
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2
 

@@ -96,3 +96,14 @@ def test_a_file_that_the_table_of_rooms_names_is_there() -> None:
     assert len(named) > 8
     for room, name in named:
         assert (ROOT / (room or "kernel/") / name).is_file() or (ROOT / name).is_file(), name
+
+
+def test_what_the_list_of_faults_names_is_one_file_and_is_a_test() -> None:
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    places = ["/" + file.relative_to(ROOT / "tests").as_posix() for file in files]
+    for named in re.findall(r"`((?:[a-z]+/)?test_\w+\.py)`", text):
+        assert sum(place.endswith(f"/{named}") for place in places) == 1, named
+    tests = "".join(file.read_text(encoding="utf-8") for file in files)
+    for named, cut in re.findall(r"`(test_\w+)(…?)`", text):
+        assert f"def {named}{'' if cut else '('}" in tests, named
