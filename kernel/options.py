@@ -81,7 +81,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     about = f"the rows to write (default: {SAMPLE} under --input, or every image of --images)"
     add("--sample", type=Path, help=about)
     add("--output", type=Path, help=f"default {Options.output}")
-    about = "such as two-column; default: the sample's own, or without one the competition's"
+    about = "such as two-column; default: the sample's own, or without one the competition's last"
     add("--layout", help=about)
     add("--batch-size", type=int, help="strips; default 8 on a GPU and 1 on the CPU")
     about = "run every pass, for the same submission"

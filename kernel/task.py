@@ -106,9 +106,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
     images = images and one_folder(images, competition)
     if images and not sample:
         layout = choose_layout(competition, options.layout)
-        layouts = list(layouts_of(competition).values())
-        # the sample's, the last one; Severstal's is its first one, that of 2019
-        layout = layout or layouts[0 if competition.slug == SEVERSTAL.slug else -1]
+        layout = layout or list(layouts_of(competition).values())[-1]  # the sample's
         names = list_images(images, competition.suffix)
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)

@@ -128,7 +128,8 @@ def test_two_columns_keep_their_empty_rows_in_any_case(light_bundle: Path, tmp_p
     empty_two_classes(light_bundle)
     change_manifest(light_bundle, empty_rows=False)
     save_strips(tmp_path / "images", ["a.jpg"])
-    predict(light_bundle, tmp_path / "images", tmp_path / "out.csv")
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "two-column")
+    predict(light_bundle, tmp_path / "images", tmp_path / "out.csv", sample=sample)
     rles = read_submission(tmp_path / "out.csv")
     assert [label for (_, label), rle in rles.items() if rle] == [1, 3]
     assert len(rles) == 4

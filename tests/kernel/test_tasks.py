@@ -101,7 +101,7 @@ def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_
     for name in ("b.jpg", "a.png", "C.JPG", "notes.txt", "train.csv"):
         (tmp_path / name).touch()
     task = find_task(Options(images=tmp_path), Competition(classes=("1", "2")))
-    assert task.layout.columns == LAYOUTS["two-column"].columns
+    assert task.layout.columns == LAYOUTS["three-column"].columns  # today's sample's
     assert task.pairs == [(n, label) for n in ("C.JPG", "a.png", "b.jpg") for label in (1, 2)]
     assert task.names == ["C.JPG", "a.png", "b.jpg"]
 
