@@ -8,10 +8,14 @@ OPENVINO := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo openvino)
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
+DISK := import os, shutil; gb = shutil.disk_usage(".").free / 1e9; gb < 9 and print(f"{gb:.1f} GB are \
+	free in {os.getcwd()}: an install takes up to 8, and what pip downloads; free more if it fails")
+
 # $(call venv,FOLDER): a virtual environment of PYTHON; one of an older Python is made anew.
 define venv
 @$(PYTHON) -c '$(NEW_ENOUGH)' || { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 	"3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+@ls $(1)/installed* >/dev/null 2>&1 || $(PYTHON) -c '$(DISK)'
 @$(PYTHON) -m venv $$($(1)/bin/python -c '$(NEW_ENOUGH)' 2>/dev/null || echo --clear) $(1)
 endef
 

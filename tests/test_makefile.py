@@ -64,6 +64,23 @@ def test_an_environment_of_an_older_python_is_made_anew(
     assert (tmp_path / "calls").read_text().splitlines()[0] == f"-m venv {options}.venv"
 
 
+@pytest.mark.parametrize(
+    ("free", "before", "said"), [(8.9e9, [], 1), (9.1e9, [], 0), (8.9e9, ["installed-demo"], 0)]
+)
+def test_a_disk_too_small_for_a_first_install_is_named_before_it(
+    free: float, before: list[str], said: int, tmp_path: Path
+) -> None:
+    """It goes on: pip would find out minutes later, or not at all."""
+    usage = f"shutil.disk_usage = lambda _: __import__('types').SimpleNamespace(free={free})"
+    new = write_script(tmp_path / "python", NEW.replace('"$2"', f'"import shutil; {usage}; $2"'))
+    (tmp_path / ".venv").mkdir()
+    for name in before:
+        (tmp_path / ".venv" / name).touch()
+    ended = make(tmp_path, ".venv/installed", f"PYTHON={new}")
+    assert ended.stdout.count(f"8.9 GB are free in {tmp_path}: an install takes up to 8,") == said
+    assert "-m venv" in (tmp_path / "calls").read_text()
+
+
 def test_the_oldest_versions_are_tested_in_a_folder_with_a_space_in_its_name(
     tmp_path: Path,
 ) -> None:
