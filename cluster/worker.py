@@ -29,8 +29,9 @@ from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.members import hash_file
 from kernel.rle import encode_rle
-from kernel.scheduling import Scheduler, StripState
+from kernel.scheduling import Scheduler
 from kernel.stages import Stages
+from kernel.strip_state import StripState
 
 STRIPS = pa.schema(
     {

@@ -17,7 +17,7 @@ from kernel.budget import margin_s, planned_s, worker_budget_s
 from kernel.checks import read_json
 from kernel.competition import SEVERSTAL
 from kernel.run_record import RunRecord, read_run_record
-from kernel.scheduling import TOO_LATE, StripWork
+from kernel.strip_state import TOO_LATE, StripWork
 from kernel.tta import Half
 from packing.bundle import CALIBRATION, LAST_REPORT, REPORT
 from training.json_files import write_json

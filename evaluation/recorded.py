@@ -14,8 +14,9 @@ from kernel.ensemble import Ensemble
 from kernel.images import Image, Size, Strip, size_of
 from kernel.logs import log
 from kernel.manifest import Manifest
-from kernel.scheduling import Scheduler, StripState
+from kernel.scheduling import Scheduler
 from kernel.stages import Stages
+from kernel.strip_state import StripState
 from kernel.tta import Half, Pass
 
 T = TypeVar("T")

@@ -41,7 +41,7 @@ from evaluation.projection import (
 from kernel.competition import SEVERSTAL, Competition
 from kernel.contact_sheet import COLOURS
 from kernel.run_record import RunRecord
-from kernel.scheduling import TOO_LATE
+from kernel.strip_state import TOO_LATE
 from kernel.tta import Half
 from training.metrics import Bools
 

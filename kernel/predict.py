@@ -23,8 +23,9 @@ from kernel.manifest import Manifest
 from kernel.options import Options
 from kernel.rle import encode_rle
 from kernel.rows import Submission
-from kernel.scheduling import TOO_LATE, Scheduler, StripState, StripWork
+from kernel.scheduling import Scheduler
 from kernel.stages import Stages
+from kernel.strip_state import TOO_LATE, StripState, StripWork
 from kernel.task import Task
 from kernel.tta import Pass
 
@@ -184,7 +185,7 @@ def predict_task(
     stages, rules, in_a_row = scheduler.source.stages, task.layout.competition, 0
     # A worker on the CPU decodes no strip ahead: so it is known at which image it dies.
     alone = not submission.whole and scheduler.source.device.type == "cpu"
-    ahead, names = 0 if alone else 4 * scheduler.batch_size, note_names(task, submission)
+    ahead, names = 0 if alone else 4 * scheduler.limits.batch_size, note_names(task, submission)
     strips = read_ahead(task.images, names, ahead, rules, scheduler.deadline)
     stages.threads = scheduler.threads
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))

@@ -12,7 +12,7 @@ from kernel.faults import one_line
 from kernel.logs import log
 from kernel.predict import Outcome, RunContext
 from kernel.rows import replace_file
-from kernel.scheduling import StripWork
+from kernel.strip_state import StripWork
 from kernel.task import Task
 from kernel.tta import Half, Pass
 

@@ -23,8 +23,8 @@ from kernel.options import arguments_of
 from kernel.predict import LAST, Outcome, RunContext, predict_here
 from kernel.rows import Submission, csv_line, read_rows
 from kernel.run_record import read_run_record
-from kernel.scheduling import TOO_LATE
 from kernel.stages import Stages
+from kernel.strip_state import TOO_LATE
 from kernel.task import Task
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written

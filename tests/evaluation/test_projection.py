@@ -32,8 +32,8 @@ from kernel.options import Options, parse_options
 from kernel.predict import RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.run_record import parse_run_record
-from kernel.scheduling import TOO_LATE
 from kernel.stages import Stages
+from kernel.strip_state import TOO_LATE
 from kernel.task import Task
 from kernel.tta import Half, Pass
 from kernel.workers import start_worker

@@ -22,7 +22,7 @@ from evaluation.report import (
     check_record,
     list_stages,
 )
-from kernel.scheduling import TOO_LATE
+from kernel.strip_state import TOO_LATE
 from training.json_files import to_json
 
 RESULT = ProcessResult(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)

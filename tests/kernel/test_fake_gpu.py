@@ -32,15 +32,9 @@ from kernel.ensemble import Ensemble
 from kernel.images import Strip
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member, build_network, split_network
-from kernel.scheduling import (
-    DECODE,
-    ENCODE,
-    WHOLE,
-    Scheduler,
-    Step,
-    StripState,
-)
+from kernel.scheduling import Scheduler
 from kernel.stages import Stages
+from kernel.strip_state import DECODE, ENCODE, WHOLE, Step, StripState
 from kernel.tta import FLIPS
 
 pytestmark = pytest.mark.skipif(

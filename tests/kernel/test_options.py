@@ -17,7 +17,8 @@ from kernel import inference, workers
 from kernel.mounts import find_one, list_images
 from kernel.options import Options, arguments_of, parse_options
 from kernel.rows import LAYOUTS, Submission
-from kernel.scheduling import Scheduler, StripState
+from kernel.scheduling import Scheduler
+from kernel.strip_state import StripState
 from kernel.task import find_task
 
 

@@ -27,7 +27,7 @@ from kernel.members import Member, build_network
 from kernel.options import parse_options
 from kernel.predict import Backend, Outcome
 from kernel.run_record import RunRecord, read_run_record, write_run_record
-from kernel.scheduling import StripWork
+from kernel.strip_state import StripWork
 from kernel.tta import Half, Pass
 
 NAMES = [f"{number}.png" for number in range(6)]

@@ -26,6 +26,7 @@ from helpers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kernel.batch_limits import FEATURES_SHARE
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost
 from kernel.early_exit import Tally
@@ -34,17 +35,11 @@ from kernel.images import Image, Size, Strip
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
 from kernel.scheduling import (
-    DECODE,
-    ENCODE,
-    FEATURES_SHARE,
-    TOO_LATE,
     Scheduler,
-    Step,
-    StripState,
-    StripWork,
     pad_batch,
 )
 from kernel.stages import Stages
+from kernel.strip_state import DECODE, ENCODE, TOO_LATE, Step, StripState, StripWork
 from kernel.tta import Half, list_passes
 
 Masks = npt.NDArray[np.bool_]  # (classes, H, W)
@@ -171,15 +166,15 @@ def test_a_gpu_that_ran_many_shapes_tries_no_algorithms_and_fills_batches_up_les
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    monkeypatch.setattr("kernel.scheduling.free_memory", lambda _: math.inf)
+    monkeypatch.setattr("kernel.batch_limits.free_memory", lambda _: math.inf)
     source.device = torch.device(device)  # its tensors stay on the CPU
     images = [np.full((SIZE[0], 9 + i % shapes), i, np.uint8) for i in range(N_STRIPS)]
     scheduler = Scheduler(source, 8, early_exit=False)
     states = run(scheduler, [Strip(str(index), image) for index, image in enumerate(images)])
     for name, state in states.items():
         np.testing.assert_array_equal(state.masks, source.masks(int(name)))
-    done = list(states.values())
-    assert [scheduler._padded_size(done[:n]) for n in (1, 2, 3, 4, 5)] == filled
+    shape = torch.Size((1, 1, *images[0].shape))
+    assert [scheduler.limits.padded_size(shape, n) for n in (1, 2, 3, 4, 5)] == filled
     sizes = {len(numbers) for _, numbers in source.encoded}
     assert sizes == {8} if filled[0] == 8 else min(sizes) < max(sizes) == 8
     assert torch.backends.cudnn.benchmark == (filled[0] == 8)
@@ -528,7 +523,7 @@ def test_no_more_strips_are_under_way_than_memory_holds_the_features_of(
 ) -> None:
     kept, most = Kept(source, math.inf, monkeypatch), list[int]()
     for free in (math.inf, 1e9, 200.0, 1.0):
-        monkeypatch.setattr("kernel.scheduling.free_memory", lambda _, free=free: free)
+        monkeypatch.setattr("kernel.batch_limits.free_memory", lambda _, free=free: free)
         assert_masks(run(Scheduler(source, 2), numbered()), source)
         most.append(max(kept.seen))
         assert 0 < most[-1] <= max(FEATURES_SHARE * free, 2 * kept.of_one)  # a batch has two
@@ -558,11 +553,11 @@ def test_a_step_that_is_too_large_itself_leaves_the_others_their_room(
         return run_encoder(pass_id, images)
 
     monkeypatch.setattr(source, "run_encoder", hungry)
-    monkeypatch.setattr("kernel.scheduling.free_memory", lambda _: free)
+    monkeypatch.setattr("kernel.batch_limits.free_memory", lambda _: free)
     scheduler = Scheduler(source, 2)
-    room = scheduler.room
+    room = scheduler.limits.room
     assert_masks(run(scheduler, numbered()), source)
-    assert scheduler.room == left * room
+    assert scheduler.limits.room == left * room
 
 
 def test_what_a_step_launched_that_failed_is_not_kept(

@@ -1,0 +1,79 @@
+"""Batch limits: how many strips memory holds, in one batch and under way."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from kernel.device import free_memory
+from kernel.engines import MAX_CACHED_SHAPES
+from kernel.strip_state import StripState
+
+FEATURES_SHARE = 0.6  # of a GPU's free memory, for what is encoded and not decoded yet
+
+
+class BatchLimits:
+    """How many strips run at once: as many as asked for, until memory was too small for them."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.batch_size, self.on_gpu = batch_size, device.type == "cuda"
+        self.smaller = dict[torch.Size, int]()  # batches of images that memory was too small for
+        self.shapes = set[torch.Size]()  # of images that a GPU ran
+        self.room = FEATURES_SHARE * free_memory(device)  # bytes for features that are kept
+        self.bytes_a_value = 0.0  # the most that a strip kept for each value of its images
+        self.kept = 0  # bytes, by all strips that go on
+
+    def batch_size_of(self, shape: torch.Size) -> int:
+        """How many images of a shape run at once: no more than of one that is no larger."""
+        values = shape.numel()
+        known = [n for other, n in list(self.smaller.items()) if other.numel() <= values]
+        return min(known, default=self.batch_size)
+
+    def halve(self, shape: torch.Size) -> None:
+        """Halve the batches of a shape, for which memory was too small, and of larger ones."""
+        self.smaller[shape] = self.batch_size_of(shape) // 2
+        if self.kept > self.room / 4:  # else it is the step's own memory
+            self.room /= 2
+
+    def divide(self, states: Iterable[StripState]) -> tuple[list[StripState], list[StripState]]:
+        """Return the strips that go on, a batch at the least, and those that wait for room.
+
+        Memory holds the features of the first, by the most that any strip kept so far; those of the
+        others are to be released.
+        """
+        ordered = sorted(states, key=lambda state: not state.alone)
+        alone = bool(ordered) and ordered[0].alone
+        count = 1 if alone else self._count_with_room(ordered)
+        return ordered[:count], ordered[count:]
+
+    def _count_with_room(self, states: list[StripState]) -> int:
+        """How many strips, from the first, go on; what they keep is noted."""
+        count = len(states)
+        if self.room == math.inf:
+            return count
+        values = [state.images.numel() for state in states]
+        kept = [state.kept_bytes for state in states]
+        of_each = (n / each for n, each in zip(kept, values, strict=True))
+        self.bytes_a_value = max([self.bytes_a_value, *of_each])
+        needed = self.bytes_a_value * sum(values)  # by all of them
+        if needed > self.room:
+            size = max(self.batch_size_of(state.images.shape) for state in states)
+            count = max(size, int(count * self.room / needed))
+        self.kept = sum(kept[:count])
+        return count
+
+    def note_shape(self, shape: torch.Size) -> None:
+        """Note what a step runs on: a GPU that runs many shapes tries no algorithms any more.
+
+        cuDNN would try them for each.
+        """
+        if self.on_gpu:
+            self.shapes.add(shape)
+        if len(self.shapes) > MAX_CACHED_SHAPES:
+            torch.backends.cudnn.benchmark = False
+
+    def padded_size(self, shape: torch.Size, count: int) -> int:
+        """What a batch of `count` images is filled up to: where many shapes ran, a power of two."""
+        size = self.batch_size_of(shape)
+        many = len(self.shapes) > MAX_CACHED_SHAPES
+        return min(size, 1 << (count - 1).bit_length()) if many else size
