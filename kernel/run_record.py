@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,18 @@ class RunRecord:
     stages: dict[str, float]  # seconds, without the networks'
     networks: Mapping[str, Mapping[Half, float]]  # member → half → seconds
     kaggle: bool = True  # whether Kaggle ran it, of which an older record says nothing
+
+    def outcome(self) -> Outcome:
+        """Return what became of its images."""
+        return Outcome(
+            faults=self.faults,
+            work=self.work,
+            passes=self.passes,
+            dropped=Counter(self.dropped),
+            strip_s=self.strip_s,
+            device=self.device,
+            gpu_bytes=self.gpu_bytes,
+        )
 
 
 def build_run_record(

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -46,6 +46,19 @@ class Stages:
     @property
     def _table(self) -> defaultdict[tuple[str, Half], float]:
         return defaultdict(float) if self.queued else self.networks
+
+    def add(
+        self,
+        seconds: Mapping[str, float],
+        networks: Mapping[str, Mapping[Half, float]],
+        share: float,
+    ) -> None:
+        """Add a `share` of what another process took, by stage, and by member and half."""
+        for stage, taken in seconds.items():
+            self.seconds[stage] += share * taken
+        for member, halves in networks.items():
+            for half, taken in halves.items():
+                self.networks[member, half] += share * taken
 
     def network_table(self) -> dict[str, dict[Half, float]]:
         """Member → half → seconds, as it stands in run.json."""

@@ -36,7 +36,7 @@ from kernel.stages import Stages
 from kernel.strip_state import TOO_LATE
 from kernel.task import Task
 from kernel.tta import Half, Pass
-from kernel.workers import start_worker
+from kernel.worker import start_worker
 
 STRIPS = 5506
 ALL = [0, 1, 2, 3]

@@ -26,7 +26,8 @@ from kernel.predict import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission, read_rows
 from kernel.stages import Stages
 from kernel.task import Task
-from kernel.workers import Places, Round, Worker, predict_by_workers, run_workers, start_worker
+from kernel.worker import Worker, start_worker
+from kernel.workers import Round, first_plan, predict_by_workers, run_workers
 
 NAMES = [f"{index}.png" for index in range(5)]
 
@@ -355,7 +356,7 @@ def test_what_a_worker_has_not_written_again_is_not_read_again(
         reads.append(path)
         return read_rows(path, **options)
 
-    monkeypatch.setattr("kernel.workers.read_rows", read)
+    monkeypatch.setattr("kernel.worker.read_rows", read)
     worker = Worker(1, "", task, path, ended())
     worker.collect(taken)
     for done in ("a.jpg", "b.jpg"):
@@ -380,7 +381,7 @@ def rounds_of(
     def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
         assert again == (not calls)
         calls.append(gpus)
-        return replace(given[min(len(calls), len(given)) - 1], outcome=Outcome())
+        return given[min(len(calls), len(given)) - 1]
 
     monkeypatch.setattr("kernel.workers.run_workers", run_workers)
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
@@ -389,7 +390,7 @@ def rounds_of(
     return predict_by_workers(context, task, 2), calls
 
 
-DIES = Round(Outcome(), {1: -11})
+DIES = Round(exit_codes={1: -11})
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,10 @@ def test_images_at_which_workers_died_come_last_on_a_gpu_and_alone_on_the_cpu(
 ) -> None:
     """One that hangs the next worker too has the others behind it."""
     task = Task(Path("strips"), LAYOUTS["two-column"], [(name, 1) for name in NAMES[:3]])
-    assert Places(["0", "1"], gpus, {"1.png"}).take(task).names == taken
+    lost = {"0", "1"} - set(gpus)
+    found = replace(DIES, suspects={"1.png", "4.png"}, lost=lost)
+    plan = first_plan(task, ["0", "1"]).next(found, task, grew=False)
+    assert plan and (plan.task.names, plan.gpus) == (taken, gpus)
 
 
 @pytest.mark.parametrize(

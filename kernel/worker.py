@@ -1,0 +1,134 @@
+"""A worker: this script once more, in a process with images of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel.budget import worker_budget_s
+from kernel.command import BAD_INPUT
+from kernel.options import arguments_of
+from kernel.predict import LAST, RunContext
+from kernel.rows import Submission, csv_line, read_rows
+from kernel.task import Task
+
+REFUSALS = {1, BAD_INPUT}  # exit codes of a traceback and of bad input: no crash
+
+
+@dataclass
+class Worker:
+    """A process with images of its own; its files are its csv and others beside that."""
+
+    number: int
+    gpu: str  # for CUDA_VISIBLE_DEVICES; "" is the CPU
+    task: Task
+    csv: Path
+    process: subprocess.Popen[bytes]
+    is_replacement: bool = False  # of one that crashed
+    crash_handled: bool = False
+    ended_unasked: bool = False
+    stalled: bool = False  # and was killed for it
+    taken_ns: int = 0  # when the csv was written that was taken over last
+
+    @property
+    def record(self) -> Path:
+        """Its run.json."""
+        return self.csv.with_suffix(".json")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self.process.poll() is not None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended without a record, and not because of what it was given."""
+        return self.ended and not self.record.is_file() and self.process.returncode not in REFUSALS
+
+    def collect(self, submission: Submission) -> None:
+        """Take over what it has written so far; its csv has the images that are done."""
+        written_ns = self.csv.stat().st_mtime_ns if self.csv.is_file() else 0
+        if written_ns == self.taken_ns:
+            return
+        self.taken_ns, rules = written_ns, submission.layout.competition
+        for image, label, rle in read_rows(self.csv, competition=rules, cut_off=0)[1]:
+            submission.set_masks(image, {label: rle})
+
+    def idle_s(self) -> float:
+        """Seconds since it was started, began an image or saved one."""
+        paths = [self.csv.with_suffix(suffix) for suffix in (".sample", ".csv", LAST)]
+        return time.time() - max(path.stat().st_mtime for path in paths if path.is_file())
+
+    def last_image(self) -> str:
+        """The image that it began last, by what `note_names` writes beside its csv."""
+        path = self.csv.with_suffix(LAST)
+        if not path.is_file():
+            return ""
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+    def begun(self) -> set[str]:
+        """The images that it began: all up to the last."""
+        names, last = self.task.names, self.last_image()
+        return set(names[: names.index(last) + 1]) if last in names else set()
+
+    def end(self, patience_s: float) -> None:
+        """Wait for its end; kill it if it hears no signal."""
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def start_worker(
+    context: RunContext,
+    task: Task,
+    folder: Path,
+    number: int,
+    count: int,
+    gpu: str,
+    plain: bool = False,
+) -> Worker:
+    """Start this script once more, for a task of its own on one GPU: one of `count` that run.
+
+    With `plain` it runs no engine.
+    """
+    options = context.options
+    csv = folder / f"{number}.csv"
+    if csv.with_suffix(".sample").exists():  # of the one before it
+        csv = folder / f"{number}-again.csv"
+    write_rows(csv.with_suffix(".sample"), task)
+    alone = count == 1 and not gpu  # its strips one at a time: so it is known at which it dies
+    own = options.for_worker(
+        bundle=context.bundle,
+        images=task.images,
+        sample=csv.with_suffix(".sample"),
+        output=csv,
+        report=csv.with_suffix(".json"),
+        batch_size=1 if alone else options.batch_size,
+        streams=1 if alone else options.streams,
+        budget_s=worker_budget_s(context.until_watchdog_s()),
+        plain=plain or options.plain,
+    )
+    command = [sys.executable, str(find_script(context.bundle)), *arguments_of(own)]
+    threads = max((os.cpu_count() or 1) // count, 1)
+    environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
+    # Ctrl-C is for this process alone, which ends its workers:
+    process = subprocess.Popen(command, env=os.environ | environment, process_group=0)
+    return Worker(number, gpu, task, csv, process)
+
+
+def find_script(bundle: Path) -> Path:
+    """Return the file that this code runs from, of a notebook, which has none, the bundle's own."""
+    here = Path(globals().get("__file__", "")).resolve()
+    if __name__ != "__main__":  # a module of it
+        here = here.with_name("inference.py")
+    return here if here.is_file() else bundle / "inference.py"
+
+
+def write_rows(path: Path, task: Task) -> None:
+    """Write a task's rows, empty, as the sample that a worker reads."""
+    lines = [csv_line(task.layout.columns), *(task.layout.line(*pair, "") for pair in task.pairs)]
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape", newline="")
