@@ -21,6 +21,7 @@ import torch
 
 from cluster.images import ImageSet, open_local
 from cluster.output import ROWS
+from kernel.batch_limits import default_batch_size
 from kernel.competition import COMPETITION
 from kernel.device import DeviceLost, pick_device
 from kernel.ensemble import load_ensemble
@@ -108,7 +109,7 @@ class Worker:
         ensemble = load_ensemble(
             self.bundle, manifest, device, Stages(), image=self.image, plain=plain
         )
-        batch_size = self.batch_size or (8 if device.type == "cuda" else 1)
+        batch_size = self.batch_size or default_batch_size(device)
         return Scheduler(ensemble, batch_size, self.early_exit)
 
     def __call__(self, strips: pa.Table) -> pa.Table:

@@ -12,6 +12,11 @@ from kernel.strip_state import StripState
 FEATURES_SHARE = 0.6  # of a GPU's free memory, for what is encoded and not decoded yet
 
 
+def default_batch_size(device: torch.device) -> int:
+    """Strips that go through a pass together where nobody asked for another number."""
+    return 8 if device.type == "cuda" else 1
+
+
 class BatchLimits:
     """How many strips run at once: as many as asked for, until memory was too small for them."""
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kernel.backends import predict_here
 from kernel.command import run_command
 from kernel.competition import load_competition
 from kernel.contact_sheet import Picture, draw_submission
@@ -21,7 +22,7 @@ from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
 from kernel.options import Options, check_options, parse_options
-from kernel.predict import Outcome, RunContext, predict_here
+from kernel.outcome import Outcome, RunContext
 from kernel.rows import Submission
 from kernel.run_record import RunRecord, build_run_record, write_run_record
 from kernel.stages import Stages

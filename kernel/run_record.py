@@ -11,7 +11,7 @@ from typing import Any
 from kernel.checks import read_json
 from kernel.faults import one_line
 from kernel.logs import log
-from kernel.predict import Outcome, RunContext
+from kernel.outcome import Outcome, RunContext
 from kernel.rows import replace_file
 from kernel.strip_state import StripWork
 from kernel.task import Task

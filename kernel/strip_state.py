@@ -48,6 +48,11 @@ class StripState:
         return bool(self.fault) or not self.tally.open
 
     @property
+    def failed(self) -> bool:
+        """Whether the networks failed on it."""
+        return bool(self.fault) and self.fault != TOO_LATE and self.strip.image is not None
+
+    @property
     def masks(self) -> npt.NDArray[np.bool_]:
         """Masks (classes, H, W) of a strip that is done and has no fault."""
         if self.host_masks is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from kernel.budget import worker_budget_s
 from kernel.command import BAD_INPUT
 from kernel.options import arguments_of
-from kernel.predict import LAST, RunContext
+from kernel.outcome import LAST, RunContext
 from kernel.rows import Submission, csv_line, read_rows
 from kernel.task import Task
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from kernel.backends import predict_here
 from kernel.budget import margin_s
 from kernel.device import GPU_LOST
 from kernel.faults import one_line
 from kernel.logs import log
-from kernel.predict import Outcome, RunContext, predict_here
+from kernel.outcome import Outcome, RunContext
 from kernel.rows import Submission
 from kernel.run_record import RunRecord, read_run_record
 from kernel.strip_state import TOO_LATE

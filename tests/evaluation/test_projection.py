@@ -29,7 +29,7 @@ from kernel.ensemble import Ensemble, load_ensemble
 from kernel.images import Size
 from kernel.manifest import Manifest, load_manifest
 from kernel.options import Options, parse_options
-from kernel.predict import RunContext
+from kernel.outcome import RunContext
 from kernel.rows import LAYOUTS, Submission
 from kernel.run_record import parse_run_record
 from kernel.stages import Stages

@@ -39,13 +39,14 @@ from helpers import (
 from torch import Tensor
 
 from kernel import ensemble, inference
+from kernel.backends import Backend, predict_on
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
 from kernel.images import Image, Mask
 from kernel.members import Member
-from kernel.predict import Backend, RunContext, predict_on
+from kernel.outcome import RunContext
 from kernel.rle import encode_rle
 from kernel.rows import Submission
 from kernel.tta import Pass
@@ -159,7 +160,7 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
 ) -> None:
     """Six strips: with less patience than that the engine is given up before the last."""
     monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
-    monkeypatch.setattr("kernel.predict.MAX_FAILURES", patience)
+    monkeypatch.setattr("kernel.backends.MAX_FAILURES", patience)
     record = predict(bundle, images, images.parent / "submission.csv")
     assert not record["faults"] and record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
@@ -192,7 +193,7 @@ def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """No GPU here: what stands for one is a device that no tensor can be moved to."""
-    monkeypatch.setattr("kernel.predict.pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("kernel.backends.pick_device", lambda: torch.device("cuda"))
 
     def lost() -> int:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -239,8 +240,8 @@ def test_a_device_that_stays_lost_is_not_tried_for_ever(
         torch.set_num_threads(1)  # as beside OpenVINO's
         raise DeviceLost("cuda fails")
 
-    monkeypatch.setattr("kernel.predict.pick_device", lambda: CUDA)
-    monkeypatch.setattr("kernel.predict.predict_on", lose)
+    monkeypatch.setattr("kernel.backends.pick_device", lambda: CUDA)
+    monkeypatch.setattr("kernel.backends.predict_on", lose)
     monkeypatch.setattr(Deadline, "over", over)
     torch.set_num_threads(3)
     try:
@@ -261,7 +262,7 @@ def test_a_run_on_plain_pytorch_begins_with_it(
         asked.append(options["plain"])
         predict_on(*given, **options)
 
-    monkeypatch.setattr("kernel.predict.predict_on", run_plain)
+    monkeypatch.setattr("kernel.backends.predict_on", run_plain)
     assert not predict(session_light, images, images.parent / "s.csv", plain=True)["faults"]
     assert asked == [True]
 
@@ -276,8 +277,8 @@ def test_what_fails_every_way_before_a_strip_is_done_is_raised(
             raise DeviceLost("cuda fails: operator torchvision::nms does not exist")
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("kernel.predict.pick_device", lambda: CUDA)
-    monkeypatch.setattr("kernel.predict.predict_on", fail)
+    monkeypatch.setattr("kernel.backends.pick_device", lambda: CUDA)
+    monkeypatch.setattr("kernel.backends.predict_on", fail)
     with pytest.raises(RuntimeError, match="operator torchvision::nms does not exist"):
         predict(session_light, images, images.parent / "submission.csv")
 
@@ -293,7 +294,7 @@ def test_strips_that_no_time_is_left_to_run_again_stay_named(
         context = replace(context, start=-math.inf) if plain else context
         predict_on(device, context, task, outcome, plain)
 
-    monkeypatch.setattr("kernel.predict.predict_on", run_late)
+    monkeypatch.setattr("kernel.backends.predict_on", run_late)
     record = predict(bundle, images, images.parent / "submission.csv")
     assert record["faults"].keys() == set(NAMES) and not record["work"]
     assert all("no memory for a strip" in fault for fault in record["faults"].values())

@@ -20,12 +20,13 @@ from helpers import CPU, predict, read_manifest, read_submission, save_strips
 from run_records import run_json
 from torch import Tensor, nn
 
+from kernel.backends import Backend
 from kernel.deadline import Deadline
 from kernel.images import Image
 from kernel.inference import main, run_options
 from kernel.members import Member, build_network
 from kernel.options import parse_options
-from kernel.predict import Backend, Outcome
+from kernel.outcome import Outcome
 from kernel.run_record import RunRecord, read_run_record, write_run_record
 from kernel.strip_state import StripWork
 from kernel.tta import Half, Pass
@@ -240,7 +241,7 @@ class Simulated(Deadline):
 def test_a_flip_that_the_deadline_drops_for_some_strips_is_in_no_work_of_theirs(
     tiny_bundle: Path, images: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernel.predict.Deadline", Simulated)
+    monkeypatch.setattr("kernel.outcome.Deadline", Simulated)
     bundle = tiny_bundle / "dataset"
     record = run_record(bundle, images, early_exit=False)
     assert_record_is_what_ran(record, spy, NAMES)
@@ -359,7 +360,7 @@ def test_after_a_lost_device_both_parts_are_numbered_alike(
         return False
 
     spy.before_encoder = break_down
-    monkeypatch.setattr("kernel.predict.pick_device", lambda: CPU)
+    monkeypatch.setattr("kernel.backends.pick_device", lambda: CPU)
     monkeypatch.setattr("kernel.scheduling.device_usable", device_usable)
     record = run_record(dataset, images, allow_missing_members=True)
     assert_record_is_what_ran(record, spy, NAMES)

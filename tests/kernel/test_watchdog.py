@@ -13,7 +13,7 @@ import pytest
 from helpers import predict, read_submission, run_kernel, run_script, save_strips
 
 from kernel.budget import MIN_MARGIN_S
-from kernel.predict import Outcome
+from kernel.outcome import Outcome
 from kernel.rows import LAYOUTS, Submission
 from kernel.watchdog import watchdog
 

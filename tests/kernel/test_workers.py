@@ -22,7 +22,7 @@ from kernel.deadline import Deadline
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
-from kernel.predict import Outcome, RunContext
+from kernel.outcome import Outcome, RunContext
 from kernel.rows import LAYOUTS, Submission, read_rows
 from kernel.stages import Stages
 from kernel.task import Task
