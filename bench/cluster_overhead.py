@@ -188,10 +188,10 @@ class StubWorker(Worker):
     """A worker whose one member is a stub; all else is as it is."""
 
     def _load(self, device: torch.device, plain: bool = False) -> Scheduler:
-        def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> dict[str, Member]:
+        def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any, **___: Any) -> dict[str, Member]:
             return {spec.name: Member(spec, encode, decode, stride=32) for spec in specs}
 
-        with mock.patch("kernel.ensemble.load_members", stubs):
+        with mock.patch("kernel.ensemble_loading.load_members", stubs):
             return super()._load(device, plain)
 
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.device import is_out_of_memory, pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, manifest_entries

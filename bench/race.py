@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from evaluation.strips import sample_strips
 from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
-from kernel.ensemble import load_ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, image_to_tensor, read_image, size_of
 from kernel.logs import progress
 from kernel.manifest import Manifest, load_manifest

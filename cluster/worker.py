@@ -24,7 +24,7 @@ from cluster.output import ROWS
 from kernel.batch_limits import default_batch_size
 from kernel.competition import COMPETITION
 from kernel.device import DeviceLost, pick_device
-from kernel.ensemble import load_ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Strip
 from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest

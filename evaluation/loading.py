@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import first_image
 from kernel.manifest import Manifest
 from kernel.stages import Stages

@@ -36,7 +36,7 @@ class RecordedPasses:
         self.manifest: Manifest = self.ensemble.manifest
         self.passes: list[Pass] = self.ensemble.passes
         self.device: torch.device = self.ensemble.device
-        self.stages = Stages()  # a replay's, which is no work of the ensemble
+        self.stages, self.queued = Stages(), False  # a replay's, which is no work of the ensemble
         self.images = self.ensemble.prepare(self.image)
 
     @property
@@ -63,10 +63,10 @@ class RecordedPasses:
     def _timed(self, pass_id: int, half: Half, run: Callable[[], T]) -> T:
         """Run a half; where a device only queues it, wait for it, for its seconds to count."""
         start, found = time.perf_counter(), run()
-        stages = self.ensemble.stages
-        if stages.queued:
+        if self.ensemble.queued:
             torch.cuda.synchronize(self.device)
-            stages.networks[self.passes[pass_id].member, half] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.ensemble.stages.add_network(self.passes[pass_id].member, half, seconds)
         return found
 
     def mean(self, pass_ids: Sequence[int]) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 
 from kernel.batch_limits import default_batch_size
 from kernel.device import DeviceLost, pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, first_image, size_of
 from kernel.logs import log
 from kernel.outcome import Outcome, RunContext

@@ -116,7 +116,7 @@ def predict_task(
     ahead = 0 if alone else 4 * scheduler.limits.batch_size
     names = note_names(task.names, last_image)
     strips = read_ahead(task.images, names, ahead, rules, scheduler.deadline)
-    stages.threads = scheduler.threads
+    stages.share_among(scheduler.threads)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(rules.image_size)
     with progress(task.names, "strips", "strip") as bar, closing(states):

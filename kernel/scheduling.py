@@ -35,6 +35,7 @@ class PassSource(Protocol):
     passes: list[Pass]
     device: torch.device
     stages: Stages
+    queued: bool  # networks return before they ran, as on a GPU: who waits for them counts them
 
     def prepare(self, image: Image) -> Tensor:
         """Return an image, grey or RGB, as a pass takes it, (1, channels, H, W)."""
@@ -261,14 +262,14 @@ class Scheduler:
         for half in step:
             half_s = seconds * flops[half] / sum(flops[each] for each in step)
             self.deadline.half_done(ran.member, half, half_s, strips)
-            if self.source.stages.queued:
-                self.source.stages.networks[ran.member, half] += half_s
+            if self.source.queued:
+                self.source.stages.add_network(ran.member, half, half_s)
 
     def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
         """Queue a step; return what its strips' `settle` takes, (B, 4, classes)."""
         encoded, probabilities = self._run_networks(step, pass_id, states)
         stages = self.source.stages  # where networks are queued, so are the sums: both are waited
-        with nullcontext() if stages.queued else stages("tally"):  # for, and counted, together
+        with nullcontext() if self.source.queued else stages("tally"):  # for, and counted, together
             launched = [
                 state.launch(
                     tuple(one_row(tensor, row) for tensor in encoded),

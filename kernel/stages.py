@@ -16,10 +16,13 @@ class Stages:
     """Seconds spent per named stage, and per member and half in the networks."""
 
     def __init__(self) -> None:
-        self.threads = 1  # that work at once: a second of one of them counts by its share
-        self.queued = False  # networks return before they ran, as on a GPU: who waits, counts them
+        self.threads = 1  # that work at once
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.networks: defaultdict[tuple[str, Half], float] = defaultdict(float)
+
+    def share_among(self, threads: int) -> None:
+        """Count a second of one of so many threads, which work at once, by its share."""
+        self.threads = threads
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -29,8 +32,8 @@ class Stages:
 
     @contextmanager
     def network(self, member: str, half: Half) -> Iterator[None]:
-        """Add the time inside to one half of a member, unless it is only queued there."""
-        with _timed(self._table, (member, half), self.threads):
+        """Add the time inside to one half of a member."""
+        with _timed(self.networks, (member, half), self.threads):
             yield
 
     @contextmanager
@@ -40,12 +43,11 @@ class Stages:
         with _timed(taken, member, self.threads):
             yield
         for half, count in zip(Half, flops, strict=True):
-            seconds = taken[member] * count / sum(flops)
-            self._table[member, half] += seconds
+            self.add_network(member, half, taken[member] * count / sum(flops))
 
-    @property
-    def _table(self) -> defaultdict[tuple[str, Half], float]:
-        return defaultdict(float) if self.queued else self.networks
+    def add_network(self, member: str, half: Half, seconds: float) -> None:
+        """Add seconds to one half of a member."""
+        self.networks[member, half] += seconds
 
     def add(
         self,
@@ -58,7 +60,7 @@ class Stages:
             self.seconds[stage] += share * taken
         for member, halves in networks.items():
             for half, taken in halves.items():
-                self.networks[member, half] += share * taken
+                self.add_network(member, half, share * taken)
 
     def network_table(self) -> dict[str, dict[Half, float]]:
         """Member → half → seconds, as it stands in run.json."""

@@ -21,7 +21,8 @@ from evaluation.ablation import (
     propose,
 )
 from evaluation.recorded import RecordedPasses
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Strip, read_image
 from kernel.manifest import Manifest, load_manifest, parse_manifest
 from kernel.scheduling import Scheduler
@@ -268,7 +269,7 @@ def test_where_networks_are_only_queued_their_seconds_are_waited_for(
     """As on a GPU; none is here: what stands for it takes its time when it is waited for."""
     stages = Stages()
     queued = Ensemble(ensemble.manifest, list(ensemble.members.values()), CPU, stages)
-    stages.queued = True
+    queued.queued = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.02))
     path = min((strips / "train_images").iterdir())
     recorded = RecordedPasses(queued, read_image(path))

@@ -17,7 +17,8 @@ from evaluation import calibrate
 from evaluation.calibrate import add_shifts, check_weights, find_shifts, gate_logits, shift_to_mean
 from kernel.checks import read_json
 from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import read_image
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.stages import Stages

@@ -11,7 +11,8 @@ from helpers import CPU, save_strips
 
 from evaluation import growth
 from evaluation.growth import choose, list_choices
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Strip
 from kernel.manifest import load_manifest
 from kernel.scheduling import Scheduler

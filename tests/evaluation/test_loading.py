@@ -25,7 +25,7 @@ def test_an_engine_that_is_wrong_is_replaced(
         engine = compile_member(*given)
         return replace(engine, decoder=lambda *parts: engine.decoder(*parts).flip(-1))
 
-    monkeypatch.setattr("kernel.ensemble.compile_member", compile_wrong)
+    monkeypatch.setattr("kernel.ensemble_loading.compile_member", compile_wrong)
     save_strips(tmp_path, ["b.png"])
     (tmp_path / "a.png").write_bytes(b"torn")
     dataset = tiny_bundle / "dataset"

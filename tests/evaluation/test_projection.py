@@ -25,7 +25,8 @@ from evaluation.projection import (
     usable_s,
 )
 from kernel.deadline import Deadline
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Size
 from kernel.manifest import Manifest, load_manifest
 from kernel.options import Options, parse_options

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from kernel.device import lasting_memory
-from kernel.ensemble import load_ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.stages import Stages
 from kernel.manifest import load_manifest
 

@@ -20,7 +20,8 @@ from oracle import (
 )
 from torch import Tensor
 
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, size_of
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
@@ -102,7 +103,7 @@ def test_a_member_that_does_not_compile_runs_plain_and_is_named(
     def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr("kernel.ensemble.compile_member", fail)
+    monkeypatch.setattr("kernel.ensemble_loading.compile_member", fail)
     image = draw_image(4)
     mean, threshold = mean_by_hand(halved, image), threshold_of(halved)
     assert_masks(masks_of(ensemble_of(halved), image)[0], mean, threshold)
@@ -171,13 +172,13 @@ def test_cudnn_tries_its_algorithms_where_a_gpu_runs_an_engine_that_is_checked(
     """Not in the check, whose shape never comes again, nor where an engine broke the GPU."""
     seen = list[bool]()
 
-    def load(*_: object) -> dict[str, Member]:
+    def load(*_: object, **__: object) -> dict[str, Member]:
         seen.append(torch.backends.cudnn.benchmark)
         return ensemble.members
 
     before = device == "cpu"  # a GPU's ensemble may go on beside this one
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-    monkeypatch.setattr("kernel.ensemble.load_members", load)
+    monkeypatch.setattr("kernel.ensemble_loading.load_members", load)
     manifest, on = load_manifest(halved), torch.device(device)
     load_ensemble(halved, manifest, on, Stages(), image=None, plain=plain)
     assert seen == [before]

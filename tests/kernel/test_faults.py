@@ -38,7 +38,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from kernel import ensemble, inference
+from kernel import ensemble_loading, inference
 from kernel.backends import Backend, predict_on
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
@@ -159,7 +159,7 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Six strips: with less patience than that the engine is given up before the last."""
-    monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
+    monkeypatch.setattr(ensemble_loading, "check_engine", fail_once_checked)
     monkeypatch.setattr("kernel.backends.MAX_FAILURES", patience)
     record = predict(bundle, images, images.parent / "submission.csv")
     assert not record["faults"] and record["work"].keys() == set(NAMES)
@@ -286,7 +286,7 @@ def test_what_fails_every_way_before_a_strip_is_done_is_raised(
 def test_strips_that_no_time_is_left_to_run_again_stay_named(
     bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ensemble, "check_engine", fail_once_checked)
+    monkeypatch.setattr(ensemble_loading, "check_engine", fail_once_checked)
 
     def run_late(
         device: Any, context: RunContext, task: Any, outcome: Any, plain: bool = False

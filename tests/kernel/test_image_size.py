@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernel.competition import SEVERSTAL
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
@@ -119,7 +120,7 @@ def test_engines_are_checked_at_the_size_that_strips_are_resized_to(
         sizes[plain.spec.name] = given[-1]
         return engine
 
-    monkeypatch.setattr("kernel.ensemble.check_engine", check)
+    monkeypatch.setattr("kernel.ensemble_loading.check_engine", check)
     ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages(), draw_image(1, LARGE))
     assert sizes == ensemble.sizes == {"plain": LARGE, "small": OWN, "more": (64, 64)}
 

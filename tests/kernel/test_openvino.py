@@ -35,7 +35,8 @@ from kernel.engines import (
     load_checked_openvino,
     openvino_files,
 )
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Strip
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
@@ -512,7 +513,7 @@ def test_a_run_on_openvino_builds_no_network_of_pytorch(openvino_dataset: Path) 
 import sys
 from pathlib import Path
 import torch
-from kernel.ensemble import load_ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Strip
 from kernel.stages import Stages
 from kernel.manifest import load_manifest

@@ -112,8 +112,8 @@ def build_once(model: dict[str, Any]) -> nn.Module:
 def spy(images: Path, monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy(save_strips(images, NAMES, SIZE))
     monkeypatch.setattr("kernel.members.build_network", build_once)
-    monkeypatch.setattr("kernel.ensemble.compile_member", lambda plain, *_: spy.wrap(plain))
-    monkeypatch.setattr("kernel.ensemble.check_engine", lambda engine, *_: engine)
+    monkeypatch.setattr("kernel.ensemble_loading.compile_member", lambda plain, *_: spy.wrap(plain))
+    monkeypatch.setattr("kernel.ensemble_loading.check_engine", lambda engine, *_: engine)
     return spy
 
 

@@ -30,7 +30,8 @@ from kernel.batch_limits import FEATURES_SHARE
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost
 from kernel.early_exit import Tally
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member
@@ -63,7 +64,7 @@ class DrawnPasses:
         self.manifest = Manifest([], CLASSES, threshold)
         members = [(f"m{i}", flops[i % len(flops)]) for i in range(N_PASSES // 2)]
         self.passes = list_passes(members, ["none", "vertical"])
-        self.device, self.stages = CPU, Stages()
+        self.device, self.stages, self.queued = CPU, Stages(), False
         rng = np.random.default_rng(4)
         open_gates = rng.random((N_PASSES, N_STRIPS, 1)) < rng.random(N_STRIPS)[:, None]
         gates = np.where(open_gates, 1.0, 0.1 * rng.random((N_PASSES, N_STRIPS, CLASSES)))

@@ -63,7 +63,7 @@ def soak(folder: Path) -> None:
     """One run; prints the peak after each tenth of the strips, and what was found."""
     peaks, set_masks = list[float](), Submission.set_masks
 
-    def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any) -> dict[str, Member]:
+    def stubs(_: Path, specs: Sequence[MemberSpec], *__: Any, **___: Any) -> dict[str, Member]:
         return {spec.name: Member(spec, encode, decode, stride=32) for spec in specs}
 
     def spied(submission: Submission, image: str, rles: dict[int, str]) -> None:
@@ -71,7 +71,7 @@ def soak(folder: Path) -> None:
         peaks.append(peak_mb())
 
     with (
-        mock.patch("kernel.ensemble.load_members", stubs),
+        mock.patch("kernel.ensemble_loading.load_members", stubs),
         mock.patch.object(Submission, "set_masks", spied),
     ):
         record = predict(folder, folder / "images", folder / "submission.csv")
