@@ -103,13 +103,22 @@ def no_images_fault(folder: Path, suffix: str = "") -> str:
     return f"{folder}: no images in it; name the folder that has them"
 
 
-def image_paths(folder: Path, competition: Competition) -> dict[str, Path]:
-    """Return name → path of the images below a folder, at any depth; of two of a name the first."""
+def image_paths(
+    folder: Path, competition: Competition, names: Set[str] | None = None
+) -> dict[str, Path]:
+    """Return name → path of the images below a folder, at any depth; of two of a name the first.
+
+    Both are logged where the name is one of `names`, or, without these, where `image_path` matches:
+    other files, as masks beside the images, may have one name in every folder.
+    """
     found: dict[str, Path] = {}
     for below, files in _walk(folder):
         for path in (below / file for file in sorted(files) if not file.startswith(".")):
-            name = competition.name_of_file(path.relative_to(folder).as_posix())
-            if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(name, path) != path:
+            place = path.relative_to(folder).as_posix()
+            name = competition.name_of_file(place)
+            if path.suffix.lower() not in IMAGE_SUFFIXES or found.setdefault(name, path) == path:
+                continue
+            if competition.matches_path(place) if names is None else name in names:
                 log.warning("%s and %s are both %r: the first is taken", found[name], path, name)
     return found
 
@@ -203,7 +212,7 @@ def find_images(
 def _find_loose(top: Path, names: set[str], competition: Competition) -> dict[str, Path]:
     """Name → path of a sample's images below a folder, each from the folder that holds most."""
     if competition.image_path:
-        paths = image_paths(top, competition)
+        paths = image_paths(top, competition, names)
         return {name: paths[name] for name in paths.keys() & names}
     held = _most_first({folder: names.intersection(files) for folder, files in _walk(top)})
     return {name: folder / name for folder in reversed(held) for name in held[folder]}
