@@ -45,6 +45,7 @@ from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
 from kernel.images import Image, Mask
+from kernel.manifest import MemberSpec
 from kernel.members import Member
 from kernel.outcome import RunContext
 from kernel.rle import encode_rle
@@ -166,6 +167,46 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
     [line] = [line for line in caplog.messages if line.startswith(reason)]
     assert "the last 6 images run again, on plain PyTorch" in line
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (range(7), "the networks failed: .*; the last 7 images run again"),
+        (range(8), "on 8 images in a row the networks failed: .*; the last 20 images run again"),
+        (range(0, 18, 2), "the networks failed: .*; the last 9 images run again"),
+    ],
+    ids=["seven in a row", "eight", "nine, never two together"],
+)
+def test_an_engine_is_given_up_at_once_after_eight_images_in_a_row(
+    fails: range,
+    said: str,
+    session_light: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Members are stubs; an image's number is its brightness."""
+
+    def load(_: Path, specs: Sequence[MemberSpec], *__: Any, plain: bool, **___: Any) -> Any:
+        def encode(images: Tensor) -> tuple[Tensor, ...]:
+            if not plain and round(images[0, 0, 0, 0].item() * 255) in fails:
+                raise RuntimeError("no memory for a strip")
+            return torch.ones(len(images), 4), images
+
+        def decode(gates: Tensor, images: Tensor) -> Tensor:
+            return images.expand(-1, 4, -1, -1)
+
+        return {spec.name: Member(spec, encode, decode, stride=1) for spec in specs}
+
+    monkeypatch.setattr(ensemble_loading, "load_members", load)
+    for number in range(20):
+        image = np.full((8, 8), number, np.uint8)
+        save_image(tmp_path / "images" / f"{number:02}.png", image)
+    record = predict(session_light, tmp_path / "images", tmp_path / "submission.csv")
+    assert not record["faults"] and len(record["work"]) == 20
+    [line] = [line for line in caplog.messages if "run again" in line]
+    assert re.match(said, line)
 
 
 def test_an_error_after_strips_that_are_done_ends_nothing(
@@ -450,14 +491,14 @@ def test_a_full_disk_is_an_error_before_the_first_strip(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Usage:
-        free = 1_000_000
+        free = 49_000_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
     output = images.parent / "out.csv"
     words = ("--bundle", bundle, "--images", images, "--output", output)
     assert exit_code(inference.main, *words) == 2
-    assert "1 MB free" in error_of(capsys.readouterr().err)
+    assert "49 MB free, 50 needed" in error_of(capsys.readouterr().err)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(

@@ -165,6 +165,11 @@ DEEP_GREY = GREY.astype(np.uint16) * 257
 KINDS: dict[str, tuple[np.ndarray, Competition, str]] = {
     "grey": (GREY, Competition(), ""),
     "grey in three channels": (np.dstack([GREY] * 3), Competition(), ""),
+    "grey, with a mask of what is opaque": (
+        np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)]),
+        Competition(),
+        "",
+    ),
     "all but grey": (TINTED, Competition(), ""),
     "colour": (COLOURS, RGB, ""),
     "a colour file without colours": (np.dstack([GREY] * 3), RGB, ""),

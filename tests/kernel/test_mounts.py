@@ -308,7 +308,7 @@ def test_a_zip_that_is_damaged_or_has_no_room_is_named(
 ) -> None:
     mount_zips(tmp_path, sample_too=False, below="test/")
     archive = tmp_path / COMPETITION / "test.zip"
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     with pytest.raises(ValueError, match=r"test\.zip: 0\.0 GB to unpack"):
         unpacked(tmp_path)
     monkeypatch.undo()

@@ -23,6 +23,7 @@ from pycocotools import mask as coco
 from kernel import inference
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask
+from kernel.outcome import Outcome, RunContext
 from kernel.rle import decode_rle
 from kernel.rows import LAYOUTS, SPREADSHEET_CELL, read_rows
 from kernel.task import Task
@@ -525,6 +526,35 @@ def test_a_run_ends_with_the_validators_lines(
     assert exit_code(inference.main, *arguments) == 0
     assert caplog.messages[-2] == "valid"
     assert any("median area" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(("left_s", "read"), [(1.9, False), (2.1, True)])
+def test_a_submission_is_checked_only_where_there_is_time(
+    left_s: float, read: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a hundred images it may take two seconds."""
+    reads = list[Path]()
+
+    def check(path: Path, *_: Any, **__: Any) -> Findings:
+        reads.append(path)
+        raise ValueError("looked at")
+
+    monkeypatch.setattr("kernel.inference.check_submission", check)
+    pairs = [(f"{index}.png", 1) for index in range(100)]
+    inference.log_findings(Path("out.csv"), Task(Path(), LAYOUTS["two-column"], pairs), left_s)
+    assert reads == [Path("out.csv")] * read
+    late = "the submission is written, but no time is left to check it"
+    assert (caplog.messages == [late]) != read
+
+
+def test_the_seconds_that_the_watchdog_takes_are_none_for_a_check(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A check that ran into them would end the run as if it hung."""
+    monkeypatch.setattr("kernel.inference.predict", lambda *_: Outcome())
+    monkeypatch.setattr(RunContext, "until_watchdog_s", lambda _: 0.0)
+    assert exit_code(inference.main, *arguments) == 0
+    assert "no time is left to check it" in caplog.text
 
 
 @pytest.mark.parametrize("fault", [ValueError("a fault"), MemoryError(), None], ids=repr)

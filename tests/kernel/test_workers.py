@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,13 @@ from kernel.rows import LAYOUTS, Submission, read_rows
 from kernel.stages import Stages
 from kernel.task import Task
 from kernel.worker import Worker, start_worker
-from kernel.workers import Round, first_plan, predict_by_workers, run_workers
+from kernel.workers import (
+    Round,
+    _kill_stalled,
+    first_plan,
+    predict_by_workers,
+    run_workers,
+)
 
 NAMES = [f"{index}.png" for index in range(5)]
 
@@ -791,6 +798,24 @@ def test_a_worker_that_hangs_is_killed_when_another_has_done_its_own(
     found = run_workers(run, task, ["0", "1"], again=not writes)
     assert len(commands) == 2 and found.exit_codes[2] == (-15 if writes else -9)
     assert found.lost >= {"1"} and workers[1].stalled != writes
+
+
+@pytest.mark.parametrize(("idle_s", "stalled"), [(400, False), (620, True)])
+def test_a_worker_hangs_when_it_has_done_nothing_for_ten_minutes(
+    idle_s: float, stalled: bool, tmp_path: Path
+) -> None:
+    """Less than that a large image may take."""
+    killed, workers = list[int](), list[Worker]()
+    for number in (1, 2):
+        process: Any = SimpleNamespace(poll=lambda: None, kill=lambda n=number: killed.append(n))
+        task, csv = Task(Path(), LAYOUTS["two-column"], []), tmp_path / f"{number}.csv"
+        workers.append(Worker(number, "", task, csv, process))
+        csv.with_suffix(".sample").touch()
+    workers[0].record.touch()
+    begun = time.time() - idle_s
+    os.utime(tmp_path / "2.sample", (begun, begun))
+    _kill_stalled(workers)
+    assert killed == [2] * stalled and workers[1].stalled == stalled
 
 
 WORKS = """
