@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,13 @@ from kernel.watchdog import watchdog
 PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]
 
 HANG = """
-import sys, time
+import sys, threading
 sys.path.insert(0, sys.argv.pop(1))
 import inference as kernel
 
 def hang(context, task):
     context.submission.set_masks("a.png", {2: "1 9"})
-    time.sleep(600)
+    threading.Event().wait()
 
 kernel.predict = hang
 kernel.main(sys.argv[1:])
@@ -39,16 +38,14 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "strips"
 
 
-def test_a_run_that_hangs_ends_inside_its_budget_with_the_rows_that_are_done(
+def test_a_run_that_hangs_is_ended_with_the_rows_that_are_done(
     session_light: Path, images: Path, tmp_path: Path
 ) -> None:
-    """The process ends with exit code 0: Kaggle scores what it finds."""
+    """It would hang for ever. The process ends with exit code 0: Kaggle scores what it finds."""
     script = tmp_path / "hang.py"
     script.write_text(HANG, encoding="utf-8")
     arguments = ("--bundle", session_light, "--images", images, "--budget-s", 5)
-    start = time.monotonic()
     done = run_script(script, session_light, *arguments, cwd=tmp_path)
-    assert time.monotonic() - start < 120  # most of it imports
     assert done.returncode == 0, done.stderr
     assert "the budget is spent" in done.stdout
     expected = {pair: "1 9" if pair == ("a.png", 2) else "" for pair in PAIRS}
