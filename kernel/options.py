@@ -90,7 +90,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--streams", type=int, help=about)
     add("--workers", type=int, help="processes; default one a GPU")
     add("--worker", action="store_true", help="as the first process starts others")
-    about = "seconds until everything is written; default: the competition's limit, an hour"
+    about = "seconds until all is written; default: the competition's limit, Severstal's an hour"
     add("--budget-s", type=float, help=about)
     add("--strict", action="store_true", help="exit code 1 where a strip failed")
     add("--plain", action="store_true", help="run PyTorch in fp32 alone, slowly")
