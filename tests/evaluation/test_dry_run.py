@@ -38,6 +38,8 @@ from kernel.mounts import list_images
 from kernel.rows import SPREADSHEET_CELL
 from training.synthetic import Drawing, write_competition
 
+UNSHARE = ["unshare", "--map-root-user", "--net"]
+
 
 @pytest.fixture(scope="module")
 def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,6 +80,12 @@ def rehearsed(tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPath
     return DryRun(bundle, done)
 
 
+def may_deny_network() -> bool:
+    """Whether a process may give up its network here, found out by one that does."""
+    command = [*UNSHARE, "true"]
+    return bool(shutil.which("unshare")) and not subprocess.run(command, check=False).returncode
+
+
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """The tiny bundle, of this test's own."""
@@ -102,11 +110,13 @@ def test_a_dry_run_leaves_submission_picture_and_report(rehearsed: DryRun, strip
     assert "5,506 strips would take" in done.stdout
     report = rehearsed.report
     assert report["run"]["exit_code"] == 0
-    assert report["run"]["network_denied"] == bool(dry_run.network_denial())
+    assert report["run"]["network_denied"] == may_deny_network()
     assert 50e6 < report["run"]["peak_bytes"] < 50e9  # PyTorch alone is more than the one
     run = json.loads((bundle / "report" / "run.json").read_text())
     assert report["run"]["seconds"] > run["seconds"]
-    assert sum(row["share"] for row in report["stages"]) == pytest.approx(1)
+    seconds = {row["stage"]: row["seconds"] for row in report["stages"]}
+    assert seconds["start"] == pytest.approx(report["run"]["seconds"] - run["seconds"])
+    assert min(seconds.values()) >= 0
     assert sum(row["encoders"] for row in report["passes"]) == sum(
         len(work["encoders"]) for work in run["work"].values()
     )
@@ -290,6 +300,80 @@ def test_a_run_without_openvino_is_judged_by_its_record_too(
     check = dry_run.check_on_pytorch(tmp_path, tiny_bundle, images, list_images(images)[0])
     assert check.words.startswith(words)
     assert check.ok is (record is not None and not record["faults"])
+
+
+def concluded(folder: Path) -> tuple[dry_run.DryRun, Path, Path]:
+    """A bundle that ran on four strips, its sample, and the folder with its answer."""
+    names = [f"{index}.jpg" for index in range(1, 5)]
+    save_strips(folder / "test_images", names)
+    sample = write_sample(folder / "sample.csv", names, "three-column")
+    run = dry_run.DryRun(folder, SEVERSTAL, folder / "test_images", None, None, False)
+    working = folder / "working"
+    for each in (run.dataset, run.out, working):
+        each.mkdir()
+    answer = f"{sample.read_text().splitlines()[0]}\n1.jpg,1 3,1\n"
+    (working / "submission.csv").write_text(answer)
+    return run, sample, working
+
+
+@pytest.mark.parametrize(
+    ("changes", "openvino", "rehearsed_too"),
+    [({}, True, True), ({}, False, False), ({"device": "cuda"}, True, False)],
+    ids=["OpenVINO ran them", "PyTorch ran them", "a GPU ran them"],
+)
+def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
+    changes: dict[str, Any],
+    openvino: bool,
+    rehearsed_too: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def check_on_pytorch(_: Path, __: Path, ___: Path, name: str) -> Check:
+        tried.append(name)
+        return Check(False, "a member does not load")
+
+    tried = list[str]()
+    monkeypatch.setattr(dry_run, "check_on_pytorch", check_on_pytorch)
+    run, sample, working = concluded(tmp_path)
+    if openvino:
+        (run.dataset / "unet-a.encoder.xml").write_text("torn")
+    record = run_json(faults={}, **changes)
+    (working / "run.json").write_text(json.dumps(record))
+    code = dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample)
+    assert (tried, code) == ((["1.jpg"], 1) if rehearsed_too else ([], 0))
+    assert ("NO  a member does not load" in capsys.readouterr().out) == rehearsed_too
+
+
+def test_the_seconds_that_only_the_process_had_are_its_start(tmp_path: Path) -> None:
+    run, sample, working = concluded(tmp_path)
+    (working / "run.json").write_text(json.dumps(run_json(faults={}, seconds=20.0)))
+    assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 0
+    report = json.loads((run.out / "report.json").read_text())
+    assert report["stages"][0] == {"stage": "start", "seconds": 5.0, "share": 0.2}
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+def test_the_network_is_denied_where_the_system_allows_it() -> None:
+    if not may_deny_network():
+        pytest.skip("this system does not allow a process to give up its network")
+    assert dry_run.network_denial() == UNSHARE
+
+
+@pytest.mark.parametrize(
+    ("code", "denial"), [(0, UNSHARE), (1, []), (None, [])], ids=["allowed", "refused", "missing"]
+)
+def test_the_network_is_denied_by_a_program_that_is_tried_first(
+    code: int | None, denial: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if code is not None:
+        program = tmp_path / "unshare"
+        program.write_text(f"#!/bin/sh\nexit {code}\n")
+        program.chmod(0o755)
+    assert dry_run.network_denial() == denial
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -496,8 +580,7 @@ def test_a_submission_that_kaggle_would_refuse_is_not_ready(
 def test_the_whole_path_runs_without_smp_and_without_a_network(
     tiny_bundle: Path, strips: Path, tmp_path: Path
 ) -> None:
-    deny = dry_run.network_denial()
-    if not deny:
+    if not may_deny_network():
         pytest.skip("this system does not allow a process to give up its network")
     dry_run.make_kaggle_tree(tmp_path, tiny_bundle, strips / "test_images")
     python = [getattr(sys, "_base_executable", sys.executable), "-S"]
@@ -505,7 +588,7 @@ def test_the_whole_path_runs_without_smp_and_without_a_network(
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*deny, *python, *arguments],
+            [*UNSHARE, *python, *arguments],
             env=bare, cwd=tmp_path / "working", capture_output=True, text=True, check=False,
         )  # fmt: skip
 
