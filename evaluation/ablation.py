@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from evaluation.loading import load_for_images
-from evaluation.recorded import RecordedPasses
+from evaluation.recorded import RecordedPasses, half_seconds, run_each
 from kernel.checks import read_json
 from kernel.ensemble import Ensemble
-from kernel.faults import one_line
-from kernel.images import read_image
-from kernel.logs import log, progress
+from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest, source_entry
 from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
@@ -149,33 +147,17 @@ def collect_stats(
 ) -> tuple[dict[str, AblationStats], Ints]:
     """Run every pass for the strips that can be read; return each variant's statistics.
 
-    And the true areas (strips, classes) in pixels; a strip that `truth` does not name is clean, and
-    one that the networks fail on is left out.
+    And the true areas (strips, classes) in pixels; a strip that `truth` does not name is clean.
     """
     variants = list_variants(ensemble.passes)
     stats = {name: AblationStats(pass_ids) for name, pass_ids in variants.items()}
-    areas = []
-    for name in progress(names, "every pass", "strip"):
-        try:
-            image = read_image(images / name, ensemble.manifest.competition)
-            recorded = RecordedPasses(ensemble, image, name)
-            recorded.record_all()
-        except (ValueError, OSError):
-            continue  # the kernel's log has named it
-        except RuntimeError as error:  # out of memory, which the kernel survives in other ways
-            log.warning("%s is not compared: %s", name, one_line(error))
-            continue
-        masks = decode_scored_masks(truth, name, recorded.size, ensemble.manifest.competition)
+    paths, competition, areas = [images / n for n in names], ensemble.manifest.competition, []
+    for recorded, _ in run_each(ensemble, paths, "every pass", RecordedPasses.record_all):
+        masks = decode_scored_masks(truth, recorded.name, recorded.size, competition)
         areas.append(masks.sum(axis=(-2, -1)))
         for each in stats.values():
             each.add(recorded, masks, thresholds)
     return stats, np.array(areas, np.int64).reshape(-1, ensemble.manifest.classes)
-
-
-def half_seconds(ensemble: Ensemble, strips: int) -> Floats:
-    """Return a strip's seconds in each half of each pass, (passes, 2), of `strips` with all."""
-    seconds, runs = ensemble.stages.networks, strips * len(ensemble.manifest.flips)
-    return np.array([[seconds[p.member, half] / runs for half in Half] for p in ensemble.passes])
 
 
 def ablate(

@@ -15,16 +15,13 @@ import matplotlib
 import numpy as np
 import torch
 
-from evaluation.ablation import half_seconds
 from evaluation.loading import load_for_images
-from evaluation.recorded import RecordedPasses
+from evaluation.recorded import RecordedPasses, half_seconds, run_each
 from evaluation.strips import sample_strips
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.ensemble import Ensemble
-from kernel.faults import one_line
-from kernel.images import Size, read_image
-from kernel.logs import log, progress
+from kernel.images import Size
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
@@ -100,24 +97,15 @@ def half_costs(ensemble: Ensemble, strips: int) -> Floats:
 def record_strips(ensemble: Ensemble, paths: Sequence[Path], flips: Sequence[str]) -> Replays:
     """Run every pass of every strip once, and replay all choices; `ensemble` has all flips.
 
-    A strip that cannot be read is named and left out.
-
     Raises:
-        ValueError: none of them can.
+        ValueError: no strip can be read and run.
     """
     replays = Replays(list_choices(ensemble, flips))
     usual = ("members", len(ensemble.manifest.members))
-    for path in progress(paths, "growth", "strip"):
-        try:
-            image = read_image(path, ensemble.manifest.competition)
-        except (ValueError, OSError) as error:
-            log.warning("%s is left out: %s", path.name, one_line(error))
-            continue
-        recorded = RecordedPasses(ensemble, image, path.name)
-        recorded.record_all()
+    for recorded, _ in run_each(ensemble, paths, "growth", RecordedPasses.record_all):
         replays.add(recorded, usual)
     if not replays.clean:
-        raise ValueError(f"{paths[0].parent}: no strip can be read, as the lines above say")
+        raise ValueError(f"{paths[0].parent}: no strip could be run, as the lines above say")
     return replays
 
 

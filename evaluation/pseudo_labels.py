@@ -8,7 +8,7 @@ the mask heads alone, over a half or a lower threshold: how far a defect reaches
 whether it is there.
 
 Writes `--out`/train.csv and train_images/, which `train.py --extra` takes. An image that cannot be
-read is named and left out; Ctrl-C ends with those that are labelled by then.
+read or run is named and left out; Ctrl-C ends with those that are labelled by then.
 """
 
 import argparse
@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 
 from evaluation.loading import load_for_images
-from evaluation.recorded import RecordedPasses
+from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.ensemble import Ensemble
-from kernel.faults import one_line
-from kernel.images import read_image
-from kernel.logs import log, progress
+from kernel.logs import log
 from kernel.manifest import load_manifest
 from kernel.mounts import open_images
 from kernel.rle import encode_rle
@@ -72,18 +70,11 @@ def label_strips(
 ) -> Iterator[tuple[str, dict[int, str]]]:
     """Yield those of some strips of whose classes the ensemble is sure: name, class → RLE."""
     competition = ensemble.manifest.competition
-    for path in progress(paths, "strips", "strip"):
-        name = path.name
-        try:
-            recorded = RecordedPasses(ensemble, read_image(path, competition), name)
-            recorded.record_all()
-        except (ValueError, OSError, RuntimeError) as error:  # of the file, or out of memory
-            log.warning("%s is left out: %s", name, one_line(error))
-            continue
+    for recorded, _ in run_each(ensemble, paths, "strips", RecordedPasses.record_all):
         masks = label_strip(recorded, gate_shifts, min_area)
         if masks is not None:
             found = {label: encode_rle(mask, competition) for label, mask in enumerate(masks, 1)}
-            yield name, {label: rle for label, rle in found.items() if rle}
+            yield recorded.name, {label: rle for label, rle in found.items() if rle}
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from kernel.ensemble import Ensemble
-from kernel.images import Image, Size, Strip, size_of
-from kernel.logs import log
+from kernel.faults import one_line
+from kernel.images import Image, Size, Strip, read_image, size_of
+from kernel.logs import log, progress
 from kernel.manifest import Manifest
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.strip_state import StripState
 from kernel.tta import Half, Pass
+from training.metrics import Floats
 
 T = TypeVar("T")
 
@@ -31,13 +34,16 @@ class RecordedPasses:
     name: str = ""  # of the strip, for warnings
     encoded: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # pass id → gates, …
     probabilities: dict[int, Tensor] = field(default_factory=dict)  # (1, classes, H, W)
+    stages: Stages = field(default_factory=Stages)  # a replay's, which is no work of the ensemble
+    queued: bool = field(default=False, init=False)
+    manifest: Manifest = field(init=False)
+    passes: list[Pass] = field(init=False)
+    device: torch.device = field(init=False)
+    images: Tensor = field(init=False)  # the strip as a pass takes it
 
     def __post_init__(self) -> None:
-        self.manifest: Manifest = self.ensemble.manifest
-        self.passes: list[Pass] = self.ensemble.passes
-        self.device: torch.device = self.ensemble.device
-        self.stages, self.queued = Stages(), False  # a replay's, which is no work of the ensemble
-        self.images = self.ensemble.prepare(self.image)
+        self.manifest, self.passes = self.ensemble.manifest, self.ensemble.passes
+        self.device, self.images = self.ensemble.device, self.ensemble.prepare(self.image)
 
     @property
     def size(self) -> Size:
@@ -113,3 +119,28 @@ class RecordedPasses:
             size = self.manifest.competition.size_of_mask(self.size)
             state.host_masks = np.zeros((self.manifest.classes, *size), np.bool_)
         return state
+
+
+def run_each(
+    ensemble: Ensemble, paths: Iterable[Path], desc: str, run: Callable[[RecordedPasses], T]
+) -> Iterator[tuple[RecordedPasses, T]]:
+    """Yield each strip with what `run`, such as `RecordedPasses.record_all`, returns for it.
+
+    One that cannot be read, or that the networks fail on, is named and left out: the kernel goes
+    on with smaller batches or on another device, a measurement does without the strip.
+    """
+    for path in progress(paths, desc, "strip"):
+        try:
+            image = read_image(path, ensemble.manifest.competition)
+            recorded = RecordedPasses(ensemble, image, path.name)
+            found = run(recorded)
+        except (ValueError, OSError, RuntimeError) as error:  # of the file, or out of memory
+            log.warning("%s is left out: %s", path.name, one_line(error))
+            continue
+        yield recorded, found
+
+
+def half_seconds(ensemble: Ensemble, strips: int) -> Floats:
+    """Return a strip's seconds in each half of each pass, (passes, 2), of `strips` with all."""
+    seconds, runs = ensemble.stages.networks, strips * len(ensemble.manifest.flips)
+    return np.array([[seconds[p.member, half] / runs for half in Half] for p in ensemble.passes])

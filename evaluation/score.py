@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.loading import load_for_images
-from evaluation.recorded import RecordedPasses
+from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import new_parser, run_command
-from kernel.faults import one_line
-from kernel.images import read_image, size_of
-from kernel.logs import log, progress
 from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import open_images
 from training.ground_truth import check_masks, check_names, decode_scored_masks, read_truth
@@ -53,8 +50,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def score(args: argparse.Namespace) -> int:
     """Score every strip of `--images`; those that `--truth` does not name are clean.
 
-    A strip that cannot be read, or that the networks fail on, is named and left out.
-
     Raises:
         ValueError: the bundle or the truth is not what it should be, or no strip could be scored.
     """
@@ -66,15 +61,9 @@ def score(args: argparse.Namespace) -> int:
     check_masks(truth, names, args.truth, images, competition)
     check_place(args.out)
     ensemble = load_for_images(args.bundle, manifest, images, names)
-    scores: dict[str, Scores] = defaultdict(Scores)
-    for name in progress(names, "strips", "strip"):
-        try:
-            image = read_image(images / name, competition)
-            found = predict_strip(RecordedPasses(ensemble, image, name))
-        except (ValueError, OSError, RuntimeError) as error:  # of the file, or out of memory
-            log.warning("%s is not scored: %s", name, one_line(error))
-            continue
-        masks = decode_scored_masks(truth, name, size_of(image), competition)
+    scores, paths = defaultdict[str, Scores](Scores), [images / name for name in names]
+    for recorded, found in run_each(ensemble, paths, "strips", predict_strip):
+        masks = decode_scored_masks(truth, recorded.name, recorded.size, competition)
         for member, each in found.items():
             scores[member].add(each, masks)
         write_json(args.out, {member: each.summary() for member, each in scores.items()})

@@ -16,11 +16,10 @@ from evaluation.ablation import (
     ablate,
     best_setting,
     collect_stats,
-    half_seconds,
     list_variants,
     propose,
 )
-from evaluation.recorded import RecordedPasses
+from evaluation.recorded import RecordedPasses, half_seconds
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Strip, read_image
@@ -206,13 +205,14 @@ def test_proposed_is_the_cheapest_that_loses_nothing() -> None:
 # --- the ablation ---------------------------------------------------------------------------------
 
 
-def test_a_strip_that_cannot_be_read_is_skipped_and_one_without_truth_is_clean(
-    ensemble: Ensemble, strips: Path
+def test_a_strip_that_cannot_be_read_is_left_out_and_one_without_truth_is_clean(
+    ensemble: Ensemble, strips: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = strips / "train_images"
     name = min(path.name for path in folder.iterdir())
     stats, areas = collect_stats(ensemble, folder, [name, "missing.jpg"], {}, THRESHOLDS)
     assert areas.tolist() == [[0, 0, 0, 0]]
+    assert "missing.jpg is left out: " in caplog.text
     assert all(len(each.areas) == 1 for each in stats.values())
 
 
@@ -240,7 +240,7 @@ def test_a_strip_that_the_networks_fail_on_is_named_and_left_out(
     stats, areas = collect_stats(ensemble, folder, [first, second], {}, THRESHOLDS)
     assert len(areas) == 1
     assert all(len(each.areas) == 1 for each in stats.values())
-    assert f"{first} is not compared: CUDA out of memory" in caplog.messages
+    assert f"{first} is left out: CUDA out of memory" in caplog.messages
 
 
 def test_where_no_strip_can_be_compared_nothing_is_proposed(

@@ -7,12 +7,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import CPU, save_strips
 
 from evaluation import growth
 from evaluation.growth import choose, list_choices
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
+from evaluation.recorded import RecordedPasses
 from kernel.images import Strip
 from kernel.manifest import load_manifest
 from kernel.scheduling import Scheduler
@@ -75,8 +77,26 @@ def test_a_strip_that_cannot_be_read_is_named_and_left_out(
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     assert len(growth.record_strips(ensemble, paths, ["none"]).clean) == 1
     assert f"a.png is left out: {paths[0]}: 4 bytes" in caplog.text
-    with pytest.raises(ValueError, match="no strip can be read, as the lines above say"):
+    with pytest.raises(ValueError, match="no strip could be run, as the lines above say"):
         growth.record_strips(ensemble, paths[:1], ["none"])
+
+
+def test_a_strip_that_takes_too_much_memory_is_named_and_left_out(
+    ensemble: Ensemble,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def record_all(recorded: RecordedPasses) -> None:
+        if recorded.name == "a.png":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        original(recorded)
+
+    original = RecordedPasses.record_all
+    monkeypatch.setattr(RecordedPasses, "record_all", record_all)
+    paths = [tmp_path / name for name in save_strips(tmp_path, ["a.png", "b.png"])]
+    assert len(growth.record_strips(ensemble, paths, ["none"]).clean) == 1
+    assert caplog.messages[-1] == "a.png is left out: CUDA out of memory"
 
 
 def test_the_command_writes_its_figures_and_a_plot(

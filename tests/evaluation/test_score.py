@@ -97,7 +97,7 @@ def test_a_strip_that_the_networks_fail_on_is_named_and_left_out(
     monkeypatch.setattr(score, "Scores", new_scores)
     options = ("--images", images, "--truth", labelled_strips / "test.csv", "--out", out)
     assert exit_code(score.main, "--bundle", dataset, *options) == (2 if every_strip else 0)
-    assert f"{first} is not scored: CUDA out of memory" in caplog.messages
+    assert f"{first} is left out: CUDA out of memory" in caplog.messages
     assert [len(each.dices) for each in counted] == ([] if every_strip else [1] * 3)
     if every_strip:
         error = error_of(capsys.readouterr().err)
@@ -116,7 +116,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(
     (images / "0torn.jpg").write_bytes(b"torn")
     assert exit_code(score.main, *options, images) == 0
     assert out.read_text() == expected
-    assert f"0torn.jpg is not scored: {images / '0torn.jpg'}: 4 bytes" in caplog.text
+    assert f"0torn.jpg is left out: {images / '0torn.jpg'}: 4 bytes" in caplog.text
 
 
 def test_a_mask_that_leaves_its_image_is_refused_before_the_work(
