@@ -37,7 +37,7 @@ import ttach
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evaluation.strips import sample_strips
+from evaluation.inputs import sample_strips
 from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.ensemble_loading import load_ensemble

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.loading import load_for_images
+from evaluation.inputs import load_for_images
 from evaluation.recorded import RecordedPasses, half_seconds, run_each
 from kernel.checks import read_json
 from kernel.ensemble import Ensemble

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaluation.loading import load_for_images
+from evaluation.inputs import add_bundle_options, load_for_images
 from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.ensemble import Ensemble
@@ -170,10 +170,9 @@ def add_shifts(entries: dict[str, Any], manifest: Manifest, found: Shifts) -> di
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = new_parser(__doc__, EXAMPLE)
-    add = parser.add_argument
-    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
     about = "folder of images without truth, as they come: many, and not picked"
-    add("--images", type=Path, required=True, help=about)
+    add_bundle_options(parser, images=about)
+    add = parser.add_argument
     known = parser.add_mutually_exclusive_group(required=True)
     about = "a training set, train.csv and train_images/, whose classes are counted"
     known.add_argument("--data", type=Path, help=about)

@@ -15,9 +15,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from evaluation.loading import load_for_images
+from evaluation.inputs import add_bundle_options, add_sample_options, load_for_images, sample_strips
 from evaluation.recorded import RecordedPasses, half_seconds, run_each
-from evaluation.strips import sample_strips
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.ensemble import Ensemble
@@ -213,12 +212,10 @@ EXAMPLE = "  python evaluation/growth.py --images severstal/test_images --strips
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = new_parser(__doc__, EXAMPLE)
-    add = parser.add_argument
-    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
-    add("--images", type=Path, required=True, help="folder of strips")
-    add("--strips", type=int, default=8, help="as many are drawn")
-    add("--seed", type=int, default=2020, help="of the draw")
-    add("--out", type=Path, default=Path("growth.json"), help="a .png of it is drawn beside it")
+    add_bundle_options(parser)
+    add_sample_options(parser)
+    about = "a .png of it is drawn beside it"
+    parser.add_argument("--out", type=Path, default=Path("growth.json"), help=about)
     return parser.parse_args(arguments)
 
 

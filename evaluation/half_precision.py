@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.strips import sample_strips
+from evaluation.inputs import add_bundle_options, add_sample_options, sample_strips
 from kernel.command import new_parser, run_command
 from kernel.engines import (
     TOLERANCES,
@@ -162,11 +162,9 @@ EXAMPLE = "  python evaluation/half_precision.py --images severstal/test_images 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = new_parser(__doc__, EXAMPLE)
+    add_bundle_options(parser)
+    add_sample_options(parser)
     add = parser.add_argument
-    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
-    add("--images", type=Path, required=True, help="folder of strips")
-    add("--strips", type=int, default=8, help="as many are drawn")
-    add("--seed", type=int, default=2020, help="of the draw")
     add("--way", choices=WAYS, default="rounded")
     add("--crop", action="store_true", help="a quarter of each strip, where most is to be seen")
     add("--out", type=Path, default=Path("half_precision.json"))

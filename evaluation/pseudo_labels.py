@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluation.loading import load_for_images
+from evaluation.inputs import add_bundle_options, load_for_images
 from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.ensemble import Ensemble
@@ -83,9 +83,8 @@ def label_strips(
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = new_parser(__doc__, EXAMPLE)
+    add_bundle_options(parser, images="folder of strips without truth")
     add = parser.add_argument
-    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
-    add("--images", type=Path, required=True, help="folder of strips without truth")
     about = "to be sure that a class is there, and that it is not (default %(default)s)"
     add("--gate-shifts", type=float, nargs=2, default=(2.0, 3.0), metavar="B", help=about)
     about = "pixels from which a mask counts (default %(default)s)"

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.loading import load_for_images
+from evaluation.inputs import add_bundle_options, load_for_images
 from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import new_parser, run_command
 from kernel.manifest import TOGETHER, load_manifest
@@ -39,9 +39,8 @@ EXAMPLE = "  python evaluation/score.py --images data/steel/test_images --truth 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = new_parser(__doc__, EXAMPLE)
+    add_bundle_options(parser)
     add = parser.add_argument
-    add("--bundle", type=Path, default=Path("dist/dataset"), help="default dist/dataset")
-    add("--images", type=Path, required=True, help="folder of strips")
     add("--truth", type=Path, required=True, help="a train.csv of these strips, either layout")
     add("--out", type=Path, default=Path("scores.json"), help="updated after every strip")
     return parser.parse_args(arguments)
