@@ -14,7 +14,7 @@ from cluster.engine import Workers
 from cluster.images import ImageSet
 from cluster.output import Output, Totals
 from evaluation.drawing import AnnotatedStrip
-from evaluation.report import render_page
+from evaluation.page import render_page
 from kernel.contact_sheet import MAX_STRIPS, overlay_masks
 from kernel.images import size_of
 from kernel.logs import log

@@ -22,18 +22,21 @@ from typing import Any
 import numpy as np
 
 from evaluation.ablation import ablate
-from evaluation.drawing import draw_predictions, write_sheet
-from evaluation.projection import MeasuredRun, keep_rate, read_rates
-from evaluation.report import (
+from evaluation.checks import (
     Check,
     ProcessResult,
-    as_lines,
-    as_page,
-    build_report,
+    check_answer,
+    check_ended,
     check_process,
     check_record,
+    failed_words,
     is_clean,
 )
+from evaluation.drawing import draw_predictions, write_sheet
+from evaluation.machines import keep_rate, read_rates
+from evaluation.measured import MeasuredRun
+from evaluation.report import as_page, build_report
+from evaluation.report_text import as_lines
 from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.competition import (
@@ -45,10 +48,8 @@ from kernel.competition import (
 from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder, open_images
-from kernel.rows import read_rows
 from kernel.run_record import RunRecord, read_run_record
-from kernel.task import read_sample
-from kernel.validator import check_submission
+from packing.paths import REPORT
 from training.competition_files import write_sample
 from training.ground_truth import Truth, check_masks, check_names, read_truth
 from training.json_files import write_json
@@ -135,30 +136,6 @@ def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
     return ProcessResult(done.returncode, time.perf_counter() - start, bool(deny), _peak_bytes())
 
 
-def check_answer(submission: Path, sample: Path, competition: Competition) -> Check:
-    """Return the validator's verdict; its table and warnings stand in the kernel's log."""
-    layout, pairs = read_sample(sample, None, competition)
-    images = one_folder(sample.parent / IMAGES, competition)
-    found = check_submission(submission, layout.columns, pairs, images, competition, cut_off=0)
-    if found.errors:
-        return Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")
-    rows = read_rows(submission, competition=competition, cut_off=0)[1]
-    return Check(True, f"{submission.name} is valid: {len(rows):,} rows")
-
-
-def check_ended(working: Path) -> Check:
-    """Return whether the run ended by itself: its watchdog leaves no run.json."""
-    if (working / "run.json").is_file():
-        return Check(True, "the kernel ended by itself")
-    why = "a pass hung until its watchdog ended it, or the disk was full"
-    return Check(False, f"the kernel left no run.json: {why}")
-
-
-def failed_words(checks: Iterable[Check]) -> str:
-    """Return what the checks that failed say, in one line."""
-    return "; ".join(check.words for check in checks if check.ok is False)
-
-
 def check_on_pytorch(root: Path, bundle: Path, images: Path, name: str) -> Check:
     """Run one image without OpenVINO: a machine with a GPU loads SMP and every checkpoint.
 
@@ -200,7 +177,7 @@ class DryRun:
     @property
     def out(self) -> Path:
         """The folder of the results."""
-        return self.bundle / "report"
+        return self.bundle / REPORT
 
 
 def _write_report(
@@ -240,7 +217,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     """Judge a run by what it left in `working`; return the exit code."""
     checks = check_process(result)
     if result.exit_code == 0:
-        checks.append(check_answer(working / "submission.csv", sample, run.competition))
+        checks.append(check_answer(working / "submission.csv", sample, run.images, run.competition))
         checks.append(check_ended(working))
     if not is_clean(checks):  # there is nothing to draw or to time
         print(f"\n== Not ready for Kaggle: {failed_words(checks)}; see its lines above")

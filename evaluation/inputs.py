@@ -8,7 +8,8 @@ import numpy as np
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import pick_device
-from kernel.ensemble import Ensemble, load_ensemble
+from kernel.ensemble import Ensemble
+from kernel.ensemble_loading import load_ensemble
 from kernel.images import first_image
 from kernel.manifest import Manifest
 from kernel.mounts import open_images

@@ -16,90 +16,23 @@ Then the numbers: `run`, `stages`, `passes`, `histogram`, `machines`, `drops`, `
 `faults`, and, where a ground truth is known, `dice` and `ablation`.
 """
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from evaluation.checks import Check, ProcessResult, is_clean
 from evaluation.drawing import AnnotatedStrip
-from evaluation.projection import (
-    MACHINES,
-    Estimate,
-    MeasuredRun,
-    Projection,
-    drop_to_fit,
-    list_drops,
-    list_estimates,
-    project,
-    usable_s,
-)
+from evaluation.machines import MACHINES, Estimate, list_estimates
+from evaluation.measured import MeasuredRun
+from evaluation.page import render_page
+from evaluation.projection import Projection, drop_to_fit, list_drops, project, usable_s
 from kernel.competition import SEVERSTAL, Competition
-from kernel.contact_sheet import COLOURS
 from kernel.run_record import RunRecord
-from kernel.strip_state import TOO_LATE
 from kernel.tta import Half
 from training.metrics import Bools
-
-# --- was the run clean? ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was checked in the run."""
-
-    ok: bool | None  # None: it decides nothing
-    words: str
-
-
-@dataclass(frozen=True)
-class ProcessResult:
-    """How the kernel's process went, seen from outside."""
-
-    exit_code: int
-    seconds: float
-    network_denied: bool
-    peak_bytes: int  # the most memory that one of its processes held
-
-
-def check_process(result: ProcessResult) -> list[Check]:
-    """Check the kernel's exit code, and whether the network was denied."""
-    network = "the network was denied"
-    if not result.network_denied:
-        network = "the network was NOT denied: this system does not allow it"
-    return [
-        Check(result.exit_code == 0, f"the kernel ended with exit code {result.exit_code}"),
-        Check(result.network_denied or None, network),
-    ]
-
-
-def check_record(record: RunRecord) -> list[Check]:
-    """Check what run.json says of strips that failed, and of what was dropped to end in time."""
-    dropped, late = record.dropped, list(record.faults.values()).count(TOO_LATE)
-    failed = len(record.faults) - late
-    checks = [Check(not failed, f"strips that failed: {failed}" if failed else "no strip failed")]
-    nan = Counter(pass_id for work in record.work.values() for pass_id in work.nan)
-    if nan:
-        passes = ", ".join(str(record.passes[pass_id]) for pass_id in sorted(nan))
-        checks.append(Check(False, f"{passes} gave NaN, for up to {max(nan.values()):,} strips"))
-    if dropped:
-        passes, strips = ", ".join(sorted(dropped)), max(dropped.values())
-        words = f"to end in time here, {passes} were dropped for up to {strips:,} strips"
-        checks.append(Check(None, f"{words}: what it took is of a run with less to do"))
-    if late:
-        ok = None if record.work else False  # where none ran, there is nothing to judge by
-        checks.append(Check(ok, f"no time was left here for {late:,} strips: they stay empty"))
-    return checks
-
-
-def is_clean(checks: Iterable[Check]) -> bool:
-    """Whether no check failed."""
-    return all(check.ok is not False for check in checks)
-
 
 # --- is there time for it? ------------------------------------------------------------------------
 
@@ -219,6 +152,18 @@ def _describe_run(run: MeasuredRun) -> dict[str, Any]:
     }
 
 
+def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
+    """Sum the rows of passes by "member" or by "flip", with the `total_s` of both halves."""
+    sums: dict[str, dict[str, float]] = {}
+    for row in passes:
+        group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
+        for name in group:
+            group[name] += row[name]
+    for group in sums.values():
+        group["total_s"] = group["encoder_s"] + group["decoder_s"]
+    return sums
+
+
 def build_report(
     run: MeasuredRun,
     result: ProcessResult,
@@ -262,155 +207,7 @@ def build_report(
     }
 
 
-# --- the terminal ---------------------------------------------------------------------------------
-
-MARKS = {True: "ok", False: "NO", None: "–"}
-
-
-def figure(value: float, spec: str = ".3f") -> str:
-    """Format a figure; a mean of nothing, NaN, is a dash."""
-    return "–" if math.isnan(value) else format(value, spec)
-
-
-def _table(heads: str, rows: Iterable[tuple[str, ...]]) -> str:
-    """Columns two spaces apart, the first to the left and the others to the right."""
-    table = [tuple(heads.split("|")), *rows]
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    lines = []
-    for first, *others in table:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("   " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
-
-
-def _answer_lines(report: dict[str, Any]) -> list[str]:
-    """The verdict, then what it is made of."""
-    clean, kaggle, here = report["clean"], report["kaggle"], report["here"]
-    checks = [f"   {MARKS[check['ok']]:<4}{check['words']}" for check in clean["checks"]]
-    how = "calibrated" if kaggle["calibrated"] else "estimated"
-    machine = kaggle["machine"].removeprefix("Kaggle's ")
-    here_mark = MARKS[here["fits"] or None]
-    return [
-        f"== {report['verdict']}",
-        "\n".join([f"   The run was {'clean' if clean['ok'] else 'NOT clean'}", *checks]),
-        f"   On Kaggle's {machine}, {how}\n   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
-        f"   On this machine, projected\n   {here_mark:<4}{here['words']}",
-    ]
-
-
-def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
-    """Sum the rows of passes by "member" or by "flip", with the `total_s` of both halves."""
-    sums: dict[str, dict[str, float]] = {}
-    for row in passes:
-        group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
-        for name in group:
-            group[name] += row[name]
-    for group in sums.values():
-        group["total_s"] = group["encoder_s"] + group["decoder_s"]
-    return sums
-
-
-def _pass_table(passes: Iterable[dict[str, Any]], key: str) -> str:
-    rows = (
-        (name, f"{row['encoders']:.0f}", f"{row['encoder_s']:.2f}",
-         f"{row['decoders']:.0f}", f"{row['decoder_s']:.2f}")
-        for name, row in sum_by(passes, key).items()
-    )  # fmt: skip
-    return _table(f"{key}|encoders|seconds|decoders|seconds", rows)
-
-
-def _run_lines(report: dict[str, Any]) -> list[str]:
-    """Where the seconds of the run went."""
-    run, passes = report["run"], report["passes"]
-    stages = ((r["stage"], f"{r['seconds']:.2f}", f"{r['share']:.1%}") for r in report["stages"])
-    return [
-        _table("stage|seconds|share", stages),
-        _pass_table(passes, "member"),
-        _pass_table(passes, "flip"),
-        f"   {run['strips_per_s']:.2f} strips/s on {run['device']}, {run['workers']} process(es);"
-        f" {run['share_of_full_work']:.0%} of the full work ran;"
-        f" {run['peak_bytes'] / 1e9:.2f} GB of memory, {run['gpu_bytes'] / 1e9:.2f} GB of a GPU's",
-    ]
-
-
-def _scored_run_lines(report: dict[str, Any]) -> list[str]:
-    """The scored run on Kaggle's machines, and on this one with less to do."""
-    machines = (
-        (each["machine"], f"{each['seconds']:,.0f}",
-         "calibrated" if each["calibrated"] else "estimated",
-         "every pass" if each["fits"] else "drops passes")
-        for each in report["machines"]
-    )  # fmt: skip
-    drops = (
-        (each["without"], f"{each['saves_s']:,.0f}", f"{each['total_s']:,.0f}")
-        for each in report["drops"]
-    )
-    lines = [
-        _table("the scored run on Kaggle|seconds||", machines),
-        _table("here, without|saves s|leaves s", drops),
-    ]
-    if report["drop_to_fit"]:
-        names = ", then ".join(report["drop_to_fit"])
-        lines.append(f"   To run the other passes in time here, drop {names}.")
-    return lines
-
-
-def _dice_line(dice: dict[str, Any]) -> str:
-    """The Dice over all pairs, over those with a defect and of each class."""
-    named = dice["per_class"].items()
-    classes = "".join(f", class {label} {figure(value)}" for label, value in named)
-    return (
-        f"   Dice {figure(dice['dice'])} over all pairs, {figure(dice['dice_non_empty'])} over "
-        f"those with a defect{classes}; {figure(dice['clean_left_empty'], '.1%')} of the clean "
-        "strips left empty"
-    )
-
-
-def _ablation_table(ablation: dict[str, Any]) -> str:
-    rows = [
-        (
-            found["name"],
-            *(figure(found[key], ".4f") for key in ("dice", "dice_non_empty", "clean_left_empty")),
-            f"{found['strip_s']:.3f}",
-            *(figure(found["best"][key], ".4f") for key in ("dice", "dice_non_empty")),
-            f"{found['best']['threshold']:g}",
-            str(found["best"]["min_area"]),
-            "← proposed" if found["name"] == ablation["proposed"] else "",
-        )
-        for found in ablation["variants"]
-    ]
-    heads = f"of {ablation['strips']} strips|Dice|non-empty|clean|s/strip"
-    return _table(f"{heads}|at best|non-empty|threshold|min_area|", rows)
-
-
-def as_lines(report: dict[str, Any]) -> str:
-    """Return the report for the terminal, the verdict first."""
-    parts = [*_answer_lines(report), *_run_lines(report), *_scored_run_lines(report)]
-    if report["dice"]:
-        parts.append(_dice_line(report["dice"]))
-    if report["ablation"]:
-        parts.append(_ablation_table(report["ablation"]))
-    return "\n\n".join(parts)
-
-
 # --- the page -------------------------------------------------------------------------------------
-
-
-def render_page(template: Path, pictures: list[AnnotatedStrip], **values: Any) -> str:
-    """Fill in a template that extends page.html: one HTML page that needs nothing but itself."""
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"zip": zip, "figure": figure}
-    return environment.get_template(template.name).render(
-        pictures=pictures,
-        colours=[f"rgb({red}, {green}, {blue})" for blue, green, red in COLOURS],
-        **values,
-    )
 
 
 def as_page(report: dict[str, Any], pictures: list[AnnotatedStrip]) -> str:

@@ -19,14 +19,20 @@ from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
 from packing.notebook import build_notebook
-from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
+from packing.paths import (
+    CALIBRATION,
+    DATASET_METADATA,
+    FIT,
+    KERNEL_METADATA,
+    LAST_REPORT,
+    NOTEBOOK,
+    REPORT,
+    SCRIPT,
+)
 from packing.sources import left_out, propose_manifest, read_sources
 from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
-CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
-FIT = "fit"  # the kernel that fits; a build leaves it
 LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
-REPORT, LAST_REPORT = "report", "report-before"  # a dry run's, and that of a bundle before this
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, REPORT, LAST_REPORT, CALIBRATION}
 BUILT = (MANIFEST, SCRIPT.name, DATASET_METADATA.name)  # in the dataset of every bundle
 

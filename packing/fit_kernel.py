@@ -10,9 +10,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from kernel.faults import one_line
-from packing.bundle import FIT, check_out, check_place, scratch_beside, write_json
+from packing.bundle import check_out, check_place, scratch_beside, write_json
 from packing.metadata import FIT_SCRIPT, read_fit_metadata
-from packing.paths import KERNEL_METADATA, MEMBERS, ROOT
+from packing.paths import FIT, KERNEL_METADATA, MEMBERS, ROOT
 from packing.wheels import WHEELS
 
 FIT_ENTRIES = {FIT_SCRIPT, KERNEL_METADATA.name}

@@ -1,4 +1,4 @@
-"""Where the project's own files lie."""
+"""Where the project's own files lie, and what lies in a bundle's folder."""
 
 from pathlib import Path
 
@@ -10,3 +10,8 @@ SCRIPT = ROOT / "kernel" / "inference.py"
 MEMBERS = ROOT / "training" / "members.txt"
 NOTEBOOK = "inference.ipynb"  # of SCRIPT, in the bundle
 WHEEL_CACHE = ROOT / ".cache" / "wheels"
+
+# In a bundle's folder, beside dataset/ and kernel/:
+CALIBRATION = "calibration.json"  # what a run on Kaggle measured; the next build keeps it
+FIT = "fit"  # the kernel that fits; a build leaves it
+REPORT, LAST_REPORT = "report", "report-before"  # a dry run's, and that of a bundle before this

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from evaluation.projection import MeasuredRun
+from evaluation.measured import MeasuredRun
 from kernel.run_record import RunRecord, parse_run_record
+from kernel.strip_state import TOO_LATE
 
 PASSES = [
     {"member": "a", "flip": "none", "flops": [10, 20]},
@@ -46,6 +47,15 @@ def run_json(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "workers": 1,
     } | changes
+
+
+TRUNCATED: dict[str, Any] = {  # of four strips one had every pass, and one no time at all
+    "work": {
+        "1.jpg": strip_work([0, 1, 2, 3], [0, 1, 2, 3]),
+        "2.jpg": strip_work([0, 2], [0, 2], passes=[0, 2]),
+    },
+    "faults": {"3.jpg": "no image", "4.jpg": TOO_LATE},
+}
 
 
 def a_record(**changes: Any) -> RunRecord:

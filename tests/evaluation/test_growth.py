@@ -12,9 +12,9 @@ from helpers import CPU, save_strips
 
 from evaluation import growth
 from evaluation.growth import choose, list_choices
+from evaluation.recorded import RecordedPasses
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
-from evaluation.recorded import RecordedPasses
 from kernel.images import Strip
 from kernel.manifest import load_manifest
 from kernel.scheduling import Scheduler

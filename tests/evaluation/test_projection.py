@@ -1,6 +1,5 @@
 """What a run's seconds become for 5,506 strips: here, on Kaggle, and with less to do."""
 
-import json
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -10,20 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import CPU, predict, save_strips
-from run_records import PASSES, a_run, run_json, strip_work
+from run_records import TRUNCATED, a_run, run_json, strip_work
 from torch import Tensor
 
-from evaluation.projection import (
-    MeasuredRun,
-    drop_to_fit,
-    estimate_s,
-    keep_rate,
-    list_drops,
-    list_estimates,
-    project,
-    read_rates,
-    usable_s,
-)
+from evaluation.machines import list_estimates
+from evaluation.measured import MeasuredRun
+from evaluation.projection import drop_to_fit, estimate_s, list_drops, project, usable_s
 from kernel.deadline import Deadline
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
@@ -152,12 +143,6 @@ def test_a_strip_whose_flip_was_dropped_is_charged_what_ran() -> None:
     assert estimate_s(run, [0, 2]) == pytest.approx((0.7 + 0.8 + 0.4 + 1.0) * STRIPS)
 
 
-TRUNCATED: dict[str, Any] = {  # of four strips one had every pass, and one no time at all
-    "work": {"1.jpg": strip_work(ALL, ALL), "2.jpg": strip_work([0, 2], [0, 2], passes=[0, 2])},
-    "faults": {"3.jpg": "no image", "4.jpg": TOO_LATE},
-}
-
-
 def test_what_was_dropped_here_is_in_the_seconds_of_every_pass() -> None:
     run = a_run(**TRUNCATED)
     # a pass takes 0.7 + 0.4 s of a, 0.8 + 2 / 3 s of b; of three strips in time two could be read
@@ -170,27 +155,6 @@ def test_what_was_dropped_here_is_in_the_seconds_of_every_pass() -> None:
         shared = a_run(**TRUNCATED, workers=workers)
         assert estimate_s(shared, ALL) == pytest.approx(full_s * STRIPS)
         assert project(shared).strip_s == pytest.approx((12 - 7.7) / 3 + full_s)
-
-
-def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
-    full_flops = 2 * (10 + 20 + 30 + 40) * 2 / 3
-    known = {"one T4": {"rate": 1e3, "fixed_s": 8.0, "strips": 9}}
-    found = {each.machine: each.seconds for each in list_estimates(a_run(**TRUNCATED), known)}
-    assert found["one T4"] == pytest.approx(8 + STRIPS * full_flops / 1e3)
-    added = STRIPS * full_flops / (18.7e12 * 0.2)
-    assert found["P100"] == pytest.approx(8 + STRIPS * 0.5 / 3 + added, abs=1e-9)
-
-
-def test_a_run_of_which_a_worker_s_record_is_missing_has_no_rate(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(run_json(strips=6)))
-    with pytest.raises(ValueError, match=r"run\.json: of 2 of 6 strips it does not say what ran"):
-        keep_rate(tmp_path, tmp_path / "run.json")
-
-
-def test_a_rate_is_that_of_what_ran(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(run_json(**TRUNCATED, device="cuda")))
-    keep_rate(tmp_path, tmp_path / "run.json")
-    assert read_rates(tmp_path)["one T4"]["rate"] == pytest.approx((200 + 100) / 4 / 3)
 
 
 def test_a_pass_that_gave_nan_is_charged_for_the_halves_that_ran() -> None:
@@ -268,10 +232,10 @@ class Calls:
         assert run.counts.tolist() == counts
         seconds = sum(s for halves in record["networks"].values() for s in halves.values())
         assert estimate_s(run, passes) == pytest.approx(
-            (seconds / record["strips"] + run.dropped_s) * STRIPS
+            (seconds / record["strips"] + run.per_strip_dropped_s) * STRIPS
         )
         if not record["dropped"]:
-            assert run.dropped_s == pytest.approx(0)
+            assert run.per_strip_dropped_s == pytest.approx(0)
         return run
 
 
@@ -329,7 +293,7 @@ def test_a_flip_that_the_deadline_dropped_is_not_charged(
     flips = {each.flip: run.counts[i].tolist() for i, each in enumerate(passes)}
     assert flips == {"none": [2, 2], "horizontal": [1, 1], "vertical": [2, 2]}
     horizontal = [each.flip == "horizontal" for each in passes]
-    assert run.dropped_s == pytest.approx(run.half_s[horizontal].sum() / 2)
+    assert run.per_strip_dropped_s == pytest.approx(run.half_s[horizontal].sum() / 2)
 
 
 @pytest.mark.parametrize("half", Half)
@@ -340,98 +304,3 @@ def test_a_pass_of_nan_is_charged_for_what_ran(
     record = predict(tiny_bundle / "dataset", images, tmp_path / "out.csv", early_exit=False)
     run = calls.check(record)
     assert (run.counts == 2).all()
-
-
-# --- Kaggle's machines ----------------------------------------------------------------------------
-
-
-def test_an_assumed_machine_takes_its_flops_and_the_stages_beside_the_networks() -> None:
-    # (3 + 3) · 10 + (2 + 2) · 20 + (3 + 2) · 30 + (2 + 1) · 40 flops of four strips
-    run = a_run()
-    assert run.strip_flops == pytest.approx(410 / 4)
-    found = {each.machine: each for each in list_estimates(run, {})}
-    one, beside = found["one T4"], 0.5 / 4
-    assert one.seconds == pytest.approx(8 + STRIPS * (beside + 410 / 4 / (65e12 * 0.15)))
-    assert not one.calibrated
-    assert found["2×T4"].seconds - 8 == pytest.approx((one.seconds - 8) / 2)
-    workers = list_estimates(a_run(workers=2), {})  # each of them decodes half of the strips
-    assert workers[0].seconds - 8 == pytest.approx(one.seconds - 8)
-
-
-@pytest.mark.parametrize(("device", "tally_s"), [("cpu", 0.0), ("cuda", 4.0)])
-def test_a_gpu_is_not_charged_for_the_sums_of_a_cpu(device: str, tally_s: float) -> None:
-    more = {"tally": 4.0, "rle": 2.0}
-    before, after = a_run(device=device), a_run(device=device, stages=run_json()["stages"] | more)
-    for machine, was, found in zip(
-        ("2×T4", "one T4", "P100", "Kaggle's CPU"),
-        list_estimates(before, {}),
-        list_estimates(after, {}),
-        strict=True,
-    ):
-        assert was.machine == found.machine == machine
-        added = 6.0 if machine == "Kaggle's CPU" else 2.0 + tally_s
-        units = 2 if machine == "2×T4" else 1
-        assert found.seconds - was.seconds == pytest.approx(added / 4 * STRIPS / units)
-
-
-@pytest.mark.parametrize(
-    ("device", "workers", "machine"),
-    [("cuda", 2, "2×T4"), ("cuda", 1, "one T4"), ("cpu", 1, "Kaggle's CPU")],
-)
-def test_a_run_on_kaggle_replaces_the_assumption_and_is_remembered(
-    device: str, workers: int, machine: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "from_kaggle.json"
-    path.write_text(json.dumps(run_json(device=device, workers=workers, seconds=10.0)))
-    assert keep_rate(tmp_path, path) == machine
-    assert (tmp_path / "calibration.json").is_file()
-    for found in list_estimates(a_run(), read_rates(tmp_path)):
-        assert found.calibrated == (found.machine == machine)
-        if found.calibrated:  # the same flops at the rate of (10 − 8) / 4 seconds a strip
-            assert found.seconds == pytest.approx(8 + STRIPS * 0.5)
-
-
-def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "run.json"
-    for device, known in (
-        ("cuda", ["one T4"]),
-        ("cpu", ["one T4", "Kaggle's CPU"]),
-        ("cuda", ["Kaggle's CPU", "one T4"]),
-    ):
-        path.write_text(json.dumps(run_json(device=device)))
-        keep_rate(tmp_path, path)
-        assert list(read_rates(tmp_path)) == known
-
-
-def test_a_run_that_was_not_on_kaggle_is_no_measurement_of_its_machine(tmp_path: Path) -> None:
-    path, own = tmp_path / "run.json", tmp_path / "report" / "run.json"
-    path.write_text(json.dumps(run_json(kaggle=False)))
-    before = tmp_path / "report-before" / "run.json"
-    for each in (own, before):
-        each.parent.mkdir()
-        each.write_text(json.dumps(run_json()))  # of a kernel that does not say where it ran
-    for given in (path, own, before):
-        with pytest.raises(ValueError, match=f"{given}: not of a run on Kaggle"):
-            keep_rate(tmp_path, given)
-    path.write_text(json.dumps(run_json(kaggle=True)))
-    assert keep_rate(tmp_path, path) == "Kaggle's CPU"
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ('{"strips": 3}', r"run\.json: not a run\.json of this kernel"),
-        (json.dumps(run_json(passes=[["a", "none", 1, 2]])), "not a run.json of this kernel"),
-        (json.dumps(run_json(networks={"a": {"middle": 1.0}})), "not a run.json of this kernel"),
-        (json.dumps(run_json(work={}, passes=PASSES)), "no strip was predicted"),
-    ],
-    ids=["another file", "an older kernel's passes", "a third half", "no strip predicted"],
-)
-def test_a_file_that_has_no_rate_calibrates_nothing(text: str, error: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=error):
-        keep_rate(tmp_path, path)
-    assert not (tmp_path / "calibration.json").exists()

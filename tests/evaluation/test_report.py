@@ -9,19 +9,12 @@ import cv2
 import numpy as np
 import pytest
 from helpers import Page
-from run_records import a_record, a_run, run_json, strip_work
+from run_records import a_record, a_run, strip_work
 
+from evaluation.checks import Check, ProcessResult, check_process, check_record
 from evaluation.drawing import AnnotatedStrip
-from evaluation.report import (
-    Check,
-    ProcessResult,
-    as_lines,
-    as_page,
-    build_report,
-    check_process,
-    check_record,
-    list_stages,
-)
+from evaluation.report import as_page, build_report, list_stages
+from evaluation.report_text import as_lines
 from kernel.strip_state import TOO_LATE
 from training.json_files import to_json
 
@@ -235,15 +228,6 @@ def test_where_passes_were_dropped_there_is_never_time_for_all_here() -> None:
     assert here["words"].endswith(words)
 
 
-def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
-    faults = {"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"}
-    said = {check.words: check.ok for check in check_record(a_record(faults=faults))}
-    assert said["strips that failed: 1"] is False
-    words = "no time was left here for 2 strips: they stay empty"
-    assert said[words] is None
-    assert Check(False, words) in check_record(a_record(faults=faults, work={}))
-
-
 def test_what_was_dropped_is_named() -> None:
     dropped = {"b/vertical": 2, "b/none": 1}
     words = "b/none, b/vertical were dropped for up to 2 strips"
@@ -391,11 +375,3 @@ def test_the_ablation_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
         "without", "b", "0.9100", "0.4200", "1.0000", "1.750", "0.8750", "0.5000", "0.4", "64",
         "←", "proposed",
     ]  # fmt: skip
-
-
-def test_a_pass_that_gave_nan_is_no_clean_run() -> None:
-    assert all(check.ok for check in check_record(a_record(faults={})))
-    work = run_json()["work"]
-    work["2.jpg"]["nan"] = [2]
-    said = [check.words for check in check_record(a_record(work=work)) if check.ok is False]
-    assert "b/none gave NaN, for up to 1 strips" in said

@@ -1,0 +1,89 @@
+"""Was the run clean? What is checked of its process, its answer and its record."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel.competition import Competition
+from kernel.rows import read_rows
+from kernel.run_record import RunRecord
+from kernel.strip_state import TOO_LATE
+from kernel.task import read_sample
+from kernel.validator import check_submission
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked in the run."""
+
+    ok: bool | None  # None: it decides nothing
+    words: str
+
+
+@dataclass(frozen=True)
+class ProcessResult:
+    """How the kernel's process went, seen from outside."""
+
+    exit_code: int
+    seconds: float
+    network_denied: bool
+    peak_bytes: int  # the most memory that one of its processes held
+
+
+def check_process(result: ProcessResult) -> list[Check]:
+    """Check the kernel's exit code, and whether the network was denied."""
+    network = "the network was denied"
+    if not result.network_denied:
+        network = "the network was NOT denied: this system does not allow it"
+    return [
+        Check(result.exit_code == 0, f"the kernel ended with exit code {result.exit_code}"),
+        Check(result.network_denied or None, network),
+    ]
+
+
+def check_answer(submission: Path, sample: Path, images: Path, competition: Competition) -> Check:
+    """Return the validator's verdict; its table and warnings stand in the kernel's log."""
+    layout, pairs = read_sample(sample, None, competition)
+    found = check_submission(submission, layout.columns, pairs, images, competition, cut_off=0)
+    if found.errors:
+        return Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")
+    rows = read_rows(submission, competition=competition, cut_off=0)[1]
+    return Check(True, f"{submission.name} is valid: {len(rows):,} rows")
+
+
+def check_ended(working: Path) -> Check:
+    """Return whether the run ended by itself: its watchdog leaves no run.json."""
+    if (working / "run.json").is_file():
+        return Check(True, "the kernel ended by itself")
+    why = "a pass hung until its watchdog ended it, or the disk was full"
+    return Check(False, f"the kernel left no run.json: {why}")
+
+
+def check_record(record: RunRecord) -> list[Check]:
+    """Check what run.json says of strips that failed, and of what was dropped to end in time."""
+    dropped, late = record.dropped, list(record.faults.values()).count(TOO_LATE)
+    failed = len(record.faults) - late
+    checks = [Check(not failed, f"strips that failed: {failed}" if failed else "no strip failed")]
+    nan = Counter(pass_id for work in record.work.values() for pass_id in work.nan)
+    if nan:
+        passes = ", ".join(str(record.passes[pass_id]) for pass_id in sorted(nan))
+        checks.append(Check(False, f"{passes} gave NaN, for up to {max(nan.values()):,} strips"))
+    if dropped:
+        passes, strips = ", ".join(sorted(dropped)), max(dropped.values())
+        words = f"to end in time here, {passes} were dropped for up to {strips:,} strips"
+        checks.append(Check(None, f"{words}: what it took is of a run with less to do"))
+    if late:
+        ok = None if record.work else False  # where none ran, there is nothing to judge by
+        checks.append(Check(ok, f"no time was left here for {late:,} strips: they stay empty"))
+    return checks
+
+
+def is_clean(checks: Iterable[Check]) -> bool:
+    """Whether no check failed."""
+    return all(check.ok is not False for check in checks)
+
+
+def failed_words(checks: Iterable[Check]) -> str:
+    """Return what the checks that failed say, in one line."""
+    return "; ".join(check.words for check in checks if check.ok is False)

@@ -1,0 +1,130 @@
+"""Kaggle's machines: what the scored run would take on each.
+
+Estimated from counted flops and the assumptions in `MACHINES`, until `keep_rate` has read the
+run.json of a real run there.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.measured import MeasuredRun
+from kernel.checks import read_json
+from kernel.run_record import RunRecord, read_run_record
+from packing.paths import CALIBRATION, LAST_REPORT, REPORT
+from training.json_files import write_json
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of a machine until a run on it has calibrated its rate."""
+
+    name: str
+    gpu: bool
+    units: int  # GPUs, or processors, that share the strips
+    peak: float  # FLOP/s of each
+    attained: float  # share of the peak
+    source: str
+
+    @property
+    def workers(self) -> int:
+        """The kernel's processes there: one a GPU."""
+        return self.units if self.gpu else 1
+
+
+T4 = (
+    "65 TFLOP/s fp16 in NVIDIA's data sheet; attained: ResNet-50 in PyTorch's mixed precision, "
+    "1,190 images/s of 8.2 GFLOP (NVIDIA DeepLearningExamples, resnet50v1.5, inference on T4)"
+)
+MACHINES = (
+    Machine("2×T4", True, 2, 65e12, 0.15, T4),
+    Machine("one T4", True, 1, 65e12, 0.15, T4),
+    Machine(
+        "P100", True, 1, 18.7e12, 0.2,
+        "18.7 TFLOP/s fp16 in NVIDIA's data sheet (PCIe), the attained share is a guess; history: "
+        "today's PyTorch has no code for it",
+    ),
+    Machine(
+        "Kaggle's CPU", False, 1, 141e9, 0.5,
+        "2 cores of 2.2 GHz, each two AVX2 multiply-adds a cycle; the attained share is a guess",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The scored run on one of Kaggle's machines."""
+
+    machine: str
+    workers: int  # that share the strips
+    seconds: float
+    calibrated: bool  # by the rate of a run there; else estimated from assumptions
+    basis: str  # where the rate comes from
+
+
+def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
+    """Estimate from a machine's assumptions; the stages beside the networks take what they do here.
+
+    What no stage counts is left out: most of it is memory that the CPU's engine gives back.
+    """
+    strip_s = run.full_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
+    seconds = run.fixed_s + run.n_images * strip_s / machine.units
+    basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
+    return Estimate(machine.name, machine.workers, seconds, False, basis + machine.source)
+
+
+def _machine_of(record: RunRecord) -> str:
+    """Return the name in `MACHINES` of the machine that a run on Kaggle had."""
+    if not record.device.startswith("cuda"):
+        return "Kaggle's CPU"
+    return "2×T4" if record.workers > 1 else "one T4"
+
+
+def keep_rate(bundle: Path, path: Path) -> str:
+    """Keep the rate of a run on Kaggle, its run.json at `path`, in the bundle's folder.
+
+    Return the machine's name, by which the report judges from then on.
+
+    Raises:
+        ValueError: the file is no run.json, or not of a whole run there in which strips were
+            predicted.
+    """
+    record = read_run_record(path)
+    run = MeasuredRun(record)
+    reports = [(bundle / name).resolve() for name in (REPORT, LAST_REPORT)]
+    own = path.resolve().parent in reports  # the dry run's, of any kernel
+    if own or not record.kaggle:
+        raise ValueError(f"{path}: not of a run on Kaggle; give the run.json of its output")
+    if not run.counts.any():
+        raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")
+    unknown = record.strips - len(record.work) - len(record.faults)
+    if unknown > 0:
+        raise ValueError(
+            f"{path}: of {unknown} of {record.strips} strips it does not say what ran, for a "
+            "worker died, so it has no rate; give another run's"
+        )
+    rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
+    machine, known = _machine_of(record), read_rates(bundle)
+    known.pop(machine, None)  # the last one stands last
+    known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": record.strips}
+    write_json(bundle / CALIBRATION, known)
+    return machine
+
+
+def read_rates(bundle: Path) -> dict[str, Any]:
+    """Read what `keep_rate` kept, by machine, the last one last; empty before."""
+    path = bundle / CALIBRATION
+    return read_json(path) if path.is_file() else {}
+
+
+def list_estimates(run: MeasuredRun, calibration: dict[str, Any]) -> list[Estimate]:
+    """Estimate the scored run on each of `MACHINES`, by its calibrated rate where there is one."""
+    found = []
+    for machine in MACHINES:
+        estimate, known = _estimate_assumed(machine, run), calibration.get(machine.name)
+        if known:
+            seconds = known["fixed_s"] + run.n_images * run.full_flops / known["rate"]
+            basis = f"{known['rate'] / 1e9:,.0f} GFLOP/s in a run of {known['strips']} strips"
+            estimate = Estimate(machine.name, machine.workers, seconds, True, basis)
+        found.append(estimate)
+    return found

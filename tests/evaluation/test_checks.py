@@ -1,0 +1,44 @@
+"""Whether a run was clean: its answer, and what its record says."""
+
+from pathlib import Path
+
+import pytest
+from helpers import LABELS, save_strips, write_sample
+from run_records import a_record, run_json
+
+from evaluation.checks import Check, check_answer, check_record
+from kernel.competition import SEVERSTAL
+from kernel.rows import SPREADSHEET_CELL
+from kernel.strip_state import TOO_LATE
+
+
+@pytest.mark.parametrize("layout", ["three-column", "two-column"])
+def test_a_valid_answer_is_named_with_the_rows_it_has(layout: str, tmp_path: Path) -> None:
+    """Some layouts leave out empty masks; a mask may be as long as a spreadsheet's cell."""
+    save_strips(tmp_path / "test_images", ["a.jpg", "b.jpg"])
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"], layout)
+    header, rle = sample.read_text().split("\n")[0], "1 3".ljust(SPREADSHEET_CELL)
+    rows = [f"a.jpg,{rle},1"]
+    if layout == "two-column":
+        rows = [f"{name}_{label},{rle}" for name in ("a.jpg", "b.jpg") for label in LABELS]
+    answer = tmp_path / "submission.csv"
+    answer.write_text("\n".join([header, *rows, ""]))
+    check = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
+    assert check == Check(True, f"submission.csv is valid: {len(rows)} rows")
+
+
+def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
+    faults = {"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"}
+    said = {check.words: check.ok for check in check_record(a_record(faults=faults))}
+    assert said["strips that failed: 1"] is False
+    words = "no time was left here for 2 strips: they stay empty"
+    assert said[words] is None
+    assert Check(False, words) in check_record(a_record(faults=faults, work={}))
+
+
+def test_a_pass_that_gave_nan_is_no_clean_run() -> None:
+    assert all(check.ok for check in check_record(a_record(faults={})))
+    work = run_json()["work"]
+    work["2.jpg"]["nan"] = [2]
+    said = [check.words for check in check_record(a_record(work=work)) if check.ok is False]
+    assert "b/none gave NaN, for up to 1 strips" in said
