@@ -267,7 +267,7 @@ def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
 
 # --- command line ---------------------------------------------------------------------------------
 
-EXAMPLE = "  python evaluation/dry_run.py --bundle dist --images severstal/test_images"
+EXAMPLE = "  python evaluation/dry_run.py --bundle dist --images fifty_strips"
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
