@@ -34,6 +34,7 @@ MANIFEST = "ensemble.json"
 MAX_NAME = 100  # characters of a member's name and file; a file system takes 255 bytes
 LISTS = ("flips", "image_size")  # fields that are tuples
 BUILT_FIELDS = ("sha256", "flops")  # of a member: a build fills them in
+PADDED_OTHERWISE = ("0.6.3", "0.7.0")  # versions of efficientnet-pytorch, than 0.7.1 and SMP today
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class MemberSpec:
     softmax: bool = False  # over all outputs, in the place of each one's sigmoid
     mask_shift: float | list[float] = 0.0  # added to the mask logits, one number or one a class
     gate_shift: float | list[float] = 0.0  # and to the presence logits; evaluation/calibrate.py
+    efficientnet_pytorch: str = ""  # its version under SMP before 0.3, for its padding
 
     @property
     def gated(self) -> bool:
@@ -148,6 +150,7 @@ def _check_member(member: MemberSpec, manifest: Manifest) -> None:
     _check_softmax(member)
     _check_normalisation(member, manifest.competition.bits)
     _check_shifts(member, manifest.classes)
+    _check_padding(member)
 
 
 def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None:
@@ -268,6 +271,17 @@ def _check_shifts(member: MemberSpec, classes: int) -> None:
     if member.gate_shift and not member.gated:
         raise ValueError(
             f"gate_shift {member.gate_shift}: without aux_params there is no presence head"
+        )
+
+
+def _check_padding(member: MemberSpec) -> None:
+    version, encoder = member.efficientnet_pytorch, member.model["encoder_name"]
+    fits = version in ("", *PADDED_OTHERWISE)
+    expect(fits, "efficientnet_pytorch", version, f"{' or '.join(PADDED_OTHERWISE)}, as text")
+    if version and not re.fullmatch("efficientnet-b[0-7]", encoder):
+        raise ValueError(
+            f"efficientnet_pytorch {version}: encoder {short(encoder)} is not of that library, "
+            "efficientnet-b0 to -b7 are: leave it out"
         )
 
 

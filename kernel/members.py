@@ -206,6 +206,20 @@ def build_network(model: dict[str, Any]) -> nn.Module:
     return network.eval()
 
 
+def _pad_as(network: Any, version: str) -> None:
+    """Pad an EfficientNet's convolutions of stride 2 as a version of efficientnet-pytorch did.
+
+    No tensor tells of it. Today's is TensorFlow's "same" of the nominal size at that stage; 0.6.3
+    took the image's nominal size at every stage, which is even: a pixel less before than behind;
+    0.7.0 as many on both sides (its issues 177, 235 and 262). "" leaves today's.
+    """
+    for layer in network.modules() if version else ():
+        if hasattr(layer, "static_padding") and layer.stride[0] == 2:
+            behind = layer.kernel_size[0] // 2
+            before = behind - 1 if version == "0.6.3" else behind
+            layer.static_padding = nn.ZeroPad2d((before, behind, before, behind))
+
+
 def read_entry(path: Path) -> dict[str, Any]:
     """Return the member's entry in a checkpoint's header, as a fit and a build write it.
 
@@ -257,6 +271,7 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
     except OSError as error:
         raise ValueError(one_line(error)) from error
     network = build_network(spec.model)
+    _pad_as(network, spec.efficientnet_pytorch)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:

@@ -21,6 +21,7 @@ LOGIT_TOLERANCE = 1e-2  # mean difference of logits in fp32
 MIN_PROBABILITY, MAX_PROBABILITY = 1e-12, 1 - 1e-4
 PACKED = (  # into OpenVINO's files
     "model", "mean", "std", "channels", "softmax", "mask_shift", "gate_shift",
+    "efficientnet_pytorch",
 )  # fmt: skip
 
 

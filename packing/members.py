@@ -26,6 +26,7 @@ from packing.models import (
     check_layers,
     check_normalisation,
     load_into_model,
+    note_padding,
     saved_configs,
 )
 
@@ -176,6 +177,7 @@ def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: 
         check_config(config, spec.model, where, spec.softmax)
     check_normalisation(checkpoint, spec, configs, bits)
     check_layers(checkpoint, spec.model)
+    note_padding(checkpoint, spec, configs)
 
 
 def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path) -> MemberSpec:

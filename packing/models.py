@@ -261,6 +261,25 @@ def saved_configs(source: Path, checkpoint: Checkpoint) -> dict[str, Mapping[str
     return configs
 
 
+OLD_PADDING = re.compile("efficientnet-b[1-7]")  # encoders that SMP before 0.3 padded otherwise
+
+
+def note_padding(
+    checkpoint: Checkpoint, spec: MemberSpec, configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Note that an EfficientNet may be of an SMP that padded otherwise, where nothing tells.
+
+    `save_pretrained` writes `_model_class` since SMP 0.3, and train.py a header.
+    """
+    encoder, new = spec.model["encoder_name"], f"{checkpoint.path}'s header.model"
+    told = new in configs or any("_model_class" in config for config in configs.values())
+    if OLD_PADDING.fullmatch(encoder) and not spec.efficientnet_pytorch and not told:
+        checkpoint.notes.append(
+            f"{encoder}: trained with SMP before 0.3? Then its padding was another; write "
+            '"efficientnet_pytorch": "0.6.3" in the entry'
+        )
+
+
 # --- held against the manifest's normalisation ----------------------------------------------------
 
 

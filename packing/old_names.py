@@ -1,7 +1,8 @@
 """Names of SMP 0.0.x, of 2019 → today's, for networks whose layers stayed the same.
 
-Checked against SMP 0.0.3 itself: the same weights give the same logits. What later versions of SMP
-renamed, its own `load_state_dict` renames.
+Checked against SMP 0.0.3 itself: the same weights give the same logits, those of an
+`efficientnet-b…` encoder where the member's `efficientnet_pytorch` says how it was padded. What
+later versions of SMP renamed, its own `load_state_dict` renames.
 """
 
 import re

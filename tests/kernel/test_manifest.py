@@ -356,6 +356,15 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": tiny_model(presence=False), "gate_shift": 0.5},
         "gate_shift 0.5: without aux_params there is no presence head",
     ),
+    "a padding of today": (
+        {"model": model(encoder_name="efficientnet-b1"), "efficientnet_pytorch": "0.7.1"},
+        "efficientnet_pytorch '0.7.1', expected 0.6.3 or 0.7.0, as text",
+    ),
+    "a padding of timm's": (
+        {"model": model(encoder_name="timm-efficientnet-b1"), "efficientnet_pytorch": "0.6.3"},
+        "efficientnet_pytorch 0.6.3: encoder 'timm-efficientnet-b1' is not of that library, "
+        "efficientnet-b0 to -b7 are: leave it out",
+    ),
 }
 
 

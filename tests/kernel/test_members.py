@@ -102,6 +102,50 @@ def test_a_softmax_is_over_all_outputs_the_background_too(
     assert found.dtype == torch.float32 and (found <= gates[..., None, None]).all()
 
 
+def pad_by_hand(network: Any, version: str, nominal: int) -> None:
+    """TensorFlow's "same" of a nominal size, at every convolution as its inputs come."""
+    size = nominal
+    for layer in network.modules():
+        if not hasattr(layer, "static_padding"):
+            continue
+        kernel, stride = layer.kernel_size[0], layer.stride[0]
+        own = nominal if version == "0.6.3" else size
+        pixels = max((-(-own // stride) - 1) * stride + kernel - own, 0)
+        behind = pixels - pixels // 2
+        sides = (behind if version == "0.7.0" else pixels // 2, behind)
+        layer.static_padding = torch.nn.Identity()
+        layer.register_forward_pre_hook(
+            lambda _, inputs, sides=sides: torch.nn.functional.pad(inputs[0], sides * 2)
+        )
+        size = -(-size // stride)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "nominal", "version", "differs"),
+    [
+        ("efficientnet-b0", 224, "0.6.3", False),  # no stage has an odd size
+        ("efficientnet-b0", 224, "0.7.0", True),
+        ("efficientnet-b1", 240, "", False),
+        ("efficientnet-b1", 240, "0.6.3", True),
+        ("efficientnet-b1", 240, "0.7.0", True),
+        ("efficientnet-b3", 300, "0.6.3", True),  # kernels of 3 and of 5
+    ],
+)
+def test_an_efficientnet_is_padded_as_the_library_it_was_trained_with_did(
+    encoder: str, nominal: int, version: str, differs: bool, tmp_path: Path
+) -> None:
+    model = {"arch": "FPN", "encoder_name": encoder, "in_channels": 1, "classes": 4}
+    network: Any = random_network(model, seed=2)
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    spec = MemberSpec(**tiny_entry("a", model) | {"efficientnet_pytorch": version})
+    images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = load_member(tmp_path, spec, CPU).encoder.network(images)
+        assert torch.equal(found, network(images)) != differs
+        pad_by_hand(network, version, nominal)
+        torch.testing.assert_close(found, network(images))
+
+
 @pytest.mark.parametrize("bias", [1e5, -1e5])
 @pytest.mark.parametrize("head", ["classification_head.3", "segmentation_head.0"])
 def test_logits_that_fp16_cannot_hold_are_nan_there_and_numbers_in_fp32(

@@ -196,6 +196,28 @@ def test_what_came_with_the_weights_may_be_of_the_images_16_bits(tmp_path: Path)
     assert pack(tmp_path, entry, competition="mine").notes == ["left out: mean (1 tensor)"]
 
 
+def test_an_efficientnet_whose_smp_nothing_tells_is_asked_about(tmp_path: Path) -> None:
+    model = {"arch": "FPN", "encoder_name": "efficientnet-b1", "in_channels": 1, "classes": 4}
+    weights = random_network(model, 3).state_dict()
+
+    def notes_of(name: str, **changes: Any) -> list[str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        entry = tiny_entry("a", model)
+        header = {"member": json.dumps(entry)} if name == "of train.py" else None
+        save_file(weights, folder / "a.safetensors", header)
+        if name == "pretrained":
+            saved = {"_model_class": "FPN", **model}
+            (folder / "config.json").write_text(json.dumps(saved))
+        return pack(folder, entry | changes).notes
+
+    [note] = notes_of("plain")
+    assert note.startswith("efficientnet-b1: trained with SMP before 0.3? ")
+    assert '"efficientnet_pytorch": "0.6.3"' in note
+    assert notes_of("said", efficientnet_pytorch="0.6.3") == []
+    assert notes_of("of train.py") == notes_of("pretrained") == []
+
+
 class Stem(nn.Module):
     def __init__(self) -> None:
         super().__init__()
