@@ -215,12 +215,12 @@ def _is_average(prefix: str, networks: Mapping[str, object], tree: _Tree) -> boo
     return named or any(f"{each}n_averaged" in tree.numbers for each in own)
 
 
-def _is_unready(prefix: str, networks: Mapping[str, object], tree: _Tree) -> bool:
+def _is_unready(prefix: str, tree: _Tree) -> bool:
     """Whether an average is still what training began with: its weights, or its batch norm.
 
     Lightning's StochasticWeightAveraging gives its average the statistics when training ends.
     """
-    homes = [*_own_ancestors(prefix, networks), "averaging_state.", ""]
+    homes = [*_ancestors(prefix), "averaging_state."]
     counts = [tree.numbers.get(f"{home}{counter}") for home in homes for counter in UPDATES]
     return 0 in counts or "average_model_state." in prefix
 
@@ -259,7 +259,7 @@ def _choose_network(networks: dict[str, Names], tree: _Tree, path: Path) -> _Cho
     if not networks:
         raise ValueError(_no_network(tree, path))
     averages = [p for p in networks if _is_average(p, networks, tree)]
-    unready = [p for p in averages if _is_unready(p, networks, tree)]
+    unready = [p for p in averages if _is_unready(p, tree)]
     ready = [p for p in averages if p not in unready]
     candidates = ready or [p for p in networks if p not in averages] or unready
     chosen, *others = candidates

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from kernel.manifest import MemberSpec
 from kernel.members import build_network, load_member
-from packing.checkpoints import read_checkpoint
+from packing.checkpoints import AVERAGES, read_checkpoint
 from packing.models import load_into_model
 
 MODEL = tiny_model()
@@ -184,6 +184,17 @@ def test_the_ema_copy_is_preferred_and_named(form: str, network: nn.Module, tmp_
     assert "EMA" in found.notes[0]
 
 
+@pytest.mark.parametrize("word", sorted(AVERAGES))
+def test_each_word_of_an_average_tells_it_from_the_plain_weights(
+    word: str, network: nn.Module, tmp_path: Path
+) -> None:
+    weights = network.state_dict()
+    torch.save({"net": doubled(weights), f"net_{word}": weights}, tmp_path / "member.ckpt")
+    found = read_checkpoint(tmp_path / "member.ckpt")
+    assert_same(found.weights, weights)
+    assert f"took the EMA copy (net_{word})" in found.notes
+
+
 UNREADY: dict[str, Form] = {
     "averaged_model": lambda w: {
         "net": w,
@@ -207,6 +218,15 @@ UNREADY: dict[str, Form] = {
     "torch_ema_before_its_first_update": lambda w: {
         "model": w,
         "ema": {"num_updates": 0, "weights": doubled(w)},
+    },
+    "diffusers_before_its_first_step": lambda w: {
+        "model": w,
+        "ema": {"optimization_step": 0, "averaged_model": doubled(w)},
+    },
+    "ema_pytorch_before_its_first_update": lambda w: {
+        "ema": renamed(w, "online_model.")
+        | renamed(doubled(w), "ema_model.")
+        | {"initted": torch.tensor(False)}
     },
 }
 
@@ -293,6 +313,19 @@ def test_a_statistic_that_an_ema_copy_lost_is_not_filled_in(
     torch.save({"model": network.state_dict(), "ema": shadow}, tmp_path / "member.pt")
     with pytest.raises(ValueError, match=f"lacks {lost}"):
         load_into_model(read_checkpoint(tmp_path / "member.pt"), MODEL)
+
+
+def test_a_number_that_was_trained_is_refused_and_a_counter_left_out(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    weights = renamed(network.state_dict(), "model.")
+    torch.save(weights | {"model.steps": torch.tensor(7)}, tmp_path / "counter.pt")
+    found = read_checkpoint(tmp_path / "counter.pt")
+    assert_same(found.weights, network.state_dict())
+    assert found.notes == ["left out: model.steps (1 tensor)"]
+    torch.save(weights | {"model.temperature": torch.tensor(1.5)}, tmp_path / "trained.pt")
+    with pytest.raises(ValueError, match="has the unexpected temperature"):
+        load_into_model(read_checkpoint(tmp_path / "trained.pt"), MODEL)
 
 
 def test_two_networks_without_an_ema_are_ambiguous(network: nn.Module, tmp_path: Path) -> None:
