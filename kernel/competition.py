@@ -236,6 +236,7 @@ INSTANCES = {  # slug → how they are written
     "sartorius-cell-instance-segmentation": "a row a cell",
     "hubmap-hacking-the-human-vasculature": "a code a vessel",
 }
+RELATIVE = ("siim", "siim-acr-pneumothorax-segmentation")  # slugs
 
 
 def _shipped_folder() -> Path:
@@ -273,11 +274,16 @@ def with_classes(competition: Competition, count: int) -> Competition:
 
 
 def check_scoring(slug: str, where: str) -> None:
-    """Raise ValueError for a competition that is known to score instances; `where` names it."""
+    """Raise ValueError for one that scores instances or reads other codes; `where` names it."""
     if slug in INSTANCES:
         raise ValueError(
             f"{where}: scores instances, {INSTANCES[slug]}; this pipeline writes one mask of each "
             "class, so it does not fit"
+        )
+    if slug in RELATIVE:
+        raise ValueError(
+            f"{where}: reads relative codes, each start counted from the end of the run before; "
+            "this pipeline writes absolute starts, so it does not fit"
         )
 
 
@@ -285,7 +291,7 @@ def find_competition(asked: str | None) -> Competition:
     """Return a shipped description by its name, or the one at a path; Severstal's for None.
 
     Raises:
-        ValueError: there is none, it breaks a rule, or the competition is one of instances.
+        ValueError: there is none, it breaks a rule, or the competition is one that does not fit.
     """
     if asked is None:
         return SEVERSTAL

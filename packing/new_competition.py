@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ def propose(sample: Path, images: Path) -> Proposal:
 
     Raises:
         ValueError: the sample names none of the images, has no column of masks or masks that are no
-            run-length code, has several rows of an image and class or a row that is not like the
-            others, names the line; or its folder is named as a competition that scores instances.
+            run-length code or a relative one, has several rows of an image and class or a row that
+            is not like the others, names the line; or its folder is named as a competition that
+            does not fit.
     """
     names = list_images(images) if images.is_dir() else []
     if not names:
         raise ValueError(no_images_fault(images))
     header, rows = _read_table(sample)
-    mask = _mask_column(sample, header)
+    mask = _mask_column(sample, header, rows)
     folder = sample.resolve().parent.name.lower()
     slug = re.sub("[^a-z0-9_]+", "-", folder).strip("-_") or "my-competition"
     check_scoring(slug, f"{sample}: slug {slug}, as its folder is named")
@@ -64,14 +66,26 @@ def propose(sample: Path, images: Path) -> Proposal:
     check_instances(sample, found_rows, competition)
     count = len({image for image, *_ in found_rows})
     unsure = _list_unsure(competition, count, len(rows))
+    if not _is_named_as_masks(header[mask]):
+        unsure.append(f"column {header[mask]}: the masks, as its cells are run-length codes")
     if not any(is_empty_mark(row[mask]) for row in rows):
         unsure.append('empty: "", for the sample has no empty mask')
     return Proposal(Competition(**found | {"n_images": count}), unsure)
 
 
 def _code_fault(row: Row) -> str | None:
-    fault = None if is_empty_mark(row[2]) else number_fault(row[2])
-    return fault and f"{fault}: no run-length code, and no other is written"
+    if is_empty_mark(row[2]):
+        return None
+    if fault := number_fault(row[2]):
+        return f"{fault}: no run-length code, and no other is written"
+    starts = [int(word) for word in row[2].split()[::2]]
+    falls = [(first, then) for first, then in pairwise(starts) if then < first]
+    return (
+        f"start {falls[0][1]} behind {falls[0][0]}: a relative code, which is not written, or runs "
+        "that are not sorted"
+        if falls
+        else None
+    )
 
 
 def _list_unsure(competition: Competition, count: int, rows: int) -> list[str]:
@@ -130,15 +144,28 @@ def _read_table(sample: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _mask_column(sample: Path, header: Sequence[str]) -> int:
-    """The last column that is named as masks are."""
-    named = [i for i, name in enumerate(header) if any(word in name.lower() for word in MASKS)]
-    if not named:
+def _is_named_as_masks(column: str) -> bool:
+    return any(word in column.lower() for word in MASKS)
+
+
+def _holds_codes(cells: Sequence[str]) -> bool:
+    """Whether cells are run-length codes and empty marks, and one is a code."""
+    codes = [cell for cell in cells if not is_empty_mark(cell)]
+    return bool(codes) and not any(map(number_fault, codes))
+
+
+def _mask_column(sample: Path, header: Sequence[str], rows: list[list[str]]) -> int:
+    """The last column that is named as masks are, else the only one of run-length codes."""
+    named = [i for i, name in enumerate(header) if _is_named_as_masks(name)]
+    columns = enumerate(zip(*rows, strict=True))
+    coded = [] if named else [i for i, cells in columns if _holds_codes(cells)]
+    if not named and len(coded) != 1:
         raise ValueError(
             f"{sample}: line 1: {','.join(header)}: no column is named like a mask "
-            f"({', '.join(MASKS)}); write the description by hand, see docs/competitions.md"
+            f"({', '.join(MASKS)}), and {len(coded)} hold run-length codes; write the description "
+            "by hand, see docs/competitions.md"
         )
-    return named[-1]
+    return (named or coded)[-1]
 
 
 def _find_layout(

@@ -183,6 +183,16 @@ def test_a_competition_of_instances_is_refused_with_the_reason(tmp_path: Path) -
         find_competition(str(mine))
 
 
+def test_a_competition_that_reads_relative_codes_is_refused_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"slug": "siim-acr-pneumothorax-segmentation"}')
+    for asked in ("siim", str(mine)):
+        with pytest.raises(ValueError, match=rf"{asked}: .*relative codes.*writes absolute starts"):
+            find_competition(asked)
+
+
 # --- bad descriptions -----------------------------------------------------------------------------
 
 ONE = [{"id": "{image}", "rle": "{mask}"}]

@@ -159,8 +159,32 @@ def test_a_sample_in_the_folder_of_a_competition_of_instances_is_refused(tmp_pat
         propose(folder / sample.name, images)
 
 
+def test_a_sample_in_the_folder_of_a_competition_of_relative_codes_is_refused(
+    tmp_path: Path,
+) -> None:
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text("ImageId,EncodedPixels\na_1,-1\nb_2,-1\n")
+    folder = sample.parent.rename(tmp_path / "siim-acr-pneumothorax-segmentation")
+    with pytest.raises(ValueError, match=r"slug siim-acr-.*: reads relative codes, each start "):
+        propose(folder / sample.name, images)
+
+
+def test_the_only_column_of_codes_holds_the_masks_whatever_its_name(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    sample.write_text("Id,width,Expected\na_1_0,64,1 5\na_1_1,64,\nb_2_0,64,3 2 9 1\nb_2_1,64,\n")
+    proposal = propose(sample, images)
+    assert proposal.competition.layouts == (
+        {"Id": "{image}_{class}", "width": "64", "Expected": "{mask}"},
+    )
+    assert proposal.competition.classes == ("0", "1")
+    assert "column Expected: the masks, as its cells are run-length codes" in proposal.unsure
+    sample.write_text("Id,size,Expected\na_1_0,64 96,1 5\n")
+    with pytest.raises(ValueError, match=r"no column is named like a mask .*, and 2 hold run-len"):
+        propose(sample, images)
+
+
 REFUSED: dict[str, tuple[str | bytes, str]] = {
-    "no column of masks": ("id,x\na_1,1 1\n", "line 1: id,x: no column is named like a mask"),
+    "no column of masks": ("id,x\na_1,0.5\n", "line 1: id,x: no column is named like a mask"),
     "no image of the folder": ("id,rle\nc_3,1 1\n", "line 2: c_3,1 1 names no image"),
     "another number of cells": ("id,rle\na_1,1 1,2\n", "line 2: 3 cells, not 2"),
     "several rows of an image": ("id,rle\na_1,1 1\na_1,5 1\n", "a_1.png has 2 rows of class mask"),
@@ -170,6 +194,15 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a code in base64": (
         "id,rle\na_1,1 1\nb_2,0 1.0 eNoLTDAw\n",
         "line 3: '1.0' is no number: no run-length code, and no other is written",
+    ),
+    "a relative code": (
+        "id,rle\na_1,-1\nb_2,387620 23 996 33 986 43\n",
+        "line 3: start 996 behind 387620: a relative code, which is not written, or runs that are "
+        "not sorted",
+    ),
+    "several rows of relative codes": (
+        "id,rle\na_1,387620 23 996 33\na_1,7620 23 96 33\n",
+        "line 2: start 996 behind 387620: a relative code",
     ),
     "no rows": ("id,rle\n", "line 1: 'id,rle': no header and rows"),
     "a row of its own kind": (
