@@ -204,6 +204,11 @@ def _pack(
 ) -> PackedMember:
     channels, checkpoint = manifest.competition.channels, read_checkpoint(source)
     _check_source(source, checkpoint, spec, manifest.competition.bits)
+    if channels == 1 and len(spec.mean) == 3:
+        checkpoint.notes.append(
+            "its three channels get the same grey: right where it was trained so, wrong for one of "
+            "neighbouring slices (2.5D)"
+        )
     network = load_into_model(checkpoint, spec.model)
     _check_statistics(network, checkpoint.path)
     spec = _write_member(folder, spec, network, checkpoint.path)

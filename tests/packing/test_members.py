@@ -218,6 +218,19 @@ def test_an_efficientnet_whose_smp_nothing_tells_is_asked_about(tmp_path: Path) 
     assert notes_of("of train.py") == notes_of("pretrained") == []
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("images", [1, 3])
+def test_three_channels_that_get_one_grey_are_noted(
+    images: int, channels: int, tmp_path: Path
+) -> None:
+    (tmp_path / "competition.json").write_text(json.dumps({"slug": "mine", "channels": images}))
+    entry = save_member(tmp_path, tiny_model(channels=channels))
+    notes = pack(tmp_path, entry, competition="mine").notes
+    assert [note.startswith("its three channels get the same grey") for note in notes] == (
+        [True] if (images, channels) == (1, 3) else []
+    )
+
+
 class Stem(nn.Module):
     def __init__(self) -> None:
         super().__init__()
