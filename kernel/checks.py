@@ -11,6 +11,7 @@ from typing import Any
 
 from kernel.faults import one_line, short
 
+MAX_KNOWN = 24  # words of a list in a message
 MAX_SIDE = 65_535  # pixels, the most of a JPEG
 
 
@@ -46,11 +47,13 @@ def check_fields(entries: dict[str, Any], kind: type, where: str) -> None:
             raise ValueError(f"{where}: lacks {name}")
 
 
-def nearest_of(word: str, known: Iterable[str]) -> str:
-    """Say which known word is nearest to one, or list them all."""
+def nearest_of(word: str, known: Iterable[str], most: int = 1) -> str:
+    """Say which known words, `most` of them, are nearest to one, or list what is known."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"the nearest is {close[0]}" if close else f"known are {', '.join(known)}"
+    close = difflib.get_close_matches(word.lower(), known, n=most)
+    if close:
+        return f"the nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}"
+    return f"known are {', '.join(known[:MAX_KNOWN])}{', …' * (len(known) > MAX_KNOWN)}"
 
 
 def expect(holds: bool, name: str, value: object, expected: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packing.names import TRAINING, normalisation_of, said_of_images, words_of
 from packing.reading import Content, read_content, weights_file
 
 SMP_PREFIXES = ("encoder", "decoder", "segmentation_head", "classification_head")
@@ -27,8 +28,6 @@ UPDATES = (
     "initted",
     "updates",
 )  # 0: the network it began as
-# Words of what only training needs.
-TRAINING = {"loss", "losses", "criterion", "metric", "metrics", "optimizer", "optimizers"}
 LAYER = re.compile(  # a layer's weight, also under weight or spectral norm, or a batch norm without
     r"(.*\.)?(weight|weight_v|weight_orig|parametrizations\.weight\.original1?|running_var)"
 )
@@ -44,11 +43,6 @@ class Checkpoint:
     notes: list[str]
     left_out: dict[str, Tensor] = field(default_factory=dict)  # by their names in the file
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # where → what it says
-
-
-def words_of(name: str) -> set[str]:
-    """The words of a dotted, underscored or camel-cased name, in small letters."""
-    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -155,29 +149,6 @@ def _enters(name: str, tensor: Tensor, home: str, owner: str) -> bool:
     )
     counts = tensor.numel() == 1 and not tensor.is_floating_point()
     return not beside and not counts
-
-
-def normalisation_of(name: str) -> str:
-    """Return "mean" or "std" where a tensor's name says that it normalises images, else ""."""
-    words = words_of(name.rpartition(".")[2])
-    if "running" in words or words_of(name) & TRAINING:
-        return ""
-    return next((kind for kind in ("mean", "std") if words & {kind, f"{kind}s"}), "")
-
-
-# Words of a configuration's key beside mean and std, and of where a number may stand for all
-# channels; a score's mean, or the std of noise, has others.
-IMAGES = {"image", "images", "img", "pixel", "pixels", "input", "norm", "normalize", "normalise",
-          "normalizer", "normalization", "normalisation", "data", "dataset"}  # fmt: skip
-PLACES = IMAGES | {"hyper", "parameters", "params", "hparams", "config", "cfg", "args", "header",
-                   "preprocessing", "transform", "transforms", "content", "member",
-                   "json"}  # fmt: skip
-
-
-def said_of_images(name: str) -> str:
-    """Return "mean" or "std" where a configuration's key is that of images, else ""."""
-    kind = normalisation_of(name)
-    return kind if words_of(name.rpartition(".")[2]) - {kind, f"{kind}s"} <= IMAGES else ""
 
 
 def is_outside_layer(name: str) -> bool:

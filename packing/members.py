@@ -20,15 +20,9 @@ from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec
 from kernel.members import Member, load_member
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
 from kernel.stages import Stages
-from packing.checkpoints import STATISTICS, Checkpoint, read_checkpoint
-from packing.models import (
-    check_config,
-    check_layers,
-    check_normalisation,
-    load_into_model,
-    note_padding,
-    saved_configs,
-)
+from packing.agreement import check_source
+from packing.checkpoints import STATISTICS, read_checkpoint
+from packing.models import load_into_model
 
 
 @dataclass(frozen=True)
@@ -170,16 +164,6 @@ def pack_reference(member: Member, folder: Path, channels: int = 1) -> int:
     return path.stat().st_size
 
 
-def _check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: int) -> None:
-    """Hold the manifest's entry against all that came with the weights."""
-    configs = saved_configs(source, checkpoint)
-    for where, config in configs.items():
-        check_config(config, spec.model, where, spec.softmax)
-    check_normalisation(checkpoint, spec, configs, bits)
-    check_layers(checkpoint, spec.model)
-    note_padding(checkpoint, spec, configs)
-
-
 def _write_member(folder: Path, spec: MemberSpec, network: nn.Module, path: Path) -> MemberSpec:
     """Write a network's weights in fp16, its entry in their header; the entry with the hash."""
     entry = {k: v for k, v in asdict(spec).items() if k not in BUILT_FIELDS}  # known later
@@ -203,7 +187,7 @@ def _pack(
     source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
 ) -> PackedMember:
     channels, checkpoint = manifest.competition.channels, read_checkpoint(source)
-    _check_source(source, checkpoint, spec, manifest.competition.bits)
+    check_source(source, checkpoint, spec, manifest.competition.bits)
     if channels == 1 and len(spec.mean) == 3:
         checkpoint.notes.append(
             "its three channels get the same grey: right where it was trained so, wrong for one of "

@@ -30,6 +30,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
         {"treshold": 0.5},
         "the manifest: unknown field 'treshold'; the nearest is threshold",
     ),
+    "a field in capitals": (
+        {"THRESHOLD": 0.5},
+        "the manifest: unknown field 'THRESHOLD'; the nearest is threshold",
+    ),
     "a field like no other": (
         {"xyz": 1},
         f"the manifest: unknown field 'xyz'; known are {FIELDS}",

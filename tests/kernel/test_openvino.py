@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Strip
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Encoder, Member, load_member
-from kernel.reference import read_reference, reference_file
+from kernel.reference import entry_of, read_reference, reference_file
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.tta import Half
@@ -143,6 +143,12 @@ def test_a_softmax_of_other_outputs_is_packed_whole_and_in_halves(
     change_member(dataset, softmax=False)
     with pytest.raises(ValueError, match="packed with softmax True, the manifest says False"):
         engine_of(dataset, specs_of(dataset)[0])
+
+
+def test_a_reference_is_held_against_all_of_an_entry_that_changes_the_answers() -> None:
+    spec = MemberSpec(**tiny_entry("one", tiny_model()))
+    others = {"name", "file", "flops", "image_size"}
+    assert entry_of(spec).keys() == {each.name for each in fields(MemberSpec)} - others
 
 
 class Noted:

@@ -168,7 +168,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "an architecture that SMP lacks": (
         second_model(arch="FPM"),
-        "unknown architecture 'FPM'; nearest: fpn",
+        "unknown architecture 'FPM'; the nearest is fpn",
     ),
     "an encoder that SMP lacks": (
         second_model(encoder_name="densnet201"),

@@ -1,0 +1,415 @@
+"""What came with the weights: configurations, a normalisation and layers that the entry fits."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import change_member, random_network, tiny_entry, tiny_model, write_manifest
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from kernel.manifest import MemberSpec
+from kernel.members import build_network
+from packing.agreement import check_source
+from packing.checkpoints import Checkpoint, read_checkpoint
+from packing.members import pack_member
+from packing.sources import read_sources
+
+MODEL = tiny_model()
+PATH = Path("member.pt")
+RGB = MemberSpec(
+    "m", "m.safetensors", MODEL | {"in_channels": 3}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+)
+GREY = MemberSpec("m", "m.safetensors", MODEL, [0.34], [0.13])
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return random_network(MODEL, seed=7)
+
+
+def hold(saved: dict[str, Any], model: dict[str, Any], softmax: bool = False) -> None:
+    """Hold a configuration that lies in a checkpoint against a member of a model."""
+    config = {"encoder_name": model["encoder_name"]} | saved
+    checkpoint = Checkpoint(PATH, {}, [], configs={"here": config})
+    check_source(PATH, checkpoint, replace(GREY, model=model, softmax=softmax), 8)
+
+
+# --- saved configurations -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (
+            {"decoder_interpolation": "bilinear"},
+            r"decoder_interpolation is 'nearest', .*'bilinear'",
+        ),
+        ({"activation": "softmax2d"}, r"activation is None, here says 'softmax2d'"),
+        ({"arch": "FPN"}, r"arch is 'unet', here says 'fpn'"),
+        ({"encoder_name": "resnet18"}, r"encoder_name is 'tu-test_resnet', here says 'resnet18'"),
+        ({"classes": 5}, r"classes is 4, here says 5"),
+        ({"decoder_use_batchnorm": False}, r"decoder_use_norm is 'batchnorm', here says False"),
+        ({"aux_params": {"classes": 4, "pooling": "avg"}}, r"aux_params is .*'max'.*'avg'.*"),
+        ({"aux_params": None}, r"aux_params is .*here says None"),
+    ],
+)
+def test_a_saved_configuration_that_contradicts_the_model_is_refused(
+    saved: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"model's {words}; correct `model`"):
+        hold(MODEL | saved, MODEL)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        MODEL,
+        {"arch": "unet", "activation": "sigmoid", "decoder_channels": (16, 8, 8, 8, 8)},
+        {"encoder_weights": "imagenet", "decoder_attention_type": None, "lr": 0.1},
+        {"aux_params": {"classes": 4, "pooling": "max", "dropout": 0.2, "activation": None}},
+        {"classes": ["pit", "scratch"]},  # another program's word
+        {"decoder_use_batchnorm": True},
+        {"decoder_use_norm": True},
+    ],
+)
+def test_a_saved_configuration_that_says_the_same_passes(saved: dict[str, Any]) -> None:
+    hold(saved, MODEL)
+
+
+def test_of_a_member_with_a_softmax_it_is_a_softmax_that_agrees() -> None:
+    for activation in ("softmax", "softmax2d", "identity", None):
+        hold(MODEL | {"activation": activation}, MODEL, softmax=True)
+    with pytest.raises(ValueError, match=r"activation is None, here says 'sigmoid'"):
+        hold(MODEL | {"activation": "sigmoid"}, MODEL, softmax=True)
+
+
+def deeplab(**changes: Any) -> dict[str, Any]:
+    return {"arch": "DeepLabV3", "encoder_name": "resnet18", "classes": 4} | changes
+
+
+@pytest.mark.parametrize(
+    ("saved", "model"),
+    [
+        (deeplab(upsampling=8), deeplab()),  # the default until SMP 0.4
+        (deeplab(upsampling=None), deeplab(upsampling=8)),
+        (MODEL | {"decoder_use_batchnorm": False}, MODEL | {"decoder_use_norm": "identity"}),
+        (
+            {"arch": "PAN", "encoder_name": "resnet18", "encoder_dilation": False},
+            {"arch": "PAN", "encoder_name": "resnet18", "encoder_output_stride": 32},
+        ),
+    ],
+)
+def test_another_word_for_the_same_option_contradicts_nothing(
+    saved: dict[str, Any], model: dict[str, Any]
+) -> None:
+    hold(saved, model)
+
+
+@pytest.mark.parametrize(
+    ("saved", "model", "words"),
+    [
+        (deeplab(upsampling=4), deeplab(), "upsampling is None, here says 4"),
+        (
+            deeplab(upsampling=8),
+            deeplab(encoder_output_stride=16),
+            "upsampling is None, here says 8",
+        ),
+        (
+            {"encoder_dilation": False},
+            {"arch": "PAN", "encoder_name": "resnet18"},
+            "encoder_output_stride is 16, here says 32",
+        ),
+    ],
+)
+def test_an_old_word_for_another_option_is_refused(
+    saved: dict[str, Any], model: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"model's {words}; correct"):
+        hold(saved, model)
+
+
+def test_the_sides_of_a_deeplab_that_leaves_upsampling_out_are_those_it_is_compared_with() -> None:
+    for options in ({}, {"encoder_output_stride": 8}, {"encoder_depth": 3}):
+        declared = deeplab(**{"encoder_output_stride": 16} | options)
+        network: Any = build_network(declared)
+        scale = int(network.segmentation_head[1].scale_factor)
+        hold(declared | {"upsampling": scale}, declared)
+
+
+def test_configurations_are_found_wherever_they_are_saved(network: Any, tmp_path: Path) -> None:
+    network.save_pretrained(tmp_path / "folder")
+    torch.save(
+        {"state_dict": network.state_dict(), "hyper_parameters": {"lr": 1, "model": MODEL}},
+        tmp_path / "a.ckpt",
+    )
+    entry = {"model": MODEL, "mean": [0.5]}
+    save_file(network.state_dict(), tmp_path / "b.safetensors", {"member": json.dumps(entry)})
+    other = replace(GREY, mean=[0.5], model=MODEL | {"arch": "FPN"})
+    for name in ("folder", "folder/model.safetensors", "a.ckpt", "b.safetensors"):
+        source = tmp_path / name
+        with pytest.raises(ValueError, match=rf"arch is 'fpn', {tmp_path}/.+ says 'unet'"):
+            check_source(source, read_checkpoint(source), other, 8)
+        check_source(source, read_checkpoint(source), replace(other, model=MODEL), 8)
+
+
+def test_a_config_of_something_else_beside_the_weights_is_none(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    (tmp_path / "config.json").write_text('{"classes": 7}')
+    check_source(tmp_path / "a.pt", read_checkpoint(tmp_path / "a.pt"), GREY, 8)
+
+
+def test_the_activation_of_a_saved_configuration_is_refused_naming_member_and_option(
+    network: Any, tmp_path: Path
+) -> None:
+    network.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation": "softmax2d"}))
+    entry = tiny_entry("one", MODEL) | {"file": "m"}
+    write_manifest(tmp_path, [{key: value for key, value in entry.items() if key != "model"}])
+    with pytest.raises(ValueError, match="member one: model's activation 'softmax2d'"):
+        read_sources(tmp_path)
+    change_member(tmp_path, softmax=True)
+    manifest, [source] = read_sources(tmp_path)
+    packed = pack_member(source, manifest.members[0], manifest, tmp_path, openvino=False)
+    assert packed.spec.softmax and "activation" not in packed.spec.model
+
+
+# --- normalisation --------------------------------------------------------------------------------
+
+
+def with_buffers(**buffers: Any) -> Checkpoint:
+    left_out = {name.replace("__", "."): torch.tensor(value) for name, value in buffers.items()}
+    return Checkpoint(PATH, {}, [], left_out)
+
+
+@pytest.mark.parametrize(
+    ("spec", "buffers", "words"),
+    [
+        (GREY, {"norm__mean": [0.5]}, r"norm\.mean is \[0\.5\], the manifest's mean is \[0\.34\]"),
+        (GREY, {"pixel_std": [[[[0.2]]]]}, r"pixel_std is \[0\.2\], the manifest's std"),
+        (GREY, {"a__image_mean": 0.5}, r"a\.image_mean is \[0\.5\]"),
+        (GREY, {"mean": [0.485, 0.456, 0.406]}, r"mean is \[0\.485, 0\.456"),
+        (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [1.0, 1.0, 1.0]}, "pixel_std"),
+        (RGB, {"mean": [0.406, 0.456, 0.485]}, r"mean is \[0\.406"),  # blue first
+        (GREY, {"means": [128]}, r"means is \[128\]"),
+    ],
+)
+def test_a_mean_or_std_in_the_file_that_is_not_the_manifests_is_refused(
+    spec: MemberSpec, buffers: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"member\.pt: {words}"):
+        check_source(PATH, with_buffers(**buffers), spec, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "buffers"),
+    [
+        (RGB, {"mean": [[[0.485]], [[0.456]], [[0.406]]], "std": [0.229, 0.224, 0.225]}),
+        (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}),
+        (RGB, {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [0.229, 0.224, 0.225]}),
+        (GREY, {"mean": [0.34, 0.34, 0.34]}),
+        (GREY, {"bn__running_mean": [5.0], "criterion__mean": [7.0], "class_means": [1.0] * 4}),
+    ],
+)
+def test_what_agrees_with_the_manifest_or_normalises_no_images_passes(
+    spec: MemberSpec, buffers: dict[str, Any]
+) -> None:
+    check_source(PATH, with_buffers(**buffers), spec, 8)
+
+
+ONES = replace(RGB, std=[1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("names", [("pixel_mean", "pixel_std"), ("pixel_std", "pixel_mean")])
+def test_a_std_is_of_the_range_of_the_mean_beside_it(names: tuple[str, str]) -> None:
+    said = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [1.0, 1.0, 1.0]}
+    saved = with_buffers(**{name: said[name] for name in names})
+    words = r"pixel_std is \[1\.0, 1\.0, 1\.0\] of 0-255, as what stands beside it, .*divide by 255"
+    with pytest.raises(ValueError, match=words + r", \[0\.003922, 0\.003922, 0\.003922\]"):
+        check_source(PATH, saved, ONES, 8)
+    check_source(PATH, saved, replace(ONES, std=[1 / 255] * 3), 8)
+    check_source(PATH, with_buffers(mean=ONES.mean, std=ONES.std), ONES, 8)
+    other = with_buffers(net__mean=said["pixel_mean"], norm__std=[1.0, 1.0, 1.0])
+    check_source(PATH, other, ONES, 8)  # another place
+
+
+def test_a_mean_of_16_bits_is_held_against_the_manifests() -> None:
+    saved = with_buffers(mean=[0.34 * 65_535], std=[0.13 * 65_535])
+    check_source(PATH, saved, GREY, 16)
+    check_source(PATH, with_buffers(mean=[0.34 * 255], std=[0.13 * 255]), GREY, 16)
+    with pytest.raises(ValueError, match=r"mean is \[22281\.9.*the manifest's mean is \[0\.34\]"):
+        check_source(PATH, saved, GREY, 8)
+
+
+SAID = {
+    "a tuple": ({"mean": (0.5,), "std": (0.13,)}, "mean"),
+    "an array": ({"mean": np.array([0.5]), "std": np.array([0.13])}, "mean"),
+    "two numbers": ({"mean": 0.34, "std": 0.5}, "std"),
+    "two of NumPy": ({"mean": np.float32(0.5), "std": np.float64(0.13)}, "mean"),
+    "a list alone": ({"mean": [0.5]}, "mean"),
+    "another name": ({"image_mean": (0.5,), "image_std": (0.13,)}, "image_mean"),
+    "albumentations' of 0-255": ({"normalize": {"mean": (100.0,), "std": (33.0,)}}, "mean"),
+    "ImageNet's": ({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, "mean"),
+    "arguments": (argparse.Namespace(mean=(0.5,), lr=1), "mean"),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_mean_or_std_in_any_form_that_is_not_the_manifests_is_refused(
+    said: str, network: nn.Module, tmp_path: Path
+) -> None:
+    form, name = SAID[said]
+    path = tmp_path / "member.ckpt"
+    torch.save({"state_dict": network.state_dict(), "hyper_parameters": form}, path)
+    with pytest.raises(ValueError, match=rf"hyper_parameters.*[ .]{name} is \[.*the manifest's"):
+        check_source(path, read_checkpoint(path), GREY, 8)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"mean": (0.34,), "std": np.array([0.13])},
+        {"mean": 86.7, "std": 33.15},
+        {"dice_mean": 0.91},  # a score's, by itself
+        {"metrics": {"mean": 0.91, "std": 0.02}},
+        {"cv": {"mean": 0.91, "std": 0.02}},  # of five folds
+        {"dice_mean": 0.91, "dice_std": 0.02, "mean_iou": 0.8},
+        {"mean": [0.34], "std": [0.13], "noise_std": 0.05, "init_std": 0.02},
+        {"history": {"iou_mean": [0.8, 0.81, 0.82]}, "mean_area": [100, 200, 300]},
+        {"mean": "0.5", "std": None, "means": [[0.1, "a"]]},
+        {"mean": [0.1] * 5},
+    ],
+)
+def test_what_agrees_or_is_no_normalisation_is_taken(
+    form: dict[str, Any], network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": network.state_dict(), "said": form}, tmp_path / "member.ckpt")
+    check_source(tmp_path / "member.ckpt", read_checkpoint(tmp_path / "member.ckpt"), GREY, 8)
+
+
+def test_the_mean_in_the_configuration_beside_the_weights_is_held_against_the_manifest(
+    network: Any, tmp_path: Path
+) -> None:
+    network.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": 0.5, "std": 0.13}))
+    entry = tiny_entry("one", MODEL) | {"file": "m", "mean": [0.34], "std": [0.13]}
+    write_manifest(tmp_path, [entry])
+    manifest, [source] = read_sources(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: mean is \[0\.5\], the manifest's mean"):
+        pack_member(source, manifest.members[0], manifest, tmp_path, openvino=False)
+
+
+@pytest.mark.parametrize("form", ["header", "hyper_parameters"])
+def test_a_mean_that_was_saved_as_a_number_is_held_against_the_manifest(
+    form: str, network: nn.Module, tmp_path: Path
+) -> None:
+    said = {"mean": [0.5], "std": [0.13]}
+    path = tmp_path / "member.ckpt"
+    if form == "header":
+        save_file(network.state_dict(), path, {"member": json.dumps(said)})
+    else:
+        torch.save({"state_dict": network.state_dict(), form: {"lr": 1} | said}, path)
+    words = rf"member\.ckpt's {form}: mean is \[0\.5\], the manifest's mean is \[0\.34\]"
+    with pytest.raises(ValueError, match=words):
+        check_source(path, read_checkpoint(path), GREY, 8)
+
+
+# --- layers around the network --------------------------------------------------------------------
+
+
+def with_layer(name: str, *shape: int) -> Checkpoint:
+    return Checkpoint(PATH, {}, [], {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "place"),
+    [
+        ("state_dict.stem.weight", (3, 1, 1, 1), "before its input"),
+        ("adapter.2.weight", (3, 16, 3, 3), "before its input"),
+        ("input_norm.weight", (3,), "before its input"),
+        ("stem.weight_v", (3, 1, 1, 1), "before its input"),
+        ("stem.weight_orig", (3, 1, 1, 1), "before its input"),
+        ("stem.parametrizations.weight.original", (3, 1, 1, 1), "before its input"),
+        ("stem.parametrizations.weight.original1", (3, 1, 1, 1), "before its input"),
+        ("net.refine.weight", (8, 4, 3, 3), "behind its masks"),
+        ("refine.weight", (4, 1, 3, 3), "behind its masks"),
+        ("refine.weight", (4, 2, 3, 3), "behind its masks"),
+    ],
+)
+def test_a_layer_around_the_network_is_refused(
+    name: str, shape: tuple[int, ...], place: str
+) -> None:
+    words = rf"member\.pt: {name}, as .*outside the network that fits {place}: .*train without it"
+    with pytest.raises(ValueError, match=words):
+        check_source(PATH, with_layer(name, *shape), RGB, 8)
+
+
+LAYERS: dict[str, tuple[nn.Module, str]] = {  # around a network of 3 channels and 4 classes
+    "batch norm": (nn.BatchNorm2d(3), "before its input"),
+    "batch norm that only normalises": (nn.BatchNorm2d(3, affine=False), "before its input"),
+    "batch norm of masks": (nn.BatchNorm2d(4), "behind its masks"),
+    "batch norm that only normalises masks": (nn.BatchNorm2d(4, affine=False), "behind its masks"),
+    "group norm of masks": (nn.GroupNorm(2, 4), "behind its masks"),
+    "a convolution of each mask": (nn.Conv2d(4, 4, 3, groups=4), "behind its masks"),
+    "weight norm": (weight_norm(nn.Conv2d(3, 3, 1)), "before its input"),
+    "spectral norm": (spectral_norm(nn.Conv2d(3, 3, 3)), "before its input"),
+    "spectral norm of old": (nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)), "before its input"),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_in_a_wrapper_is_refused(layer: str, network: nn.Module, tmp_path: Path) -> None:
+    module, place = LAYERS[layer]
+    wrapper = nn.ModuleDict({"net": network, "extra": module})
+    torch.save(wrapper.state_dict(), tmp_path / "member.pt")
+    with pytest.raises(ValueError, match=rf"extra\..*outside the network that fits {place}: "):
+        check_source(PATH, read_checkpoint(tmp_path / "member.pt"), RGB, 8)
+
+
+BESIDE: dict[str, nn.Module] = {  # it does nothing to images or masks
+    "a loss with weights": nn.CrossEntropyLoss(torch.ones(4)),
+    "a head of another depth": weight_norm(nn.Conv2d(64, 4, 1)),
+    "a norm of features": nn.BatchNorm2d(64),
+    "one that only normalises": nn.BatchNorm2d(64, affine=False),
+}
+
+
+@pytest.mark.parametrize("layer", BESIDE)
+def test_a_layer_in_a_wrapper_that_fits_neither_end_is_named_only(
+    layer: str, network: nn.Module, tmp_path: Path
+) -> None:
+    wrapper = nn.ModuleDict({"net": network, "extra": BESIDE[layer]})
+    torch.save(wrapper.state_dict(), tmp_path / "member.pt")
+    found = read_checkpoint(tmp_path / "member.pt")
+    assert "left out: extra" in found.notes[0]
+    check_source(PATH, found, RGB, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("classifier.weight", (4, 512)),  # it reads features
+        ("aux.parametrizations.weight.original0", (4, 1, 1, 1)),  # lengths of weight norm
+        ("ce.weight", (4,)),  # a loss's
+        ("second.conv1.weight", (64, 1, 7, 7)),
+        ("metrics.running_var", (4,)),
+        ("second.conv1.weight", (64, 3, 7, 7)),  # a second model
+        ("criterion.weight", (3,)),
+        ("optimizer.state.0.exp_avg", (3, 1, 1, 1)),
+        ("ema.module.encoder.conv1.weight", (3, 1, 1, 1)),  # another copy's
+    ],
+)
+def test_what_does_not_stand_around_the_network_is_named_only(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    check_source(PATH, with_layer(name, *shape), RGB, 8)
