@@ -2,10 +2,11 @@
 
 A strip is judged class by class, by the mean of every pass of sigmoid(mask) × sigmoid(presence + B)
 over the manifest's threshold. A class is there where that area reaches `--min-area` with the first
-of the two `--gate-shifts`; it is not there where even with the second, wider one it does not.
-A strip with a class between the two is left out. The mask of a class that is there is the mean of
-the mask heads alone, over a half or a lower threshold: how far a defect reaches is no question of
-whether it is there.
+of the two `--gate-shifts`; it is not there where even with the second, wider one hardly a pixel is
+found: less than a tenth of `--min-area`. A strip with a class between the two is left out, for a
+small defect that is taken for none would be taught as background. The mask of a class that is there
+is the mean of the mask heads alone, over a half or a lower threshold: how far a defect reaches is
+no question of whether it is there.
 
 Writes `--out`/train.csv and train_images/, which `train.py --extra` takes. An image that cannot be
 read or run is named and left out; Ctrl-C ends with those that are labelled by then.
@@ -55,13 +56,13 @@ def label_strip(
     threshold = recorded.manifest.threshold
     if not all(found.isfinite().all() for found in recorded.probabilities.values()):
         return None
-    sure, open_ = (
-        (mean_with_gates(recorded, shift) > threshold).sum(dim=(1, 2)) >= min_area
-        for shift in gate_shifts
-    )
-    if not bool((sure == open_).all()):
+    sure, wide = (
+        (mean_with_gates(recorded, shift) > threshold).sum(dim=(1, 2)) for shift in gate_shifts
+    )  # pixels (classes,)
+    there, absent = sure >= min_area, wide < max(min_area // 10, 1)
+    if not bool((there | absent).all()):
         return None
-    masks = (mean_with_gates(recorded, math.inf) > min(0.5, threshold)) & sure[:, None, None]
+    masks = (mean_with_gates(recorded, math.inf) > min(0.5, threshold)) & there[:, None, None]
     return masks.cpu().numpy()
 
 
@@ -87,8 +88,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     about = "to be sure that a class is there, and that it is not (default %(default)s)"
     add("--gate-shifts", type=float, nargs=2, default=(2.0, 3.0), metavar="B", help=about)
-    about = "pixels from which a mask counts (default %(default)s)"
-    add("--min-area", type=int, default=3000, help=about)
+    about = "pixels of a class that is there; one that is not has less than a tenth of them"
+    add("--min-area", type=int, default=1000, help=f"{about} (default %(default)s)")
     add("--out", type=Path, required=True, help="folder to write; must not be there")
     return parser.parse_args(arguments)
 

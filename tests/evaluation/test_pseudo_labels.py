@@ -19,16 +19,16 @@ from training.folds import write_strips
 from training.ground_truth import read_truth
 from training.strips import Strips, read_strips
 
-MIN_AREA = 4
+MIN_AREA = 20  # and less than 2 are next to nothing
 SURE = ("--gate-shifts", 50, 50, "--min-area", 1)  # every gate open, and any mask counts
 
 
 def recorded(*passes: tuple[float, float, int]) -> Any:
-    """Passes of one class: a presence logit, a mask logit, and on how many of 10 pixels it is."""
+    """Passes of one class: a presence logit, a mask logit, and on how many of 50 pixels it is."""
     encoded, probabilities = {}, {}
     for index, (presence, mask, pixels) in enumerate(passes):
         gate = torch.sigmoid(torch.tensor([[presence]]))
-        logits = torch.full((1, 1, 1, 10), -9.0)
+        logits = torch.full((1, 1, 1, 50), -9.0)
         logits[..., :pixels] = mask
         encoded[index] = (gate,)
         probabilities[index] = torch.sigmoid(logits) * gate[..., None, None]
@@ -39,13 +39,17 @@ def recorded(*passes: tuple[float, float, int]) -> Any:
 @pytest.mark.parametrize(
     ("passes", "expected"),
     [
-        pytest.param([(0, 4, 6)], 6, id="sigmoid(2) = 0.88: there"),
-        pytest.param([(-9, 4, 6)], 0, id="sigmoid(-6) even when wide: not there"),
-        pytest.param([(-2, 4, 6)], None, id="0.5 with the first shift, 0.73 with the second"),
-        pytest.param([(9, 4, 3)], 0, id="smaller than the area: not there"),
-        pytest.param([(9, 0.1, 6)], 0, id="a mask of 0.52 stays under the threshold"),
-        pytest.param([(-9, 4, 6), (9, 4, 6)], 0, id="one of two passes is not enough"),
-        pytest.param([(0, 4, 6), (9, 4, 10)], 6, id="0.49 where one of two finds nothing"),
+        pytest.param([(0, 4, 30)], 30, id="sigmoid(2) = 0.88: there"),
+        pytest.param([(-9, 4, 30)], 0, id="sigmoid(-6) even when wide: not there"),
+        pytest.param([(-2, 4, 30)], None, id="0.5 with the first shift, 0.73 with the second"),
+        pytest.param([(-2, 4, 2)], None, id="and a few pixels then are not nothing"),
+        pytest.param([(9, 4, 20)], 20, id="as large as the area: there"),
+        pytest.param([(9, 4, 19)], None, id="a small defect with open gates: unsure"),
+        pytest.param([(9, 4, 2)], None, id="a tenth of the area: unsure"),
+        pytest.param([(9, 4, 1)], 0, id="next to nothing: not there"),
+        pytest.param([(9, 0.1, 30)], 0, id="a mask of 0.52 stays under the threshold"),
+        pytest.param([(-9, 4, 30), (9, 4, 30)], 0, id="one of two passes is not enough"),
+        pytest.param([(0, 4, 30), (9, 4, 50)], 30, id="0.49 where one of two finds nothing"),
     ],
 )
 def test_a_class_is_there_not_there_or_unsure(
@@ -55,18 +59,23 @@ def test_a_class_is_there_not_there_or_unsure(
     assert (None if masks is None else int(masks.sum())) == expected
 
 
+def test_under_the_smallest_area_one_pixel_is_there_and_none_is_not() -> None:
+    found = [label_strip(recorded((9, 4, pixels)), (2.0, 3.0), 1) for pixels in (0, 1)]
+    assert [None if masks is None else int(masks.sum()) for masks in found] == [0, 1]
+
+
 def test_of_a_strip_that_gives_nan_nothing_is_sure() -> None:
-    strip = recorded((9, 4, 6), (9, 4, 6))
+    strip = recorded((9, 4, 30), (9, 4, 30))
     assert label_strip(strip, (2.0, 3.0), MIN_AREA) is not None
     strip.probabilities[1][..., 0] = float("nan")
     assert label_strip(strip, (2.0, 3.0), MIN_AREA) is None
 
 
 def test_under_a_low_threshold_what_is_there_has_a_mask() -> None:
-    strip = recorded((9, -0.2, 6))  # masks of 0.45
+    strip = recorded((9, -0.2, 30))  # masks of 0.45
     strip.manifest.threshold = 0.3
     masks = label_strip(strip, (2.0, 3.0), MIN_AREA)
-    assert masks is not None and masks.sum() == 6
+    assert masks is not None and masks.sum() == 30
 
 
 def test_what_it_writes_is_read_as_a_training_set(
