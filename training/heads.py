@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from kernel.images import image_to_tensor
 from kernel.logs import log, progress
+from kernel.manifest import Manifest
 from kernel.members import Member
 from training.augmentation import Pair
 from training.batches import Batches
+from training.config import Config
 from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
@@ -144,15 +146,37 @@ def refit_presence(
     optimizer.step(loss)  # type: ignore[no-untyped-call]
 
 
+def refit_taught_gates(module: MemberModule, strips: Strips) -> None:
+    """Fit the presence head to the gates of the member's teacher, on strips without truth.
+
+    The labelled strips are known by heart: a teacher that began with better weights tells more of
+    what a presence looks like on others than they do. It should not have been fitted on these.
+    """
+    teacher = read_teacher(Path(module.config.teacher), module.config.classes)
+    pooled, gates = taught_features(module, teacher, strips)
+    refit_presence(presence_layer(module.network), pooled, gates, 1.0, TAUGHT_L2_SP_WEIGHT)
+
+
 # --- mask head ------------------------------------------------------------------------------------
+
+
+def mask_lifts(gates: Tensor, config: Config) -> Tensor:
+    """Return by how much each gate (classes,) lifts the logit at which the kernel cuts a mask.
+
+    It cuts the product: under a gate of 0.8 and a threshold of 0.55 a mask has to pass 0.69. Under
+    a gate that is not above the threshold none does: infinity.
+    """
+    cut = Manifest([config.spec]).threshold / gates
+    return torch.logit(cut.clamp(max=1)) - config.mask_level
 
 
 @torch.inference_mode()
 def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return the level (classes,) at which a class's masks score most, and that mean Dice.
 
-    Asked of the strips that have the class, for on the others the gate decides. A class that none
-    of them has, or that no level finds, keeps the level at which it is cut as it stands.
+    Asked of the strips that have the class and its gate open; each is cut above the level by its
+    gate's lift. A class of which there is none, or that no level finds, keeps the level at which it
+    is cut as it stands.
     """
     config, device = module.config, module.mean.device
     grid = LOGIT_GRID.to(device)[:, None, None]
@@ -162,10 +186,11 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
         if not labels:
             continue
         with module.autocast():
-            logits = module(image_to_tensor(image, device)).masks[0].float()
-        for label in labels:
+            outputs = module(image_to_tensor(image, device)).float()
+        lifts = mask_lifts(outputs.presence[0].sigmoid(), config)
+        for label in (c for c in labels if lifts[c].isfinite()):
             truth = torch.from_numpy(masks[label]).to(device)
-            found = logits[label] > grid
+            found = outputs.masks[0, label] > grid + lifts[label]
             both, sizes = (found & truth).sum(dim=(1, 2)), found.sum(dim=(1, 2)) + truth.sum()
             curves[label] += torch.from_numpy(dice_of(both.cpu().numpy(), sizes.cpu().numpy()))
             counts[label] += 1
@@ -177,8 +202,9 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
 def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
     """Move each class's mask logits so that the kernel's threshold cuts them at their best level.
 
-    Averaging members that keep to what they are sure of loses recall: the mean of five passes the
-    threshold where most of them do.
+    The gates have to be those that stay: how high a mask must reach depends on them. Averaging
+    members that keep to what they are sure of loses recall: the mean of five passes the threshold
+    where most of them do.
     """
     levels, dices = best_logit_thresholds(module, pairs)
     shown = [f"{level:.2f} (Dice {dice:.2f})" for level, dice in zip(levels, dices, strict=True)]
@@ -189,21 +215,24 @@ def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
     bias.data += (module.config.mask_level - levels).to(bias)
 
 
-def refit_heads(module: MemberModule, pairs: Pairs, present_weight: float = PRESENT_WEIGHT) -> None:
-    """Fit the presence head once more on all pairs, and set the mask head's biases."""
-    module.eval()
-    layer = presence_layer(module.network)
-    refit_presence(layer, *pooled_features(module, pairs), present_weight)
-    calibrate_mask_bias(module, pairs)
+# --- both heads -----------------------------------------------------------------------------------
 
 
-def refit_taught_gates(module: MemberModule, strips: Strips) -> None:
-    """Fit the presence head to the gates of the member's teacher, on strips without truth.
+def refit_heads(
+    module: MemberModule,
+    pairs: Pairs,
+    present_weight: float = PRESENT_WEIGHT,
+    taught_on: Strips | None = None,
+) -> None:
+    """Fit the presence head once more on all pairs, and set the mask head's biases for its gates.
 
-    The labelled strips are known by heart: a teacher that began with better weights tells more of
-    what a presence looks like on others than they do. It should not have been fitted on these.
+    Where there are strips without truth to be `taught_on`, the gates are the teacher's in between.
     """
     module.eval()
-    teacher = read_teacher(Path(module.config.teacher), module.config.classes)
-    pooled, gates = taught_features(module, teacher, strips)
-    refit_presence(presence_layer(module.network), pooled, gates, 1.0, TAUGHT_L2_SP_WEIGHT)
+    if len(pairs):
+        pooled, present = pooled_features(module, pairs)
+        refit_presence(presence_layer(module.network), pooled, present, present_weight)
+    if taught_on:
+        refit_taught_gates(module, taught_on)
+    if len(pairs):
+        calibrate_mask_bias(module, pairs)

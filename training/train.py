@@ -52,14 +52,7 @@ from training.config import (
 )
 from training.fit import Machine, find_crops, fit_network, fit_within_memory
 from training.folds import split_folds
-from training.heads import (
-    PRESENT_WEIGHT,
-    Pairs,
-    SampledPairs,
-    StripPairs,
-    refit_heads,
-    refit_taught_gates,
-)
+from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
 from training.json_files import to_json
 from training.module import MemberModule
 from training.moved_defects import METHODS
@@ -518,11 +511,9 @@ def train(args: argparse.Namespace) -> int:
         ),
         replace(config, crops=crops),
     )
-    if len(inputs.pairs):
-        module = MemberModule(network, config, config.parts[1])
-        refit_heads(module, inputs.pairs, args.present_weight)
-    if args.taught_gates:
-        refit_taught_gates(MemberModule(network, config, config.parts[1]), inputs.unlabelled[0])
+    module = MemberModule(network, config, config.parts[1])
+    taught_on = inputs.unlabelled[0] if args.taught_gates else None
+    refit_heads(module, inputs.pairs, args.present_weight, taught_on)
     checkpoint = args.out / f"{config.name}.safetensors"
     before = hash_file(checkpoint) if checkpoint.is_file() else ""
     write_checkpoint(network, config, checkpoint)

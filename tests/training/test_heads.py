@@ -1,5 +1,6 @@
-"""The heads' last fit, against scipy's optimum and against every level tried."""
+"""The heads' last fit, against scipy's optimum and against every bias tried."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from helpers import CLASSES, LABELS, SMALL, draw_image
 from scipy.optimize import minimize  # type: ignore[import-untyped]
+from scipy.special import expit  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kernel.images import Image
+from training import heads
 from training.batches import Batches
 from training.config import Config
 from training.heads import (
@@ -19,6 +22,7 @@ from training.heads import (
     StripPairs,
     best_logit_thresholds,
     calibrate_mask_bias,
+    mask_lifts,
     pooled_features,
     refit_heads,
     refit_presence,
@@ -128,49 +132,95 @@ def test_a_class_that_all_strips_have_or_none_keeps_its_gate(
 # --- mask head ------------------------------------------------------------------------------------
 
 
-def mask_logits(network: Any, image: Image, config: Config) -> Any:
+def with_gates(network: Any, strips: Strips, config: Config, mean: float, spread: float) -> Any:
+    """The network with presence logits that have this mean and standard deviation on the strips."""
+    layer = presence_layer(network)
+    pooled, _ = pooled_features(module_of(network, config), StripPairs(strips))
+    with torch.inference_mode():
+        drawn = pooled.clone() @ layer.weight.T
+        layer.weight *= spread / drawn.std(dim=0, correction=0)[:, None]
+        layer.bias += mean - layer(pooled).mean(dim=0)
+    return network
+
+
+def logits_of(network: Any, image: Image, config: Config) -> tuple[Any, Any]:
+    """Mask logits (classes, H, W) and presence logits (classes, 1, 1), in double precision."""
     grey = torch.from_numpy(image / 255).float()[None, None]
     with torch.inference_mode():
-        return network.eval()((grey - config.mean[0]) / config.std[0])[0][0].numpy()
+        masks, presence = network.eval()((grey - config.mean[0]) / config.std[0])
+    return masks[0].double().numpy(), presence[0, :, None, None].double().numpy()
 
 
-def dices_at(network: Any, config: Config, strips: Strips, levels: list[float]) -> Any:
-    """Mean Dice (levels, classes) of what is there, cut at levels, with the competition's Dice."""
-    dices = []
+def dices_with(network: Any, config: Config, strips: Strips, biases: list[float]) -> Any:
+    """Mean Dice (biases, classes) of what is there and whose gate is open, by the competition's.
+
+    What is scored is the kernel's product of mask and gate over its threshold.
+    """
+    dices, threshold = [], expit(config.mask_level)
     for name in strips.names:
-        image, masks = strips.load(name)
-        logits, there = mask_logits(network, image, config), masks.any(axis=(1, 2))
-        dices.append([np.where(there, dice(logits > level, masks), np.nan) for level in levels])
+        image, truth = strips.load(name)
+        masks, presence = logits_of(network, image, config)
+        gates = expit(presence)
+        asked = truth.any(axis=(1, 2)) & (gates[:, 0, 0] > threshold)
+        found = [expit(masks + bias) * gates > threshold for bias in biases]
+        dices.append([np.where(asked, dice(each, truth), np.nan) for each in found])
     return np.nanmean(dices, axis=0)
 
 
 @pytest.mark.parametrize("arch", ["Unet", "FPN"])
-def test_the_refitted_masks_are_cut_where_they_score_most(
+def test_the_refitted_masks_are_cut_where_their_product_with_the_gates_scores_most(
     arch: str, config: Config, strips: Strips
 ) -> None:
-    """Against every level tried, one strip after another."""
+    """Against every bias tried, one strip after another; some gates shut, some open by half."""
     config = replace(config, arch=arch)
-    network = new_network(replace(config, seed=7)).eval()
+    network = with_gates(new_network(replace(config, seed=7)), strips, config, 0.7, 0.7)
     module, pairs, levels = module_of(network, config), StripPairs(strips), LOGIT_GRID.tolist()
-    tried = dices_at(network, config, strips, levels)
+    tried = dices_with(network, config, strips, [config.mask_level - level for level in levels])
     found, dices = best_logit_thresholds(module, pairs)
     image = draw_image(0)
-    before = mask_logits(network, image, config)
+    before, _ = logits_of(network, image, config)
     calibrate_mask_bias(module, pairs)
-    moved = mask_logits(network, image, config) - before
+    moved = logits_of(network, image, config)[0] - before
     assert np.ptp(tried, axis=0).min() > 0.01  # the level matters
     for label, level in enumerate(found.tolist()):
-        assert tried[levels.index(level), label] == pytest.approx(tried[:, label].max(), abs=1e-5)
+        assert tried[levels.index(level), label] == pytest.approx(tried[:, label].max(), abs=1e-4)
         assert np.allclose(moved[label], config.mask_level - level, atol=1e-4)
-    assert dices.numpy() == pytest.approx(tried.max(axis=0), abs=1e-5)
-    now = dices_at(network, config, strips, [config.mask_level])[0]
+    assert dices.numpy() == pytest.approx(tried.max(axis=0), abs=1e-4)
+    now = dices_with(network, config, strips, [0.0])[0]
     assert now == pytest.approx(tried.max(axis=0), abs=0.01)
+
+
+@pytest.mark.parametrize("gate", [0.56, 0.8, 1.0])
+def test_a_gate_lifts_the_logit_from_which_the_kernels_product_is_over_its_threshold(
+    gate: float, config: Config
+) -> None:
+    logit = config.mask_level + float(mask_lifts(torch.tensor([gate]), config)[0])
+    assert expit(logit) * gate == pytest.approx(expit(config.mask_level), abs=1e-5)
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.3, 0.55])
+def test_a_gate_that_is_not_above_the_threshold_shuts_every_mask(
+    gate: float, config: Config
+) -> None:
+    assert mask_lifts(torch.tensor([gate]), config).tolist() == [math.inf]
+
+
+def test_a_class_whose_gates_are_shut_keeps_its_level(
+    network: Any, config: Config, strips: Strips
+) -> None:
+    with_gates(network, strips, config, 9, 0.1)
+    with torch.no_grad():
+        presence_layer(network).bias[1] -= 18
+    found, dices = best_logit_thresholds(module_of(network, config), StripPairs(strips))
+    assert found[1] == torch.tensor(config.mask_level)
+    assert dices.gt(0).tolist() == [True, False, True, True]
 
 
 def test_a_class_that_no_strip_has_keeps_its_level(
     network: Any, config: Config, strips: Strips
 ) -> None:
     without = replace(strips, names=[n for n in strips.names if 2 not in strips.truth.get(n, {})])
+    with_gates(network, strips, config, 9, 0.1)
     found, dices = best_logit_thresholds(module_of(network, config), StripPairs(without))
     assert found[1] == torch.tensor(config.mask_level)
     assert dices[1] == 0
@@ -180,7 +230,7 @@ def test_a_class_that_no_strip_has_keeps_its_level(
 def test_a_class_that_no_level_finds_keeps_its_level(
     network: Any, config: Config, strips: Strips
 ) -> None:
-    module = module_of(network, config)
+    module = module_of(with_gates(network, strips, config, 9, 0.1), config)
     (bias,) = (p for k, p in network.segmentation_head.named_parameters() if k.endswith("bias"))
     with torch.no_grad():
         bias[1] = -100
@@ -193,12 +243,13 @@ def test_of_each_class_some_strips_are_asked(
     network: Any, config: Config, strips: Strips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.heads.GRID_STRIPS", 2)
+    with_gates(network, strips, config, 30, 0.1)  # wide open
     module, levels = module_of(network, config), LOGIT_GRID.tolist()
     found, dices = best_logit_thresholds(module, StripPairs(strips))
     for label in LABELS:
         tried = np.zeros(len(levels))
         for image, masks in map(strips.load, strips.with_class(label)[:2]):
-            logits, truth = mask_logits(network, image, config)[label - 1], masks[label - 1]
+            logits, truth = logits_of(network, image, config)[0][label - 1], masks[label - 1]
             tried += [dice((logits > level)[None], truth[None])[0] / 2 for level in levels]
         assert tried[levels.index(float(found[label - 1]))] == pytest.approx(tried.max(), abs=1e-5)
         assert float(dices[label - 1]) == pytest.approx(tried.max(), abs=1e-5)
@@ -216,6 +267,21 @@ def test_both_heads_are_refitted_and_nothing_else(
         "segmentation_head",
     }
     assert sum(name.startswith("segmentation_head") for name in changed) == 1  # the bias
+
+
+def test_masks_are_set_for_the_gates_that_a_teacher_leaves(
+    network: Any, config: Config, strips: Strips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under gates that are shut no level finds anything, and each class keeps its own."""
+
+    def shut(module: MemberModule, _: Strips) -> None:
+        presence_layer(module.network).bias.data.fill_(-99)
+
+    monkeypatch.setattr(heads, "refit_taught_gates", shut)
+    (bias,) = (p for k, p in network.segmentation_head.named_parameters() if k.endswith("bias"))
+    before, some = bias.detach().clone(), strips.some(0, 8)
+    refit_heads(module_of(network, config), StripPairs(some), taught_on=some)
+    assert torch.equal(bias, before)
 
 
 # --- strips to fit them on ------------------------------------------------------------------------
