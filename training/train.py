@@ -182,7 +182,7 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     """Add the last part, and what is left behind."""
     add = parser.add_argument_group("heads' last fit and results").add_argument
     about = (
-        "strips of the last fit: held-out, of the fold; train, drawn as for training; "
+        "strips of the last fit: held-out, of the fold; train, of --data, drawn as for training; "
         "a folder like --data; none, without it (default: held-out, train without a fold)"
     )
     add("--heads-on", metavar="STRIPS", help=about)
@@ -385,8 +385,9 @@ def choose_head_pairs(
     scored = held_out.some(0, to_score)
     if asked == "none":
         return StripPairs(held_out.some(0, 0)), scored
-    if asked == "train":
-        return SampledPairs(Batches(sources, config), most), scored
+    if asked == "train":  # of --data alone: Kaggle asks of no drawn strip, nor of pseudo-labels
+        own = Batches(sources[:1], replace(config, extra_shares=()))
+        return SampledPairs(own, most), scored
     others = _read_others(Path(asked), sources, held_out.competition)
     return StripPairs(others.some(0, most)), scored
 

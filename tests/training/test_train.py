@@ -250,6 +250,16 @@ def test_the_heads_last_fit_takes_the_strips_it_is_given(
     assert len(choose(strips, config, "--heads-on", "none")[0]) == 0
 
 
+def test_the_heads_last_fit_draws_nothing_from_further_folders(
+    strips: Strips, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    further, config = replace(strips, folder=Path("gone")), replace(config, extra_shares=(0.9,))
+    words = ["--data", "d", "--name", "n", "--encoder", "e", "--heads-on", "train"]
+    pairs, _ = train.choose_head_pairs(train.parse_args(words), config, [strips, further], strips)
+    assert len([pairs[index] for index in range(10)]) == 10
+    assert "left out" not in caplog.text
+
+
 def test_states_are_saved_less_often_on_a_gpu_unless_it_is_asked_for() -> None:
     words = ["--data", "d", "--name", "n", "--encoder", "e"]
     found = [
