@@ -42,9 +42,9 @@ READERS = 16  # files at once
 MEMBERS = Path(__file__).with_name("members.txt")
 # What a member's own line does not say. The numbers of steps are a proportion, by --minutes.
 COMMON = [
-    "--encoder-weights", "imagenet", "--crops", "32", "--crop-steps", "6000",
-    "--whole-steps", "600", "--save-every", "1000", "--validation-strips", "100000",
-    "--present-weight", "1",
+    "--encoder-weights", "imagenet", "--crops", "8", "--crop-size", "256x512",
+    "--crop-steps", "6000", "--whole-steps", "600", "--save-every", "1000",
+    "--validation-strips", "100000", "--present-weight", "1",
 ]  # fmt: skip
 
 EXAMPLE = "  python training/kaggle_fit.py --input /kaggle/input --hours 11.5"

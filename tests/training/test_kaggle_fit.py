@@ -3,6 +3,7 @@
 A stub stands for train.py; tests/packing/test_fit_kernel.py runs the real one.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -95,6 +96,13 @@ def test_a_gate_of_kaggles_fit_opens_where_its_class_is_as_likely_there_as_not()
     weights = {train.parse_args(job.options).present_weight for job in plan(shipped(), 2, 600)}
     opens_at = {1 / (1 + weight) for weight in weights}
     assert opens_at == {0.5}
+
+
+def test_the_manual_has_the_settings_of_kaggles_fit_for_gpus_of_ones_own() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    [command] = [each for each in manual.split("```") if "members.txt -- --data severstal" in each]
+    common = kaggle_fit.COMMON
+    assert {*zip(common[::2], common[1::2], strict=True)} <= {*itertools.pairwise(command.split())}
 
 
 # --- sessions -------------------------------------------------------------------------------------
