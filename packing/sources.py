@@ -48,7 +48,7 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
         return entry
     model = entry["model"] if "model" in entry else _saved_model(weights, entry)
     model = with_todays_options(without_activation(model, fields.get("softmax") is True))
-    name = re.sub(r"[^\w.-]+", "-", entry["name"])
+    name = re.sub(r"[^\w.-]+", "-", entry["name"], flags=re.ASCII)
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 

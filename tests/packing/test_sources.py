@@ -111,6 +111,13 @@ def test_a_folder_without_weights_names_the_file_that_it_lacks(tmp_path: Path) -
         read_sources(tmp_path)
 
 
+def test_a_packed_file_is_named_in_ascii_which_no_upload_changes(tmp_path: Path) -> None:
+    write_manifest(tmp_path, [member(name="große Maske-1.5")])
+    (tmp_path / "one.safetensors").touch()
+    [spec] = read_sources(tmp_path)[0].members
+    assert (spec.name, spec.file) == ("große Maske-1.5", "gro-e-Maske-1.5.safetensors")
+
+
 def test_an_entry_without_a_model_is_named_with_the_file_that_has_no_config_beside_it(
     tmp_path: Path,
 ) -> None:
