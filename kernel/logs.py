@@ -15,6 +15,11 @@ T = TypeVar("T")
 
 def start_log() -> None:
     """Log every line on stdout, in one format."""
+    root = logging.getLogger()
+    # Kaggle's image gives every Python process one that writes to /tmp/kaggle.log, which nobody
+    # sees, and beside which basicConfig does nothing. Others, as pytest's, are of other classes.
+    for handler in [each for each in root.handlers if type(each) is logging.FileHandler]:
+        root.removeHandler(handler)
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=form, level=logging.INFO, stream=sys.stdout)
     logging.raiseExceptions = False  # a line that cannot be written must not stop a run

@@ -1,5 +1,6 @@
 """The boundary of every command: one line and an exit code for whatever ends it."""
 
+import logging
 import os
 import re
 import signal
@@ -211,3 +212,36 @@ def test_a_closed_stdout_and_a_name_that_is_no_utf_8_cost_nothing(tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert error_of(done.stderr) == "a name: \\udce4"
     assert (tmp_path / "out.txt").read_text() == "the file"
+
+
+LOGGED = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, handlers=[logging.FileHandler(sys.argv[1])])
+from kernel.command import run_command
+from kernel.logs import log
+run_command(lambda: log.info("a line") or 0)
+"""
+
+
+def test_a_line_is_on_stdout_once_where_the_image_has_all_logs_go_to_a_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGED, str(tmp_path / "kaggle.log")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"[-\d]+ [\d:,]+ INFO a line\n", done.stdout)
+    assert (tmp_path / "kaggle.log").read_text() == ""
+
+
+class FileOfTests(logging.FileHandler):
+    """As pytest's own."""
+
+
+def test_a_command_takes_no_handler_of_the_tests_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [logging.NullHandler(), FileOfTests(os.devnull, delay=True)]
+    monkeypatch.setattr(logging.getLogger(), "handlers", list(given))
+    assert code_of(None) == 0
+    assert logging.getLogger().handlers == given
