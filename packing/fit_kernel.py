@@ -73,15 +73,16 @@ def install(requirements):
 
 def main():
     install(REQUIREMENTS)
-    folder = Path(tempfile.mkdtemp(prefix="fit-"))  # not in the output
-    for name, text in FILES.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, str(folder / "training/kaggle_fit.py"), *ARGUMENTS, *sys.argv[1:]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    sys.exit(subprocess.run(command, env=environment).returncode)
+    with tempfile.TemporaryDirectory(prefix="fit-") as folder:  # not in the output
+        for name, text in FILES.items():
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        script = str(Path(folder, "training/kaggle_fit.py"))
+        command = [sys.executable, script, *ARGUMENTS, *sys.argv[1:]]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        sys.exit(subprocess.run(command, env=environment).returncode)
 
 
 if __name__ == "__main__":
