@@ -18,6 +18,7 @@ from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
 from kernel.images import check_kinds
+from kernel.kaggle import enter_working_folder
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
@@ -178,6 +179,7 @@ def run_options(options: Options) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     failures = ValueError, OSError, RuntimeError
+    enter_working_folder()
     run_command(lambda: run_options(parse_options(arguments)), failures)
 
 

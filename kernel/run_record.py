@@ -10,14 +10,13 @@ from typing import Any
 
 from kernel.checks import read_json
 from kernel.faults import one_line
+from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
 from kernel.outcome import Outcome, RunContext
 from kernel.rows import replace_file
 from kernel.strip_state import StripWork
 from kernel.task import Task
 from kernel.tta import Half, Pass
-
-KAGGLE_RUN = "KAGGLE_KERNEL_RUN_TYPE"  # set where Kaggle runs it
 
 
 @dataclass(frozen=True)

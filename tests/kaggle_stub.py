@@ -24,6 +24,25 @@ sys.exit(main())
 """
 
 
+# Kaggle's image has such a module: it runs at the start of every Python process.
+SITE = """
+import logging
+import sys
+logging.basicConfig(level=logging.INFO, handlers=[logging.FileHandler({log!r}, mode="w")])
+if {bare}:
+    sys.path = [path for path in sys.path if not path.endswith(("site-packages", "dist-packages"))]
+"""
+
+
+def customize_site(folder: Path, log: Path, bare: bool = False) -> None:
+    """Make every process with `folder` in its PYTHONPATH log as one on Kaggle does, to a file.
+
+    A `bare` one finds no other packages than in its PYTHONPATH.
+    """
+    text = SITE.format(log=str(log), bare=bare)
+    (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
+
+
 class Kaggle:
     """What arrived: every call, the uploaded files, the datasets and the kernels made of them."""
 

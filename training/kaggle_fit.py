@@ -24,6 +24,7 @@ from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.faults import one_line
 from kernel.images import size_of
+from kernel.kaggle import enter_working_folder
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, MemberSpec, source_entries
 from kernel.members import hash_file, read_entry
@@ -249,6 +250,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
+    enter_working_folder()
     run_command(lambda: fit_on_kaggle(parse_args(arguments)))
 
 

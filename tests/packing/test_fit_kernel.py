@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -22,10 +24,11 @@ from helpers import (
     read_submission,
     run_script,
 )
-from kaggle_stub import Kaggle, run_client, serve
+from kaggle_stub import Kaggle, customize_site, run_client, serve
 
 from build_kernel import main
 from evaluation import dry_run
+from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
 from packing.fit_kernel import REQUIREMENTS, join_fit_kernel, place_of
 from packing.metadata import read_fit_metadata
 from training.synthetic import Drawing, write_competition
@@ -169,23 +172,46 @@ def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) ->
     assert line.startswith("pip cannot install no-such-package==1.0: turn the kernel's internet on")
 
 
+def test_what_the_script_unpacks_goes_when_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "fit.py").write_text(join_fit_kernel("", 1.0), encoding="utf-8")
+    (tmp_path / "scratch").mkdir()
+    ended = run_script(tmp_path / "fit.py", "--input", tmp_path, TMPDIR=str(tmp_path / "scratch"))
+    assert ended.returncode == 2
+    assert error_of(ended.stderr).startswith("no train.csv under")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 # --- through the real client ----------------------------------------------------------------------
 
 TINY = "--encoder tu-test_resnet --arch Unet --encoder-weights '' --minutes 0 --whole-steps 1 "
 TINY += "--crops 1 --save-every 1 --folds 3 --presence-strips 3 --validation-strips 3"
 
 
-def start_as_kaggle(root: Path, text: str) -> "subprocess.Popen[bytes]":
-    """The pushed script as a process of a group of its own, in root/working."""
-    script = root / "src" / "script.py"
-    script.parent.mkdir(exist_ok=True)
-    script.write_text(text, encoding="utf-8")
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files, its path short: the sockets of a fit's readers take 107 bytes.
+
+    What a killed process leaves in it goes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def start_as_kaggle(root: Path, text: str, scratch: Path) -> "subprocess.Popen[bytes]":
+    """The pushed script as a process of a group of its own, which is to find root/working."""
+    script, image = root / "src" / "script.py", root / "image"
+    for folder in (script.parent, image):
+        folder.mkdir(exist_ok=True)
+    assert text.count(f'"{WORKING}"') == 1
+    script.write_text(text.replace(f'"{WORKING}"', repr(str(root / "working"))), encoding="utf-8")
+    customize_site(image, root / "kaggle.log")
     (root / "working").mkdir()
-    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(image), "TMPDIR": str(scratch), KAGGLE_RUN: UNATTENDED}
+    environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
     with (root / "log.txt").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, str(script), "--input", str(root / "input"), "--devices", "cpu"],
-            cwd=root / "working", env=environment, stdout=log, stderr=log,
+            cwd=script.parent, env=environment, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
 
@@ -253,7 +279,7 @@ def rehearse(dist: Path, data: Path) -> None:
 
 @pytest.mark.skipif(not find_spec("kaggle"), reason="Kaggle's client is not installed")
 def test_from_an_account_to_an_ensemble_with_a_kill_between(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Push, run what arrived, kill it, run it again on its output, fetch, build, rehearse."""
     members, dist, root = tmp_path / "members.txt", tmp_path / "dist", tmp_path / "kaggle"
@@ -268,7 +294,7 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
         assert f"kaggle kernels output {NAME} -p my_weights" in capsys.readouterr().out
         request = push(kaggle, dist / "fit", tmp_path)
         assert "kernelDataSources" not in request
-        process = start_as_kaggle(root, request["text"])
+        process = start_as_kaggle(root, request["text"], scratch)
         kill_after_a_state(process, root / "working" / "runs" / "a" / "crops.ckpt")
 
         earlier = mount_output(root)
@@ -276,8 +302,9 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
         assert exit_code(main, *build, "--resume") == 0
         request = push(kaggle, dist / "fit", tmp_path)
         assert request["kernelDataSources"] == [NAME]
-        process = start_as_kaggle(root, request["text"])
+        process = start_as_kaggle(root, request["text"], scratch)
         assert process.wait(timeout=300) == 0, (root / "log.txt").read_text()
+        assert (root / "log.txt").read_text().count(" INFO going on from ") == 1
         assert all_bytes(earlier) == before
 
         kaggle.outputs[NAME] = root / "working"

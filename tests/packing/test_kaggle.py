@@ -20,9 +20,10 @@ from helpers import (
     site_without_smp,
     write_sample,
 )
-from kaggle_stub import Kaggle, run_client, run_with_client, serve
+from kaggle_stub import Kaggle, customize_site, run_client, run_with_client, serve
 
 from evaluation.dry_run import network_denial
+from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE
 from kernel.task import read_sample
@@ -55,15 +56,20 @@ def mount_arrived(kaggle: Kaggle, dataset: str, root: Path) -> Path:
 
 
 def run_as_kaggle(root: Path, text: str) -> subprocess.CompletedProcess[str]:
-    """The pushed script, with no network where the system allows that, no SMP and no timm."""
+    """The pushed script, with no network where the system allows that, no SMP and no timm.
+
+    It starts in its own folder, and its log goes to a file, unless it does something about them.
+    """
     script = root / "src" / "script.py"
     script.parent.mkdir()
-    script.write_text(text, encoding="utf-8")
-    python = [getattr(sys, "_base_executable", sys.executable), "-S"]
-    bare = {"PYTHONPATH": str(site_without_smp(root / "site")), "PATH": os.environ["PATH"]}
-    command = [*network_denial(), *python, str(script), "--input", str(root / "input")]
+    assert text.count(f'"{WORKING}"') == 1
+    script.write_text(text.replace(f'"{WORKING}"', repr(str(root / "working"))), encoding="utf-8")
+    python = getattr(sys, "_base_executable", sys.executable)
+    customize_site(site_without_smp(root / "site"), root / "kaggle.log", bare=True)
+    bare = {"PYTHONPATH": str(root / "site"), "PATH": os.environ["PATH"], KAGGLE_RUN: UNATTENDED}
+    command = [*network_denial(), python, str(script), "--input", str(root / "input")]
     return subprocess.run(
-        command, env=bare, cwd=root / "working", capture_output=True, text=True, check=False
+        command, env=bare, cwd=script.parent, capture_output=True, text=True, check=False
     )
 
 
@@ -110,6 +116,7 @@ def check_submitted(kaggle: Kaggle) -> None:
 
 def check_ran(root: Path, sample: Path) -> None:
     """The run left a whole submission with masks, run.json, and nothing else."""
+    assert [path.name for path in (root / "src").iterdir()] == ["script.py"]
     left = {path.name for path in (root / "working").iterdir()}
     assert left == {"submission.csv", "run.json"}
     assert not list((root / "site").glob("segmentation_models_pytorch*"))
@@ -143,7 +150,9 @@ def test_what_the_client_sends_runs_on_kaggle(
     before = all_bytes(tmp_path / "input")
     ended = run_as_kaggle(tmp_path, script)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert " INFO valid\n" in ended.stdout
+    for line in (" INFO members, by their sha256: ", " INFO valid\n"):
+        assert ended.stdout.count(line) == 1
+    assert (tmp_path / "kaggle.log").read_text() == ""  # there nobody would see them
     assert all_bytes(tmp_path / "input") == before
     check_ran(tmp_path, sample)
 

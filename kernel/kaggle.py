@@ -1,0 +1,17 @@
+"""What a script finds where Kaggle runs it."""
+
+import os
+from pathlib import Path
+
+KAGGLE_RUN = "KAGGLE_KERNEL_RUN_TYPE"  # set where Kaggle runs it
+UNATTENDED = "Batch"  # its value where nobody looks on; else Interactive
+WORKING = Path("/kaggle/working")  # what is left there is the run's output
+
+
+def enter_working_folder() -> None:
+    """Go where Kaggle takes the output from: an unattended script may start in a read-only folder.
+
+    Where somebody looks on, and anywhere else, relative paths stay what they are.
+    """
+    if os.environ.get(KAGGLE_RUN) == UNATTENDED and WORKING.is_dir():
+        os.chdir(WORKING)

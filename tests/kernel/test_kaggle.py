@@ -1,0 +1,40 @@
+"""Where a script works that Kaggle runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import exit_code
+
+from kernel import inference
+from kernel.kaggle import KAGGLE_RUN, UNATTENDED
+from training import kaggle_fit
+
+
+@pytest.mark.parametrize(
+    ("run_type", "there", "enters"),
+    [
+        (UNATTENDED, True, True),
+        ("Interactive", True, False),  # somebody's relative paths
+        (None, True, False),
+        (UNATTENDED, False, False),
+    ],
+)
+@pytest.mark.parametrize("main", [inference.main, kaggle_fit.main])
+def test_only_an_unattended_run_goes_into_the_folder_of_its_output(
+    main: Callable[[list[str]], object],
+    run_type: str | None,
+    there: bool,
+    enters: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kernel.kaggle.WORKING", tmp_path / "working")
+    monkeypatch.delenv(KAGGLE_RUN, raising=False)
+    if run_type:
+        monkeypatch.setenv(KAGGLE_RUN, run_type)
+    if there:
+        (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(main, "--help") == 0
+    assert Path.cwd() == (tmp_path / "working" if enters else tmp_path)
