@@ -20,6 +20,7 @@ from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
 from cluster.images import absolute, reach
+from kernel.files import json_text
 from kernel.rows import Layout, RowKey, Submission
 
 RECORD = "output.json"  # what the parts are of
@@ -146,7 +147,7 @@ class Output:
 
     def _write_record(self, record: dict[str, str]) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
-        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        text = json_text(record, sort_keys=True)
         write_whole(self.fs, posixpath.join(self.path, RECORD), text.encode())
 
     def _rows(self) -> Any:

@@ -19,9 +19,10 @@ from ray.exceptions import RayError
 from cluster.engine import connect, connect_anew, plan_workers, predict_parts
 from cluster.images import ImageSet, absolute, find_images, open_local
 from cluster.output import Output, Totals, fault_rows
-from cluster.report import Run, check_writable, write_page
+from cluster.report import Run, write_page
 from cluster.worker import manifest_hash
 from kernel.command import new_parser, run_command
+from kernel.files import check_place
 from kernel.images import Image
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check_args(args)
     if args.report:
-        check_writable(args.report)
+        check_place(args.report)
     manifest, sha256 = read_bundle(args.bundle)
     sample = args.submission and read_sample(args.submission, None, manifest.competition)
     images, output = find_images(args.images, manifest.competition), Output(args.output)

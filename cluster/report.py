@@ -5,7 +5,6 @@ are of all rows in the output, seconds and rate of the run that has just ended.
 """
 
 import itertools
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cluster.output import Output, Totals
 from evaluation.drawing import AnnotatedStrip
 from evaluation.page import render_page
 from kernel.contact_sheet import MAX_STRIPS, overlay_masks
+from kernel.files import write_text
 from kernel.images import size_of
 from kernel.logs import log
 from kernel.rows import masks_by_image
@@ -46,17 +46,6 @@ class Run:
         )
 
 
-def check_writable(path: Path) -> None:
-    """Raise ValueError where no file can be written at a path."""
-    try:
-        if path.is_dir():
-            raise ValueError(f"--report {path}: is a folder; name a file in it")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"--report {path}: cannot be written: {error.strerror}") from error
-
-
 def draw(output: Output, images: ImageSet) -> Iterator[AnnotatedStrip]:
     """Yield some strips with their masks: the first parts' that have any and can be read."""
     competition = images.competition
@@ -84,6 +73,4 @@ def write_page(path: Path, output: Output, images: ImageSet, run: Run | None) ->
         faults=output.faults(MAX_FAULTS),
         run=run,
     )
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_text(path, page)

@@ -4,7 +4,6 @@ It compares all passes, each member alone, all but each member and all but each 
 on some strips looks better on them than it is: confirm it on others.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from evaluation.inputs import load_for_images
 from evaluation.recorded import RecordedPasses, half_seconds, run_each
 from kernel.checks import read_json
 from kernel.ensemble import Ensemble
+from kernel.files import write_json
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest, source_entry
 from kernel.threshold import apply_threshold
@@ -132,7 +132,7 @@ def write_proposal(
     entries["members"] = [source_entry(entry) for entry in kept]
     entries["flips"] = [flip for flip in load_manifest(bundle).flips if flip in flips]
     entries |= {key: best[key] for key in ("threshold", "min_area")}
-    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    write_json(path, entries)
 
 
 # --- the ablation ---------------------------------------------------------------------------------

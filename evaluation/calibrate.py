@@ -25,6 +25,7 @@ from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.ensemble import Ensemble
 from kernel.faults import short
+from kernel.files import check_place, write_json
 from kernel.logs import log, progress
 from kernel.manifest import BUILT_FIELDS, MANIFEST, Manifest, MemberSpec, load_manifest
 from kernel.mounts import open_images
@@ -32,7 +33,6 @@ from packing.checkpoints import read_checkpoint
 from packing.members import to_half
 from packing.models import load_into_model
 from packing.sources import read_sources
-from training.json_files import check_place, write_json
 from training.strips import read_each, read_strips
 
 MAX_SHIFT = 20.0  # logits by which gates are shifted at most

@@ -45,6 +45,7 @@ from kernel.competition import (
     add_competition_option,
     find_competition,
 )
+from kernel.files import write_json
 from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder, open_images
@@ -52,7 +53,6 @@ from kernel.run_record import RunRecord, read_run_record
 from packing.paths import REPORT
 from training.competition_files import write_sample
 from training.ground_truth import Truth, check_masks, check_names, read_truth
-from training.json_files import write_json
 from training.synthetic import Drawing, write_competition
 
 IMAGES = "test_images"  # the competition's folder of them

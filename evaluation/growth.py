@@ -20,12 +20,12 @@ from evaluation.recorded import RecordedPasses, half_seconds, run_each
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.ensemble import Ensemble
+from kernel.files import check_place, write_json
 from kernel.images import Size
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
 from packing.members import count_flops
-from training.json_files import check_place, write_json
 from training.metrics import Floats
 
 MOST_MEMBERS = 9

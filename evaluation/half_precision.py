@@ -27,13 +27,13 @@ from kernel.engines import (
     to_half_precision,
 )
 from kernel.ensemble import Ensemble
+from kernel.files import check_place, write_json
 from kernel.images import Image, read_image, size_of
 from kernel.logs import progress
 from kernel.manifest import TOGETHER, Manifest, load_manifest
 from kernel.members import Member, load_member, split_network
 from kernel.stages import Stages
 from kernel.threshold import apply_threshold
-from training.json_files import check_place, write_json
 from training.metrics import dice
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from typing import Any
 
 from evaluation.measured import MeasuredRun
 from kernel.checks import read_json
+from kernel.files import write_json
 from kernel.run_record import RunRecord, read_run_record
 from packing.paths import CALIBRATION, LAST_REPORT, REPORT
-from training.json_files import write_json
 
 
 @dataclass(frozen=True)

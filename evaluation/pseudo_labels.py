@@ -25,13 +25,13 @@ from evaluation.inputs import add_bundle_options, load_for_images
 from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.ensemble import Ensemble
+from kernel.files import check_place
 from kernel.logs import log
 from kernel.manifest import load_manifest
 from kernel.mounts import open_images
 from kernel.rle import encode_rle
 from training.folds import write_strips
 from training.ground_truth import Rles
-from training.json_files import check_place
 from training.losses import SURE
 from training.metrics import Masks
 from training.strips import Strips

@@ -8,10 +8,10 @@ from pathlib import Path
 from evaluation.inputs import add_bundle_options, load_for_images
 from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import new_parser, run_command
+from kernel.files import check_place, json_text, write_json
 from kernel.manifest import TOGETHER, load_manifest
 from kernel.mounts import open_images
 from training.ground_truth import check_masks, check_names, decode_scored_masks, read_truth
-from training.json_files import check_place, to_json, write_json
 from training.metrics import Masks, Scores
 
 
@@ -72,7 +72,7 @@ def score(args: argparse.Namespace) -> int:
         member: each.summary() | {"intervals": each.intervals()} for member, each in scores.items()
     }
     write_json(args.out, summary)
-    print(to_json(summary), end="")
+    print(json_text(summary), end="")
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kernel.competition import SEVERSTAL, SLOT, Competition, find_competition, shipped_names
 from kernel.faults import short
+from kernel.files import write_text
 from kernel.logs import log
 
 
@@ -253,16 +254,6 @@ def _short(cells: list[str]) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, then moved there; or to a device."""
-    if path.exists() and not path.is_file():  # it is not to be replaced
-        path.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-    part.replace(path)
-
-
 class Submission:
     """submission.csv: complete from the first second on, the rows of strips to come empty.
 
@@ -306,7 +297,7 @@ class Submission:
         text = csv_line(self.layout.columns)
         text += "".join([line for pair, line in self.lines.items() if pair in rows])
         with self.saving:
-            replace_file(self.path, text)
+            write_text(self.path, text)
         now = time.monotonic()
         self.next_s = now + (now - start) / self.MAX_SAVING_SHARE
         return len(rows)

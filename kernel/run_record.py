@@ -10,10 +10,10 @@ from typing import Any
 
 from kernel.checks import read_json
 from kernel.faults import one_line
+from kernel.files import write_text
 from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
 from kernel.outcome import Outcome, RunContext
-from kernel.rows import replace_file
 from kernel.strip_state import StripWork
 from kernel.task import Task
 from kernel.tta import Half, Pass
@@ -91,7 +91,7 @@ def record_text(record: RunRecord) -> str:
 def write_run_record(path: Path, record: RunRecord) -> None:
     """Write run.json, whole or not at all: the submission is there, and that is what counts."""
     try:
-        replace_file(Path(os.path.realpath(path)), record_text(record))
+        write_text(path, record_text(record))
     except OSError as error:
         log.warning("the submission is written, but not its record: %s", one_line(error))
 

@@ -1,7 +1,6 @@
 """The bundle: a dataset and a kernel, built aside and swapped in when both are complete."""
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -10,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from kernel.competition import COMPETITION, Competition, check_scoring, load_competition
+from kernel.files import write_json
 from kernel.logs import progress
 from kernel.manifest import MANIFEST, Manifest, manifest_entries
 from packing.joining import join_modules
@@ -39,12 +38,6 @@ BUILT = (MANIFEST, SCRIPT.name, DATASET_METADATA.name)  # in the dataset of ever
 # --- staging --------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, entries: dict[str, Any], sort_keys: bool = True) -> None:
-    """Write JSON that is the same on every build; a layout's columns have an order to keep."""
-    text = json.dumps(entries, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 def _stage_dataset(
     folder: Path, manifest: Manifest, sources: list[Path], wheels: list[Path], openvino: bool
 ) -> list[PackedMember]:
@@ -53,8 +46,10 @@ def _stage_dataset(
     bar = progress(pairs, "packing", "member")
     packed = [pack_member(source, spec, manifest, folder, openvino) for source, spec in bar]
     specs = [each.spec for each in packed]
-    write_json(folder / MANIFEST, manifest_entries(replace(manifest, members=specs)))
-    write_json(folder / COMPETITION, asdict(manifest.competition), sort_keys=False)
+    write_json(
+        folder / MANIFEST, manifest_entries(replace(manifest, members=specs)), sort_keys=True
+    )
+    write_json(folder / COMPETITION, asdict(manifest.competition))  # columns have their order
     for wheel in wheels:
         shutil.copyfile(wheel, folder / wheel.name)
     (folder / SCRIPT.name).write_text(join_modules(SCRIPT), encoding="utf-8")
@@ -63,7 +58,11 @@ def _stage_dataset(
 
 def _stage_kernel(folder: Path, script: Path, notebook: bool, title: str) -> None:
     if notebook:
-        write_json(folder / NOTEBOOK, build_notebook(script.read_text(encoding="utf-8"), title))
+        write_json(
+            folder / NOTEBOOK,
+            build_notebook(script.read_text(encoding="utf-8"), title),
+            sort_keys=True,
+        )
     else:
         shutil.copyfile(script, folder / script.name)
 
@@ -96,7 +95,7 @@ def _check_inputs(paths: Iterable[Path], out: Path) -> None:
             raise ValueError(f"{path}: lies in {out}, which is replaced; choose another --out")
 
 
-def check_place(folder: Path) -> None:
+def check_not_inside(folder: Path) -> None:
     """Raise ValueError where the shell stands in a folder that is about to be replaced."""
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{folder}: you are in this folder, which is replaced; go out of it first")
@@ -151,7 +150,7 @@ def build(
     """
     out = Path(os.path.realpath(out))
     check_out(out)
-    check_place(out)
+    check_not_inside(out)
     if openvino and not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
     if not (weights / MANIFEST).is_file():
@@ -171,8 +170,8 @@ def build(
             folder.mkdir()
         packed = _stage_dataset(dataset, manifest, sources, wheels, openvino)
         _stage_kernel(kernel, dataset / SCRIPT.name, notebook, manifest.competition.title)
-        write_json(dataset / DATASET_METADATA.name, metadata.dataset)
-        write_json(kernel / KERNEL_METADATA.name, metadata.kernel)
+        write_json(dataset / DATASET_METADATA.name, metadata.dataset, sort_keys=True)
+        write_json(kernel / KERNEL_METADATA.name, metadata.kernel, sort_keys=True)
         if (out / CALIBRATION).is_file():
             shutil.copy(out / CALIBRATION, bundle)
         if (out / FIT).is_dir():

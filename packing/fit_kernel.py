@@ -10,7 +10,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from kernel.faults import one_line
-from packing.bundle import check_out, check_place, scratch_beside, write_json
+from kernel.files import write_json
+from packing.bundle import check_not_inside, check_out, scratch_beside
 from packing.metadata import FIT_SCRIPT, read_fit_metadata
 from packing.paths import FIT, KERNEL_METADATA, MEMBERS, ROOT
 from packing.wheels import WHEELS
@@ -160,7 +161,7 @@ def join_fit_kernel(members: str, hours: float, resume: bool = False) -> str:
 
 def check_fit(folder: Path) -> None:
     """Raise ValueError where a folder that is to be replaced holds what is no fit kernel."""
-    check_place(folder)
+    check_not_inside(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another --out")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
@@ -192,7 +193,7 @@ def build_fit(
         folder = scratch / FIT
         folder.mkdir()
         (folder / FIT_SCRIPT).write_text(script, encoding="utf-8")
-        write_json(folder / KERNEL_METADATA.name, metadata)
+        write_json(folder / KERNEL_METADATA.name, metadata, sort_keys=True)
         shutil.rmtree(out / FIT, ignore_errors=True)
         folder.rename(out / FIT)
     return metadata

@@ -1,6 +1,5 @@
 """A new competition: its description, as far as a sample file and a few images show it."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 
 from kernel.competition import SLOT, Competition, check_competition, check_scoring
+from kernel.files import json_text, write_text
 from kernel.images import is_coloured
 from kernel.mounts import list_images, no_images_fault
 from kernel.rle import is_empty_mark, number_fault
@@ -116,8 +116,7 @@ def write_description(sample: Path, images: Path, path: Path) -> Proposal:
     if path.exists():
         raise ValueError(f"{path}: is there already; move it away")
     proposal = propose(sample, images)
-    text = json.dumps(asdict(proposal.competition), indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, json_text(asdict(proposal.competition)))
     return proposal
 
 

@@ -1,6 +1,5 @@
 """The source manifest: which checkpoints are to be packed, and as what."""
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -11,9 +10,9 @@ from typing import Any
 from kernel.checks import read_json
 from kernel.competition import COMPETITION, SEVERSTAL, Competition, load_competition
 from kernel.faults import short
+from kernel.files import json_text, write_text
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, parse_manifest, source_entries
 from kernel.members import check_sha256
-from kernel.rows import replace_file
 from packing.models import read_model, with_todays_options, without_activation
 from packing.reading import SUFFIXES, no_such_checkpoint, read_header, weights_file
 
@@ -52,10 +51,6 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 
-def _as_json(entries: dict[str, Any]) -> str:
-    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
-
-
 def propose_manifest(path: Path, competition: Competition) -> None:
     """Write a manifest of the checkpoints beside it that say themselves what they are, and say so.
 
@@ -71,9 +66,9 @@ def propose_manifest(path: Path, competition: Competition) -> None:
     entries = source_entries(members, **({"competition": competition.slug} if other else {}))
     description, beside = path.with_name(COMPETITION), ""
     if other and not description.exists():
-        replace_file(description, _as_json(asdict(competition)))
+        write_text(description, json_text(asdict(competition)))
         beside = f", {COMPETITION} beside it"
-    replace_file(path, _as_json(entries))
+    write_text(path, json_text(entries))
     files = ", ".join(entry["file"] for entry in members)
     print(f"{path}: was not there; written of what {files} say of themselves{beside}: look at it")
 

@@ -23,6 +23,7 @@ from kernel.checks import check_fields, read_json
 from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.faults import one_line
+from kernel.files import write_json
 from kernel.images import size_of
 from kernel.kaggle import enter_working_folder
 from kernel.logs import log, progress
@@ -31,7 +32,6 @@ from kernel.members import hash_file, read_entry
 from kernel.mounts import find_one, folders_with, open_images
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
-from training.json_files import write_json
 from training.results import SCORES
 from training.strips import read_each
 

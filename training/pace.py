@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kernel.checks import read_json
+from kernel.files import write_json
 from kernel.logs import log
 from training.batches import Batches
 from training.config import Config, Part
 from training.fit import Machine, Watch, fit_within_memory, retake_from_strips, take_steps
-from training.json_files import write_json
 from training.module import new_network
 from training.states import as_today, other_experiment
 from training.strips import Strips

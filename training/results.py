@@ -15,6 +15,7 @@ from torch import nn
 from kernel.checks import read_json
 from kernel.ensemble import Ensemble
 from kernel.faults import one_line
+from kernel.files import replacing, write_json
 from kernel.images import Strip
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
@@ -22,7 +23,6 @@ from kernel.members import split_network
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from training.config import NO_FOLD, Config
-from training.json_files import write_json
 from training.metrics import Scores
 from training.strips import Strips
 
@@ -70,9 +70,9 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
                 f"is written; fit it again {config.steadier}"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(weights, part, {"member": json.dumps(asdict(config.spec), sort_keys=True)})
-    part.replace(path)
+    header = {"member": json.dumps(asdict(config.spec), sort_keys=True)}
+    with replacing(path) as part:
+        save_file(weights, part, header)
 
 
 def warn_of_shifts(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from kernel.files import replacing
 from kernel.members import hash_file
 from training.config import Config
 
@@ -32,12 +33,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         try:
-            torch.save(checkpoint, part)
-            part.replace(path)
+            with replacing(path) as part:
+                torch.save(checkpoint, part)
         except (OSError, RuntimeError) as error:  # PyTorch's writer raises the second
-            part.unlink(missing_ok=True)
             kept = "the state before it is kept" if path.is_file() else "there is none before it"
             free = shutil.disk_usage(path.parent).free >> 20
             reason = str(error).strip().splitlines()[0]

@@ -36,6 +36,7 @@ from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
+from kernel.files import json_text
 from kernel.images import image_to_tensor
 from kernel.logs import log
 from kernel.members import hash_file, read_entry, to_channels
@@ -53,7 +54,6 @@ from training.config import (
 from training.fit import Machine, find_crops, fit_network, fit_within_memory
 from training.folds import split_folds
 from training.heads import PRESENT_WEIGHT, Pairs, SampledPairs, StripPairs, refit_heads
-from training.json_files import to_json
 from training.module import MemberModule
 from training.moved_defects import METHODS
 from training.pace import choose_steps
@@ -524,7 +524,7 @@ def train(args: argparse.Namespace) -> int:
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
     fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": sha256}
     write_scores(machine.folder(config) / SCORES, config, scores, fit)
-    print(to_json(scores.summary()), end="")
+    print(json_text(scores.summary()), end="")
     if sha256 != before:
         warn_of_shifts(checkpoint)
     return 0

@@ -4,6 +4,7 @@ Runs on several nodes are in test_nodes.py.
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -248,10 +249,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         [],
         "out: holds other things (thesis.jpg); name another",
     ),
-    "a page without a folder": (
+    "a page in the place of a folder": (
         lambda _: None,
-        ["--report", "gone/page.html"],
-        "--report gone/page.html: cannot be written: No such file",
+        ["--report", os.sep],
+        f"{os.sep}: a folder, expected a file; name the file in it",
     ),
     "two images of a name": (
         lambda folder: save_strips(folder / "images" / "2024", ["b.jpg"]),

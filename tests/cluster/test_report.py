@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]
 from cluster.engine import Workers
 from cluster.images import ImageSet
 from cluster.output import ROWS, Output, Parts, Totals
-from cluster.report import MAX_FAULTS, Run, check_writable, write_page
+from cluster.report import MAX_FAULTS, Run, write_page
 from kernel.contact_sheet import COLOURS, MAX_STRIPS
 
 WHOLE = f"1 {SMALL[0] * SMALL[1]}"
@@ -118,12 +118,3 @@ def test_a_run_with_nothing_left_to_do_has_no_rate_and_the_page_needs_nothing_el
     text = (tmp_path / "page.html").read_text()
     assert page.open == [] and not re.search(r"//|url\(|@import", text.replace("file:///", ""))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["page.html"]
-
-
-def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    check_writable(tmp_path / "page.html")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="is a folder; name a file in it"):
-        check_writable(tmp_path)
-    with pytest.raises(ValueError, match=r"gone/page.html: cannot be written: No such file"):
-        check_writable(tmp_path / "gone" / "page.html")

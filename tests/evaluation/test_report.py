@@ -15,8 +15,8 @@ from evaluation.checks import Check, ProcessResult, check_process, check_record
 from evaluation.drawing import AnnotatedStrip
 from evaluation.report import as_page, build_report, list_stages
 from evaluation.report_text import as_lines
+from kernel.files import json_text
 from kernel.strip_state import TOO_LATE
-from training.json_files import to_json
 
 RESULT = ProcessResult(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
 VALID = Check(True, "submission.csv is valid: 12 rows")
@@ -253,7 +253,7 @@ def test_a_mean_of_nothing_is_null_in_the_json_and_a_dash_on_the_page() -> None:
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
-    found = json.loads(to_json(report), parse_constant=refuse)
+    found = json.loads(json_text(report), parse_constant=refuse)
     assert found["dice"] == DICE | {"dice_non_empty": None, "per_class": {}}
     assert found["run"] == report["run"]
     assert "–" in Page(as_page(report, [])).said("span")

@@ -26,10 +26,11 @@ from helpers import (
 from kaggle_stub import run_client, serve
 
 from kernel.competition import find_competition
+from kernel.files import write_json
 from kernel.mounts import SAMPLE
 from kernel.task import read_sample
 from kernel.validator import check_submission
-from packing.bundle import build, write_json
+from packing.bundle import build
 from packing.joining import GUARD, join_modules
 from packing.notebook import build_notebook
 from packing.paths import SCRIPT

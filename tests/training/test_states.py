@@ -94,12 +94,12 @@ def test_a_file_that_is_no_state_is_refused(
 def test_a_full_disk_is_one_line_and_leaves_the_old_state(tmp_path: Path) -> None:
     """/dev/full takes no byte, as a disk without room."""
     path = tmp_path / "crops.ckpt"
-    (tmp_path / "crops.part").symlink_to("/dev/full")
+    (tmp_path / "crops.ckpt.part").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"crops\.ckpt: not saved, \d+ MB free, there is none"):
         save(path, {})
     save(path, {})
     old = path.read_bytes()
-    (tmp_path / "crops.part").symlink_to("/dev/full")
+    (tmp_path / "crops.ckpt.part").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="the state before it is kept") as refused:
         save(path, {"seed": 1})
     assert "\n" not in str(refused.value)

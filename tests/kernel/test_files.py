@@ -1,17 +1,18 @@
-"""JSON files of figures: no NaN, and a write that fails leaves what was there."""
+"""Files that are written: whole or not at all; JSON has no NaN."""
 
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from training.json_files import check_place, to_json, write_json
+from kernel.files import check_place, json_text, write_json
 
 
 def test_a_mean_of_nothing_is_null() -> None:
-    text = to_json({"dice": math.nan, "per_class": [0.5, math.inf], "name": "Größe"})
+    text = json_text({"dice": math.nan, "per_class": [0.5, math.inf], "name": "Größe"})
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found == {"dice": None, "per_class": [0.5, None], "name": "Größe"}
     assert "Größe" in text and text.endswith("}\n")
@@ -30,14 +31,21 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(
     write_json(path, {"strips": 1})
     write = Path.write_text
 
-    def fill_disk(self: Path, text: str, encoding: str) -> int:
-        write(self, text[:3], encoding=encoding)
+    def fill_disk(self: Path, text: str, **named: Any) -> int:
+        write(self, text[:3], **named)
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_text", fill_disk)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"strips": 2})
     assert json.loads(path.read_text()) == {"strips": 1}
+    assert [each.name for each in path.parent.iterdir()] == ["scores.json"]  # and no half of one
+
+
+def test_keys_are_sorted_where_that_is_asked_for() -> None:
+    entries = {"b": {"y": 1, "x": 2}, "a": [3]}
+    assert list(json.loads(json_text(entries))) == ["b", "a"]
+    assert json_text(entries, sort_keys=True) == json_text({"a": [3], "b": {"x": 2, "y": 1}})
 
 
 def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_work(tmp_path: Path) -> None:

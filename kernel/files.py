@@ -1,0 +1,71 @@
+"""Files that are written whole or not at all, and JSON."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to: moved there in the end, removed where the block fails.
+
+    A reader, or a kill at any moment, finds the old file or the new one. A link stays, its target
+    is replaced. A device is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is what counts
+            part.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all; bytes of a name that are no UTF-8 stay what they are."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def json_text(entries: Any, sort_keys: bool = False) -> str:
+    """Return entries as a JSON text.
+
+    NaN, a mean of nothing, which JSON does not have, is null; bytes of a name that are no UTF-8 are
+    escaped.
+    """
+    plain = json.loads(json.dumps(entries), parse_constant=lambda _: None)
+    text = json.dumps(plain, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_json(path: Path, entries: Any, sort_keys: bool = False) -> None:
+    """Write `json_text` of entries whole or not at all; make its folder where it lacks."""
+    Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json_text(entries, sort_keys))
+
+
+def check_place(path: Path) -> None:
+    """Try the folder that a file is to be written to after long work; make it where it lacks.
+
+    Raises:
+        OSError: nothing can be written there, or the path is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        return  # a device, which is written to as it is
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
