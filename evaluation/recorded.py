@@ -34,7 +34,7 @@ class RecordedPasses:
     name: str = ""  # of the strip, for warnings
     encoded: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # pass id → gates, …
     probabilities: dict[int, Tensor] = field(default_factory=dict)  # (1, classes, H, W)
-    stages: Stages = field(default_factory=Stages)  # a replay's, which is no work of the ensemble
+    stages: Stages = field(default_factory=Stages, init=False)  # a replay's, not the ensemble's
     queued: bool = field(default=False, init=False)
     manifest: Manifest = field(init=False)
     passes: list[Pass] = field(init=False)

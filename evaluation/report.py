@@ -152,18 +152,6 @@ def _describe_run(run: MeasuredRun) -> dict[str, Any]:
     }
 
 
-def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
-    """Sum the rows of passes by "member" or by "flip", with the `total_s` of both halves."""
-    sums: dict[str, dict[str, float]] = {}
-    for row in passes:
-        group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
-        for name in group:
-            group[name] += row[name]
-    for group in sums.values():
-        group["total_s"] = group["encoder_s"] + group["decoder_s"]
-    return sums
-
-
 def build_report(
     run: MeasuredRun,
     result: ProcessResult,
@@ -208,6 +196,18 @@ def build_report(
 
 
 # --- the page -------------------------------------------------------------------------------------
+
+
+def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
+    """Sum the rows of passes by "member" or by "flip", with the `total_s` of both halves."""
+    sums: dict[str, dict[str, float]] = {}
+    for row in passes:
+        group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
+        for name in group:
+            group[name] += row[name]
+    for group in sums.values():
+        group["total_s"] = group["encoder_s"] + group["decoder_s"]
+    return sums
 
 
 def as_page(report: dict[str, Any], pictures: list[AnnotatedStrip]) -> str:
