@@ -21,7 +21,8 @@ from ray.data.block import Block, BlockAccessor
 
 from cluster.images import absolute, reach
 from kernel.files import json_text
-from kernel.rows import Layout, RowKey, Submission
+from kernel.rows import Layout, RowKey
+from kernel.submission import Submission
 
 RECORD = "output.json"  # what the parts are of
 HALF = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # what `write_whole` writes beside a file's place

@@ -45,10 +45,10 @@ def check_process(result: ProcessResult) -> list[Check]:
 def check_answer(submission: Path, sample: Path, images: Path, competition: Competition) -> Check:
     """Return the validator's verdict; its table and warnings stand in the kernel's log."""
     layout, pairs = read_sample(sample, None, competition)
-    found = check_submission(submission, layout.columns, pairs, images, competition, cut_off=0)
+    found = check_submission(submission, layout.columns, pairs, images, competition, own=True)
     if found.errors:
         return Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")
-    rows = read_rows(submission, competition=competition, cut_off=0)[1]
+    rows = read_rows(submission, competition=competition, own=True).rows
     return Check(True, f"{submission.name} is valid: {len(rows):,} rows")
 
 

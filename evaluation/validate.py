@@ -10,7 +10,7 @@ from kernel.logs import log
 from kernel.mounts import one_folder
 from kernel.rle import is_empty_mark
 from kernel.rows import read_rows
-from kernel.task import check_instances, read_sample
+from kernel.task import instances_fault, read_sample
 from kernel.validator import check_submission
 
 EXAMPLE = "  python evaluation/validate.py submission.csv --sample sample_submission.csv"
@@ -37,8 +37,9 @@ def validate(args: argparse.Namespace) -> int:
         pass
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder of images")
-    rows = read_rows(args.sample, competition=competition)[1]
-    check_instances(args.sample, rows, competition)
+    rows = read_rows(args.sample, competition=competition).rows
+    if fault := instances_fault(args.sample, rows, competition):
+        raise ValueError(fault)
     mark = next((rle for *_, rle in rows if rle and is_empty_mark(rle)), None)
     if mark:
         log.warning(

@@ -6,7 +6,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -255,22 +255,6 @@ def add_competition_option(parser: argparse._ActionsContainer) -> None:
     names = ", ".join(shipped_names())
     about = f"a description that ships ({names}) or the path of another"
     parser.add_argument("--competition", metavar="NAME", help=about)
-
-
-def with_classes(competition: Competition, count: int) -> Competition:
-    """Return a competition with another number of classes, "1" and so on; 1 at the least."""
-    if count < 1:
-        raise ValueError(f"--classes {count}, expected 1 or more")
-    names = tuple(map(str, range(1, count + 1)))
-    if names == competition.classes:
-        return competition
-    return replace(
-        competition,
-        classes=names,
-        n_training_images=None,
-        images_with_class=None,
-        median_areas=None,
-    )
 
 
 def check_scoring(slug: str, where: str) -> None:

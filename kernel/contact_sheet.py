@@ -77,7 +77,7 @@ def draw_submission(
     Raises:
         ValueError: none has.
     """
-    masks = masks_by_image(read_rows(submission, competition=competition, cut_off=0)[1])
+    masks = masks_by_image(read_rows(submission, competition=competition, own=True).rows)
     if not masks:
         raise ValueError(f"{submission}: every mask is empty, there is nothing to draw")
     strips = []

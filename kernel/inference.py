@@ -24,9 +24,9 @@ from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
 from kernel.options import Options, check_options, parse_options
 from kernel.outcome import Outcome, RunContext
-from kernel.rows import Submission
 from kernel.run_record import RunRecord, build_run_record, write_run_record
 from kernel.stages import Stages
+from kernel.submission import Submission
 from kernel.task import Task, find_task, unpack_images
 from kernel.validator import check_submission
 from kernel.watchdog import watchdog
@@ -87,7 +87,7 @@ def log_findings(submission: Path, task: Task, left_s: float) -> None:
         return
     try:
         findings = check_submission(
-            submission, layout.columns, task.pairs, task.images, layout.competition, cut_off=0
+            submission, layout.columns, task.pairs, task.images, layout.competition, own=True
         )
         for line in findings.lines():
             log.info("%s", line)

@@ -11,9 +11,9 @@ from kernel.budget import margin_s
 from kernel.deadline import Deadline
 from kernel.manifest import Manifest
 from kernel.options import Options
-from kernel.rows import Submission
 from kernel.stages import Stages
 from kernel.strip_state import StripWork
+from kernel.submission import Submission
 from kernel.task import Task
 from kernel.tta import Pass
 

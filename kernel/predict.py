@@ -14,10 +14,10 @@ from kernel.images import Size, Strip, read_strip
 from kernel.logs import log, progress
 from kernel.outcome import Outcome
 from kernel.rle import encode_rle
-from kernel.rows import Submission
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.strip_state import TOO_LATE, StripState
+from kernel.submission import Submission
 from kernel.task import Task
 
 

@@ -5,18 +5,15 @@ import difflib
 import gzip
 import io
 import re
-import threading
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from kernel.competition import SEVERSTAL, SLOT, Competition, find_competition, shipped_names
 from kernel.faults import short
-from kernel.files import write_text
-from kernel.logs import log
 
 
 def csv_line(cells: Iterable[str]) -> str:
@@ -97,25 +94,32 @@ def masks_by_image(rows: Iterable[Row]) -> dict[str, dict[int, str]]:
     return masks
 
 
+class Table(NamedTuple):
+    """What a csv holds."""
+
+    layout: Layout
+    rows: list[Row]  # in the file's order
+
+
 def read_rows(
     path: Path,
     check: RowCheck = lambda _: None,
     competition: Competition = SEVERSTAL,
-    cut_off: int = SPREADSHEET_CELL,
-) -> tuple[Layout, list[Row]]:
-    """Read a csv in any layout of a competition, .gz or not: the layout, and its rows in order.
+    own: bool = False,
+) -> Table:
+    """Read a csv in any layout of a competition, .gz or not.
 
     An image is named as its file is, suffix and all. A row for every class of its image has class
     0. An index column is ignored. Bytes that are not UTF-8 are kept as they are. A mask of
-    `cut_off` characters is what a spreadsheet has left of a longer one; of a file that none can
-    have saved it is 0.
+    `SPREADSHEET_CELL` characters is what a spreadsheet has left of a longer one, but in the
+    kernel's `own` files, which none has saved.
 
     Raises:
         ValueError: it is no csv, the header is no layout's, a row has another number of cells or
             no class, or a mask that was cut off, or `check` objects; names the line.
     """
     with read_lines(path) as lines:
-        layout, parse = _parse_header(next(lines, []), competition, cut_off)
+        layout, parse = _parse_header(next(lines, []), competition, own)
         rows = []
         for cells in lines:
             row = parse(cells)
@@ -123,14 +127,14 @@ def read_rows(
             if fault:
                 raise ValueError(fault)
             rows.append(row)
-    return layout, rows
+    return Table(layout, rows)
 
 
 def fits_header(path: Path, competition: Competition) -> bool:
     """Whether a file is a csv with the header of one of a competition's layouts."""
     try:
         with read_lines(path) as lines:
-            _parse_header(next(lines, []), competition, SPREADSHEET_CELL)
+            _parse_header(next(lines, []), competition)
     except (OSError, ValueError):
         return False
     return True
@@ -154,7 +158,7 @@ def read_lines(path: Path) -> Iterator[Iterator[list[str]]]:
 
 
 def _parse_header(
-    header: list[str], competition: Competition, cut_off: int
+    header: list[str], competition: Competition, own: bool = False
 ) -> tuple[Layout, Callable[[list[str]], Row]]:
     """The layout of a header, and what makes a row of a line's cells."""
     columns = [cell.strip() for cell in header]
@@ -180,7 +184,7 @@ def _parse_header(
         if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")
         rle = "" if values["mask"].strip() == empty else values["mask"]
-        if rle and len(rle) == cut_off:
+        if len(rle) == SPREADSHEET_CELL and not own:
             raise ValueError(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
                 f"file that no spreadsheet has saved: {_short(cells)}"
@@ -252,72 +256,3 @@ def _cell_fault(cell: str, template: str, cells: list[str], competition: Competi
 def _short(cells: list[str]) -> str:
     text = ",".join(cells)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-class Submission:
-    """submission.csv: complete from the first second on, the rows of strips to come empty.
-
-    That of a worker, which is not `whole`, has the rows of the images that are done. Each save
-    writes all rows beside the file and then replaces it: a reader, or a kill at any moment, finds
-    the old file or the new one, never a part of one.
-    """
-
-    MAX_SAVING_SHARE = 0.01  # of the time
-
-    def __init__(
-        self, path: Path, layout: Layout, pairs: Iterable[RowKey], whole: bool = True
-    ) -> None:
-        self.path, self.layout, self.whole = path, layout, whole
-        self.done = set[str]()  # images whose masks are set
-        self.lines = {pair: layout.line(*pair, "") for pair in pairs}
-        self.rles: dict[RowKey, str] = {}  # of rows with a mask
-        self.next_s = 0.0  # time.monotonic() of the next save within that share
-        self.saving = threading.Lock()  # the watchdog saves too
-
-    def set_masks(self, image: str, rles: dict[int, str]) -> None:
-        """Set the masks of one strip, class → RLE; a mask that no row asks for is ignored."""
-        for label, rle in rles.items():
-            pair = image, label
-            if rle and pair in self.lines:
-                self.rles[pair] = rle
-                self.lines[pair] = self.layout.line(*pair, rle)
-        self.done.add(image)  # last, for the watchdog may save at any moment
-
-    def save(self, empty_rows: bool = True) -> int:
-        """Write every row, or only those with a mask; return their number.
-
-        Raises:
-            OSError: the folder is missing or read-only, or the disk is full.
-        """
-        start = time.monotonic()
-        empty_rows = empty_rows and self.layout.competition.empty is not None
-        rows = self.lines if empty_rows else self.rles.keys() & self.lines
-        if not self.whole:
-            rows = {pair for pair in self.lines if pair[0] in self.done}
-        text = csv_line(self.layout.columns)
-        text += "".join([line for pair, line in self.lines.items() if pair in rows])
-        with self.saving:
-            write_text(self.path, text)
-        now = time.monotonic()
-        self.next_s = now + (now - start) / self.MAX_SAVING_SHARE
-        return len(rows)
-
-    def save_throttled(self) -> None:
-        """Save, unless too much time went into that lately; a full disk may have room later."""
-        if time.monotonic() < self.next_s:
-            return
-        try:
-            self.save()
-        except OSError as error:
-            self.next_s = time.monotonic() + 10
-            log.warning("cannot save the rows so far, going on: %s", error)
-
-
-def write_submission(
-    path: Path, layout: Layout, pairs: Iterable[RowKey], rles: dict[RowKey, str]
-) -> None:
-    """Write all rows at once, with the masks of `rles`."""
-    submission = Submission(path, layout, pairs)
-    for (image, label), rle in rles.items():
-        submission.set_masks(image, {label: rle})
-    submission.save()

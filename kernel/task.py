@@ -70,25 +70,24 @@ def read_sample(
     asked = choose_layout(competition, layout)
     found, rows = read_rows(sample, competition=competition)
     pairs = [(name, label) for name, label, _ in rows]
-    try:
-        check_instances(sample, rows, competition)
-    except ValueError as error:  # every row is written all the same
-        log.warning("%s; each is written once", error)
+    if fault := instances_fault(sample, rows, competition):  # every row is written all the same
+        log.warning("%s; each is written once", fault)
     return asked or found, expand_rows(pairs, len(competition.classes))
 
 
-def check_instances(sample: Path, rows: Iterable[Row], competition: Competition) -> None:
-    """Raise ValueError for a sample with several rows of an image and class."""
+def instances_fault(sample: Path, rows: Iterable[Row], competition: Competition) -> str:
+    """Say of which image and class a sample has several rows; nothing where there is none."""
     counts = Counter((name, label) for name, label, _ in rows)
     several = [pair for pair, times in counts.items() if times > 1]
-    if several:
-        (name, label), more = several[0], len(several) - 1
-        others = f", and {more} others have several" if more else ""
-        raise ValueError(
-            f"{sample}: {name} has {counts[several[0]]} rows of class {competition.name_of(label)}"
-            f"{others}: it scores instances, or is no sample; this pipeline writes one mask of "
-            "each class"
-        )
+    if not several:
+        return ""
+    (name, label), more = several[0], len(several) - 1
+    others = f", and {more} others have several" if more else ""
+    return (
+        f"{sample}: {name} has {counts[several[0]]} rows of class {competition.name_of(label)}"
+        f"{others}: it scores instances, or is no sample; this pipeline writes one mask of "
+        "each class"
+    )
 
 
 def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:

@@ -1,6 +1,4 @@
-"""The threshold: mean probabilities → masks, and the logit that it corresponds to."""
-
-import math
+"""The threshold: mean probabilities → masks."""
 
 from torch import Tensor
 
@@ -14,8 +12,3 @@ def drop_small_masks(masks: Tensor, min_area: int) -> Tensor:
     """Masks (classes, H, W), those of fewer than `min_area` pixels emptied."""
     areas = masks.sum(dim=(-2, -1), keepdim=True)
     return masks & (areas >= min_area)
-
-
-def threshold_logit(threshold: float) -> float:
-    """The logit whose sigmoid is `threshold`."""
-    return math.log(threshold / (1 - threshold))

@@ -16,7 +16,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
 from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
-from kernel.rows import SPREADSHEET_CELL, Layout, Row, RowKey, masks_by_image, read_rows
+from kernel.rows import Layout, Row, RowKey, masks_by_image, read_rows
 
 # --- the rows -------------------------------------------------------------------------------------
 
@@ -226,16 +226,16 @@ def check_submission(
     pairs: list[RowKey],
     images: Path | None = None,
     competition: Competition = SEVERSTAL,
-    cut_off: int = SPREADSHEET_CELL,
+    own: bool = False,
 ) -> Findings:
     """Check a submission against the columns and (image, class) pairs that it must have.
 
     With the folder `images` a mask is checked against its own image. Without it, and where the
     folder lacks an image, it is checked against the competition's usual size, where that is known.
-    `cut_off` is as in `read_rows`.
+    `own` is as in `read_rows`.
     """
     try:
-        layout, rows = read_rows(path, competition=competition, cut_off=cut_off)
+        layout, rows = read_rows(path, competition=competition, own=own)
     except (OSError, ValueError) as error:
         return Findings([one_line(error)], [], [])
     header = ",".join(layout.header)

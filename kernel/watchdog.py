@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from kernel.budget import margin_s
 from kernel.logs import log
-from kernel.rows import Submission
+from kernel.submission import Submission
 
 
 def after(seconds: float, action: Callable[[], object]) -> threading.Timer:

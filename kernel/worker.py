@@ -11,7 +11,8 @@ from kernel.budget import worker_budget_s
 from kernel.command import BAD_INPUT
 from kernel.options import arguments_of
 from kernel.outcome import LAST, RunContext
-from kernel.rows import Submission, csv_line, read_rows
+from kernel.rows import csv_line, read_rows
+from kernel.submission import Submission
 from kernel.task import Task
 
 REFUSALS = {1, BAD_INPUT}  # exit codes of a traceback and of bad input: no crash
@@ -53,7 +54,7 @@ class Worker:
         if written_ns == self.taken_ns:
             return
         self.taken_ns, rules = written_ns, submission.layout.competition
-        for image, label, rle in read_rows(self.csv, competition=rules, cut_off=0)[1]:
+        for image, label, rle in read_rows(self.csv, competition=rules, own=True).rows:
             submission.set_masks(image, {label: rle})
 
     def idle_s(self) -> float:

@@ -16,9 +16,9 @@ from kernel.device import GPU_LOST
 from kernel.faults import one_line
 from kernel.logs import log
 from kernel.outcome import Outcome, RunContext
-from kernel.rows import Submission
 from kernel.run_record import RunRecord, read_run_record
 from kernel.strip_state import TOO_LATE
+from kernel.submission import Submission
 from kernel.task import Task
 from kernel.worker import REFUSALS, Worker, start_worker
 

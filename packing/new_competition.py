@@ -17,7 +17,7 @@ from kernel.images import is_coloured
 from kernel.mounts import list_images, no_images_fault
 from kernel.rle import is_empty_mark, number_fault
 from kernel.rows import Row, no_csv_fault, read_lines, read_rows
-from kernel.task import check_instances
+from kernel.task import instances_fault
 
 SEPARATORS = "_-/|: "
 MASKS = ("rle", "mask", "pixel", "predict", "segment", "encod")  # in a mask column's name
@@ -62,8 +62,9 @@ def propose(sample: Path, images: Path) -> Proposal:
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
     competition = Competition(**found)
     check_competition(competition)
-    found_rows = read_rows(sample, _code_fault, competition)[1]
-    check_instances(sample, found_rows, competition)
+    found_rows = read_rows(sample, _code_fault, competition).rows
+    if fault := instances_fault(sample, found_rows, competition):
+        raise ValueError(fault)
     count = len({image for image, *_ in found_rows})
     unsure = _list_unsure(competition, count, len(rows))
     if not _is_named_as_masks(header[mask]):

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kernel.competition import Competition
 from kernel.images import Mask, Size
-from kernel.rows import Layout, Submission, layouts_of, write_submission
+from kernel.rows import Layout, layouts_of
+from kernel.submission import Submission
 from kernel.task import expand_rows
 
 
@@ -67,10 +68,11 @@ def write_sample(path: Path, names: Sequence[str], competition: Competition, siz
     """
     layout = list(layouts_of(competition).values())[-1]  # today's
     if competition.any_class is not None and layout.may_omit_empty:
-        rows = [(name, 0) for name in names]
-        whole = f"{competition.first_index} {size[0] * size[1]}"
-        write_submission(path, layout, rows, dict.fromkeys(rows, whole))
+        sample = Submission(path, layout, [(name, 0) for name in names])
+        for name in names:
+            sample.set_masks(name, {0: f"{competition.first_index} {size[0] * size[1]}"})
+        sample.save()
         return
     rows = expand_rows([(name, 0) for name in names], len(competition.classes))
     named = replace(competition, empty=competition.empty or "")  # a sample names every row
-    write_submission(path, Layout(layout.cells, named), rows, {})
+    Submission(path, Layout(layout.cells, named), rows).save()

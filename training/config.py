@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.competition import (
@@ -10,10 +10,8 @@ from kernel.competition import (
     Competition,
     add_competition_option,
     find_competition,
-    with_classes,
 )
 from kernel.manifest import Manifest, MemberSpec
-from kernel.threshold import threshold_logit
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -22,6 +20,11 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (times and height.isdecimal() and width.isdecimal() and int(height) * int(width)):
         raise argparse.ArgumentTypeError(f"size is {text!r}, expected HEIGHTxWIDTH like 256x1600")
     return int(height), int(width)
+
+
+def threshold_logit(threshold: float) -> float:
+    """The logit whose sigmoid is `threshold`."""
+    return math.log(threshold / (1 - threshold))
 
 
 PRECISIONS = ("32", "16-mixed", "bf16-mixed")
@@ -150,6 +153,22 @@ def check_config(config: Config) -> None:
     if not all(0 <= share <= 1 for share in shares) or sum(config.extra_shares) >= 1:
         given = f"--moved-share {config.moved_share}, --extra's {list(config.extra_shares)}"
         raise ValueError(f"{given}: each from 0 to 1, --extra's below 1 together")
+
+
+def with_classes(competition: Competition, count: int) -> Competition:
+    """Return a competition with another number of classes, "1" and so on; 1 at the least."""
+    if count < 1:
+        raise ValueError(f"--classes {count}, expected 1 or more")
+    names = tuple(map(str, range(1, count + 1)))
+    if names == competition.classes:
+        return competition
+    return replace(
+        competition,
+        classes=names,
+        n_training_images=None,
+        images_with_class=None,
+        median_areas=None,
+    )
 
 
 def add_competition_options(parser: argparse._ActionsContainer) -> None:

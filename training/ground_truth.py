@@ -12,7 +12,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Size, read_image, size_of
 from kernel.logs import log, progress
 from kernel.rle import decode_rle, join_rles, rle_fault
-from kernel.rows import SPREADSHEET_CELL, Row, read_rows
+from kernel.rows import Row, read_rows
 from training.metrics import Masks
 
 NEAREST = cv2.INTER_NEAREST
@@ -21,10 +21,8 @@ Rles = dict[str, dict[int, str]]  # image → class → RLE; one without a mask 
 Truth = Rles  # an image that it does not name is clean
 
 
-def read_truth(
-    path: Path, competition: Competition = SEVERSTAL, cut_off: int = SPREADSHEET_CELL
-) -> Truth:
-    """Read a train.csv, in any layout of a competition; `cut_off` is as in `read_rows`.
+def read_truth(path: Path, competition: Competition = SEVERSTAL, own: bool = False) -> Truth:
+    """Read a train.csv, in any layout of a competition; `own` is as in `read_rows`.
 
     Several rows of an image and class, one a defect, are joined.
 
@@ -43,7 +41,7 @@ def read_truth(
         return f"{name}, class {competition.name_of(label)}: {fault}" if fault else None
 
     masks: defaultdict[str, dict[int, list[str]]] = defaultdict(dict)
-    for name, label, rle in read_rows(path, check, competition, cut_off)[1]:
+    for name, label, rle in read_rows(path, check, competition, own).rows:
         if rle:
             masks[name].setdefault(label, []).append(rle)
         else:

@@ -22,10 +22,11 @@ from kernel.images import Size
 from kernel.manifest import Manifest, load_manifest
 from kernel.options import Options, parse_options
 from kernel.outcome import RunContext
-from kernel.rows import LAYOUTS, Submission
+from kernel.rows import LAYOUTS
 from kernel.run_record import parse_run_record
 from kernel.stages import Stages
 from kernel.strip_state import TOO_LATE
+from kernel.submission import Submission
 from kernel.task import Task
 from kernel.tta import Half, Pass
 from kernel.worker import start_worker

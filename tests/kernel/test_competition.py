@@ -23,7 +23,8 @@ from kernel.competition import (
 from kernel.images import Mask, Size
 from kernel.options import Options
 from kernel.rle import decode_rle, encode_rle, rle_fault
-from kernel.rows import layouts_of, read_rows, write_submission
+from kernel.rows import Layout, RowKey, layouts_of, read_rows
+from kernel.submission import Submission
 from kernel.task import find_task, read_sample
 from kernel.validator import check_submission
 
@@ -90,6 +91,14 @@ def test_a_mask_comes_back_from_its_code_in_any_order_and_index(
     np.testing.assert_array_equal(decode_rle(code, mask.shape, competition), mask)
 
 
+def write_masks(path: Path, layout: Layout, pairs: list[RowKey], rles: dict[RowKey, str]) -> None:
+    """A submission with these masks."""
+    submission = Submission(path, layout, pairs)
+    for (image, label), rle in rles.items():
+        submission.set_masks(image, {label: rle})
+    submission.save()
+
+
 @settings(max_examples=150)
 @given(competitions(), st.data())
 def test_masks_come_back_from_the_csv_of_any_description_and_are_valid(
@@ -103,7 +112,7 @@ def test_masks_come_back_from_the_csv_of_any_description_and_are_valid(
     masks = {pair: data.draw(MASKS) for pair in pairs}
     [layout] = layouts_of(competition).values()
     rles = {pair: encode_rle(mask, competition) for pair, mask in masks.items()}
-    write_submission(folder / "s.csv", layout, pairs, rles)
+    write_masks(folder / "s.csv", layout, pairs, rles)
     found_layout, rows = read_rows(folder / "s.csv", competition=competition)
     assert found_layout == layout
     found = {(name, label): decode_rle(rle, (5, 7), competition) for name, label, rle in rows}
@@ -127,7 +136,7 @@ def test_an_empty_mask_has_its_token_or_no_row(tmp_path: Path) -> None:
             empty=empty,
         )
         [layout] = layouts_of(competition).values()
-        write_submission(tmp_path / "s.csv", layout, pairs, {("a.png", 1): "1 2"})
+        write_masks(tmp_path / "s.csv", layout, pairs, {("a.png", 1): "1 2"})
         assert (tmp_path / "s.csv").read_text() == expected
 
 

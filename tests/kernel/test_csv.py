@@ -149,7 +149,7 @@ def test_a_gz_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_utf_8_are_kept(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(HEAD.encode() + b"\xe4.jpg,1,1 3\n")
-    [(name, label, rle)] = read_rows(tmp_path / "rows.csv")[1]
+    [(name, label, rle)] = read_rows(tmp_path / "rows.csv").rows
     assert (name.encode(errors="surrogateescape"), label, rle) == (b"\xe4.jpg", 1, "1 3")
 
 
@@ -164,7 +164,7 @@ def test_only_a_mask_of_a_spreadsheets_cell_is_taken_for_cut(length: int, tmp_pa
     path, rle = tmp_path / "rows.csv", "1" * length
     path.write_text(f"{HEAD}a.jpg,1,{rle}\n")
     if length != 32_767:
-        assert read_rows(path)[1] == [("a.jpg", 1, rle)]
+        assert read_rows(path).rows == [("a.jpg", 1, rle)]
         return
     with pytest.raises(ValueError) as error:
         read_rows(path)

@@ -49,7 +49,7 @@ from kernel.manifest import MemberSpec
 from kernel.members import Member
 from kernel.outcome import RunContext
 from kernel.rle import encode_rle
-from kernel.rows import Submission
+from kernel.submission import Submission
 from kernel.tta import Pass
 
 NAMES = [f"{seed}.jpg" for seed in range(6)]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from kernel.images import read_image
 from kernel.manifest import load_manifest
 from kernel.rle import decode_rle, encode_rle, rle_fault
-from kernel.rows import LAYOUTS, read_rows, write_submission
+from kernel.rows import LAYOUTS, read_rows
+from kernel.submission import Submission
 from kernel.task import read_sample
 from kernel.tta import FLIPS
 
@@ -117,8 +118,8 @@ def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) ->
     ) in [set(known.columns) for known in LAYOUTS.values()]
     assert all(1 <= label <= 4 for _, label in pairs)
     assert len(set(pairs)) == len(pairs)
-    write_submission(tmp_path / "out.csv", layout, pairs, {})
-    assert [(n, c) for n, c, _ in read_rows(tmp_path / "out.csv")[1]] == pairs
+    Submission(tmp_path / "out.csv", layout, pairs).save()
+    assert [(n, c) for n, c, _ in read_rows(tmp_path / "out.csv").rows] == pairs
 
 
 # --- the manifest ---------------------------------------------------------------------------------

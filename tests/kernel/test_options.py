@@ -16,9 +16,10 @@ from helpers import predict, read_submission, run_script, save_strips, write_sam
 from kernel import inference, workers
 from kernel.mounts import find_one, list_images
 from kernel.options import Options, arguments_of, parse_options
-from kernel.rows import LAYOUTS, Submission
+from kernel.rows import LAYOUTS
 from kernel.scheduling import Scheduler
 from kernel.strip_state import StripState
+from kernel.submission import Submission
 from kernel.task import find_task
 
 

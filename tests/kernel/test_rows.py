@@ -1,117 +1,14 @@
-"""Rows as they are written: a submission is always whole. How they are read: test_csv.py."""
+"""Rows as a competition names them. How a csv is read: test_csv.py."""
 
-import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import pytest
-
-from kernel.competition import SEVERSTAL, Competition
-from kernel.rows import LAYOUTS, Submission, layouts_of, masks_by_image, write_submission
-
-
-def test_writing_leaves_no_part_behind_and_keeps_every_row_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "submission.csv"
-    path.write_text("an old file", encoding="utf-8")
-    pairs = [("b.jpg", 2), ("a.jpg", 1)]
-    write_submission(path, LAYOUTS["two-column"], pairs, {("a.jpg", 1): "3 4"})
-    assert path.read_bytes() == b"ImageId_ClassId,EncodedPixels\nb.jpg_2,\na.jpg_1,3 4\n"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["submission.csv"]
+from kernel.competition import SEVERSTAL
+from kernel.rows import LAYOUTS, layouts_of, masks_by_image
 
 
 def test_an_image_has_the_masks_of_its_rows_and_none_of_an_empty_one() -> None:
     rows = [("a.jpg", 2, "1 1"), ("b.jpg", 1, ""), ("a.jpg", 1, "3 2"), ("a.jpg", 3, "")]
     assert masks_by_image(rows) == {"a.jpg": {2: "1 1", 1: "3 2"}}
-
-
-def test_a_submission_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "submission.csv"
-    path.write_text("an old file", encoding="utf-8")
-
-    def broken() -> Iterator[tuple[str, int]]:
-        yield "a.jpg", 1
-        raise OSError("no space left")
-
-    with pytest.raises(OSError):
-        write_submission(path, LAYOUTS["two-column"], broken(), {})
-    assert path.read_text(encoding="utf-8") == "an old file"
-
-
-def test_a_reader_meets_only_whole_submissions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "submission.csv"
-    path.write_text("an old file", encoding="utf-8")
-    seen = []
-    write_text = Path.write_text
-
-    def spied(written: Path, *arguments: Any, **named: Any) -> None:
-        write_text(written, *arguments, **named)
-        seen.append(path.read_text(encoding="utf-8"))
-
-    monkeypatch.setattr(Path, "write_text", spied)
-    write_submission(path, LAYOUTS["two-column"], [("a.jpg", 1)], {})
-    assert seen == ["an old file"]
-
-
-def test_a_mask_that_no_row_asks_for_is_not_written(tmp_path: Path) -> None:
-    submission = Submission(tmp_path / "out.csv", LAYOUTS["two-column"], [("a.jpg", 1)])
-    submission.set_masks("a.jpg", {1: "3 4", 2: "5 6"})
-    submission.set_masks("b.jpg", {1: "7 8"})
-    assert submission.save() == 1
-    expected = b"ImageId_ClassId,EncodedPixels\na.jpg_1,3 4\n"
-    assert (tmp_path / "out.csv").read_bytes() == expected
-
-
-def test_the_next_save_waits_for_a_hundred_times_what_the_last_one_took(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submission = Submission(tmp_path / "out.csv", LAYOUTS["two-column"], [("a.jpg", 1)])
-    ticks = iter([1000.0, 1000.5])  # before and after
-    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
-    submission.save()
-    assert submission.next_s == 1050.5
-
-
-def submission_of(folder: Path, competition: Competition = SEVERSTAL) -> Submission:
-    """Two rows, the second with a mask."""
-    pairs = [("a.jpg", 1), ("b.jpg", 2)]
-    made = Submission(folder / "out.csv", layouts_of(competition)["two-column"], pairs)
-    made.set_masks("b.jpg", {2: "3 4"})
-    return made
-
-
-def test_rows_of_empty_masks_are_left_out_where_asked_or_where_the_competition_has_none(
-    tmp_path: Path,
-) -> None:
-    full, sparse = "ImageId_ClassId,EncodedPixels\na.jpg_1,\nb.jpg_2,3 4\n", "b.jpg_2,3 4\n"
-    made, without = submission_of(tmp_path), submission_of(tmp_path, replace(SEVERSTAL, empty=None))
-    for submission, asked, rows in ((made, True, 2), (made, False, 1), (without, True, 1)):
-        assert submission.save(asked) == rows
-        text = submission.path.read_text()
-        assert text == (full if rows == 2 else full.splitlines(keepends=True)[0] + sparse)
-    made.set_masks("b.jpg", {2: ""})  # no mask takes none away
-    assert made.save() == 2 and made.path.read_text() == full
-
-
-def test_rows_are_saved_from_the_moment_on_that_the_last_save_allows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    made, now = submission_of(tmp_path), [99.9]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    made.next_s = 100.0
-    made.save_throttled()
-    assert not made.path.exists()
-    now[0] = 100.0
-    made.save_throttled()
-    assert made.path.read_text().endswith("b.jpg_2,3 4\n")
-    made.path = tmp_path / "nowhere" / "out.csv"
-    made.save_throttled()
-    assert made.next_s == 110.0
-    [line] = caplog.messages
-    assert line.startswith("cannot save the rows so far, going on: [Errno 2]")
 
 
 def test_layouts_are_named_by_the_number_of_their_columns() -> None:

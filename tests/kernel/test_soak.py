@@ -19,7 +19,7 @@ from helpers import ROOT, predict, run_script, tiny_entry, tiny_model, write_man
 
 from kernel.manifest import MemberSpec
 from kernel.members import Member
-from kernel.rows import Submission
+from kernel.submission import Submission
 
 N_STRIPS = int(os.environ.get("SOAK", "200"))
 N_MEMBERS = 5

@@ -1,12 +1,10 @@
-"""The threshold: which pixels of a mean are on, and the logit that a probability corresponds to."""
-
-import math
+"""The threshold: which pixels of a mean are on."""
 
 import numpy as np
 import pytest
 import torch
 
-from kernel.threshold import apply_threshold, drop_small_masks, threshold_logit
+from kernel.threshold import apply_threshold, drop_small_masks
 
 
 def test_a_pixel_is_on_only_above_the_threshold() -> None:
@@ -25,9 +23,3 @@ def test_a_class_of_fewer_pixels_than_min_area_is_emptied(min_area: int, kept: l
     assert masks.sum(dim=(-2, -1)).tolist() == kept
     assert torch.equal(drop_small_masks(mean > 0.5, min_area), masks)
     assert not (masks & (mean == 0)).any()
-
-
-def test_the_logit_of_a_threshold_has_it_as_its_sigmoid() -> None:
-    assert threshold_logit(0.5) == 0
-    for threshold in (0.05, 0.3, 0.55, 0.95):
-        assert 1 / (1 + math.exp(-threshold_logit(threshold))) == pytest.approx(threshold)

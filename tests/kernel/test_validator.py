@@ -297,7 +297,7 @@ def test_spoilt_masks_raise_their_own_warning(
 
 
 def real_masks() -> Masks:
-    rows = read_rows(STRIPS / "train.csv")[1]
+    rows = read_rows(STRIPS / "train.csv").rows
     return {(name, label): decode_rle(rle, IMAGE_SIZE) for name, label, rle in rows if rle}
 
 

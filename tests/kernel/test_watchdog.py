@@ -13,7 +13,8 @@ from helpers import predict, read_submission, run_kernel, run_script, save_strip
 
 from kernel.budget import MIN_MARGIN_S
 from kernel.outcome import Outcome
-from kernel.rows import LAYOUTS, Submission
+from kernel.rows import LAYOUTS
+from kernel.submission import Submission
 from kernel.watchdog import watchdog
 
 PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]

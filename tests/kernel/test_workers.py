@@ -24,8 +24,9 @@ from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
 from kernel.outcome import Outcome, RunContext
-from kernel.rows import LAYOUTS, Submission, read_rows
+from kernel.rows import LAYOUTS, read_rows
 from kernel.stages import Stages
+from kernel.submission import Submission
 from kernel.task import Task
 from kernel.worker import Worker, start_worker
 from kernel.workers import (

@@ -10,9 +10,10 @@ import torch
 from helpers import read_manifest, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import save_file
 
-from kernel.competition import SEVERSTAL, with_classes
+from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, parse_manifest
 from packing.sources import left_out, propose_manifest, read_sources
+from training.config import with_classes
 
 
 def member(**changes: Any) -> dict[str, Any]:
