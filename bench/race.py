@@ -42,6 +42,7 @@ from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, image_to_tensor, read_image, size_of
+from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, build_network, load_member
@@ -343,7 +344,10 @@ def run_script(dataset: Path, images: Path) -> Process:
         command += ["--images", str(images), "--report", "run.json"]
         start = time.time()
         quiet = subprocess.DEVNULL
-        process = subprocess.Popen(command, cwd=scratch, stdout=quiet, stderr=quiet)
+        environment = {key: value for key, value in os.environ.items() if key != KAGGLE_RUN}
+        process = subprocess.Popen(
+            command, cwd=scratch, env=environment, stdout=quiet, stderr=quiet
+        )
         peak_kb = 0  # not getrusage's, which starts at what this process holds
         while process.poll() is None:
             found = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{process.pid}/status").read_text())

@@ -46,6 +46,7 @@ from kernel.competition import (
     find_competition,
 )
 from kernel.files import write_json
+from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder, open_images
@@ -122,10 +123,12 @@ def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
     deny = network_denial()
     log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
+    elsewhere = {key: value for key, value in os.environ.items() if key != KAGGLE_RUN}
     start = time.perf_counter()
     done = subprocess.run(
         [*deny, *command],
         cwd=root / "working",
+        env=elsewhere,  # a rehearsal in a session there stays in its own folder
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
         text=True,

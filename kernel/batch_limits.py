@@ -36,7 +36,7 @@ class BatchLimits:
 
     def halve(self, shape: torch.Size) -> None:
         """Halve the batches of a shape, for which memory was too small, and of larger ones."""
-        self.smaller[shape] = self.batch_size_of(shape) // 2
+        self.smaller[shape] = max(self.batch_size_of(shape) // 2, 1)  # another thread may have, too
         if self.kept > self.room / 4:  # else it is the step's own memory
             self.room /= 2
 

@@ -46,7 +46,8 @@ class Reference:
                 f"packed for images of {self.images.shape[1]} channels, they have {channels}"
             )
         entry = entry_of(member.spec)
-        for key, packed in self.entry.items():
+        older = {"efficientnet_pytorch": ""}  # what the references of older bundles lack
+        for key, packed in (older | self.entry).items():
             if packed != entry[key]:
                 raise ValueError(f"packed with {key} {packed}, the manifest says {entry[key]}")
         pairs = zip(answers(member, self.images), (self.gates, self.masks), strict=True)

@@ -103,8 +103,8 @@ def start_worker(
     write_rows(csv.with_suffix(".sample"), task)
     alone = count == 1 and not gpu  # its strips one at a time: so it is known at which it dies
     own = options.for_worker(
-        bundle=context.bundle,
-        images=task.images,
+        bundle=context.bundle.absolute(),
+        images=task.images.absolute(),
         sample=csv.with_suffix(".sample"),
         output=csv,
         report=csv.with_suffix(".json"),

@@ -100,8 +100,11 @@ def _note_padding(
 
     `save_pretrained` writes `_model_class` since SMP 0.3, and train.py a header.
     """
-    encoder, new = spec.model["encoder_name"], f"{checkpoint.path}'s header.model"
-    told = new in configs or any("_model_class" in config for config in configs.values())
+    encoder = spec.model["encoder_name"]
+    header = checkpoint.configs.get(f"{checkpoint.path}'s header")
+    told = any("_model_class" in config for config in configs.values()) or (
+        header is not None and not header.get("efficientnet_pytorch")
+    )
     if OLD_PADDING.fullmatch(encoder) and not spec.efficientnet_pytorch and not told:
         checkpoint.notes.append(
             f"{encoder}: trained with SMP before 0.3? Then its padding was another; write "

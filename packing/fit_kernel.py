@@ -74,7 +74,7 @@ def install(requirements):
 
 def main():
     install(REQUIREMENTS)
-    with tempfile.TemporaryDirectory(prefix="fit-") as folder:  # not in the output
+    with tempfile.TemporaryDirectory(prefix="fit-", ignore_cleanup_errors=True) as folder:
         for name, text in FILES.items():
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)

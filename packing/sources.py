@@ -1,5 +1,6 @@
 """The source manifest: which checkpoints are to be packed, and as what."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -48,6 +49,8 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     model = entry["model"] if "model" in entry else _saved_model(weights, entry)
     model = with_todays_options(without_activation(model, fields.get("softmax") is True))
     name = re.sub(r"[^\w.-]+", "-", entry["name"], flags=re.ASCII)
+    if not entry["name"].isascii():  # others may have become the same
+        name += f"-{hashlib.sha256(entry['name'].encode()).hexdigest()[:6]}"
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 

@@ -12,7 +12,7 @@ MASK_WEIGHT = 4.0  # of the masks' BCE
 PRESENCE_POS_WEIGHT = 4.0  # a gate wrongly shut loses a mask, one wrongly open leaves it to the
 # mask head
 TEMPERATURE = 2.0  # of a teacher's masks: what it is not sure of counts too
-GROUP = 4  # crops that are asked together: in 32 nearly every class is there, and none is denied
+GROUP = 4  # crops asked together: in 32 of 128×256 every class is there, and none is denied
 SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 DICE = smp.losses.DiceLoss("multilabel", smooth=0.5)  # 0.5 on half the sizes: 1 on the sizes
 BCE = smp.losses.SoftBCEWithLogitsLoss(ignore_index=None)

@@ -1,5 +1,7 @@
 """The dry run: the tree it makes, what it reports, and the whole path without SMP or a network."""
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -472,6 +474,20 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
     why = "a pass hung until its watchdog ended it, or the disk was full; see its lines above"
     assert f"== Not ready for Kaggle: the kernel left no run.json: {why}" in captured.out
     assert "Traceback" not in captured.err
+
+
+def test_a_rehearsal_in_an_unattended_session_on_kaggle_stays_in_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the kernel would go where Kaggle takes the session's own output from."""
+    (tmp_path / "working").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("import os\nprint(os.environ.get('KAGGLE_KERNEL_RUN_TYPE'))\nexit(3)\n")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert dry_run.run_kernel(tmp_path, script, quiet=True).exit_code == 3
+    assert printed.getvalue().strip() == "None"
 
 
 def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(

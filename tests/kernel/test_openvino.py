@@ -151,6 +151,19 @@ def test_a_reference_is_held_against_all_of_an_entry_that_changes_the_answers() 
     assert entry_of(spec).keys() == {each.name for each in fields(MemberSpec)} - others
 
 
+def test_a_reference_from_before_a_field_is_of_its_default(
+    openvino_dataset: Path,
+) -> None:
+    [spec, *_] = specs_of(openvino_dataset)
+    reference = read_reference(openvino_dataset / reference_file(spec.file))
+    member = load_member(openvino_dataset, spec, CPU)
+    del reference.entry["efficientnet_pytorch"]
+    reference.check(member, 1)
+    other = replace(member, spec=replace(spec, efficientnet_pytorch="0.6.3"))
+    with pytest.raises(ValueError, match=r"packed with efficientnet_pytorch , the manifest says 0"):
+        reference.check(other, 1)
+
+
 class Noted:
     """An engine that notes when it runs."""
 

@@ -26,7 +26,7 @@ from helpers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernel.batch_limits import FEATURES_SHARE
+from kernel.batch_limits import FEATURES_SHARE, BatchLimits
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost
 from kernel.early_exit import Tally
@@ -389,6 +389,13 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     lines = [line for line in caplog.messages if line.startswith("out of memory")]
     assert [line.split()[3] for line in lines] == ["4", "2"]
     assert all("strips of 5×4 at a time from here on" in line for line in lines)
+
+
+def test_batches_are_never_halved_to_nothing() -> None:
+    limits, shape = BatchLimits(2, CPU), torch.Size((1, 1, 4, 4))
+    for _ in range(3):  # two threads may run out of memory at once
+        limits.halve(shape)
+        assert limits.batch_size_of(shape) == 1
 
 
 def test_a_large_image_makes_batches_of_its_own_size_alone_smaller(

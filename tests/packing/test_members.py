@@ -204,7 +204,8 @@ def test_an_efficientnet_whose_smp_nothing_tells_is_asked_about(tmp_path: Path) 
         folder = tmp_path / name
         folder.mkdir()
         entry = tiny_entry("a", model)
-        header = {"member": json.dumps(entry)} if name == "of train.py" else None
+        packed = entry | {"efficientnet_pytorch": "0.6.3"} if name == "packed" else entry
+        header = {"member": json.dumps(packed)} if name in ("of train.py", "packed") else None
         save_file(weights, folder / "a.safetensors", header)
         if name == "pretrained":
             saved = {"_model_class": "FPN", **model}
@@ -214,6 +215,7 @@ def test_an_efficientnet_whose_smp_nothing_tells_is_asked_about(tmp_path: Path) 
     [note] = notes_of("plain")
     assert note.startswith("efficientnet-b1: trained with SMP before 0.3? ")
     assert '"efficientnet_pytorch": "0.6.3"' in note
+    assert note in notes_of("packed")  # a bundle's own member, whose entry was written anew
     assert notes_of("said", efficientnet_pytorch="0.6.3") == []
     assert notes_of("of train.py") == notes_of("pretrained") == []
 

@@ -112,11 +112,17 @@ def test_a_folder_without_weights_names_the_file_that_it_lacks(tmp_path: Path) -
         read_sources(tmp_path)
 
 
-def test_a_packed_file_is_named_in_ascii_which_no_upload_changes(tmp_path: Path) -> None:
-    write_manifest(tmp_path, [member(name="große Maske-1.5")])
-    (tmp_path / "one.safetensors").touch()
-    [spec] = read_sources(tmp_path)[0].members
-    assert (spec.name, spec.file) == ("große Maske-1.5", "gro-e-Maske-1.5.safetensors")
+def test_packed_files_are_named_in_ascii_which_no_upload_changes_and_apart(tmp_path: Path) -> None:
+    names = ["große Maske-1.5", "grobe Maske-1.5", "grove Maske-1.5", "模型一", "模型二"]
+    write_manifest(tmp_path, [member(name=name, file=f"{i}.pt") for i, name in enumerate(names)])
+    for index in range(len(names)):
+        (tmp_path / f"{index}.pt").touch()
+    specs = read_sources(tmp_path)[0].members
+    assert [spec.name for spec in specs] == names
+    files = [spec.file for spec in specs]
+    assert files[1:3] == ["grobe-Maske-1.5.safetensors", "grove-Maske-1.5.safetensors"]
+    assert all(file.isascii() for file in files)
+    assert len(set(files)) == len(names)
 
 
 def test_an_entry_without_a_model_is_named_with_the_file_that_has_no_config_beside_it(

@@ -138,8 +138,8 @@ def with_gates(network: Any, strips: Strips, config: Config, mean: float, spread
     pooled, _ = pooled_features(module_of(network, config), StripPairs(strips))
     with torch.inference_mode():
         drawn = pooled.clone() @ layer.weight.T
-        layer.weight *= spread / drawn.std(dim=0, correction=0)[:, None]
-        layer.bias += mean - layer(pooled).mean(dim=0)
+        layer.weight.mul_(spread / drawn.std(dim=0, correction=0)[:, None])
+        layer.bias.add_(mean - layer(pooled).mean(dim=0))
     return network
 
 

@@ -52,6 +52,17 @@ def test_the_checkpoints_header_holds_its_manifest_entry_and_its_weights_are_hal
     assert [each.name for each in path.parent.iterdir()] == ["tiny.safetensors"]
 
 
+def test_a_link_in_the_checkpoints_place_goes_and_what_it_leads_to_stays(
+    network: Any, config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "shipped.safetensors").write_text("another ensemble's")
+    (tmp_path / "tiny.safetensors").symlink_to("shipped.safetensors")
+    write_checkpoint(network, config, tmp_path / "tiny.safetensors")
+    assert (tmp_path / "shipped.safetensors").read_text() == "another ensemble's"
+    assert not (tmp_path / "tiny.safetensors").is_symlink()
+    load_member(tmp_path, config.spec, CPU)
+
+
 def test_validation_scores_the_gated_member_on_whole_strips(
     network: Any, config: Config, strips: Strips
 ) -> None:
