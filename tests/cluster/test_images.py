@@ -43,8 +43,8 @@ def test_a_folder_that_cannot_be_read_is_refused(
     save_strips(tmp_path, ["a.jpg", "secret/b.jpg"])
     scandir = os.scandir
 
-    def refuse(path: str) -> Any:
-        if Path(path).name == "secret":
+    def refuse(path: str | int) -> Any:  # pytest clears up by descriptors
+        if str(path).endswith("/secret"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 

@@ -187,8 +187,8 @@ def test_names_that_are_not_utf_8_and_a_line_break_keep_their_bytes(
     record = predict(session_light, tmp_path / "images", tmp_path / "s.csv")
     assert record["faults"] == {}
     written = (tmp_path / "s.csv").read_bytes()
-    assert b"\nstr\xe4hne.png_4," in written
-    assert b'\n"two\nlines.png_4",' in written
+    assert b"\nstr\xe4hne.png," in written
+    assert b'\n"two\nlines.png",' in written
 
 
 PRINTS = """

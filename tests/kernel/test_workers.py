@@ -613,8 +613,8 @@ def test_a_worker_gets_the_options_of_its_run(
     assert found.budget_s and 60 < found.budget_s <= 67  # its watchdog comes first
     expected = replace(
         options,
-        bundle=Path("bundle"),
-        images=Path("strips"),
+        bundle=Path("bundle").absolute(),
+        images=Path("strips").absolute(),
         sample=found.output.with_name("2.sample"),
         worker=True,
         input=Options.input,

@@ -110,7 +110,8 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     kernel = tmp_path / "dist" / "kernel"
     built = {path.name: path.read_bytes() for path in kernel.iterdir()}
     assert set(built) == {"inference.ipynb", "kernel-metadata.json"}
-    write_json(tmp_path / "again.ipynb", build_notebook(join_modules(SCRIPT)))
+    again = build_notebook(join_modules(SCRIPT))
+    write_json(tmp_path / "again.ipynb", again, sort_keys=True)
     assert built["inference.ipynb"] == (tmp_path / "again.ipynb").read_bytes()
     with serve() as kaggle:
         run_client(kaggle, tmp_path, "kernels", "push", "-p", kernel)
