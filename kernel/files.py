@@ -12,16 +12,16 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, follow: bool = True) -> Iterator[Path]:
     """A place beside `path` to write to: moved there in the end, removed where the block fails.
 
-    A reader, or a kill at any moment, finds the old file or the new one. A link stays, its target
-    is replaced. A device is written to as it is.
+    A reader, or a kill at any moment, finds the old file or the new one. A link stays and its
+    target is replaced, or without `follow` the link itself. A device is written to as it is.
     """
     if path.exists() and not path.is_file():
         yield path
         return
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path)) if follow else path
     part = path.with_name(f"{path.name}.part")
     try:
         yield part

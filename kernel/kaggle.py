@@ -11,7 +11,8 @@ WORKING = Path("/kaggle/working")  # what is left there is the run's output
 def enter_working_folder() -> None:
     """Go where Kaggle takes the output from: an unattended script may start in a read-only folder.
 
-    Where somebody looks on, and anywhere else, relative paths stay what they are.
+    Where somebody looks on, below that folder and anywhere else, relative paths stay what they are.
     """
-    if os.environ.get(KAGGLE_RUN) == UNATTENDED and WORKING.is_dir():
+    there = Path.cwd().is_relative_to(WORKING)
+    if os.environ.get(KAGGLE_RUN) == UNATTENDED and WORKING.is_dir() and not there:
         os.chdir(WORKING)

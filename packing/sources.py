@@ -50,7 +50,7 @@ def _packed_entry(weights: Path, entry: Any) -> Any:
     model = with_todays_options(without_activation(model, fields.get("softmax") is True))
     name = re.sub(r"[^\w.-]+", "-", entry["name"], flags=re.ASCII)
     if not entry["name"].isascii():  # others may have become the same
-        name += f"-{hashlib.sha256(ascii(entry['name']).encode()).hexdigest()[:6]}"
+        name = f"{name[:80]}-{hashlib.sha256(ascii(entry['name']).encode()).hexdigest()[:6]}"
     return entry | {"file": f"{name}.safetensors", "model": model}
 
 

@@ -38,6 +38,7 @@ EXAMPLE = (
 GRACE_S = 60.0  # between SIGTERM and SIGKILL, and for a device's answer
 CHECK = (
     "import sys, torch; from kernel.device import device_usable; "
+    "from kernel.logs import start_log; start_log(); "
     "sys.exit(not device_usable(torch.device(sys.argv[1])))"
 )
 TRACEBACK = "Traceback (most recent call last)"

@@ -71,9 +71,7 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"member": json.dumps(asdict(config.spec), sort_keys=True)}
-    if path.is_symlink():  # the file that it leads to may be another ensemble's
-        path.unlink()
-    with replacing(path) as part:
+    with replacing(path, follow=False) as part:  # a link may lead to another ensemble's file
         save_file(weights, part, header)
 
 

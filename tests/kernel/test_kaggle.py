@@ -38,3 +38,15 @@ def test_only_an_unattended_run_goes_into_the_folder_of_its_output(
     monkeypatch.chdir(tmp_path)
     assert exit_code(main, "--help") == 0
     assert Path.cwd() == (tmp_path / "working" if enters else tmp_path)
+
+
+def test_a_folder_below_that_of_the_output_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a notebook that cloned a repository there: its paths are relative."""
+    monkeypatch.setattr("kernel.kaggle.WORKING", tmp_path / "working")
+    monkeypatch.setenv(KAGGLE_RUN, UNATTENDED)
+    (tmp_path / "working" / "clone").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "working" / "clone")
+    assert exit_code(inference.main, "--help") == 0
+    assert Path.cwd() == tmp_path / "working" / "clone"

@@ -114,6 +114,7 @@ def test_a_folder_without_weights_names_the_file_that_it_lacks(tmp_path: Path) -
 
 def test_packed_files_are_named_in_ascii_which_no_upload_changes_and_apart(tmp_path: Path) -> None:
     names = ["große Maske-1.5", "grobe Maske-1.5", "grove Maske-1.5", "模型一", "模型二"]
+    names.append("ö" * 88)  # as long as a name may be for its file's
     write_manifest(tmp_path, [member(name=name, file=f"{i}.pt") for i, name in enumerate(names)])
     for index in range(len(names)):
         (tmp_path / f"{index}.pt").touch()

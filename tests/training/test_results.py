@@ -63,6 +63,20 @@ def test_a_link_in_the_checkpoints_place_goes_and_what_it_leads_to_stays(
     load_member(tmp_path, config.spec, CPU)
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(
+    network: Any, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "tiny.safetensors").symlink_to("elsewhere.safetensors")
+    monkeypatch.setattr("training.results.save_file", full)
+    with pytest.raises(OSError):
+        write_checkpoint(network, config, tmp_path / "tiny.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
+    assert (tmp_path / "tiny.safetensors").is_symlink()
+
+
 def test_validation_scores_the_gated_member_on_whole_strips(
     network: Any, config: Config, strips: Strips
 ) -> None:
