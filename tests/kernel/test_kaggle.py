@@ -1,6 +1,5 @@
 """Where a script works that Kaggle runs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ from helpers import exit_code
 
 from kernel import inference
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED
-from training import kaggle_fit
 
 
 @pytest.mark.parametrize(
@@ -20,9 +18,7 @@ from training import kaggle_fit
         (UNATTENDED, False, False),
     ],
 )
-@pytest.mark.parametrize("main", [inference.main, kaggle_fit.main])
 def test_only_an_unattended_run_goes_into_the_folder_of_its_output(
-    main: Callable[[list[str]], object],
     run_type: str | None,
     there: bool,
     enters: bool,
@@ -36,7 +32,7 @@ def test_only_an_unattended_run_goes_into_the_folder_of_its_output(
     if there:
         (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert exit_code(main, "--help") == 0
+    assert exit_code(inference.main, "--help") == 0
     assert Path.cwd() == (tmp_path / "working" if enters else tmp_path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import SMALL, draw_image, error_of, exit_code, save_image
 
+from kernel.kaggle import KAGGLE_RUN, UNATTENDED
 from training import fit_members, kaggle_fit, train
 from training.config import Config
 from training.fit_members import Job, read_jobs
@@ -299,3 +300,14 @@ def test_a_kernel_without_the_competition_or_without_hours_is_refused(
     assert session("a") == 2
     message = error_of(capsys.readouterr().err)
     assert "no train.csv under" in message and "add the competition severstal" in message
+
+
+def test_an_unattended_fit_goes_into_the_folder_of_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "working").mkdir()
+    monkeypatch.setattr("kernel.kaggle.WORKING", tmp_path / "working")
+    monkeypatch.setenv(KAGGLE_RUN, UNATTENDED)
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(kaggle_fit.main, "--help") == 0
+    assert Path.cwd() == tmp_path / "working"
