@@ -5,7 +5,6 @@ same modules. Kaggle runs one file: `build_kernel.py` concatenates the modules o
 section each, this one last.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -48,8 +47,7 @@ def open_submission(options: Options, task: Task) -> Submission:
         raise ValueError(
             f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
         )
-    output = Path(os.path.realpath(options.output))  # a link stays, its target is replaced
-    submission = Submission(output, task.layout, task.pairs, whole=not options.worker)
+    submission = Submission(options.output, task.layout, task.pairs, whole=not options.worker)
     submission.save()
     return submission
 

@@ -44,6 +44,12 @@ def hold(saved: dict[str, Any], model: dict[str, Any], softmax: bool = False) ->
 # --- saved configurations -------------------------------------------------------------------------
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change what `save_pretrained` wrote of a network."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("saved", "words"),
     [
@@ -171,8 +177,7 @@ def test_the_activation_of_a_saved_configuration_is_refused_naming_member_and_op
     network: Any, tmp_path: Path
 ) -> None:
     network.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation": "softmax2d"}))
+    change_config(tmp_path / "m", activation="softmax2d")
     entry = tiny_entry("one", MODEL) | {"file": "m"}
     write_manifest(tmp_path, [{key: value for key, value in entry.items() if key != "model"}])
     with pytest.raises(ValueError, match="member one: model's activation 'softmax2d'"):
@@ -300,8 +305,7 @@ def test_the_mean_in_the_configuration_beside_the_weights_is_held_against_the_ma
     network: Any, tmp_path: Path
 ) -> None:
     network.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": 0.5, "std": 0.13}))
+    change_config(tmp_path / "m", mean=0.5, std=0.13)
     entry = tiny_entry("one", MODEL) | {"file": "m", "mean": [0.34], "std": [0.13]}
     write_manifest(tmp_path, [entry])
     manifest, [source] = read_sources(tmp_path)
