@@ -27,6 +27,7 @@ from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.logs import log
 from kernel.watchdog import after
 from training import train
+from training.inputs import read_device
 
 SCRIPT = Path(train.__file__)
 
@@ -125,7 +126,7 @@ def list_devices(asked: list[str] | None) -> list[str]:
         ValueError: one of those is of a kind that train.py does not train on.
     """
     for name in asked or ():
-        train.read_device(name, "--devices")
+        read_device(name, "--devices")
     return asked or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -28,14 +27,13 @@ from torch import Tensor
 
 from kernel.images import image_to_tensor, read_image
 from kernel.members import build_network, load_member
-from training import fit, pace, train
+from training import fit, inputs, pace, train
 from training.config import Config
-from training.heads import SampledPairs, StripPairs
+from training.inputs import read_config
 from training.module import MemberModule
 from training.states import crops_of
 from training.strips import Strips
 from training.teacher import presence_probabilities
-from training.train import read_config
 
 SPEC = Config("mine", "tu-test_resnet", "Unet").spec
 
@@ -214,62 +212,6 @@ def test_a_checkpoint_of_which_nothing_fits_is_one_line(
     assert not (tmp_path / "mine.safetensors").exists()
 
 
-# --- which strips the heads' last fit sees --------------------------------------------------------
-
-
-def choose(
-    strips: Strips, config: Config, *options: object
-) -> tuple[StripPairs | SampledPairs, Strips]:
-    words = ["--data", "d", "--name", "n", "--encoder", "e", *map(str, options)]
-    pairs, scored = train.choose_head_pairs(train.parse_args(words), config, [strips], strips)
-    assert isinstance(pairs, StripPairs | SampledPairs)
-    return pairs, scored
-
-
-@pytest.mark.parametrize(("to_score", "expected"), [(4, 20), (12, 12), (100, 12)])
-def test_held_out_strips_are_fitted_on_or_scored_never_both(
-    to_score: int, expected: int, strips: Strips, config: Config
-) -> None:
-    pairs, scored = choose(strips, config, "--validation-strips", to_score)
-    assert isinstance(pairs, StripPairs)
-    assert len(pairs) == expected
-    assert not set(pairs.strips.names) & set(scored.names)
-    assert len(scored.names) == min(to_score, 24 - expected)
-    few, _ = choose(strips, config, "--presence-strips", 3)
-    assert len(few) == 3
-
-
-def test_the_heads_last_fit_takes_the_strips_it_is_given(
-    strips: Strips, steel: Path, config: Config
-) -> None:
-    drawn, scored = choose(strips, config, "--heads-on", "train", "--presence-strips", 5)
-    assert isinstance(drawn, SampledPairs) and len(drawn) == 5 and len(scored.names) == 24
-    assert isinstance(choose(strips, replace(config, fold=-1))[0], SampledPairs)
-    own, _ = choose(strips, config, "--heads-on", steel, "--presence-strips", 7)
-    assert isinstance(own, StripPairs) and own.strips.names == strips.names[:7]
-    assert len(choose(strips, config, "--heads-on", "none")[0]) == 0
-
-
-def test_the_heads_last_fit_draws_nothing_from_further_folders(
-    strips: Strips, config: Config, caplog: pytest.LogCaptureFixture
-) -> None:
-    further, config = replace(strips, folder=Path("gone")), replace(config, extra_shares=(0.9,))
-    words = ["--data", "d", "--name", "n", "--encoder", "e", "--heads-on", "train"]
-    pairs, _ = train.choose_head_pairs(train.parse_args(words), config, [strips, further], strips)
-    assert len([pairs[index] for index in range(10)]) == 10
-    assert "left out" not in caplog.text
-
-
-def test_states_are_saved_less_often_on_a_gpu_unless_it_is_asked_for() -> None:
-    words = ["--data", "d", "--name", "n", "--encoder", "e"]
-    found = [
-        train.read_machine(train.parse_args([*words, *more]), torch.device(kind)).save_every
-        for kind in ("cpu", "cuda")
-        for more in ([], ["--save-every", "7"])
-    ]
-    assert found == [50, 7, 500, 7]
-
-
 # --- what it goes on from -------------------------------------------------------------------------
 
 
@@ -325,7 +267,7 @@ def test_automatic_crops_of_a_fit_that_goes_on_are_its_own(
     assert crops_of(again / "runs" / "mine") == 2
     assert crops_of(tmp_path) == 0
     monkeypatch.setattr(train, "find_crops", None)
-    monkeypatch.setattr(train, "read_config", lambda *asked: replace(read_config(*asked), crops=0))
+    monkeypatch.setattr(inputs, "read_config", lambda *asked: replace(read_config(*asked), crops=0))
     assert run_train(steel, again) == 2  # of another number than was asked for at first
     assert "state of another experiment (crops 2, now 0)" in error_of(capsys.readouterr().err)
 
@@ -371,7 +313,7 @@ def test_weights_that_were_fitted_on_strips_that_are_held_out_now_are_told(
     config = Config("n", "e", fold=args.fold, folds=args.folds)
     for data in (strips.fingerprint(), "of other strips"):
         caplog.clear()
-        train.warn_of_known_strips(args, config, data)
+        inputs.warn_of_known_strips(args, config, data)
         told = [message.split()[0] for message in caplog.messages]
         assert told == (warned if data == strips.fingerprint() else [])
 
@@ -527,22 +469,3 @@ def test_a_mask_larger_than_its_image_names_the_strip(
     assert run_train(data, tmp_path) == 2
     message = error_of(capsys.readouterr().err)
     assert ".jpg: run 6144 2 leaves an image of 6144 pixels" in message
-
-
-def test_a_gpu_that_runs_nothing_is_refused_before_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kaggle's P100 is there, and PyTorch has no code for it."""
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr(train, "device_usable", lambda device: device.type == "cpu")
-    with pytest.raises(ValueError, match=r"--device cuda:0: it runs nothing.* choose T4 or L4"):
-        train.choose_device("cuda:0")
-
-
-def test_a_mean_is_measured_of_the_images_that_can_be_read(tmp_path: Path) -> None:
-    for name, value in (("a.png", 51), ("b.png", 153)):
-        save_image(tmp_path / name, np.full(SMALL, value, np.uint8))
-    (tmp_path / "torn.png").write_bytes(b"torn")
-    strips = Strips(tmp_path, ["a.png", "torn.png", "b.png"], {})
-    assert train.measure_normalisation(strips, 1) == ((0.4,), (0.2,))
-    torn = replace(strips, names=["torn.png"])
-    with pytest.raises(ValueError, match=f"{tmp_path}: none of 1 images can be read"):
-        train.measure_normalisation(torn, 1)
