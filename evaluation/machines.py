@@ -28,8 +28,8 @@ class Machine:
 
     @property
     def workers(self) -> int:
-        """The kernel's processes there: one a GPU."""
-        return self.units if self.gpu else 1
+        """The kernel's processes there beside the first: one a GPU."""
+        return self.units if self.gpu else 0
 
 
 T4 = (

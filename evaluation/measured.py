@@ -23,6 +23,12 @@ class MeasuredRun:
     n_images: int = SEVERSTAL.n_images  # of the scored run
 
     @property
+    def workers(self) -> int:
+        """Processes beside the first: one a GPU, or several; 0: none."""
+        count, on_gpu = self.record.workers, self.record.device.startswith("cuda")
+        return count if on_gpu or count > 1 else 0
+
+    @property
     def work(self) -> Collection[StripWork]:
         """What ran for the strips that did not fail."""
         return self.record.work.values()

@@ -29,12 +29,12 @@ class Projection:
         return self.fixed_s + self.n_images * self.strip_s
 
 
-def usable_s(budget_s: float, workers: int = 1) -> float:
+def usable_s(budget_s: float, workers: int = 0) -> float:
     """Return the seconds of a budget that the kernel plans with; the rest is its reserve.
 
-    Several workers have less: each ends by itself before the run's watchdog would.
+    Workers have less: each ends by itself before the run's watchdog would.
     """
-    if workers > 1:
+    if workers:
         budget_s = worker_budget_s(budget_s - margin_s(budget_s))
     return planned_s(budget_s)
 

@@ -170,7 +170,7 @@ def build_report(
     budget_s = min(budget_s or limit_s, limit_s)
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
-    plan_s = usable_s(budget_s, run.record.workers)
+    plan_s = usable_s(budget_s, run.workers)
     judged = next(reversed(calibration), MACHINES[0].name)
     kaggle = next(machine for machine in machines if machine["machine"] == judged)
     clean, here = is_clean(checks), time_here(projection, plan_s, run.dropped)

@@ -61,10 +61,11 @@ def log_kinds(task: Task) -> None:
 
 
 def predict(context: RunContext, task: Task) -> Outcome:
-    """Predict a task with one process a GPU, or in this one."""
-    count = context.n_workers(task)
-    shared = count > 1
-    outcome = predict_by_workers(context, task, count) if shared else predict_here(context, task)
+    """Predict a task with one process a GPU, or in this one where there is none."""
+    if context.in_workers(task):
+        outcome = predict_by_workers(context, task, context.n_workers(task))
+    else:
+        outcome = predict_here(context, task)
     done = context.submission.done
     for name in task.names:
         if name not in done:

@@ -25,7 +25,7 @@ class Options:
     batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
     early_exit: bool = True
     streams: int = 1  # strips at once on a CPU, in threads that share its cores
-    workers: int = 0  # processes; 0 is one a GPU
+    workers: int = 0  # processes; 0 is one a GPU, 1 the first alone
     worker: bool = False  # one of several processes, for rows of its own
     budget_s: float | None = None  # from the start of `run`; None: the competition's limit
     strict: bool = False  # a strip that failed is an error
@@ -88,7 +88,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
     about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
     add("--streams", type=int, help=about)
-    add("--workers", type=int, help="processes; default one a GPU")
+    add("--workers", type=int, help="processes; default one a GPU; 1: this one alone")
     add("--worker", action="store_true", help="as the first process starts others")
     about = "seconds until all is written; default: the competition's limit, Severstal's an hour"
     add("--budget-s", type=float, help=about)

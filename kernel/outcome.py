@@ -85,3 +85,12 @@ class RunContext:
         """Processes that share a task: one a GPU, or as many as were asked for."""
         asked = self.options.workers or max(torch.cuda.device_count(), 1)
         return 1 if self.options.worker else min(asked, len(task.names))
+
+    def in_workers(self, task: Task) -> bool:
+        """Whether other processes than this one run a task: where a GPU breaks down its may abort.
+
+        One that is asked for is this one.
+        """
+        alone = self.options.worker or self.options.workers == 1
+        on_gpu = torch.cuda.device_count() > 0 and not alone
+        return self.n_workers(task) > (0 if on_gpu else 1)

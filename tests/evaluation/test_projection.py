@@ -88,8 +88,9 @@ def test_the_kernel_plans_with_as_many_seconds_of_a_budget_as_its_deadline() -> 
     assert usable_s(3600) == Deadline(3600, start=0).end == 3410
 
 
-def test_several_workers_plan_with_less_each_by_a_budget_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_plan_with_less_each_by_a_budget_of_its_own(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = list[list[str]]()
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
@@ -97,10 +98,10 @@ def test_several_workers_plan_with_less_each_by_a_budget_of_its_own(
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
     submission = Submission(Path("out.csv"), task.layout, task.pairs)
     context = RunContext(Options(budget_s=3600), Path(), Manifest([]), submission, Stages(), 0)
-    start_worker(context, task, tmp_path, 1, 2, "0")
+    start_worker(context, task, tmp_path, 1, workers, "0")
     budget_s = parse_options(commands[0][2:]).budget_s
     assert budget_s
-    assert usable_s(3600, workers=2) == Deadline(budget_s, start=0).end == 3324.5
+    assert usable_s(3600, workers) == Deadline(budget_s, start=0).end == 3324.5
 
 
 # --- what ran -------------------------------------------------------------------------------------

@@ -206,14 +206,22 @@ def test_a_budget_is_named_as_one() -> None:
     assert "1,830 s of the budget's 2,000 s" in as_lines(a_report(budget_s=2000.0))
 
 
-@pytest.mark.parametrize(("workers", "plan_s"), [(1, 3410.0), (2, 3324.5)])
-def test_time_is_enough_up_to_what_so_many_workers_plan_with(workers: int, plan_s: float) -> None:
+@pytest.mark.parametrize(
+    ("machine", "device", "workers", "plan_s"),
+    [
+        ("Kaggle's CPU", "cpu", 1, 3410.0),
+        ("one T4", "cuda", 1, 3324.5),
+        ("2×T4", "cuda", 2, 3324.5),
+    ],
+)
+def test_time_is_enough_up_to_what_the_kernel_plans_with_there(
+    machine: str, device: str, workers: int, plan_s: float
+) -> None:
     """Here and on Kaggle; 5,506 strips in it, 8 s of it before the first."""
     for more_s, fits in ((-0.001, True), (0.001, False)):
         strip_s = (plan_s - 8) / 5506 + more_s
-        here = a_report(workers=workers, seconds=8 + 4 * strip_s)["here"]
+        here = a_report(device=device, workers=workers, seconds=8 + 4 * strip_s)["here"]
         assert (here["usable_s"], here["fits"]) == (plan_s, fits)
-        machine = "2×T4" if workers == 2 else "one T4"
         known = {machine: {"rate": 102.5 / strip_s, "fixed_s": 8.0, "strips": 9}}
         machines = {each["machine"]: each for each in a_report(calibration=known)["machines"]}
         assert machines[machine]["seconds"] == pytest.approx(8 + 5506 * strip_s)

@@ -124,6 +124,24 @@ def test_a_worker_that_is_killed_costs_no_row(
         assert record[key] == record_alone[key], key
 
 
+def test_what_kills_the_process_of_the_one_gpu_costs_no_row(
+    bundle: Path,
+    images: Path,
+    alone: tuple[bytes, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first process would be the end of the run. No GPU here: its worker runs on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("kernel.workers.gpus_of", lambda count: [""] * count)
+    monkeypatch.setattr("kernel.inference.predict_here", lambda *_: pytest.fail("in this process"))
+    starts = kill_workers(monkeypatch, ["1.csv"])
+    record = predict(bundle, images, tmp_path / "submission.csv")
+    assert starts == ["1.csv", "1-again.csv"]
+    assert (tmp_path / "submission.csv").read_bytes() == alone[0]
+    assert record["workers"] == 1 and record["work"] == alone[1]["work"]
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_workers_share_the_rows_of_the_sample_and_not_the_folder(
     dies: bool, bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -557,13 +575,17 @@ def test_there_is_a_process_a_gpu_unless_told_otherwise(
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
 
-    def count(options: Options, task: Task = task) -> int:
-        return RunContext(options, Path(), Manifest([]), submission, Stages(), 0.0).n_workers(task)
+    def count(options: Options, task: Task = task) -> tuple[int, bool]:
+        """So many processes, and whether they are others than the first."""
+        context = RunContext(options, Path(), Manifest([]), submission, Stages(), 0.0)
+        return context.n_workers(task), context.in_workers(task)
 
-    assert count(Options()) == max(gpus, 1)
-    assert count(Options(workers=3)) == 3
-    assert count(Options(workers=3, worker=True)) == 1
-    assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == 2
+    assert count(Options()) == (max(gpus, 1), gpus > 0)
+    assert count(Options(workers=1)) == (1, False)
+    assert count(Options(workers=3)) == (3, True)
+    assert count(Options(workers=3, worker=True)) == (1, False)
+    assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == (2, True)
+    assert count(Options(), replace(task, pairs=[])) == (0, False)
 
 
 # --- what a worker is started with ----------------------------------------------------------------
