@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,8 @@ class Worker:
     task: Task
     csv: Path
     process: subprocess.Popen[bytes]
-    is_replacement: bool = False  # of one that crashed
-    crash_handled: bool = False
+    is_replacement: bool = False  # of one that died
+    death_handled: bool = False
     ended_unasked: bool = False
     stalled: bool = False  # and was killed for it
     taken_ns: int = 0  # when the csv was written that was taken over last
@@ -44,9 +45,14 @@ class Worker:
         return self.process.poll() is not None
 
     @property
-    def crashed(self) -> bool:
-        """Whether it ended without a record, and not because of what it was given."""
-        return self.ended and not self.record.is_file() and self.process.returncode not in REFUSALS
+    def died(self) -> bool:
+        """Whether it ended without a record."""
+        return self.ended and not self.record.is_file()
+
+    @property
+    def refused(self) -> bool:
+        """Whether it ended because of what it was given, by its exit code."""
+        return self.process.returncode in REFUSALS
 
     def collect(self, submission: Submission) -> None:
         """Take over what it has written so far; its csv has the images that are done."""
@@ -80,7 +86,8 @@ class Worker:
             self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # it is stuck in the system
+                self.process.wait(patience_s)
 
 
 def start_worker(

@@ -23,7 +23,7 @@ from kernel.task import Task
 from kernel.worker import REFUSALS, Worker, start_worker
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
-ENDING_S = 30.0  # that an interrupted worker has for its last save
+ENDING_S = 30.0  # that an interrupted worker has for its last save, and a killed one to end
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
 STALLED_S = 600.0  # without a strip that begins or ends, where another worker has done its own
 MAX_FRUITLESS_ROUNDS = 3  # on the CPU in a row, that give no image
@@ -39,7 +39,7 @@ class Round:
     records: list[RunRecord] = field(default_factory=list)
     exit_codes: dict[int, int] = field(default_factory=dict)  # number → code, of those that died
     image_at_death: str = ""  # that the first of these was at
-    suspects: set[str] = field(default_factory=set)  # what those that crashed had begun
+    suspects: set[str] = field(default_factory=set)  # what those that died had begun
     gpus: set[str] = field(default_factory=set)  # on which something was done
     lost: set[str] = field(default_factory=set)  # on which the last worker died by itself
 
@@ -57,7 +57,7 @@ class Round:
 def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: bool) -> Round:
     """Share a task among a worker on each of `gpus`; their masks go to the submission.
 
-    With `again` another follows at once on one that crashes, for a GPU's fault may end with its
+    With `again` another follows at once on one that dies, for a GPU's fault may end with its
     process. Where none does the round ends: the others plan their time without what is left.
     """
     workers, count = list[Worker](), len(gpus)
@@ -73,7 +73,7 @@ def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: boo
 
 
 def _watch(context: RunContext, workers: list[Worker], folder: Path, again: bool) -> None:
-    """Collect what workers write until all have ended, or one crashes on which none follows."""
+    """Collect what workers write until all have ended, or no other takes what one leaves."""
     # One that hangs without ending itself is not waited for until the hour is over:
     last_call_s = min(margin_s(context.budget_s) / 3, LAST_CALL_S)
     running, count = True, len(workers)
@@ -82,10 +82,14 @@ def _watch(context: RunContext, workers: list[Worker], folder: Path, again: bool
         running = not all(worker.ended for worker in workers)
         _collect(workers, context.submission)
         _kill_stalled(workers)
+        if any(_is_stuck(worker) for worker in workers):
+            return
         if context.deadline().over:
             continue
-        for worker in [each for each in workers if each.crashed and not each.crash_handled]:
-            worker.crash_handled = True
+        for worker in [each for each in workers if each.died and not each.death_handled]:
+            if worker.refused and not context.submission.done:
+                continue  # until another has given an image: then what it was given is sound
+            worker.death_handled = True
             worker.collect(context.submission)  # its last rows
             rest = worker.task.without(context.submission.done)
             if not rest.names:
@@ -117,10 +121,15 @@ def _kill_stalled(workers: Sequence[Worker]) -> None:
             worker.process.kill()
 
 
+def _is_stuck(worker: Worker) -> bool:
+    """Whether a killed worker has not ended: the system waits for a device or a disk of it."""
+    return worker.stalled and not worker.ended and worker.idle_s() > STALLED_S + ENDING_S
+
+
 def _start_replacement(
     context: RunContext, worker: Worker, rest: Task, folder: Path, count: int
 ) -> Worker:
-    """Start a worker for what one that crashed leaves.
+    """Start a worker for what one that died leaves.
 
     On a GPU that broke down it runs no engine, which would break it again. There PyTorch may abort.
 
@@ -157,16 +166,17 @@ def _read_round(done: Set[str], workers: Sequence[Worker]) -> Round:
             found.exit_codes.pop(worker.number, None)
             found.gpus.add(worker.gpu)
         except (OSError, ValueError):
-            found.exit_codes[worker.number] = worker.process.returncode
+            code = worker.process.returncode  # None: killed, and stuck in the system
+            found.exit_codes[worker.number] = -signal.SIGKILL if code is None else code
             found.image_at_death = found.image_at_death or worker.last_image()
         if not done.isdisjoint(worker.task.names):
             found.gpus.add(worker.gpu)
-        if worker.crash_handled:
+        if worker.death_handled or worker.stalled:
             found.suspects |= worker.begun() - done
     replaced_first = sorted(workers, key=lambda worker: worker.is_replacement)
     final = {worker.number: worker for worker in replaced_first}
     died = (final[number] for number in found.exit_codes)
-    found.lost = {worker.gpu for worker in died if worker.ended_unasked}
+    found.lost = {worker.gpu for worker in died if worker.ended_unasked or worker.stalled}
     return found
 
 
@@ -245,8 +255,8 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
     that leaves runs on the other GPUs. Where those crash too a worker on the CPU runs what all had
     begun: the image at which it dies is left out, and the GPUs go on. What killed a worker would
-    end the run, so images run in this process only where every worker refused its input, or where
-    the CPU's did after GPUs that gave nothing: then it says why.
+    end the run, so images run in this process only where no worker can be started, where every one
+    refused its input, or where the CPU's did after GPUs that gave nothing: then it says why.
     """
     outcome, died, done, killed = Outcome(), "", context.submission.done, False
     plan: Plan | None = first_plan(task, gpus_of(count))
@@ -255,10 +265,11 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
         try:
             found = run_workers(context, plan.task, plan.gpus or [""], again=plan.first)
         except OSError as error:
-            if not done:
-                raise
             died = f"the workers cannot run: {one_line(error)}"
-            break
+            if done or killed:
+                break
+            log.warning("%s; running all images in this process", died)
+            return predict_here(context, task)
         for record in found.records:
             outcome.add(record.outcome())
             context.stages.add(record.stages, record.networks, 1 / n_workers)
@@ -271,7 +282,7 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
             killed = killed or found.killed
             first_or_last = plan.first or not plan.gpus
             if found.refused and first_or_last and not (killed or done):
-                log.warning("all of them did so, and all images run in this process")
+                log.warning("every worker failed to start; running all images in this process")
                 return predict_here(context, task)  # it says what is wrong, as in one process
             if found.image_at_death and found.image_at_death not in done and not plan.gpus:
                 outcome.faults[found.image_at_death] = died

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import predict, read_submission, save_strips, write_sample
+from run_records import a_record
 
 from kernel.budget import margin_s
 from kernel.deadline import Deadline
@@ -25,13 +26,16 @@ from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
 from kernel.outcome import Outcome, RunContext
 from kernel.rows import LAYOUTS, read_rows
+from kernel.run_record import write_run_record
 from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task
+from kernel.tta import Half
 from kernel.worker import Worker, start_worker
 from kernel.workers import (
     Round,
     _kill_stalled,
+    _read_round,
     first_plan,
     predict_by_workers,
     run_workers,
@@ -547,11 +551,14 @@ def test_what_the_cpu_refuses_where_the_gpus_gave_nothing_is_refused_in_this_pro
     assert (outcome.faults == {"a.jpg": "here"}) == here
 
 
+@pytest.mark.parametrize("done", [{"4.png"}, set()], ids=["one image", "nothing"])
 def test_a_later_worker_that_cannot_be_started_costs_what_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What killed the first ones would kill this process, too."""
+    monkeypatch.setattr("kernel.workers.predict_here", lambda *_: pytest.fail("in this process"))
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
-    submission.done.add("4.png")
+    submission.done |= done
     rounds = iter([DIES])
 
     def run_workers(*_: object) -> Round:
@@ -563,7 +570,7 @@ def test_a_later_worker_that_cannot_be_started_costs_what_is_left_alone(
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
     context = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
     faults = predict_by_workers(context, task, 2).faults
-    assert faults.keys() == set(NAMES[:4])
+    assert faults.keys() == set(NAMES) - done
     assert "Resource temporarily unavailable" in faults["0.png"]
 
 
@@ -653,12 +660,13 @@ def test_a_worker_gets_the_options_of_its_run(
 
 
 def test_on_the_cpu_a_worker_has_one_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then it is known at which image it dies."""
+    """Then it is known at which image it dies. Not beside others, nor on a GPU."""
     options = Options(batch_size=8, streams=2)
-    (_, _, *words), environment = started(options, monkeypatch, gpu="", count=1)
-    found = parse_options(words)
-    assert (found.batch_size, found.streams) == (1, 1)
-    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    for gpu, count, expected in (("", 1, (1, 1)), ("", 2, (8, 2)), ("0", 1, (8, 2))):
+        (_, _, *words), environment = started(options, monkeypatch, gpu=gpu, count=count)
+        found = parse_options(words)
+        assert (found.batch_size, found.streams) == expected
+        assert environment["CUDA_VISIBLE_DEVICES"] == gpu
 
 
 @pytest.mark.parametrize("left_s", [3590.0, 1800.0, 430.0, 200.0, 95.0])
@@ -729,8 +737,13 @@ def test_a_worker_that_hears_no_signal_is_killed(
     assert interrupted(DEAF, bundle, images, tmp_path / "out.csv", monkeypatch) == [-9, -9]
 
 
-def test_a_worker_that_cannot_be_started_leaves_no_other_behind(
-    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_a_worker_cannot_be_started_all_images_run_here_and_no_other_is_left_behind(
+    bundle: Path,
+    images: Path,
+    alone: tuple[bytes, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     workers = list[subprocess.Popen[bytes]]()
 
@@ -742,9 +755,10 @@ def test_a_worker_that_cannot_be_started_leaves_no_other_behind(
 
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", start)
-    with pytest.raises(OSError, match="Cannot allocate memory"):
-        predict(bundle, images, tmp_path / "submission.csv", workers=2)
+    predict(bundle, images, tmp_path / "submission.csv", workers=2)
     assert workers[0].poll() == -15
+    assert (tmp_path / "submission.csv").read_bytes() == alone[0]
+    assert "Cannot allocate memory; running all images in this process" in caplog.text
 
 
 def test_what_workers_do_in_their_last_second_stands_too(
@@ -841,6 +855,53 @@ def test_a_worker_hangs_when_it_has_done_nothing_for_ten_minutes(
     assert killed == [2] * stalled and workers[1].stalled == stalled
 
 
+class Stuck:
+    """A process that a kill does not end, for the system waits for its device."""
+
+    returncode = None
+
+    def __init__(self) -> None:
+        self.polls = 0
+
+    def kill(self) -> None:
+        """No more than `terminate`."""
+
+    terminate = kill
+
+    def poll(self) -> None:
+        self.polls += 1
+        assert self.polls < 100, "waits for its end"
+
+    def wait(self, timeout: float | None = None) -> None:
+        assert timeout, "waits for its end"
+        raise subprocess.TimeoutExpired("worker", timeout)
+
+
+def test_a_worker_that_no_kill_ends_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves goes to the other's GPU, the image that it was at behind the others."""
+
+    def start(_: object, shard: Task, folder: Path, number: int, count: int, gpu: str) -> Worker:
+        process: Any = ended() if number == 1 else Stuck()
+        worker = Worker(number, gpu, shard, folder / f"{number}.csv", process)
+        last, long_ago = worker.csv.with_suffix(".last"), time.time() - 700
+        last.write_text(shard.names[0], encoding="utf-8")
+        os.utime(last, (long_ago, long_ago))
+        if number == 1:
+            write_run_record(worker.record, a_record())
+        return worker
+
+    monkeypatch.setattr("kernel.workers.start_worker", start)
+    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.01)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    begin = time.monotonic()
+    run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
+    found = run_workers(run, task, ["0", "1"], again=True)
+    assert (found.exit_codes, found.lost, found.suspects) == ({2: -9}, {"1"}, {"b.jpg"})
+
+
 WORKS = """
 import pathlib, signal, sys, time
 output = pathlib.Path(sys.argv[1])
@@ -849,10 +910,14 @@ time.sleep(60)
 """
 
 
+@pytest.mark.parametrize(("dies", "code"), [("os.abort()", -6), ("os._exit(2)", 2)])
 def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dies: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one plans its time for its own images alone: the next round for all."""
+    """The other one plans its time for its own images alone: the next round for all.
+
+    What one refuses where the other has done an image is its own fault, as a read that fails once.
+    """
     starts = list[str]()
 
     def start(command: list[str], **_: object) -> Any:
@@ -860,7 +925,7 @@ def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
         starts.append(output.name)
         if output.name != "2.csv":
             output.with_suffix(".last").write_text("a.jpg", encoding="utf-8")
-            return popen([sys.executable, "-c", "import os; os.abort()"])
+            return popen([sys.executable, "-c", f"import os; {dies}"])
         worker = popen([sys.executable, "-c", WORKS, str(output)])
         while not output.exists():
             time.sleep(0.05)
@@ -875,6 +940,53 @@ def test_a_round_ends_where_what_a_worker_leaves_has_no_other(
     )
     found = run_workers(context, task, ["0", "1"], again=True)
     assert starts == ["1.csv", "2.csv", "1-again.csv"]
-    assert next(iter(found.exit_codes.items())) == (1, -6) and found.exit_codes[2] == -15
+    assert next(iter(found.exit_codes.items())) == (1, code) and found.exit_codes[2] == -15
     assert found.gpus == {"1"} and submission.done == {"b.jpg"}
     assert found.lost == {"0"} and found.suspects == {"a.jpg"}
+
+
+def test_on_workers_that_all_refuse_no_other_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen, starts = subprocess.Popen, list[str]()
+
+    def start(command: list[str], **_: object) -> Any:
+        starts.append(Path(command[command.index("--output") + 1]).name)
+        return popen([sys.executable, "-c", "import os; os._exit(2)"])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.01)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    begin = time.monotonic()
+    run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
+    found = run_workers(run, task, ["0", "1"], again=True)
+    assert found.exit_codes == {1: 2, 2: 2} and found.refused
+    assert starts == ["1.csv", "2.csv"]
+
+
+def test_a_gpu_is_lost_only_where_the_last_worker_on_it_died_by_itself(tmp_path: Path) -> None:
+    """One that was interrupted may have gone on."""
+    task, process = Task(Path(), LAYOUTS["two-column"], [("a.jpg", 1)]), ended()
+    first = Worker(1, "0", task, tmp_path / "1.csv", process, ended_unasked=True)
+    again = Worker(1, "0", task, tmp_path / "1-again.csv", process, is_replacement=True)
+    for order in ([first, again], [again, first]):
+        assert _read_round(set(), order).lost == set()
+    again.ended_unasked = True
+    assert _read_round(set(), [first, again]).lost == {"0"}
+
+
+def test_seconds_of_workers_that_run_at_once_are_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = a_record(stages={"load": 2.0})
+    given = Round(records=[record, record])
+    monkeypatch.setattr("kernel.workers.run_workers", lambda *_, **__: given)
+    submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    submission.done.update(NAMES)
+    task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
+    begin = time.monotonic()
+    context = RunContext(Options(), Path(), Manifest([]), submission, Stages(), begin)
+    predict_by_workers(context, task, 2)
+    assert context.stages.seconds == {"load": 2.0}
+    assert context.stages.networks["a", Half.ENCODER] == pytest.approx(2.1)
