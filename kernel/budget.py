@@ -1,7 +1,7 @@
 """The budget: how many of its seconds a run plans with, and when it is ended."""
 
 RESERVE, RESERVE_S = 0.05, 10.0  # of a budget: the interpreter's start, the last save, a stall
-MIN_MARGIN_S = 3.0
+MIN_MARGIN_S, MAX_MARGIN_S = 3.0, 60.0
 WORKER_MARGIN_S = 30.0  # a worker that hangs ends by itself before the process that started it
 
 
@@ -11,11 +11,11 @@ def planned_s(budget_s: float) -> float:
 
 
 def margin_s(budget_s: float) -> float:
-    """Seconds before the end of a budget at which a hung run is ended: of an hour a minute.
+    """Seconds before the end of a budget at which a hung run is ended: of an hour or more a minute.
 
     What came before the run, the container's start and the imports, has taken some of it unseen.
     """
-    return max(budget_s / 60, MIN_MARGIN_S)
+    return min(max(budget_s / 60, MIN_MARGIN_S), MAX_MARGIN_S)
 
 
 def worker_budget_s(left_s: float) -> float:

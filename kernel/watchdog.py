@@ -4,18 +4,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from kernel.budget import margin_s
 from kernel.logs import log
 from kernel.submission import Submission
 
 
-def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
-    """Start a timer that keeps no process alive."""
+def daemon_timer(seconds: float, action: Callable[[], object]) -> threading.Timer:
+    """Return a timer, to be started, that keeps no process alive."""
     timer = threading.Timer(seconds, action)
     timer.daemon = True
-    timer.start()
     return timer
 
 
@@ -30,16 +29,19 @@ def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
         os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
 
     def kill_run() -> None:
-        hung = after(margin_s(left_s) / 2, end)  # the disk, too
-        log.error("the budget is spent: ending with the strips that are done, the others empty")
+        hung = daemon_timer(margin_s(left_s) / 2, end)
         try:
-            submission.save()
+            hung.start()  # the disk may hang, or who reads the log
+            with suppress(OSError):  # a disk that is full: an earlier save stands
+                submission.save()
+            log.error("the budget is spent: ending with the strips that are done, the others empty")
             logging.shutdown()
-        finally:  # a disk that is full too: an earlier save stands
+        finally:
             hung.cancel()
             end()
 
-    timer = after(max(left_s - margin_s(left_s), 0.0), kill_run)
+    timer = daemon_timer(max(left_s - margin_s(left_s), 0.0), kill_run)
+    timer.start()
     try:
         yield
     finally:
