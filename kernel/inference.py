@@ -52,6 +52,20 @@ def open_submission(options: Options, task: Task) -> Submission:
     return submission
 
 
+def save_last(submission: Submission, empty_rows: bool) -> None:
+    """Save for the last time; where that fails the file of an earlier save stands.
+
+    Raises:
+        OSError: in a worker, whose rows that are not saved run in another.
+    """
+    try:
+        submission.save(empty_rows)
+    except OSError as error:
+        if not submission.whole:
+            raise
+        log.error("cannot save the last rows, those saved before stand: %s", one_line(error))
+
+
 def log_kinds(task: Task) -> None:
     """Log an image of another colour or depth than the competition says; it is predicted too."""
     try:
@@ -138,11 +152,12 @@ def run(options: Options) -> RunRecord:
             outcome = predict(context, task)
         finally:  # interrupted too: what is done stays
             with stages("write"):
-                rows = submission.save(manifest.empty_rows or not task.layout.may_omit_empty)
+                save_last(submission, manifest.empty_rows or not task.layout.may_omit_empty)
         if not options.worker:
             with stages("validate"):
                 log_findings(options.output, task, context.until_watchdog_s())
-    record = build_run_record(context, task, outcome, rows, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    record = build_run_record(context, task, outcome, submission.n_rows, seconds)
     log_summary(record, options.output)
     return record
 

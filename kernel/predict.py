@@ -21,6 +21,9 @@ from kernel.submission import Submission
 from kernel.task import Task
 
 
+READ_S = 300.0  # that a file may take: what takes longer hangs
+
+
 def read_ahead(
     folder: Path,
     names: Iterable[str],
@@ -30,7 +33,8 @@ def read_ahead(
 ) -> Iterator[Strip]:
     """Yield strips in order, up to `ahead` of them read beside the networks.
 
-    Once a deadline is over no file is read any more: what is left would take its reserve.
+    Once a deadline is over no file is read any more: what is left would take its reserve. One whose
+    read hangs costs its own strip; only at the end it is waited for.
     """
 
     def read(name: str) -> Strip:
@@ -38,14 +42,20 @@ def read_ahead(
             return Strip(name, None, TOO_LATE)
         return read_strip(folder, name, competition)
 
+    def result(name: str, strip: Future[Strip]) -> Strip:
+        try:
+            return strip.result(timeout=READ_S)
+        except TimeoutError:
+            return Strip(name, None, f"was not read in {READ_S:.0f} s")
+
     with ThreadPoolExecutor(max_workers=2) as pool:
-        waiting: list[Future[Strip]] = []
+        waiting: list[tuple[str, Future[Strip]]] = []
         for name in names:
-            waiting.append(pool.submit(read, name))
+            waiting.append((name, pool.submit(read, name)))
             if len(waiting) > ahead:
-                yield waiting.pop(0).result()
-        for strip in waiting:
-            yield strip.result()
+                yield result(*waiting.pop(0))
+        for each in waiting:
+            yield result(*each)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:

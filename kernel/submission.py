@@ -27,6 +27,7 @@ class Submission:
         self.done = set[str]()  # images whose masks are set
         self.lines = {pair: layout.line(*pair, "") for pair in pairs}
         self.rles: dict[RowKey, str] = {}  # of rows with a mask
+        self.n_rows = 0  # of the file
         self.next_s = 0.0  # time.monotonic() of the next save within that share
         self.saving = threading.Lock()  # the watchdog saves too
 
@@ -54,9 +55,10 @@ class Submission:
         text += "".join([line for pair, line in self.lines.items() if pair in rows])
         with self.saving:
             write_text(self.path, text)
+            self.n_rows = len(rows)
         now = time.monotonic()
         self.next_s = now + (now - start) / self.MAX_SAVING_SHARE
-        return len(rows)
+        return self.n_rows
 
     def save_throttled(self) -> None:
         """Save, unless too much time went into that lately; a full disk may have room later."""

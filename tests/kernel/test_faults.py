@@ -1,5 +1,6 @@
 """What goes wrong under way, and what becomes of the submission: tests/README.md has the table."""
 
+import errno
 import itertools
 import json
 import logging
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,10 +46,11 @@ from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
-from kernel.images import Image, Mask
+from kernel.images import Image, Mask, Strip, read_strip
 from kernel.manifest import MemberSpec
 from kernel.members import Member
-from kernel.outcome import RunContext
+from kernel.outcome import Outcome, RunContext
+from kernel.predict import read_ahead
 from kernel.rle import encode_rle
 from kernel.submission import Submission
 from kernel.tta import Pass
@@ -207,6 +210,28 @@ def test_an_engine_is_given_up_at_once_after_eight_images_in_a_row(
     assert not record["faults"] and len(record["work"]) == 20
     [line] = [line for line in caplog.messages if "run again" in line]
     assert re.match(said, line)
+
+
+def test_a_read_that_hangs_costs_its_own_strip(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are read beside it."""
+    answers = threading.Event()
+
+    def read(folder: Path, name: str, *rules: Any) -> Strip:
+        if name == NAMES[1]:
+            answers.wait(timeout=60)
+        return read_strip(folder, name, *rules)
+
+    monkeypatch.setattr("kernel.predict.read_strip", read)
+    monkeypatch.setattr("kernel.predict.READ_S", 1.0)
+    coming = read_ahead(images, NAMES, ahead=1)
+    strips = [next(coming) for _ in NAMES]
+    answers.set()
+    assert next(coming, None) is None
+    assert [strip.name for strip in strips] == NAMES
+    faults = {strip.name: strip.fault for strip in strips if strip.image is None}
+    assert faults == {NAMES[1]: "was not read in 1 s"}
 
 
 def test_an_error_after_strips_that_are_done_ends_nothing(
@@ -521,6 +546,46 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     predict(bundle, images, images.parent / "submission.csv")
     assert any("No space left" in line for line in caplog.messages)
     assert (images.parent / "submission.csv").read_bytes() == whole.read_bytes()
+
+
+@pytest.fixture
+def full_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has no room for the submission any more once all strips are done."""
+    write_text, predict_all, full = Path.write_text, inference.predict, list[bool]()
+
+    def write(path: Path, *arguments: Any, **named: Any) -> Any:
+        if full and path.name.startswith("submission.csv"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+        return write_text(path, *arguments, **named)
+
+    def predicted(*given: Any) -> Outcome:
+        outcome = predict_all(*given)
+        full.append(True)
+        return outcome
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(inference, "predict", predicted)
+    monkeypatch.setattr(Submission, "MAX_SAVING_SHARE", 1e9)  # a save after every strip
+
+
+@pytest.mark.usefixtures("full_at_the_end")
+def test_where_the_last_save_fails_the_one_before_it_stands(
+    bundle: Path, images: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = images.parent / "submission.csv"
+    words = ("--bundle", bundle, "--images", images, "--output", output)
+    assert exit_code(inference.main, *words) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    [line] = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
+    assert line.startswith("cannot save the last rows") and "quota exceeded" in line
+    assert json.loads(output.with_name("run.json").read_text())["rows"] == 4 * len(NAMES)
+
+
+@pytest.mark.usefixtures("full_at_the_end")
+def test_a_worker_whose_last_save_fails_has_no_record(bundle: Path, images: Path) -> None:
+    """With one its rows would be taken for done."""
+    with pytest.raises(OSError, match="quota exceeded"):
+        predict(bundle, images, images.parent / "submission.csv", worker=True)
 
 
 def test_every_strip_that_is_done_is_on_disk_when_the_next_one_starts(
