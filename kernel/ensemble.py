@@ -74,13 +74,15 @@ class Ensemble:
 
     def run_pass(self, pass_id: int, images: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Return gates and probabilities of both halves, in one piece where the engine has one."""
-        member, flip = self._activate(pass_id)
-        tried, shape = self.tried[member.spec.name], self._shape_of(member, images)
-        many = shape not in tried and len(tried) >= MAX_CACHED_SHAPES
+        name = self.passes[pass_id].member
+        tried = self.tried[name]
+        known = self._shape_of(name, images) in tried
+        member, flip = self._activate(pass_id)  # after `known`: what a trial found is in it
+        many = not known and len(tried) >= MAX_CACHED_SHAPES
         if member.whole is None or many:
             encoded = self.run_encoder(pass_id, images)
             return encoded[0], self.run_decoder(pass_id, encoded, size)
-        if shape not in tried:
+        if not known:
             return self._try_one_piece(pass_id, images, size)
         with self.stages.whole_pass(member.spec.name, self.passes[pass_id].flops):
             return self._run_whole(member, flip, images, size)
@@ -117,12 +119,12 @@ class Ensemble:
         if fault:
             log.warning("%s runs in two halves, not in one piece: %s", member.spec.name, fault)
             self.members[member.spec.name] = replace(member, whole=None)
-        self.tried[member.spec.name].add(self._shape_of(member, images))
+        self.tried[member.spec.name].add(self._shape_of(member.spec.name, images))
         return halves
 
-    def _shape_of(self, member: Member, images: Tensor) -> Shape:
+    def _shape_of(self, member: str, images: Tensor) -> Shape:
         """Return what a member sees of images: how many, and their size."""
-        height, width = self.sizes[member.spec.name] or images.shape[-2:]
+        height, width = self.sizes[member] or images.shape[-2:]
         return len(images), height, width
 
     def _resize_pad_flip(self, images: Tensor, member: Member, flip: str) -> Tensor:

@@ -1,6 +1,7 @@
 """The ensemble: its masks are those of a plain double loop over members and flips."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,33 @@ def test_a_member_is_tried_in_one_piece_at_each_size_that_it_sees(
         assert size or torch.equal(found, images.expand(-1, 4, -1, -1) / 2)
     assert len(ran) == (1 if size else 3)
     assert ("one runs in two halves, not in one piece: its bits" in caplog.text) == (size is None)
+
+
+def test_a_member_that_another_thread_finds_to_differ_runs_in_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its trial ends while this one is on its way to the same member."""
+    shape_of = Ensemble._shape_of
+
+    def end_trial(ensemble: Ensemble, name: str, images: Tensor) -> tuple[int, int, int]:
+        shape = shape_of(ensemble, name, images)
+        ensemble.members[name] = replace(member, whole=None)
+        ensemble.tried[name].add(shape)
+        return shape
+
+    spec = MemberSpec("one", "one.safetensors", {}, [0.0], [1.0])
+    member = Member(
+        spec,
+        lambda images: (torch.ones(len(images), 4), images),
+        lambda _, images: images.expand(-1, 4, -1, -1),
+        32,
+        whole=lambda _: pytest.fail("in one piece"),
+    )
+    ensemble = Ensemble(Manifest([spec]), [member], CPU, Stages())
+    monkeypatch.setattr(Ensemble, "_shape_of", end_trial)
+    images = torch.rand(1, 1, 32, 64)
+    _, found = ensemble.run_pass(0, images, (32, 64))
+    assert torch.equal(found, images.expand(-1, 4, -1, -1))
 
 
 @pytest.mark.parametrize(("device", "plain"), [("cuda", False), ("cuda", True), ("cpu", False)])
