@@ -87,7 +87,8 @@ class Backend:
     after_loss: bool = False  # of another device
 
     def __str__(self) -> str:
-        return "again, on plain PyTorch" if self.plain else "on the CPU"
+        device = "GPU" if self.device.type == "cuda" else "CPU"
+        return f"on the {device}{' with plain PyTorch' if self.plain else ''}"
 
     def next_after(self, lost: bool) -> "Backend | None":
         """Return what runs what this one leaves, where its device was `lost` or not; None: nothing.
@@ -148,12 +149,13 @@ def predict_here(context: RunContext, task: Task) -> Outcome:
         DeviceLost: in a worker, for another process may have the GPU again.
     """
     outcome, rest, threads = Outcome(), task, torch.get_num_threads()
-    backend: Backend | None = _first_backend(context)
+    first = _first_backend(context)
+    backend: Backend | None = first
     while backend:
         found = Outcome()
         torch.set_num_threads(threads)  # one where OpenVINO's members ran
         last = backend.next_after(lost=False) is None
-        bundle_fault = rest is task or (last and not outcome.work)
+        bundle_fault = backend == first or (last and not outcome.work)
         lost, fault = _attempt(backend, context, rest, found, bundle_fault)
         outcome.add(found)
         rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
@@ -161,7 +163,7 @@ def predict_here(context: RunContext, task: Task) -> Outcome:
         backend = backend.next_after(lost) if more else None
         if backend:
             fault = fault or found.faults.get(min(found.failed, default=""), "")
-            log.warning("%s; the last %d images run %s", fault, len(rest.names), backend)
+            log.warning("%s; the remaining %d images run %s", fault, len(rest.names), backend)
         elif fault:
             log.warning("%s", fault)
     _settle_faults(outcome)

@@ -169,15 +169,15 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     assert not record["faults"] and record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
     [line] = [line for line in caplog.messages if line.startswith(reason)]
-    assert "the last 6 images run again, on plain PyTorch" in line
+    assert "the remaining 6 images run on the CPU with plain PyTorch" in line
 
 
 @pytest.mark.parametrize(
     ("fails", "said"),
     [
-        (range(7), "the networks failed: .*; the last 7 images run again"),
-        (range(8), "on 8 images in a row the networks failed: .*; the last 20 images run again"),
-        (range(0, 18, 2), "the networks failed: .*; the last 9 images run again"),
+        (range(7), "the networks failed: .*; the remaining 7 images run"),
+        (range(8), "on 8 images in a row the networks failed: .*; the remaining 20 images run"),
+        (range(0, 18, 2), "the networks failed: .*; the remaining 9 images run"),
     ],
     ids=["seven in a row", "eight", "nine, never two together"],
 )
@@ -208,7 +208,7 @@ def test_an_engine_is_given_up_at_once_after_eight_images_in_a_row(
         save_image(tmp_path / "images" / f"{number:02}.png", image)
     record = predict(session_light, tmp_path / "images", tmp_path / "submission.csv")
     assert not record["faults"] and len(record["work"]) == 20
-    [line] = [line for line in caplog.messages if "run again" in line]
+    [line] = [line for line in caplog.messages if "run on the CPU with plain PyTorch" in line]
     assert re.match(said, line)
 
 
@@ -268,7 +268,7 @@ def test_a_gpu_that_cannot_load_the_members_leaves_them_to_the_cpu(
     record = predict(bundle, images, images.parent / "submission.csv")
     assert record["device"] == "cpu" and not record["faults"]
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
-    [line] = [line for line in caplog.messages if "the last 6 images run on the CPU" in line]
+    [line] = [line for line in caplog.messages if line.endswith("6 images run on the CPU")]
     assert line.startswith("cuda fails: ")
 
 
@@ -292,6 +292,13 @@ def test_what_is_left_runs_on_less_and_less(
     backend: Backend, lost: bool, expected: Backend | None
 ) -> None:
     assert backend.next_after(lost) == expected
+
+
+def test_a_backend_is_named_by_its_device_and_its_engine() -> None:
+    backends = [Backend(CUDA), Backend(CUDA, True), Backend(CPU), Backend(CPU, True)]
+    plain = " with plain PyTorch"
+    expected = ["on the GPU", f"on the GPU{plain}", "on the CPU", f"on the CPU{plain}"]
+    assert list(map(str, backends)) == expected
 
 
 @pytest.mark.parametrize("over", [False, True])
@@ -649,7 +656,7 @@ def test_a_gpu_lost_half_way_leaves_its_strips_to_the_cpu(
     assert len(record["work"]) == 6
     [line] = [line for line in caplog.messages if "run on the CPU" in line]
     assert "launch failure" in line
-    assert re.search(r"the last [1-5] images", line)  # what was done is not done again
+    assert re.search(r"the remaining [1-5] images", line)  # what was done is not done again
     assert (images.parent / "submission.csv").read_bytes() == whole.read_bytes()
 
 
