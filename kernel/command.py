@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from kernel.logs import start_log
 
 BAD_INPUT = 2  # the exit code, as argparse's
 INTERRUPTED = 130
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 Failures = tuple[type[Exception], ...]
 
@@ -52,6 +54,15 @@ def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSErr
     _flush_output()
     if code:
         sys.exit(code)
+
+
+def end_with_parent() -> None:
+    """Have Linux interrupt this process when the one that started it ends, by whatever signal.
+
+    More exactly, when the thread of it that did so ends.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _prepare_streams() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.backends import predict_here
-from kernel.command import run_command
+from kernel.command import end_with_parent, run_command
 from kernel.competition import load_competition
 from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
@@ -175,6 +175,8 @@ def draw_found(arguments: Sequence[str] | None = None) -> Picture:
 
 def run_options(options: Options) -> int:
     """Run, and write the run record; return the exit code."""
+    if options.worker:
+        end_with_parent()
     check_options(options)
     try:
         record = run(options)

@@ -44,6 +44,27 @@ def code_of(error: BaseException | None, code: int = 0) -> int:
     return 0
 
 
+CHILD = """
+import signal, sys
+from kernel.command import end_with_parent
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("interrupted", flush=True)))
+signal.alarm(30)  # it is no orphan for ever
+end_with_parent()
+print("ready", flush=True)
+signal.pause()
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell a process no such thing")
+def test_a_process_is_interrupted_when_its_parent_is_killed() -> None:
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout and parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.read() == "interrupted\n"
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_what_a_command_returns_is_its_exit_code(
     code: int, capsys: pytest.CaptureFixture[str]
