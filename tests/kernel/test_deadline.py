@@ -63,7 +63,7 @@ class Machine:
                 log.plans.append([])
                 continue
             before = self.now
-            plan = select(deadline, self.passes, self.strips - strip)
+            plan = deadline.select_passes(self.passes)
             log.plans.append(plan)
             clean = rng.random() < self.clean
             for number in plan[: math.ceil(len(plan) / 2)] if clean else plan:
@@ -224,6 +224,12 @@ def test_a_gpu_that_warms_up_loses_no_pass(
     log = machine.run(3600)
     assert log.seconds[0] == 96
     assert bool(log.deadline.dropped) == (not warm_up)
+
+
+def test_a_steady_machine_that_has_time_for_a_pass_of_each_strip_leaves_none_empty() -> None:
+    """All passes of the strips before the first is dropped take no more than a few per cent."""
+    log = Machine({"a": 0.1}, 300, 0.0, 9999, 0, 9999, 1, 0).run(86)
+    assert len(log.plans[0]) == 3 and min(map(len, log.plans)) == 1
 
 
 # --- a real run -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Scheduling: batches and regrouping change no mask, and a strip that fails costs only itself."""
 
+import itertools
 import math
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,8 +140,9 @@ def source() -> DrawnPasses:
 def test_masks_are_those_of_every_pass_whatever_the_batch(
     batch_size: int, early_exit: bool, source: DrawnPasses
 ) -> None:
-    states = run(Scheduler(source, batch_size, early_exit), numbered())
-    assert len(states) == N_STRIPS
+    scheduler = Scheduler(source, batch_size, early_exit)
+    states = run(scheduler, numbered())
+    assert len(states) == N_STRIPS and scheduler.deadline.strips_left == 0
     for name, state in states.items():
         assert not state.fault
         np.testing.assert_array_equal(state.masks, source.masks(int(name)))
@@ -700,13 +703,16 @@ def test_a_strip_of_another_size_waits_for_one_like_it_but_not_for_ever(
     assert done.index("1") in end
 
 
-def test_the_deadline_learns_what_each_half_and_strip_took(source: DrawnPasses) -> None:
-    heard = list[tuple[Any, ...]]()
+def test_the_deadline_learns_what_each_half_and_strip_took(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which each step takes 5 s: a whole pass of 3 and 2 flops."""
+    clock, heard = itertools.count(0, 5), list[tuple[Any, ...]]()
+    monkeypatch.setattr("kernel.scheduling.time", SimpleNamespace(monotonic=clock.__next__))
 
     class Spied(Deadline):
         def half_done(self, member: str, half: Half, seconds: float, strips: int) -> None:
-            assert 0 <= seconds < 10
-            heard.append((member, half, strips))
+            heard.append((member, half, seconds, strips))
 
         def strips_done(self, plans: Sequence[Sequence[Any]]) -> None:
             super().strips_done(plans)
@@ -718,7 +724,8 @@ def test_the_deadline_learns_what_each_half_and_strip_took(source: DrawnPasses) 
 
     scheduler = Scheduler(source, 1, False, Spied(1e6, 0.0, clock=lambda: 0.0), [1, 2])
     run(scheduler, numbered(2))
-    halves = [(m, half, 1) for m in ("m0", "m1") for half in Half]
+    seconds = {Half.ENCODER: 3.0, Half.DECODER: 2.0}
+    halves = [(m, half, seconds[half], 1) for m in ("m0", "m1") for half in Half]
     done = ("m0/vertical", "m1/none")
     assert heard == [("of", 2), *halves, done, ("of", 1), *halves, done]
 
