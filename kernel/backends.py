@@ -13,8 +13,9 @@ from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, first_image, size_of
 from kernel.logs import log
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
 from kernel.predict import EngineFails, note_names, predict_task
+from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
 from kernel.task import Task
 
@@ -43,7 +44,7 @@ def predict_on(
     """
     options, on_gpu = context.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, names = context.deadline(), note_names(task.names, context.last_image)
+    deadline, names = context.new_deadline(), note_names(task.names, context.last_image)
     image = first_image(task.images, names, task.layout.competition)
     try:
         ensemble = load_ensemble(
@@ -159,7 +160,7 @@ def predict_here(context: RunContext, task: Task) -> Outcome:
         lost, fault = _attempt(backend, context, rest, found, bundle_fault)
         outcome.add(found)
         rest = rest.without(found.work.keys() | (found.faults.keys() - found.failed))
-        more = rest.names and not context.deadline().over
+        more = rest.names and not context.over
         backend = backend.next_after(lost) if more else None
         if backend:
             fault = fault or found.faults.get(min(found.failed, default=""), "")

@@ -22,7 +22,8 @@ from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
 from kernel.options import Options, check_options, parse_options
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
+from kernel.run_context import RunContext
 from kernel.run_record import RunRecord, build_run_record, write_run_record
 from kernel.stages import Stages
 from kernel.submission import Submission

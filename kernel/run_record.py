@@ -13,7 +13,8 @@ from kernel.faults import one_line
 from kernel.files import write_text
 from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
+from kernel.run_context import RunContext
 from kernel.strip_state import StripWork
 from kernel.task import Task
 from kernel.tta import Half, Pass

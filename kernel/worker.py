@@ -11,8 +11,8 @@ from pathlib import Path
 from kernel.budget import worker_budget_s
 from kernel.command import BAD_INPUT
 from kernel.options import arguments_of
-from kernel.outcome import LAST, RunContext
 from kernel.rows import csv_line, read_rows
+from kernel.run_context import LAST, RunContext
 from kernel.submission import Submission
 from kernel.task import Task
 

@@ -15,7 +15,8 @@ from kernel.budget import margin_s
 from kernel.device import GPU_LOST
 from kernel.faults import one_line
 from kernel.logs import log
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
+from kernel.run_context import RunContext
 from kernel.run_record import RunRecord, read_run_record
 from kernel.strip_state import TOO_LATE
 from kernel.submission import Submission
@@ -84,7 +85,7 @@ def _watch(context: RunContext, workers: list[Worker], folder: Path, again: bool
         _kill_stalled(workers)
         if any(_is_stuck(worker) for worker in workers):
             return
-        if context.deadline().over:
+        if context.over:
             continue
         for worker in [each for each in workers if each.died and not each.death_handled]:
             if worker.refused and not context.submission.done:
@@ -277,7 +278,7 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
             number, code = next(iter(found.exit_codes.items()))
             died = f"worker {number} of {n_workers} ended with exit code {code}"
             log.warning("%s", died)
-            if code == 0 and context.deadline().over:  # its watchdog ended it
+            if code == 0 and context.over:  # its watchdog ended it
                 died = TOO_LATE
             killed = killed or found.killed
             first_or_last = plan.first or not plan.gpus
@@ -287,7 +288,7 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
             if found.image_at_death and found.image_at_death not in done and not plan.gpus:
                 outcome.faults[found.image_at_death] = died
         rest = task.without(done | outcome.faults.keys())
-        over, grew = context.deadline().over, len(done) > n_before
+        over, grew = context.over, len(done) > n_before
         plan = plan.next(found, rest, grew) if rest.names and not over else None
         if plan:
             log.warning("%d images are left, and run in another", len(rest.names))

@@ -21,8 +21,8 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Size
 from kernel.manifest import Manifest, load_manifest
 from kernel.options import Options, parse_options
-from kernel.outcome import RunContext
 from kernel.rows import LAYOUTS
+from kernel.run_context import RunContext
 from kernel.run_record import parse_run_record
 from kernel.stages import Stages
 from kernel.strip_state import TOO_LATE

@@ -49,9 +49,10 @@ from kernel.ensemble import Ensemble
 from kernel.images import Image, Mask, Strip, read_strip
 from kernel.manifest import MemberSpec
 from kernel.members import Member
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
 from kernel.predict import read_ahead
 from kernel.rle import encode_rle
+from kernel.run_context import RunContext
 from kernel.submission import Submission
 from kernel.tta import Pass
 

@@ -241,7 +241,7 @@ class Simulated(Deadline):
 def test_a_flip_that_the_deadline_drops_for_some_strips_is_in_no_work_of_theirs(
     tiny_bundle: Path, images: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernel.outcome.Deadline", Simulated)
+    monkeypatch.setattr("kernel.run_context.Deadline", Simulated)
     bundle = tiny_bundle / "dataset"
     record = run_record(bundle, images, early_exit=False)
     assert_record_is_what_ran(record, spy, NAMES)

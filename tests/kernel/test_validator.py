@@ -23,9 +23,10 @@ from pycocotools import mask as coco
 from kernel import inference
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
 from kernel.rle import decode_rle
 from kernel.rows import LAYOUTS, SPREADSHEET_CELL, read_rows
+from kernel.run_context import RunContext
 from kernel.task import Task
 from kernel.validator import (
     Findings,

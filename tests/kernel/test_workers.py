@@ -24,8 +24,9 @@ from kernel.deadline import Deadline
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
-from kernel.outcome import Outcome, RunContext
+from kernel.outcome import Outcome
 from kernel.rows import LAYOUTS, read_rows
+from kernel.run_context import RunContext
 from kernel.run_record import write_run_record
 from kernel.stages import Stages
 from kernel.submission import Submission
