@@ -35,7 +35,7 @@ class RecordedPasses:
     encoded: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # pass id → gates, …
     probabilities: dict[int, Tensor] = field(default_factory=dict)  # (1, classes, H, W)
     stages: Stages = field(default_factory=Stages, init=False)  # a replay's, not the ensemble's
-    queued: bool = field(default=False, init=False)
+    is_async: bool = field(default=False, init=False)
     manifest: Manifest = field(init=False)
     passes: list[Pass] = field(init=False)
     device: torch.device = field(init=False)
@@ -69,7 +69,7 @@ class RecordedPasses:
     def _timed(self, pass_id: int, half: Half, run: Callable[[], T]) -> T:
         """Run a half; where a device only queues it, wait for it, for its seconds to count."""
         start, found = time.perf_counter(), run()
-        if self.ensemble.queued:
+        if self.ensemble.is_async:
             torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
             self.ensemble.stages.add_network(self.passes[pass_id].member, half, seconds)

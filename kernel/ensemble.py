@@ -38,7 +38,7 @@ class Ensemble:
         streams: int = 1,
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
-        self.queued = device.type == "cuda"
+        self.is_async = device.type == "cuda"
         self.streams = streams  # threads that may run passes at once
         members = sorted(members, key=_proof_cost)
         specs = [(member.spec.name, member.spec.flops) for member in members]
@@ -88,8 +88,8 @@ class Ensemble:
             return self._run_whole(member, flip, images, size)
 
     def _timed(self, member: Member, half: Half) -> AbstractContextManager[None]:
-        """Count the seconds of a half; where it is only queued, who waits for it does."""
-        return nullcontext() if self.queued else self.stages.network(member.spec.name, half)
+        """Count the seconds of a half; of an asynchronous one who waits for it does."""
+        return nullcontext() if self.is_async else self.stages.network(member.spec.name, half)
 
     def _run_whole(
         self, member: Member, flip: str, images: Tensor, size: Size

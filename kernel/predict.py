@@ -120,15 +120,15 @@ def predict_task(
     Raises:
         EngineFails: the networks failed on `patience` images, one after another.
     """
-    stages, rules, in_a_row = scheduler.source.stages, task.layout.competition, 0
+    stages, competition, in_a_row = scheduler.source.stages, task.layout.competition, 0
     # A worker on the CPU decodes no strip ahead: so it is known at which image it dies.
     alone = last_image is not None and scheduler.source.device.type == "cpu"
     ahead = 0 if alone else 4 * scheduler.limits.batch_size
     names = note_names(task.names, last_image)
-    strips = read_ahead(task.images, names, ahead, rules, scheduler.deadline)
+    strips = read_ahead(task.images, names, ahead, competition, scheduler.deadline)
     stages.share_among(scheduler.threads)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
-    before, sizes = time.monotonic(), OtherSizes(rules.image_size)
+    before, sizes = time.monotonic(), OtherSizes(competition.image_size)
     with progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
             in_a_row = in_a_row + state.failed if state.fault else 0
@@ -154,10 +154,11 @@ def _take_masks(
     state: StripState, scheduler: Scheduler, submission: Submission, outcome: Outcome
 ) -> None:
     """Take a strip's masks into the submission, and what ran for it into the outcome."""
-    name, rules = state.strip.name, submission.layout.competition
+    name, competition = state.strip.name, submission.layout.competition
     with scheduler.source.stages("rle"):
         masks = enumerate(state.masks, 1)
-        submission.set_masks(name, {label: encode_rle(mask, rules) for label, mask in masks})
+        rles = {label: encode_rle(mask, competition) for label, mask in masks}
+        submission.set_masks(name, rles)
     outcome.work[name] = scheduler.work(state)
 
 

@@ -35,7 +35,7 @@ class PassSource(Protocol):
     passes: list[Pass]
     device: torch.device
     stages: Stages
-    queued: bool  # networks return before they ran, as on a GPU: who waits for them counts them
+    is_async: bool  # calls return before the GPU has finished; who waits for it counts the seconds
 
     def prepare(self, image: Image) -> Tensor:
         """Return an image, grey or RGB, as a pass takes it, (1, channels, H, W)."""
@@ -124,7 +124,9 @@ class Scheduler:
             done.put(None)
 
         with ThreadPoolExecutor(self.threads) as pool:
-            running = len([pool.submit(run) for _ in range(self.threads)])
+            running = self.threads
+            for _ in range(self.threads):
+                pool.submit(run)
             try:
                 while running:
                     given = done.get()
@@ -262,14 +264,14 @@ class Scheduler:
         for half in step:
             half_s = seconds * flops[half] / sum(flops[each] for each in step)
             self.deadline.half_done(ran.member, half, half_s, strips)
-            if self.source.queued:
+            if self.source.is_async:
                 self.source.stages.add_network(ran.member, half, half_s)
 
     def _launch(self, step: Step, pass_id: int, states: list[StripState]) -> Tensor:
         """Queue a step; return what its strips' `settle` takes, (B, 4, classes)."""
         encoded, probabilities = self._run_networks(step, pass_id, states)
-        stages = self.source.stages  # where networks are queued, so are the sums: both are waited
-        with nullcontext() if self.source.queued else stages("tally"):  # for, and counted, together
+        source = self.source  # asynchronous networks are waited for, and counted, with these sums
+        with nullcontext() if source.is_async else source.stages("tally"):
             launched = [
                 state.launch(
                     tuple(one_row(tensor, row) for tensor in encoded),

@@ -269,7 +269,7 @@ def test_where_networks_are_only_queued_their_seconds_are_waited_for(
     """As on a GPU; none is here: what stands for it takes its time when it is waited for."""
     stages = Stages()
     queued = Ensemble(ensemble.manifest, list(ensemble.members.values()), CPU, stages)
-    queued.queued = True
+    queued.is_async = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.02))
     path = min((strips / "train_images").iterdir())
     recorded = RecordedPasses(queued, read_image(path))

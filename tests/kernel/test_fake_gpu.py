@@ -223,7 +223,7 @@ def run_strips(
     assert [state.fault for state in states] == [""] * count
     assert all(state.tally.total is None or state.host_masks is not None for state in states)
     counted_s = ensemble.stages.networks  # by whoever waits for the GPU
-    assert ensemble.queued
+    assert ensemble.is_async
     assert {member for member, _ in counted_s} == set(ensemble.members)
     assert all(seconds > 0 for seconds in counted_s.values())
     return steps

@@ -66,7 +66,7 @@ class DrawnPasses:
         self.manifest = Manifest([], CLASSES, threshold)
         members = [(f"m{i}", flops[i % len(flops)]) for i in range(N_PASSES // 2)]
         self.passes = list_passes(members, ["none", "vertical"])
-        self.device, self.stages, self.queued = CPU, Stages(), False
+        self.device, self.stages, self.is_async = CPU, Stages(), False
         rng = np.random.default_rng(4)
         open_gates = rng.random((N_PASSES, N_STRIPS, 1)) < rng.random(N_STRIPS)[:, None]
         gates = np.where(open_gates, 1.0, 0.1 * rng.random((N_PASSES, N_STRIPS, CLASSES)))
