@@ -16,15 +16,16 @@ from kernel.run_context import LAST, RunContext
 from kernel.submission import Submission
 from kernel.task import Task
 
+NO_GPU = ""  # in the place of one in CUDA_VISIBLE_DEVICES: the CPU
 REFUSALS = {1, BAD_INPUT}  # exit codes of a traceback and of bad input: no crash
 
 
 @dataclass
-class Worker:
+class WorkerProcess:
     """A process with images of its own; its files are its csv and others beside that."""
 
     number: int
-    gpu: str  # for CUDA_VISIBLE_DEVICES; "" is the CPU
+    gpu: str  # for CUDA_VISIBLE_DEVICES
     task: Task
     csv: Path
     process: subprocess.Popen[bytes]
@@ -59,8 +60,8 @@ class Worker:
         written_ns = self.csv.stat().st_mtime_ns if self.csv.is_file() else 0
         if written_ns == self.taken_ns:
             return
-        self.taken_ns, rules = written_ns, submission.layout.competition
-        for image, label, rle in read_rows(self.csv, competition=rules, own=True).rows:
+        self.taken_ns, competition = written_ns, submission.layout.competition
+        for image, label, rle in read_rows(self.csv, competition=competition, own=True).rows:
             submission.set_masks(image, {label: rle})
 
     def idle_s(self) -> float:
@@ -98,7 +99,7 @@ def start_worker(
     count: int,
     gpu: str,
     plain: bool = False,
-) -> Worker:
+) -> WorkerProcess:
     """Start this script once more, for a task of its own on one GPU: one of `count` that run.
 
     With `plain` it runs no engine.
@@ -125,7 +126,7 @@ def start_worker(
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
     # Ctrl-C is for this process alone, which ends its workers:
     process = subprocess.Popen(command, env=os.environ | environment, process_group=0)
-    return Worker(number, gpu, task, csv, process)
+    return WorkerProcess(number, gpu, task, csv, process)
 
 
 def find_script(bundle: Path) -> Path:

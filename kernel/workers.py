@@ -21,7 +21,7 @@ from kernel.run_record import RunRecord, read_run_record
 from kernel.strip_state import TOO_LATE
 from kernel.submission import Submission
 from kernel.task import Task
-from kernel.worker import REFUSALS, Worker, start_worker
+from kernel.worker import NO_GPU, REFUSALS, WorkerProcess, start_worker
 
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 ENDING_S = 30.0  # that an interrupted worker has for its last save, and a killed one to end
@@ -61,7 +61,7 @@ def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: boo
     With `again` another follows at once on one that dies, for a GPU's fault may end with its
     process. Where none does the round ends: the others plan their time without what is left.
     """
-    workers, count = list[Worker](), len(gpus)
+    workers, count = list[WorkerProcess](), len(gpus)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             for index, gpu in enumerate(gpus):
@@ -73,7 +73,7 @@ def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: boo
         return _read_round(context.submission.done, workers)
 
 
-def _watch(context: RunContext, workers: list[Worker], folder: Path, again: bool) -> None:
+def _watch(context: RunContext, workers: list[WorkerProcess], folder: Path, again: bool) -> None:
     """Collect what workers write until all have ended, or no other takes what one leaves."""
     # One that hangs without ending itself is not waited for until the hour is over:
     last_call_s = min(margin_s(context.budget_s) / 3, LAST_CALL_S)
@@ -105,13 +105,13 @@ def _watch(context: RunContext, workers: list[Worker], folder: Path, again: bool
             running = True
 
 
-def _collect(workers: Iterable[Worker], submission: Submission) -> None:
+def _collect(workers: Iterable[WorkerProcess], submission: Submission) -> None:
     for worker in workers:
         worker.collect(submission)
     submission.save_throttled()
 
 
-def _kill_stalled(workers: Sequence[Worker]) -> None:
+def _kill_stalled(workers: Sequence[WorkerProcess]) -> None:
     """Kill workers that hang where another has ended with a record: what they leave has a place."""
     if not any(worker.record.is_file() for worker in workers):
         return
@@ -122,14 +122,14 @@ def _kill_stalled(workers: Sequence[Worker]) -> None:
             worker.process.kill()
 
 
-def _is_stuck(worker: Worker) -> bool:
+def _is_stuck(worker: WorkerProcess) -> bool:
     """Whether a killed worker has not ended: the system waits for a device or a disk of it."""
     return worker.stalled and not worker.ended and worker.idle_s() > STALLED_S + ENDING_S
 
 
 def _start_replacement(
-    context: RunContext, worker: Worker, rest: Task, folder: Path, count: int
-) -> Worker:
+    context: RunContext, worker: WorkerProcess, rest: Task, folder: Path, count: int
+) -> WorkerProcess:
     """Start a worker for what one that died leaves.
 
     On a GPU that broke down it runs no engine, which would break it again. There PyTorch may abort.
@@ -146,7 +146,7 @@ def _start_replacement(
     return started
 
 
-def _end_all(context: RunContext, workers: Sequence[Worker]) -> None:
+def _end_all(context: RunContext, workers: Sequence[WorkerProcess]) -> None:
     """End the workers that still run, and collect what all wrote last."""
     for worker in workers:
         worker.ended_unasked = worker.ended
@@ -158,7 +158,7 @@ def _end_all(context: RunContext, workers: Sequence[Worker]) -> None:
     _collect(workers, context.submission)
 
 
-def _read_round(done: Set[str], workers: Sequence[Worker]) -> Round:
+def _read_round(done: Set[str], workers: Sequence[WorkerProcess]) -> Round:
     """Read what workers recorded that have ended; `done` are the submission's images."""
     found = Round()
     for worker in sorted(workers, key=lambda worker: not worker.ended_unasked):
@@ -185,10 +185,10 @@ def _read_round(done: Set[str], workers: Sequence[Worker]) -> Round:
 
 
 def gpus_of(count: int) -> list[str]:
-    """The GPU of each of `count` workers, of those that CUDA_VISIBLE_DEVICES leaves."""
+    """The GPU of each of `count` workers, of those that CUDA_VISIBLE_DEVICES leaves, or none."""
     there = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(there))))
-    gpus = visible.split(",")[:there] or [""]
+    gpus = visible.split(",")[:there] or [NO_GPU]
     return [gpus[index % len(gpus)] for index in range(count)]
 
 
@@ -208,21 +208,31 @@ class Plan:
     """What a round runs and where, and what those before it showed."""
 
     task: Task
-    gpus: list[str]  # no more than images; none: on the CPU
-    all_gpus: list[str]  # as in CUDA_VISIBLE_DEVICES
+    gpus: list[str]  # as in CUDA_VISIBLE_DEVICES, no more than images; none: a `rescue`
+    all_gpus: list[str]
     first: bool = False
     worked: Set[str] = frozenset()  # GPUs
     lost: Set[str] = frozenset()
     fruitless: int = 0  # rounds on the CPU in a row
+
+    @property
+    def rescue(self) -> bool:
+        """Whether one worker on the CPU runs what crashed the others."""
+        return not self.gpus
+
+    @property
+    def devices(self) -> list[str]:
+        """What each worker runs on: a GPU, or the CPU."""
+        return self.gpus or [NO_GPU]
 
     def next(self, found: Round, rest: Task, grew: bool) -> "Plan | None":
         """Plan a round for what this one left, by what it gave; None where no other would help.
 
         `grew`: it gave an image.
         """
-        died, on_cpu = bool(found.exit_codes), not self.gpus
-        fruitless = 0 if grew else self.fruitless + (died and on_cpu)
-        if on_cpu:
+        died = bool(found.exit_codes)
+        fruitless = 0 if grew else self.fruitless + (died and self.rescue)
+        if self.rescue:
             none_to_leave_out = died and not found.image_at_death
             stuck = none_to_leave_out or fruitless == MAX_FRUITLESS_ROUNDS
         else:
@@ -230,7 +240,7 @@ class Plan:
         if stuck:
             return None
         worked, lost = self.worked | found.gpus, self.lost | found.lost
-        if on_cpu:  # what crashes the GPUs is found, or did not crash the CPU
+        if self.rescue:  # what crashes the GPUs is found, or did not crash the CPU
             gpus = [gpu for gpu in self.all_gpus if gpu not in lost - worked]
         else:
             gpus = [gpu for gpu in self.gpus if gpu not in found.lost]
@@ -262,9 +272,9 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     outcome, died, done, killed = Outcome(), "", context.submission.done, False
     plan: Plan | None = first_plan(task, gpus_of(count))
     while plan:
-        n_workers, n_before = max(len(plan.gpus), 1), len(done)
+        n_workers, n_before = len(plan.devices), len(done)
         try:
-            found = run_workers(context, plan.task, plan.gpus or [""], again=plan.first)
+            found = run_workers(context, plan.task, plan.devices, again=plan.first)
         except OSError as error:
             died = f"the workers cannot run: {one_line(error)}"
             if done or killed:
@@ -281,11 +291,11 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
             if code == 0 and context.over:  # its watchdog ended it
                 died = TOO_LATE
             killed = killed or found.killed
-            first_or_last = plan.first or not plan.gpus
+            first_or_last = plan.first or plan.rescue
             if found.refused and first_or_last and not (killed or done):
                 log.warning("every worker failed to start; running all images in this process")
                 return predict_here(context, task)  # it says what is wrong, as in one process
-            if found.image_at_death and found.image_at_death not in done and not plan.gpus:
+            if found.image_at_death and found.image_at_death not in done and plan.rescue:
                 outcome.faults[found.image_at_death] = died
         rest = task.without(done | outcome.faults.keys())
         over, grew = context.over, len(done) > n_before

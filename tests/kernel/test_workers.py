@@ -32,7 +32,7 @@ from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task
 from kernel.tta import Half
-from kernel.worker import Worker, start_worker
+from kernel.worker import WorkerProcess, start_worker
 from kernel.workers import (
     Round,
     _kill_stalled,
@@ -79,7 +79,7 @@ def kill_workers(monkeypatch: pytest.MonkeyPatch, killed: Sequence[str]) -> list
     """Kill the workers that write these files as they start; return the files of all."""
     starts = list[str]()
 
-    def start(*args: Any) -> Worker:
+    def start(*args: Any) -> WorkerProcess:
         worker = start_worker(*args)
         starts.append(worker.csv.name)
         if worker.csv.name in killed:
@@ -336,7 +336,7 @@ def test_what_a_worker_wrote_before_it_died_without_a_record_stands(
     """It has done all of its images, and its record is torn: none of them is lost or repeated."""
     starts = list[int]()
 
-    def torn(*args: Any) -> Worker:
+    def torn(*args: Any) -> WorkerProcess:
         worker = start_worker(*args)
         starts.append(worker.number)
         if worker.number == 1:
@@ -368,7 +368,7 @@ def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_comes_from_a_worker
     made.set_masks("a.jpg", {1: rle})
     made.save()
     taken = Submission(tmp_path / "out.csv", LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
-    worker = Worker(1, "", Task(Path(), made.layout, [("a.jpg", 1)]), made.path, ended())
+    worker = WorkerProcess(1, "", Task(Path(), made.layout, [("a.jpg", 1)]), made.path, ended())
     worker.collect(taken)
     assert taken.rles == {("a.jpg", 1): rle}
     assert taken.done == {"a.jpg"}
@@ -388,7 +388,7 @@ def test_what_a_worker_has_not_written_again_is_not_read_again(
         return read_rows(path, **options)
 
     monkeypatch.setattr("kernel.worker.read_rows", read)
-    worker = Worker(1, "", task, path, ended())
+    worker = WorkerProcess(1, "", task, path, ended())
     worker.collect(taken)
     for done in ("a.jpg", "b.jpg"):
         made.set_masks(done, {1: "1 1"})
@@ -717,15 +717,15 @@ def interrupted(
         workers.append(popen(words))
         return workers[-1]
 
-    def interrupt(worker: Worker, submission: Submission) -> None:
+    def interrupt(worker: WorkerProcess, submission: Submission) -> None:
         while len(list(worker.csv.parent.glob("*.ready"))) < 2:
             time.sleep(0.05)
-        monkeypatch.setattr(Worker, "collect", collect)
+        monkeypatch.setattr(WorkerProcess, "collect", collect)
         raise KeyboardInterrupt
 
-    popen, collect = subprocess.Popen, Worker.collect
+    popen, collect = subprocess.Popen, WorkerProcess.collect
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(Worker, "collect", interrupt)
+    monkeypatch.setattr(WorkerProcess, "collect", interrupt)
     with pytest.raises(KeyboardInterrupt):
         predict(bundle, images, output, workers=2)
     return [worker.poll() for worker in workers]
@@ -800,14 +800,14 @@ def test_a_worker_that_hangs_is_killed_when_another_has_done_its_own(
     writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it leaves goes to the other's GPU; not while it still saves strips."""
-    workers, sleep = list[Worker](), time.sleep
+    workers, sleep = list[WorkerProcess](), time.sleep
 
     def start(command: list[str], **_: object) -> Any:
         code = "import time; time.sleep(60)" if commands else ""
         commands.append(command)
         return popen([sys.executable, "-c", code])
 
-    def started_worker(*given: Any) -> Worker:
+    def started_worker(*given: Any) -> WorkerProcess:
         worker = start_worker(*given)
         workers.append(worker)
         if len(workers) == 1:
@@ -843,11 +843,11 @@ def test_a_worker_hangs_when_it_has_done_nothing_for_ten_minutes(
     idle_s: float, stalled: bool, tmp_path: Path
 ) -> None:
     """Less than that a large image may take."""
-    killed, workers = list[int](), list[Worker]()
+    killed, workers = list[int](), list[WorkerProcess]()
     for number in (1, 2):
         process: Any = SimpleNamespace(poll=lambda: None, kill=lambda n=number: killed.append(n))
         task, csv = Task(Path(), LAYOUTS["two-column"], []), tmp_path / f"{number}.csv"
-        workers.append(Worker(number, "", task, csv, process))
+        workers.append(WorkerProcess(number, "", task, csv, process))
         csv.with_suffix(".sample").touch()
     workers[0].record.touch()
     begun = time.time() - idle_s
@@ -883,9 +883,11 @@ def test_a_worker_that_no_kill_ends_is_not_waited_for(
 ) -> None:
     """What it leaves goes to the other's GPU, the image that it was at behind the others."""
 
-    def start(_: object, shard: Task, folder: Path, number: int, count: int, gpu: str) -> Worker:
+    def start(
+        _: object, shard: Task, folder: Path, number: int, count: int, gpu: str
+    ) -> WorkerProcess:
         process: Any = ended() if number == 1 else Stuck()
-        worker = Worker(number, gpu, shard, folder / f"{number}.csv", process)
+        worker = WorkerProcess(number, gpu, shard, folder / f"{number}.csv", process)
         last, long_ago = worker.csv.with_suffix(".last"), time.time() - 700
         last.write_text(shard.names[0], encoding="utf-8")
         os.utime(last, (long_ago, long_ago))
@@ -969,8 +971,8 @@ def test_on_workers_that_all_refuse_no_other_follows(
 def test_a_gpu_is_lost_only_where_the_last_worker_on_it_died_by_itself(tmp_path: Path) -> None:
     """One that was interrupted may have gone on."""
     task, process = Task(Path(), LAYOUTS["two-column"], [("a.jpg", 1)]), ended()
-    first = Worker(1, "0", task, tmp_path / "1.csv", process, ended_unasked=True)
-    again = Worker(1, "0", task, tmp_path / "1-again.csv", process, is_replacement=True)
+    first = WorkerProcess(1, "0", task, tmp_path / "1.csv", process, ended_unasked=True)
+    again = WorkerProcess(1, "0", task, tmp_path / "1-again.csv", process, is_replacement=True)
     for order in ([first, again], [again, first]):
         assert _read_round(set(), order).lost == set()
     again.ended_unasked = True
