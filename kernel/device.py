@@ -49,6 +49,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def gpu_supported() -> bool:
+    """Whether PyTorch has code for the first GPU, which it has not for a P100; nothing runs on it.
+
+    Where only running would tell, as on ROCm, it is False.
+    """
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except (AssertionError, RuntimeError):  # a PyTorch without CUDA, a driver that is too old
+        return False
+    built_for = [arch[3:].rstrip("af") for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
+    return 10 * major + minor >= min(map(int, built_for), default=sys.maxsize)
+
+
 def pick_device() -> torch.device:
     """CUDA where it works, else the CPU."""
     cuda = torch.device("cuda")

@@ -8,6 +8,7 @@ import torch
 
 from kernel.budget import margin_s
 from kernel.deadline import Deadline
+from kernel.device import gpu_supported
 from kernel.manifest import Manifest
 from kernel.options import Options
 from kernel.stages import Stages
@@ -65,6 +66,5 @@ class RunContext:
 
         `--workers 1` asks for none.
         """
-        alone = self.options.worker or self.options.workers == 1
-        on_gpu = torch.cuda.device_count() > 0 and not alone
-        return self.n_workers(task) > (0 if on_gpu else 1)
+        count, alone = self.n_workers(task), self.options.worker or self.options.workers == 1
+        return count > 1 or (count == 1 and not alone and gpu_supported())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import CPU, ROOT
 
-from kernel.device import free_memory
+from kernel.device import free_memory, gpu_supported
 
 FAULTS = """
 import resource
@@ -70,6 +70,33 @@ def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: 
     apart = f"with lasting_memory():\n    {LEAST}"
     assert after_loading(session_light, apart) > 10_000
     assert after_loading(session_light, f"{apart}\n{LEAST}") < 1000
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "supported"),
+    [
+        ((7, 5), ["sm_70", "sm_75", "sm_90"], True),
+        ((8, 9), ["sm_75", "sm_86", "sm_90a", "sm_120", "compute_120"], True),
+        ((6, 0), ["sm_70", "sm_75", "sm_120", "compute_120"], False),
+        ((9, 0), ["gfx90a"], False),
+        (RuntimeError("no driver"), ["sm_70"], False),
+        (AssertionError("Torch not compiled with CUDA enabled"), [], False),
+    ],
+)
+def test_a_gpu_is_supported_where_pytorch_has_code_for_one_no_newer(
+    capability: tuple[int, int] | Exception,
+    built_for: list[str],
+    supported: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def capability_of() -> tuple[int, int]:
+        if isinstance(capability, Exception):
+            raise capability
+        return capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    assert gpu_supported() == supported
 
 
 def test_what_pytorch_holds_unused_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_what_kills_the_process_of_the_one_gpu_costs_no_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first process would be the end of the run. No GPU here: its worker runs on the CPU."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("kernel.run_context.gpu_supported", lambda: True)
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: [""] * count)
     monkeypatch.setattr("kernel.inference.predict_here", lambda *_: pytest.fail("in this process"))
     starts = kill_workers(monkeypatch, ["1.csv"])
@@ -580,6 +580,7 @@ def test_there_is_a_process_a_gpu_unless_told_otherwise(
     gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("kernel.run_context.gpu_supported", lambda: gpus > 0)
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
 
