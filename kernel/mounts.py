@@ -293,31 +293,19 @@ def list_zip(
 
 
 def find_sample(root: Path, competition: Competition) -> Path:
-    """Find the sample under `root`, or unpack the zip of it.
+    """Find the sample under `root`, or unpack the zip of it; the competition's own before a copy.
 
-    Where none has the usual name, it is the csv that is called a sample, or a submission, and has
-    the competition's header.
+    For the scored run Kaggle changes the competition's own files, not those of a dataset that holds
+    copies of them.
 
     Raises:
         ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    what, zipped = f"the competition {competition.slug}", f"{SAMPLE}.zip"
-    if folders_with(root, SAMPLE):
-        return find_one(root, SAMPLE, what, "--sample") / SAMPLE
-    if folders_with(root, zipped):
-        archive = find_one(root, zipped, what, "--sample") / zipped
-        if sample := _unzip_csv(archive):
+    what = f"the competition {competition.slug}"
+    for top in (root / "competitions" / competition.slug, root / competition.slug, root):
+        if sample := _sample_below(top, what, competition):
             return sample
-        raise ValueError(f"{archive}: no {SAMPLE} in it; give --sample")
-    seen = [below / file for below, files in _walk(root) for file in files if CSV.search(file)]
-    for word in ("sample", "submission"):
-        fitting = _fitting(sorted(path for path in seen if word in path.name.lower()), competition)
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
-            listed = ", ".join(map(str, fitting))
-            raise ValueError(f"more than one csv may be the sample: {listed}; choose with --sample")
-    if seen:
+    if seen := _list_csvs(root):
         names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
         header = " or ".join(",".join(layout) for layout in competition.layouts)
         raise ValueError(
@@ -325,6 +313,36 @@ def find_sample(root: Path, competition: Competition) -> Path:
             f" {names}; add {what} to the kernel's sources, or give --sample"
         )
     return find_one(root, SAMPLE, what, "--sample") / SAMPLE
+
+
+def _sample_below(top: Path, what: str, competition: Competition) -> Path | None:
+    """The sample below a folder, None where there is none.
+
+    Where none has the usual name, it is the csv that is called a sample, or a submission, and has
+    the competition's header.
+    """
+    zipped = f"{SAMPLE}.zip"
+    if folders_with(top, SAMPLE):
+        return find_one(top, SAMPLE, what, "--sample") / SAMPLE
+    if folders_with(top, zipped):
+        archive = find_one(top, zipped, what, "--sample") / zipped
+        if sample := _unzip_csv(archive):
+            return sample
+        raise ValueError(f"{archive}: no {SAMPLE} in it; give --sample")
+    for word in ("sample", "submission"):
+        named = sorted(path for path in _list_csvs(top) if word in path.name.lower())
+        fitting = _fitting(named, competition)
+        if len(fitting) > 1:
+            listed = ", ".join(map(str, fitting))
+            raise ValueError(f"more than one csv may be the sample: {listed}; choose with --sample")
+        if fitting:
+            return fitting[0]
+    return None
+
+
+def _list_csvs(root: Path) -> list[Path]:
+    """Every csv below a folder, zipped or not."""
+    return [below / file for below, files in _walk(root) for file in files if CSV.search(file)]
 
 
 def _fitting(paths: Iterable[Path], competition: Competition) -> list[Path]:

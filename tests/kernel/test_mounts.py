@@ -205,6 +205,22 @@ def test_of_csv_files_that_are_no_sample_all_are_named_and_of_several_samples_to
         find_task(Options(input=tmp_path))
 
 
+@pytest.mark.parametrize("name", [SAMPLE, f"{SAMPLE}.zip", "sample_v2.csv"])
+@pytest.mark.parametrize("place", [COMPETITION, f"competitions/{COMPETITION}"])
+def test_the_competitions_own_sample_is_taken_where_a_dataset_has_another(
+    place: str, name: str, tmp_path: Path
+) -> None:
+    """In the scored run Kaggle changes the first alone."""
+    for folder, image in ((place, "a.jpg"), (f"datasets/me/{COMPETITION}", "x.jpg")):
+        write(tmp_path / folder / image)
+        sample, rows = tmp_path / folder / name, f"ImageId,EncodedPixels,ClassId\n{image},1 1,0\n"
+        if sample.suffix == ".zip":
+            write_zip(sample, {SAMPLE: rows})
+        else:
+            write(sample, rows)
+    assert find_task(Options(input=tmp_path)).names == ["a.jpg"]
+
+
 # --- zips -----------------------------------------------------------------------------------------
 
 
