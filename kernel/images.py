@@ -98,7 +98,7 @@ def check_kinds(folder: Path, names: Sequence[str], competition: Competition) ->
 def _kind_fault(data: bytes, competition: Competition) -> str:
     """How an image is of another kind than a competition's; nothing where it is as said."""
     try:
-        mode = _check_header(data)
+        mode = check_header(data)
     except ValueError:
         return ""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -141,7 +141,7 @@ def decode_image(
     """
     try:
         colour = competition.channels == 3
-        mode = _check_header(data)
+        mode = check_header(data)
         flags = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
         flags |= cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -159,7 +159,7 @@ def decode_image(
         raise ValueError(f"{name}: {error}") from None
 
 
-def _check_header(data: bytes) -> str:
+def check_header(data: bytes) -> str:
     """Refuse what is better not decoded, no image or one of over `MAX_PIXELS`; return its mode."""
     try:
         with warnings.catch_warnings():

@@ -99,7 +99,10 @@ def no_images_fault(folder: Path, suffix: str = "") -> str:
                 "or say in the description's `image_path` how paths make the csv's names"
             )
     if others:
-        return f"{folder}: no images in it that are read; save {min(others)} and the like as .png"
+        return (
+            f"{folder}: no images in it that are read; save {min(others)} and the like as .png; "
+            "a competition whose test images are such does not fit"
+        )
     return f"{folder}: no images in it; name the folder that has them"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from kernel.competition import SLOT, Competition, check_competition, check_scoring
 from kernel.files import json_text, write_text
-from kernel.images import is_coloured
+from kernel.images import check_header, is_coloured
 from kernel.mounts import list_images, no_images_fault
 from kernel.rle import is_empty_mark, number_fault
 from kernel.rows import Row, no_csv_fault, read_lines, read_rows
@@ -58,7 +58,8 @@ def propose(sample: Path, images: Path) -> Proposal:
     slug = re.sub("[^a-z0-9_]+", "-", folder).strip("-_") or "my-competition"
     check_scoring(slug, f"{sample}: slug {slug}, as its folder is named")
     found = _find_layout(sample, header, rows, names, mask)
-    found |= _look_at_images(images, names)
+    seen, unread = _look_at_images(images, names)
+    found |= seen
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
     competition = Competition(**found)
     check_competition(competition)
@@ -67,6 +68,11 @@ def propose(sample: Path, images: Path) -> Proposal:
         raise ValueError(fault)
     count = len({image for image, *_ in found_rows})
     unsure = _list_unsure(competition, count, len(rows))
+    if unread:
+        unsure.append(
+            f"images: {len(unread)} of those looked at cannot be read, {unread[0]}; "
+            "the rows of such stay empty"
+        )
     if not _is_named_as_masks(header[mask]):
         unsure.append(f"column {header[mask]}: the masks, as its cells are run-length codes")
     if not any(is_empty_mark(row[mask]) for row in rows):
@@ -231,20 +237,23 @@ def _read_other(name: str, cells: list[str], layout: dict[str, str]) -> dict[str
 # --- the images -----------------------------------------------------------------------------------
 
 
-def _look_at_images(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Return channels, bits and the most frequent size of some images."""
-    sizes, colour, deep = Counter[tuple[int, int]](), False, False
+def _look_at_images(folder: Path, names: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return channels, bits and the most frequent size of some images, and which are not read."""
+    sizes, colour, deep, unread = Counter[tuple[int, int]](), False, False, list[str]()
     for name in names[:: max(len(names) // SEEN, 1)]:
         try:
-            pixels = cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED)
-        except cv2.error:  # more pixels than it takes
+            check_header((folder / name).read_bytes())
+        except (OSError, ValueError) as error:
+            unread.append(f"{name}: {error}")
             continue
+        pixels = cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED)
         if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
             continue
         sizes[pixels.shape[0], pixels.shape[1]] += 1
         deep |= pixels.dtype == np.uint16
         colour |= is_coloured(pixels)
     if not sizes:
-        raise ValueError(f"{folder}: OpenCV reads none of its images, like {names[0]}")
+        raise ValueError(f"{folder}: none of its images is read, like {(unread or names)[0]}")
     size = sizes.most_common(1)[0][0]
-    return {"channels": 3 if colour else 1, "bits": 16 if deep else 8, "image_size": size}
+    found = {"channels": 3 if colour else 1, "bits": 16 if deep else 8, "image_size": size}
+    return found, unread

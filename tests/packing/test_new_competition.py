@@ -142,14 +142,29 @@ def test_a_table_as_pandas_writes_it_and_with_a_long_mask_is_read(tmp_path: Path
         )
 
 
-def test_images_that_opencv_does_not_take_are_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [8_000, 40_000])
+def test_images_that_the_kernel_does_not_decode_are_named(side: int, tmp_path: Path) -> None:
     sample, images = draw(tmp_path, "salt")
     huge = bytearray(cv2.imencode(".png", draw_image(0))[1].tobytes())
-    huge[16:24] = (40_000).to_bytes(4, "big") * 2  # its width and height
+    huge[16:24] = side.to_bytes(4, "big") * 2  # its width and height
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     (images / "huge.png").write_bytes(huge)
     cv2.imwrite(str(images / "float.tiff"), draw_image(0).astype(np.float32))
-    assert propose(sample, images).competition.image_size == (64, 96)
+    proposal = propose(sample, images)
+    assert proposal.competition.image_size == (64, 96)
+    [line] = [line for line in proposal.unsure if line.startswith("images: ")]
+    assert line.startswith("images: 1 of those looked at cannot be read, huge.png: ")
+    assert "pixels" in line and line.endswith("; the rows of such stay empty")
+    (images / "a_1.png").write_bytes(huge)
+    with pytest.raises(ValueError, match=r"none of its images is read, like a_1\.png: .* pixels"):
+        propose(sample, images)
+
+
+def test_a_competition_of_images_that_are_not_read_does_not_fit(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    (images / "a_1.png").rename(images / "a_1.dcm")
+    with pytest.raises(ValueError, match=r"whose test images are such does not fit"):
+        propose(sample, images)
 
 
 def test_a_sample_in_the_folder_of_a_competition_of_instances_is_refused(tmp_path: Path) -> None:
