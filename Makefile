@@ -71,8 +71,8 @@ gpu: .venv/installed  ## on a CUDA machine, unattended in 9 minutes: its tests, 
 
 fuzz: .venv/installed  ## what comes from files, at random: 20,000 cases of each property
 	@echo "== 20,000 cases of each property of what comes from files, and of packed checkpoints"
-	FUZZ=20000 $(BIN)/python -m pytest tests/kernel/test_fuzz.py tests/kernel/test_csv.py \
-		tests/kernel/test_damage.py tests/packing/test_wrappings.py
+	FUZZ=20000 $(BIN)/python -m pytest tests/kernel/test_fuzz.py tests/kernel/test_rows.py \
+		tests/kernel/test_jpeg.py tests/packing/test_wrappings.py
 
 soak: .venv/installed  ## as many strips as the scored run has, with stub members: memory stays flat
 	SOAK=5506 $(BIN)/python -m pytest -s tests/kernel/test_soak.py

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ from kernel.outcome import Outcome
 from kernel.predict import read_ahead
 from kernel.rle import encode_rle
 from kernel.run_context import RunContext
+from kernel.scheduling import Scheduler
+from kernel.strip_state import StripState
 from kernel.submission import Submission
 from kernel.tta import Pass
 
@@ -422,6 +424,17 @@ def test_rows_named_twice_and_strips_in_no_row_are_told(
     assert list(read_submission(output)) == expected
     assert any("2.jpg has 2 rows of class 0" in line for line in caplog.messages)
     assert any("4 images are in no row, '0.jpg'" in line for line in caplog.messages)
+
+
+def test_a_strip_that_was_not_predicted_is_a_fault(
+    session_light: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(*_: Any) -> Iterator[StripState]:
+        yield from ()
+
+    monkeypatch.setattr(Scheduler, "predict_strips", forgetful)
+    record = predict(session_light, images, tmp_path / "submission.csv")
+    assert record["faults"] == dict.fromkeys(NAMES, "was not predicted")
 
 
 # --- hostile and broken bundles -------------------------------------------------------------------

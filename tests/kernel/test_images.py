@@ -11,7 +11,14 @@ import torch
 from helpers import SMALL, draw_image, encode_image, save_image
 
 from kernel.competition import Competition
-from kernel.images import check_kinds, image_to_tensor, pad_to_multiple, read_image, read_strip
+from kernel.images import (
+    _check_whole,
+    check_kinds,
+    image_to_tensor,
+    pad_to_multiple,
+    read_image,
+    read_strip,
+)
 
 # --- what is read ---------------------------------------------------------------------------------
 
@@ -69,6 +76,18 @@ def test_a_name_with_spaces_and_foreign_letters_is_read(name: str, tmp_path: Pat
     np.testing.assert_array_equal(read_image(tmp_path / name), draw_image(0))
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_stored_pixels_are_read_whatever_exif_says(orientation: int, tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(draw_image(2))
+    exif = picture.getexif()
+    exif[0x112] = orientation
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    stored = np.asarray(PIL.Image.open(tmp_path / "a.jpg"))
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (64, 96)
+    np.testing.assert_array_equal(image, stored)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -115,6 +134,36 @@ def test_a_decoder_that_runs_out_of_memory_leaves_a_reason_too(
 
     monkeypatch.setattr("kernel.images.read_image", decode)
     assert read_strip(tmp_path, "a.jpg").fault == "MemoryError()"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])
+def test_other_files_that_break_off_are_refused_whatever_opencv_makes_of_them(suffix: str) -> None:
+    """Some versions of OpenCV refuse them, others fill them up."""
+    data = encode_image(suffix, draw_image(1))
+    _check_whole(data, False)
+    with pytest.raises(ValueError, match="damaged: image file is truncated"):
+        _check_whole(data[: len(data) // 2], False)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_png_that_breaks_off_is_refused(share: float, tmp_path: Path) -> None:
+    data = encode_image(".png", draw_image(1))
+    (tmp_path / "a.jpg").write_bytes(data)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), draw_image(1))
+    (tmp_path / "a.jpg").write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=r"a\.jpg: "):
+        read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_tiff_that_is_to_be_shown_turned_is_refused(orientation: int, tmp_path: Path) -> None:
+    pixels = PIL.Image.fromarray(draw_image(1))
+    pixels.save(tmp_path / "a.jpg", "TIFF", tiffinfo={0x112: orientation})
+    if orientation == 1:
+        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), draw_image(1))
+        return
+    with pytest.raises(ValueError, match=r"a\.jpg: a TIFF that is to be shown turned"):
+        read_image(tmp_path / "a.jpg")
 
 
 # --- padding --------------------------------------------------------------------------------------
@@ -222,3 +271,16 @@ def test_a_colour_jpeg_that_is_cut_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
     with pytest.raises(ValueError, match=r"a\.jpg: a JPEG"):
         read_image(tmp_path / "a.jpg", RGB)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
+    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernel.images._LOGGED", set())
+    image = draw_image(3)
+    cv2.imwrite(str(tmp_path / "a.png"), image.astype(np.uint16) << (bits - 8))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
+    said = [record.message for record in caplog.records if "read as" in record.message]
+    assert said == ([] if bits == 16 else [said[0]])
+    assert bits == 16 or f"read as {bits} bits" in said[0]

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import read_submission
+from helpers import read_submission, save_strips, write_sample
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.inference import run
 from kernel.manifest import MANIFEST
-from kernel.mounts import SAMPLE, find_one, image_paths
+from kernel.mounts import SAMPLE, find_images, find_one, image_paths, list_images
 from kernel.options import Options
 from kernel.task import Task, find_task, unpack_images
 
@@ -70,6 +70,32 @@ def test_everything_is_found_where_kaggle_may_mount_it(case: str, tmp_path: Path
     assert task.names == ["a.jpg", "b.jpg"]
 
 
+@pytest.mark.parametrize("place", [".", "bundle", "datasets/owner/bundle", "a/b/c/d"])
+def test_the_folder_of_a_file_is_found_at_any_depth(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ensemble.json").touch()
+    (tmp_path / "other").mkdir()
+    assert find_one(tmp_path, "ensemble.json", "the bundle", "--bundle") == folder
+
+
+@pytest.mark.parametrize("root", [".", "not-there"])
+def test_a_file_that_is_nowhere_says_what_to_add(root: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no ensemble\.json under .*: add the bundle .*--bundle"):
+        find_one(tmp_path / root, "ensemble.json", "the bundle", "--bundle")
+
+
+def test_a_file_found_twice_lists_both_and_asks_to_choose(tmp_path: Path) -> None:
+    for place in ("one", "deep/two"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "ensemble.json").write_text(place)
+    with pytest.raises(ValueError) as error:
+        find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
+    assert str(tmp_path / "one") in str(error.value)
+    assert str(tmp_path / "deep" / "two") in str(error.value)
+    assert "choose with --bundle" in str(error.value)
+
+
 def test_one_version_mounted_in_two_places_is_one(tmp_path: Path) -> None:
     for place in ("severstal-steel-ensemble", f"datasets/{DATASET}"):
         write(tmp_path / place / MANIFEST, '{"members": 1}')
@@ -102,6 +128,52 @@ def test_a_tree_without_the_competition_names_it_and_what_is_there(tmp_path: Pat
         find_task(Options(input=tmp_path))
     with pytest.raises(ValueError, match=f"add the competition {COMPETITION} to the kernel's"):
         find_task(Options(input=tmp_path))
+
+
+def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Path) -> None:
+    for name in ("test_images/b.jpg", "test_images/a.jpg", "train_images/x.jpg", "abc/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    sample = tmp_path / "sample_submission.csv"
+    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
+    assert found == (tmp_path / "test_images", ())
+
+
+@pytest.mark.parametrize("folders", [[], ["train_images"]])
+def test_no_images_beside_the_sample_asks_for_their_folder(
+    folders: list[str], tmp_path: Path
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jpg").touch()
+    with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
+        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
+
+
+def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere"
+    save_strips(real / "test_images", ["a.png"])
+    write_sample(real / "sample_submission.csv", ["a.png"])
+    root = tmp_path / "input"
+    root.mkdir()
+    (root / "severstal").symlink_to(real)
+    (real / "back").symlink_to(root)
+    assert find_one(root, "sample_submission.csv", "", "") == root / "severstal"
+    task = find_task(Options(input=root))
+    assert task.images == root / "severstal" / "test_images"
+    assert task.names == ["a.png"]
+
+
+def test_only_images_that_are_not_hidden_are_listed(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    save_strips(images, ["a.png", "b.png"])
+    (images / ".DS_Store").write_bytes(b"\0")
+    (images / "._a.png").write_bytes(b"\0")
+    (images / ".ipynb_checkpoints").mkdir()
+    (images / "notes.txt").write_text("")
+    (images / "folder.png").mkdir()
+    assert list_images(images) == ["a.png", "b.png"]
 
 
 def contents(folder: Path) -> dict[str, str]:

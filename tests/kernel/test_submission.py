@@ -1,5 +1,6 @@
 """A submission is always whole."""
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import predict, read_submission, save_strips
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.rows import LAYOUTS, layouts_of
@@ -110,3 +112,25 @@ def test_rows_are_saved_from_the_moment_on_that_the_last_save_allows(
     assert made.next_s == 110.0
     [line] = caplog.messages
     assert line.startswith("cannot save the rows so far, going on: [Errno 2]")
+
+
+def test_an_output_that_is_a_link_stays_one(session_light: Path, tmp_path: Path) -> None:
+    save_strips(tmp_path / "images", ["a.png", "b.png"])
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "s.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("kept/s.csv")
+    predict(session_light, tmp_path / "images", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert len(read_submission(tmp_path / "kept" / "s.csv")) == 8
+
+
+def test_names_that_are_not_utf_8_and_a_line_break_keep_their_bytes(
+    session_light: Path, tmp_path: Path
+) -> None:
+    names = [os.fsdecode(b"str\xe4hne.png"), "two\nlines.png"]
+    save_strips(tmp_path / "images", names)
+    record = predict(session_light, tmp_path / "images", tmp_path / "s.csv")
+    assert record["faults"] == {}
+    written = (tmp_path / "s.csv").read_bytes()
+    assert b"\nstr\xe4hne.png," in written
+    assert b'\n"two\nlines.png",' in written

@@ -38,6 +38,7 @@ from kernel.workers import (
     _kill_stalled,
     _read_round,
     first_plan,
+    gpus_of,
     predict_by_workers,
     run_workers,
 )
@@ -595,6 +596,21 @@ def test_there_is_a_process_a_gpu_unless_told_otherwise(
     assert count(Options(workers=3, worker=True)) == (1, False)
     assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == (2, True)
     assert count(Options(), replace(task, pairs=[])) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["0", "1", "0"]), ("2,5", ["2", "5", "2"]), ("", ["", "", ""]), ("3", ["3"] * 3)],
+)
+def test_a_worker_takes_a_gpu_of_those_that_are_visible(
+    visible: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that are there, where there are more workers than that."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_of(3) == expected
 
 
 # --- what a worker is started with ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Damaged image files: refused, or read with every pixel right, and never a third outcome."""
+"""Damaged JPEGs: refused, or read with every pixel right, and never a third outcome."""
 
 import io
 import os
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.images import _check_whole, read_image, read_strip
+from kernel.images import read_strip
 from kernel.jpeg import walk_markers
 
 KINDS = {
@@ -184,61 +184,9 @@ def test_a_progressive_jpeg_that_lacks_its_last_scans_is_refused(tmp_path: Path)
         assert "damaged or cut" in str(read(data[:scan] + EOI, tmp_path))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp"])
-def test_other_files_that_break_off_are_refused_whatever_opencv_makes_of_them(suffix: str) -> None:
-    """Some versions of OpenCV refuse them, others fill them up."""
-    data = cv2.imencode(suffix, grey(1))[1].tobytes()
-    _check_whole(data, False)
-    with pytest.raises(ValueError, match="damaged: image file is truncated"):
-        _check_whole(data[: len(data) // 2], False)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_a_png_that_breaks_off_is_refused(share: float, tmp_path: Path) -> None:
-    data = cv2.imencode(".png", grey(1))[1].tobytes()
-    np.testing.assert_array_equal(read(data, tmp_path), grey(1))
-    assert "a.jpg: " in str(read(data[: int(share * len(data))], tmp_path))
-
-
-@pytest.mark.parametrize("bits", [10, 12, 14, 16])
-def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
-    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kernel.images._LOGGED", set())
-    image = grey(3)
-    cv2.imwrite(str(tmp_path / "a.png"), image.astype(np.uint16) << (bits - 8))
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
-    said = [record.message for record in caplog.records if "read as" in record.message]
-    assert said == ([] if bits == 16 else [said[0]])
-    assert bits == 16 or f"read as {bits} bits" in said[0]
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_the_stored_pixels_are_read_whatever_exif_says(orientation: int, tmp_path: Path) -> None:
-    picture = PIL.Image.fromarray(grey(2))
-    exif = picture.getexif()
-    exif[0x112] = orientation
-    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    stored = np.asarray(PIL.Image.open(tmp_path / "a.jpg"))
-    image = read_image(tmp_path / "a.jpg")
-    assert image.shape == (64, 96)
-    np.testing.assert_array_equal(image, stored)
-
-
 @pytest.mark.parametrize("frame", [0xC3, 0xC9, 0xCA])
 def test_a_jpeg_of_another_kind_is_named_as_that(frame: int) -> None:
     """Lossless and arithmetic: decoders have them or not, and their data end otherwise."""
     data = jpeg("baseline", 1).replace(b"\xff\xc0", bytes([0xFF, frame]), 1)
     with pytest.raises(ValueError, match=f"frame {frame:X}"):
         walk_markers(data)
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_tiff_that_is_to_be_shown_turned_is_refused(orientation: int, tmp_path: Path) -> None:
-    pixels = PIL.Image.fromarray(grey(1))
-    pixels.save(tmp_path / "a.jpg", "TIFF", tiffinfo={0x112: orientation})
-    if orientation == 1:
-        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), grey(1))
-        return
-    with pytest.raises(ValueError, match=r"a\.jpg: a TIFF that is to be shown turned"):
-        read_image(tmp_path / "a.jpg")

@@ -1,4 +1,4 @@
-"""Tasks: the folders that hold the inputs, and the rows that are to be written."""
+"""Tasks: the images to predict, and the rows that are to be written."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from helpers import LABELS, write_sample
 
 from kernel.competition import Competition
-from kernel.mounts import SAMPLE, find_images, find_one
+from kernel.mounts import SAMPLE
 from kernel.options import Options
 from kernel.rows import LAYOUTS
 from kernel.task import Task, find_task, read_sample
@@ -42,56 +42,6 @@ def test_a_class_that_the_competition_lacks_is_refused_with_its_line(tmp_path: P
 def test_a_layout_that_is_asked_for_wins_over_the_samples(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "two-column")
     assert read_sample(sample, "three-column")[0] == LAYOUTS["three-column"]
-
-
-# --- finding folders ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", [".", "bundle", "datasets/owner/bundle", "a/b/c/d"])
-def test_the_folder_of_a_file_is_found_at_any_depth(place: str, tmp_path: Path) -> None:
-    folder = tmp_path / place
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ensemble.json").touch()
-    (tmp_path / "other").mkdir()
-    assert find_one(tmp_path, "ensemble.json", "the bundle", "--bundle") == folder
-
-
-@pytest.mark.parametrize("root", [".", "not-there"])
-def test_a_file_that_is_nowhere_says_what_to_add(root: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no ensemble\.json under .*: add the bundle .*--bundle"):
-        find_one(tmp_path / root, "ensemble.json", "the bundle", "--bundle")
-
-
-def test_a_file_found_twice_lists_both_and_asks_to_choose(tmp_path: Path) -> None:
-    for place in ("one", "deep/two"):
-        (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "ensemble.json").write_text(place)
-    with pytest.raises(ValueError) as error:
-        find_one(tmp_path, "ensemble.json", "the bundle", "--bundle")
-    assert str(tmp_path / "one") in str(error.value)
-    assert str(tmp_path / "deep" / "two") in str(error.value)
-    assert "choose with --bundle" in str(error.value)
-
-
-def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Path) -> None:
-    for name in ("test_images/b.jpg", "test_images/a.jpg", "train_images/x.jpg", "abc/a.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "empty").mkdir()
-    sample = tmp_path / "sample_submission.csv"
-    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
-    assert found == (tmp_path / "test_images", ())
-
-
-@pytest.mark.parametrize("folders", [[], ["train_images"]])
-def test_no_images_beside_the_sample_asks_for_their_folder(
-    folders: list[str], tmp_path: Path
-) -> None:
-    for folder in folders:
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.jpg").touch()
-    with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
-        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
 
 
 # --- the task -------------------------------------------------------------------------------------

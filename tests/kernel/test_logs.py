@@ -1,11 +1,14 @@
-"""Progress: a bar where somebody watches, lines of the log where nobody does, nothing if short."""
+"""The log; progress: a bar where somebody watches, lines where nobody does, none if short."""
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tqdm
+from helpers import ROOT, run_script
 
 from kernel.logs import progress
 
@@ -65,3 +68,38 @@ def test_in_a_terminal_progress_is_a_bar(
     assert "\rstrips: 100%|" in capsys.readouterr().err
     assert not caplog.messages
     assert asked["delay"] == 2
+
+
+# --- where the log goes ---------------------------------------------------------------------------
+
+PRINTS = """
+import sys
+from kernel.command import run_command
+from kernel.logs import log
+def main():
+    for _ in range(20000):
+        log.info("mean → 0.55 × \\udce4")
+        {also}
+    open("done", "w").close()
+    return 0
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("also", ["pass", "print('×')"])
+def test_a_terminal_of_ascii_alone_stops_nothing(also: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PRINTS.format(also=also).replace("20000", "2"), encoding="utf-8")
+    done = run_script(script, cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2192" in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["{run} | head -n 1", "{run} >&-"])
+def test_a_log_that_nobody_reads_any_more_stops_no_run(shell: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PRINTS.format(also="pass"), encoding="utf-8")
+    command = shell.format(run=f"PYTHONPATH={ROOT} {sys.executable} {script}")
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "done").exists()
