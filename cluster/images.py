@@ -15,9 +15,9 @@ import pyarrow.parquet
 from fsspec.core import url_to_fs
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.image_folders import IMAGE_SUFFIXES
 from kernel.images import Image, Strip, decode_image
 from kernel.logs import log
-from kernel.mounts import IMAGE_SUFFIXES
 
 COLUMN = "image"  # of a list
 LOST = "lost+found"  # a file system's own folder, which may not be read

@@ -26,9 +26,9 @@ from kernel.command import new_parser, run_command
 from kernel.ensemble import Ensemble
 from kernel.faults import short
 from kernel.files import check_place, write_json
+from kernel.image_folders import open_images
 from kernel.logs import log, progress
 from kernel.manifest import BUILT_FIELDS, MANIFEST, Manifest, MemberSpec, load_manifest
-from kernel.mounts import open_images
 from packing.checkpoints import read_checkpoint
 from packing.members import to_half
 from packing.models import load_into_model

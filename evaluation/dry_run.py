@@ -46,10 +46,11 @@ from kernel.competition import (
     find_competition,
 )
 from kernel.files import write_json
+from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder, open_images
 from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder, open_images
+from kernel.mounts import SAMPLE
 from kernel.run_record import RunRecord, read_run_record
 from packing.paths import REPORT
 from training.competition_files import write_sample

@@ -10,9 +10,9 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
+from kernel.image_folders import open_images
 from kernel.images import first_image
 from kernel.manifest import Manifest
-from kernel.mounts import open_images
 from kernel.stages import Stages
 
 

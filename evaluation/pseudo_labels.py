@@ -26,9 +26,9 @@ from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.ensemble import Ensemble
 from kernel.files import check_place
+from kernel.image_folders import open_images
 from kernel.logs import log
 from kernel.manifest import load_manifest
-from kernel.mounts import open_images
 from kernel.rle import encode_rle
 from training.folds import write_strips
 from training.ground_truth import Rles

@@ -9,8 +9,8 @@ from evaluation.inputs import add_bundle_options, load_for_images
 from evaluation.recorded import RecordedPasses, run_each
 from kernel.command import new_parser, run_command
 from kernel.files import check_place, json_text, write_json
+from kernel.image_folders import open_images
 from kernel.manifest import TOGETHER, load_manifest
-from kernel.mounts import open_images
 from training.ground_truth import check_masks, check_names, decode_scored_masks, read_truth
 from training.metrics import Masks, Scores
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kernel.command import new_parser, run_command
 from kernel.competition import add_competition_option, find_competition
+from kernel.image_folders import one_folder
 from kernel.logs import log
-from kernel.mounts import one_folder
 from kernel.rle import is_empty_mark
 from kernel.rows import read_rows
 from kernel.task import instances_fault, read_sample

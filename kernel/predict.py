@@ -20,7 +20,6 @@ from kernel.strip_state import TOO_LATE, StripState
 from kernel.submission import Submission
 from kernel.task import Task
 
-
 READ_S = 300.0  # that a file may take: what takes longer hangs
 
 

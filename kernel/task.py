@@ -6,20 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.image_folders import link_images, list_images, no_images_fault, one_folder
 from kernel.logs import log
-from kernel.mounts import (
-    Loose,
-    find_images,
-    find_sample,
-    link_images,
-    list_images,
-    list_zip,
-    no_images_fault,
-    one_folder,
-    unzip,
-)
+from kernel.mounts import find_images, find_sample
 from kernel.options import Options
 from kernel.rows import Layout, Row, RowKey, layouts_of, read_rows
+from kernel.zips import Loose, list_zip, unzip
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ def unpack_images(task: Task, competition: Competition) -> Task:
     if task.images.is_dir():
         return task
     loose = dict(task.loose)
-    members = list_zip(task.images, set(task.names) - loose.keys(), competition)
+    members = list_zip(task.images, set(task.names) - loose.keys(), competition.name_of_file)
     try:
         return replace(task, images=unzip(task.images, members, task.loose))
     except (ValueError, OSError) as error:

@@ -18,10 +18,10 @@ from torch import Tensor
 from kernel.checks import read_json
 from kernel.competition import Competition
 from kernel.device import device_usable, pick_device
+from kernel.image_folders import open_images
 from kernel.images import image_to_tensor
 from kernel.logs import log
 from kernel.members import hash_file, read_entry, to_channels
-from kernel.mounts import open_images
 from training.batches import Batches
 from training.config import NO_FOLD, Config, check_config, read_competition
 from training.fit import Machine

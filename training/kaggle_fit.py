@@ -24,12 +24,13 @@ from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.faults import one_line
 from kernel.files import write_json
+from kernel.image_folders import open_images
 from kernel.images import size_of
 from kernel.kaggle import enter_working_folder
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, MemberSpec, source_entries
 from kernel.members import hash_file, read_entry
-from kernel.mounts import find_one, folders_with, open_images
+from kernel.mounts import find_one, folders_with
 from training.curves import draw_curves
 from training.fit_members import Job, fit_all, last_line, list_devices, read_jobs
 from training.results import SCORES

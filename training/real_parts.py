@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 from kernel.competition import IMAGE_SIZE
+from kernel.image_folders import list_images
 from kernel.images import Mask, Size, read_image
-from kernel.mounts import list_images
 from kernel.rle import decode_rle, rle_fault
 from training.ground_truth import read_truth
 from training.surface import Field, Rng, Span, blurred

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import one_line
+from kernel.image_folders import open_images
 from kernel.images import Image, read_image, size_of
 from kernel.logs import log
-from kernel.mounts import open_images
 from training.augmentation import Pair
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
 

@@ -34,8 +34,8 @@ from evaluation.checks import Check, ProcessResult
 from evaluation.recorded import RecordedPasses
 from kernel.competition import COMPETITION, SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
+from kernel.image_folders import list_images
 from kernel.manifest import load_manifest
-from kernel.mounts import list_images
 from kernel.rows import SPREADSHEET_CELL
 from training.synthetic import Drawing, write_competition
 

@@ -12,7 +12,7 @@ from helpers import read_submission, save_strips, write_sample
 from kernel.competition import SEVERSTAL, Competition
 from kernel.inference import run
 from kernel.manifest import MANIFEST
-from kernel.mounts import SAMPLE, find_images, find_one, image_paths, list_images
+from kernel.mounts import SAMPLE, find_images, find_one
 from kernel.options import Options
 from kernel.task import Task, find_task, unpack_images
 
@@ -163,17 +163,6 @@ def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
     task = find_task(Options(input=root))
     assert task.images == root / "severstal" / "test_images"
     assert task.names == ["a.png"]
-
-
-def test_only_images_that_are_not_hidden_are_listed(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    save_strips(images, ["a.png", "b.png"])
-    (images / ".DS_Store").write_bytes(b"\0")
-    (images / "._a.png").write_bytes(b"\0")
-    (images / ".ipynb_checkpoints").mkdir()
-    (images / "notes.txt").write_text("")
-    (images / "folder.png").mkdir()
-    assert list_images(images) == ["a.png", "b.png"]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -410,24 +399,6 @@ def test_a_zip_that_is_damaged_or_has_no_room_is_named(
     write(tmp_path / COMPETITION / "b.jpg", "a loose b")  # which it must not cost
     assert contents(unpacked(tmp_path).images) == {"b.jpg": "a loose b"}
     assert "test.zip: " in caplog.text and "the rows of its 1 images stay empty" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("names", "logged"), [(None, ["a_0.png"]), ({"0.png"}, ["0.png"]), ({"b_0.png"}, [])]
-)
-def test_of_files_of_one_name_only_wanted_images_are_logged(
-    names: set[str] | None, logged: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Masks beside the images have one name in every folder."""
-    for place in ("a/images", "a/labels", "b/images", "b/labels", "copy/a/images"):
-        write(tmp_path / place / "0.png")
-    nested = replace(SEVERSTAL, image_path=r"([^/]+)/images/(\d+)\.png", suffix=".png")
-    found = image_paths(tmp_path, nested, names)
-    folders = {name: path.parent.relative_to(tmp_path).as_posix() for name, path in found.items()}
-    assert folders == {"a_0.png": "a/images", "0.png": "a/labels", "b_0.png": "b/images"}
-    said = [f" are both {name!r}: the first is taken" for name in logged]
-    assert len(caplog.messages) == len(said)
-    assert all(map(str.endswith, caplog.messages, said))
 
 
 def test_rows_stand_before_images_are_unpacked(
