@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
-from kernel.competition import add_competition_option, find_competition
 from kernel.manifest import MANIFEST
+from kernel.shipped import add_competition_option, find_competition
 from packing.bundle import build
 from packing.fit_kernel import build_fit
 from packing.metadata import find_owner

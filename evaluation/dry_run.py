@@ -39,12 +39,7 @@ from evaluation.report import as_page, build_report
 from evaluation.report_text import as_lines
 from kernel.checks import read_json
 from kernel.command import new_parser, run_command
-from kernel.competition import (
-    IMAGE_SIZE,
-    Competition,
-    add_competition_option,
-    find_competition,
-)
+from kernel.competition import IMAGE_SIZE, Competition
 from kernel.files import write_json
 from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder, open_images
 from kernel.kaggle import KAGGLE_RUN
@@ -52,6 +47,7 @@ from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE
 from kernel.run_record import RunRecord, read_run_record
+from kernel.shipped import add_competition_option, find_competition
 from packing.paths import REPORT
 from training.competition_files import write_sample
 from training.ground_truth import Truth, check_masks, check_names, read_truth

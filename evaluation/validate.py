@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import new_parser, run_command
-from kernel.competition import add_competition_option, find_competition
 from kernel.image_folders import one_folder
 from kernel.logs import log
 from kernel.rle import is_empty_mark
 from kernel.rows import read_rows
+from kernel.shipped import add_competition_option, find_competition
 from kernel.task import instances_fault, read_sample
 from kernel.validator import check_submission
 

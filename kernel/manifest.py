@@ -19,15 +19,9 @@ from kernel.checks import (
     read_json,
     with_tuples,
 )
-from kernel.competition import (
-    SEVERSTAL,
-    Competition,
-    check_competition,
-    find_competition,
-    load_competition,
-    shipped_names,
-)
+from kernel.competition import SEVERSTAL, Competition, check_competition, load_competition
 from kernel.faults import short
+from kernel.shipped import find_competition, shipped_names
 from kernel.tta import FLIPS
 
 MANIFEST = "ensemble.json"

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from kernel.competition import SEVERSTAL, SLOT, Competition, find_competition, shipped_names
+from kernel.competition import SEVERSTAL, SLOT, Competition
 from kernel.faults import short
+from kernel.shipped import find_competition, shipped_names
 
 
 def csv_line(cells: Iterable[str]) -> str:

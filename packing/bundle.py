@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from kernel.competition import COMPETITION, Competition, check_scoring, load_competition
+from kernel.competition import COMPETITION, Competition, load_competition
 from kernel.files import write_json
 from kernel.logs import progress
 from kernel.manifest import MANIFEST, Manifest, manifest_entries
+from kernel.shipped import check_scoring
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata

@@ -11,12 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kernel.competition import SLOT, Competition, check_competition, check_scoring
+from kernel.competition import SLOT, Competition, check_competition
 from kernel.files import json_text, write_text
 from kernel.image_folders import list_images, no_images_fault
 from kernel.images import check_header, is_coloured
 from kernel.rle import is_empty_mark, number_fault
 from kernel.rows import Row, no_csv_fault, read_lines, read_rows
+from kernel.shipped import check_scoring
 from kernel.task import instances_fault
 
 SEPARATORS = "_-/|: "

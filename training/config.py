@@ -5,13 +5,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernel.competition import (
-    SEVERSTAL,
-    Competition,
-    add_competition_option,
-    find_competition,
-)
+from kernel.competition import SEVERSTAL, Competition
 from kernel.manifest import Manifest, MemberSpec
+from kernel.shipped import add_competition_option, find_competition
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -13,18 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernel.command import new_parser, run_command
-from kernel.competition import (
-    IMAGE_SIZE,
-    SEVERSTAL,
-    Competition,
-    add_competition_option,
-    find_competition,
-)
+from kernel.competition import IMAGE_SIZE, SEVERSTAL, Competition
 from kernel.images import Mask, Size
 from kernel.logs import progress
 from kernel.mounts import SAMPLE
 from kernel.rle import encode_rle
 from kernel.rows import layouts_of
+from kernel.shipped import add_competition_option, find_competition
 from training.competition_files import (
     grouped,
     suffix_of,

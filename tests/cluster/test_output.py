@@ -12,8 +12,8 @@ from helpers import LABELS, all_bytes
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
 from cluster.output import ROWS, Output, Parts, Totals, write_whole
-from kernel.competition import find_competition
 from kernel.rows import LAYOUTS, layouts_of
+from kernel.shipped import find_competition
 
 RECORD = {"manifest": "abc", "images": "file:///strips"}
 

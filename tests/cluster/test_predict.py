@@ -39,8 +39,9 @@ from cluster.engine import Workers
 from cluster.images import ImageSet
 from cluster.output import Output, Totals, fault_rows
 from cluster.predict import main
-from kernel.competition import find_competition, load_competition
+from kernel.competition import load_competition
 from kernel.images import read_image
+from kernel.shipped import find_competition
 from training import competition_files
 
 NAMES = [f"{index:02}.jpg" for index in range(10)]

@@ -29,10 +29,11 @@ from safetensors import safe_open
 import build_kernel
 from evaluation import calibrate, dry_run, score, validate
 from evaluation.dry_run import make_kaggle_tree
-from kernel.competition import SEVERSTAL, Competition, find_competition, shipped_names
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask, Size
 from kernel.inference import run
 from kernel.options import Options
+from kernel.shipped import find_competition, shipped_names
 from packing import bundle
 from packing.bundle import build
 from training import synthetic, train

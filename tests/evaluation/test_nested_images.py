@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from cluster.images import find_images as find_set
 from evaluation import dry_run, score, validate
-from kernel.competition import SEVERSTAL, Competition, find_competition
+from kernel.competition import SEVERSTAL, Competition
 from kernel.image_folders import one_folder
 from kernel.inference import main, run
 from kernel.mounts import SAMPLE
 from kernel.options import Options
+from kernel.shipped import find_competition
 from kernel.task import find_task
 from packing.bundle import build
 from training.strips import read_strips

@@ -13,7 +13,7 @@ from helpers import SMALL, draw_described, error_of, exit_code, shrunk, write_de
 from evaluation import pseudo_labels
 from evaluation.pseudo_labels import label_strip
 from evaluation.recorded import RecordedPasses
-from kernel.competition import find_competition
+from kernel.shipped import find_competition
 from packing.bundle import build
 from training.folds import write_strips
 from training.ground_truth import read_truth

@@ -15,15 +15,14 @@ from kernel.competition import (
     SEVERSTAL,
     Competition,
     check_competition,
-    find_competition,
     load_competition,
     parse_competition,
-    shipped_names,
 )
 from kernel.images import Mask, Size
 from kernel.options import Options
 from kernel.rle import decode_rle, encode_rle, rle_fault
 from kernel.rows import Layout, RowKey, layouts_of, read_rows
+from kernel.shipped import find_competition, shipped_names
 from kernel.submission import Submission
 from kernel.task import find_task, read_sample
 from kernel.validator import check_submission
@@ -175,31 +174,6 @@ def test_every_shipped_description_has_a_sample_here_and_severstals_is_the_defau
     assert find_competition("severstal") == find_competition(None) == SEVERSTAL
     written = [json.dumps(asdict(find_competition(name))) for name in ("severstal", None)]
     assert written[0] == written[1]  # so that both give the same bundle
-
-
-def test_a_name_that_does_not_ship_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"cloud: neither a file nor .* the nearest is clouds"):
-        find_competition("cloud")
-
-
-def test_a_competition_of_instances_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"airbus: scores instances.*one mask of each class"):
-        find_competition("airbus")
-    mine = tmp_path / "mine.json"
-    mine.write_text('{"slug": "data-science-bowl-2018"}')
-    message = rf"{mine}: slug data-science-bowl-2018: scores instances, a row a nucleus"
-    with pytest.raises(ValueError, match=message):
-        find_competition(str(mine))
-
-
-def test_a_competition_that_reads_relative_codes_is_refused_with_the_reason(
-    tmp_path: Path,
-) -> None:
-    mine = tmp_path / "mine.json"
-    mine.write_text('{"slug": "siim-acr-pneumothorax-segmentation"}')
-    for asked in ("siim", str(mine)):
-        with pytest.raises(ValueError, match=rf"{asked}: .*relative codes.*writes absolute starts"):
-            find_competition(asked)
 
 
 # --- bad descriptions -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from helpers import draw_image, error_of, exit_code
 
 import build_kernel
-from kernel.competition import find_competition, shipped_names
+from kernel.shipped import find_competition, shipped_names
 from packing.new_competition import propose
 
 CLOUDS = ("Fish", "Flower", "Gravel", "Sugar")

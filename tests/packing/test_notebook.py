@@ -25,9 +25,9 @@ from helpers import (
 )
 from kaggle_stub import run_client, serve
 
-from kernel.competition import find_competition
 from kernel.files import write_json
 from kernel.mounts import SAMPLE
+from kernel.shipped import find_competition
 from kernel.task import read_sample
 from kernel.validator import check_submission
 from packing.bundle import build
