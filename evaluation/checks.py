@@ -45,10 +45,12 @@ def check_process(result: ProcessResult) -> list[Check]:
 def check_answer(submission: Path, sample: Path, images: Path, competition: Competition) -> Check:
     """Return the validator's verdict; its table and warnings stand in the kernel's log."""
     layout, pairs = read_sample(sample, None, competition)
-    found = check_submission(submission, layout.columns, pairs, images, competition, own=True)
+    found = check_submission(
+        submission, layout.columns, pairs, images, competition, from_kernel=True
+    )
     if found.errors:
         return Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")
-    rows = read_rows(submission, competition=competition, own=True).rows
+    rows = read_rows(submission, competition=competition, from_kernel=True).rows
     return Check(True, f"{submission.name} is valid: {len(rows):,} rows")
 
 

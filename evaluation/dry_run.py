@@ -185,7 +185,7 @@ def _write_report(
 ) -> dict[str, Any]:
     """Write picture, report.json and page beside the submission; return the report."""
     out, competition = run.out, run.competition
-    rles = read_truth(out / "submission.csv", competition, own=True)
+    rles = read_truth(out / "submission.csv", competition, from_kernel=True)
     names = sorted(record.work.keys() | record.faults.keys())
     pictures, scores = draw_predictions(run.images, names, rles, run.truth, competition)
     write_sheet(pictures, out / "contact_sheet.png")

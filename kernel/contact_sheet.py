@@ -77,7 +77,8 @@ def draw_submission(
     Raises:
         ValueError: none has.
     """
-    masks = masks_by_image(read_rows(submission, competition=competition, own=True).rows)
+    rows = read_rows(submission, competition=competition, from_kernel=True).rows
+    masks = masks_by_image(rows)
     if not masks:
         raise ValueError(f"{submission}: every mask is empty, there is nothing to draw")
     strips = []

@@ -101,7 +101,12 @@ def log_findings(submission: Path, task: Task, left_s: float) -> None:
         return
     try:
         findings = check_submission(
-            submission, layout.columns, task.pairs, task.images, layout.competition, own=True
+            submission,
+            layout.columns,
+            task.pairs,
+            task.images,
+            layout.competition,
+            from_kernel=True,
         )
         for line in findings.lines():
             log.info("%s", line)

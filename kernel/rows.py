@@ -106,21 +106,21 @@ def read_rows(
     path: Path,
     check: RowCheck = lambda _: None,
     competition: Competition = SEVERSTAL,
-    own: bool = False,
+    from_kernel: bool = False,
 ) -> Table:
     """Read a csv in any layout of a competition, .gz or not.
 
     An image is named as its file is, suffix and all. A row for every class of its image has class
     0. An index column is ignored. Bytes that are not UTF-8 are kept as they are. A mask of
-    `SPREADSHEET_CELL` characters is what a spreadsheet has left of a longer one, but in the
-    kernel's `own` files, which none has saved.
+    `SPREADSHEET_CELL` characters is what a spreadsheet has left of a longer one, but in a file
+    `from_kernel`, which none has saved.
 
     Raises:
         ValueError: it is no csv, the header is no layout's, a row has another number of cells or
             no class, or a mask that was cut off, or `check` objects; names the line.
     """
     with read_lines(path) as lines:
-        layout, parse = _parse_header(next(lines, []), competition, own)
+        layout, parse = _parse_header(next(lines, []), competition, from_kernel)
         rows = []
         for cells in lines:
             row = parse(cells)
@@ -159,7 +159,7 @@ def read_lines(path: Path) -> Iterator[Iterator[list[str]]]:
 
 
 def _parse_header(
-    header: list[str], competition: Competition, own: bool = False
+    header: list[str], competition: Competition, from_kernel: bool = False
 ) -> tuple[Layout, Callable[[list[str]], Row]]:
     """The layout of a header, and what makes a row of a line's cells."""
     columns = [cell.strip() for cell in header]
@@ -185,7 +185,7 @@ def _parse_header(
         if not values["image"]:
             raise ValueError(f"names no image: {_short(cells)}")
         rle = "" if values["mask"].strip() == empty else values["mask"]
-        if len(rle) == SPREADSHEET_CELL and not own:
+        if len(rle) == SPREADSHEET_CELL and not from_kernel:
             raise ValueError(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
                 f"file that no spreadsheet has saved: {_short(cells)}"

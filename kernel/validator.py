@@ -226,16 +226,16 @@ def check_submission(
     pairs: list[RowKey],
     images: Path | None = None,
     competition: Competition = SEVERSTAL,
-    own: bool = False,
+    from_kernel: bool = False,
 ) -> Findings:
     """Check a submission against the columns and (image, class) pairs that it must have.
 
     With the folder `images` a mask is checked against its own image. Without it, and where the
     folder lacks an image, it is checked against the competition's usual size, where that is known.
-    `own` is as in `read_rows`.
+    `from_kernel` is as in `read_rows`.
     """
     try:
-        layout, rows = read_rows(path, competition=competition, own=own)
+        layout, rows = read_rows(path, competition=competition, from_kernel=from_kernel)
     except (OSError, ValueError) as error:
         return Findings([one_line(error)], [], [])
     header = ",".join(layout.header)

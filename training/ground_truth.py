@@ -21,8 +21,10 @@ Rles = dict[str, dict[int, str]]  # image → class → RLE; one without a mask 
 Truth = Rles  # an image that it does not name is clean
 
 
-def read_truth(path: Path, competition: Competition = SEVERSTAL, own: bool = False) -> Truth:
-    """Read a train.csv, in any layout of a competition; `own` is as in `read_rows`.
+def read_truth(
+    path: Path, competition: Competition = SEVERSTAL, from_kernel: bool = False
+) -> Truth:
+    """Read a train.csv, in any layout of a competition; `from_kernel` is as in `read_rows`.
 
     Several rows of an image and class, one a defect, are joined.
 
@@ -41,7 +43,7 @@ def read_truth(path: Path, competition: Competition = SEVERSTAL, own: bool = Fal
         return f"{name}, class {competition.name_of(label)}: {fault}" if fault else None
 
     masks: defaultdict[str, dict[int, list[str]]] = defaultdict(dict)
-    for name, label, rle in read_rows(path, check, competition, own).rows:
+    for name, label, rle in read_rows(path, check, competition, from_kernel).rows:
         if rle:
             masks[name].setdefault(label, []).append(rle)
         else:

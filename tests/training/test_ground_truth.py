@@ -45,7 +45,7 @@ def test_a_mask_may_be_as_long_as_a_spreadsheets_cell_where_none_can_have_saved_
 ) -> None:
     long = "1 2".ljust(SPREADSHEET_CELL)
     path = write(tmp_path, f"a.jpg,1,{long}\n")
-    assert read_truth(path, own=True) == {"a.jpg": {1: long}}
+    assert read_truth(path, from_kernel=True) == {"a.jpg": {1: long}}
     with pytest.raises(ValueError, match="where spreadsheets cut a cell off"):
         read_truth(path)
 
