@@ -53,7 +53,8 @@ def nearest_of(word: str, known: Iterable[str], most: int = 1) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=most)
     if close:
         return f"the nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}"
-    return f"known are {', '.join(known[:MAX_KNOWN])}{', …' * (len(known) > MAX_KNOWN)}"
+    more = ", …" if len(known) > MAX_KNOWN else ""
+    return f"known are {', '.join(known[:MAX_KNOWN])}{more}"
 
 
 def expect(holds: bool, name: str, value: object, expected: str) -> None:

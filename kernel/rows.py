@@ -71,9 +71,6 @@ def layouts_of(competition: Competition) -> dict[str, Layout]:
     return named
 
 
-LAYOUTS = layouts_of(SEVERSTAL)
-
-
 SPREADSHEET_CELL = 32_767  # characters; Excel cuts off the rest
 NO_CSV = {  # first bytes, as they are kept, → what to do
     "\udcff\udcfe": "text in UTF-16, save it as csv in UTF-8",

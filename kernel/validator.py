@@ -71,6 +71,8 @@ def row_faults(layout: Layout, rows: Sequence[Row], pairs: list[RowKey]) -> list
 
 # --- the masks ------------------------------------------------------------------------------------
 
+DARK = 12  # grey levels; JPEG's noise on black is below
+
 
 @dataclass(frozen=True)
 class MaskStats:
@@ -111,7 +113,7 @@ def check_image(
             return [f"{name} has a mask, but cannot be read: {error}"], []
         size = competition.size_of_mask(size_of(image))
         if competition.dark_outside and size == size_of(image):
-            black = planes_of(image).max(axis=0) < 12  # JPEG's noise on black
+            black = planes_of(image).max(axis=0) < DARK
     n_pixels = size[0] * size[1] if size else 2**62
     faults = {label: rle_fault(rle, n_pixels, competition) for label, rle in rles.items()}
     row = {label: describe_row((name, label), competition) for label in rles}

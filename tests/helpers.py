@@ -24,11 +24,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kernel.competition import Competition
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Image, Mask, Size, Strip
 from kernel.inference import run
 from kernel.members import build_network
 from kernel.options import Options
+from kernel.rows import layouts_of
 from kernel.scheduling import Scheduler
 from packing.joining import join_modules
 from packing.paths import SCRIPT
@@ -93,6 +94,8 @@ def save_strips(
 
 
 # --- samples and submissions ----------------------------------------------------------------------
+
+LAYOUTS = layouts_of(SEVERSTAL)
 
 
 def sample_text(names: Iterable[str], layout: str = "three-column") -> str:

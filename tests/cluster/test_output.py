@@ -7,12 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import LABELS, all_bytes
+from helpers import LABELS, LAYOUTS, all_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
 
 from cluster.output import ROWS, Output, Parts, Totals, write_whole
-from kernel.rows import LAYOUTS, layouts_of
+from kernel.rows import layouts_of
 from kernel.shipped import find_competition
 
 RECORD = {"manifest": "abc", "images": "file:///strips"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CPU, predict, save_strips
+from helpers import CPU, LAYOUTS, predict, save_strips
 from run_records import TRUNCATED, a_run, run_json, strip_work
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Size
 from kernel.manifest import Manifest, load_manifest
 from kernel.options import Options, parse_options
-from kernel.rows import LAYOUTS
 from kernel.run_context import RunContext
 from kernel.run_record import parse_run_record
 from kernel.stages import Stages

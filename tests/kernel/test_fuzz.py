@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import draw_image, encode_image, tiny_entry, tiny_model
+from helpers import LAYOUTS, draw_image, encode_image, tiny_entry, tiny_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kernel.images import read_image
 from kernel.manifest import load_manifest
 from kernel.rle import decode_rle, encode_rle, rle_fault
-from kernel.rows import LAYOUTS, read_rows
+from kernel.rows import read_rows
 from kernel.submission import Submission
 from kernel.task import read_sample
 from kernel.tta import FLIPS

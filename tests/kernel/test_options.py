@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import save_strips
+from helpers import LAYOUTS, save_strips
 
 from kernel import inference
 from kernel.options import Options, arguments_of, parse_options
-from kernel.rows import LAYOUTS
 from kernel.submission import Submission
 
 

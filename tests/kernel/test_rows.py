@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.competition import SEVERSTAL
-from kernel.rows import LAYOUTS, layouts_of, masks_by_image, read_rows
+from kernel.rows import layouts_of, masks_by_image, read_rows
 
 # --- how a csv is read ----------------------------------------------------------------------------
 

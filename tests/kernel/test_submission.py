@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import predict, read_submission, save_strips
+from helpers import LAYOUTS, predict, read_submission, save_strips
 
 from kernel.competition import SEVERSTAL, Competition
-from kernel.rows import LAYOUTS, layouts_of
+from kernel.rows import layouts_of
 from kernel.submission import Submission
 
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-from helpers import LABELS, write_sample
+from helpers import LABELS, LAYOUTS, write_sample
 
 from kernel.competition import Competition
 from kernel.mounts import SAMPLE
 from kernel.options import Options
-from kernel.rows import LAYOUTS
 from kernel.task import Task, find_task, read_sample
 
 # --- the sample's rows ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers import (
+    LAYOUTS,
     STRIPS,
     exit_code,
     needs_strips,
@@ -25,7 +26,7 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask
 from kernel.outcome import Outcome
 from kernel.rle import decode_rle
-from kernel.rows import LAYOUTS, SPREADSHEET_CELL, read_rows
+from kernel.rows import SPREADSHEET_CELL, read_rows
 from kernel.run_context import RunContext
 from kernel.task import Task
 from kernel.validator import (

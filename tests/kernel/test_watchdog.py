@@ -11,11 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import predict, read_submission, run_kernel, run_script, save_strips
+from helpers import LAYOUTS, predict, read_submission, run_kernel, run_script, save_strips
 
 from kernel.budget import MIN_MARGIN_S
 from kernel.outcome import Outcome
-from kernel.rows import LAYOUTS
 from kernel.submission import Submission
 from kernel.watchdog import watchdog
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import predict, read_submission, save_strips, write_sample
+from helpers import LAYOUTS, predict, read_submission, save_strips, write_sample
 from run_records import a_record
 
 from kernel.budget import margin_s
@@ -25,7 +25,7 @@ from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
 from kernel.outcome import Outcome
-from kernel.rows import LAYOUTS, read_rows
+from kernel.rows import read_rows
 from kernel.run_context import RunContext
 from kernel.run_record import write_run_record
 from kernel.stages import Stages
