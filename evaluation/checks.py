@@ -42,16 +42,19 @@ def check_process(result: ProcessResult) -> list[Check]:
     ]
 
 
-def check_answer(submission: Path, sample: Path, images: Path, competition: Competition) -> Check:
-    """Return the validator's verdict; its table and warnings stand in the kernel's log."""
+def check_answer(
+    submission: Path, sample: Path, images: Path, competition: Competition
+) -> list[Check]:
+    """Return the validator's verdict, then its warnings; its table stands in the kernel's log."""
     layout, pairs = read_sample(sample, None, competition)
     found = check_submission(
         submission, layout.columns, pairs, images, competition, from_kernel=True
     )
     if found.errors:
-        return Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")
+        return [Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")]
     rows = read_rows(submission, competition=competition, from_kernel=True).rows
-    return Check(True, f"{submission.name} is valid: {len(rows):,} rows")
+    valid = Check(True, f"{submission.name} is valid: {len(rows):,} rows")
+    return [valid, *(Check(None, warning) for warning in found.warnings)]
 
 
 def check_ended(working: Path) -> Check:

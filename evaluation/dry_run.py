@@ -217,7 +217,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     """Judge a run by what it left in `working`; return the exit code."""
     checks = check_process(result)
     if result.exit_code == 0:
-        checks.append(check_answer(working / "submission.csv", sample, run.images, run.competition))
+        checks += check_answer(working / "submission.csv", sample, run.images, run.competition)
         checks.append(check_ended(working))
     if not is_clean(checks):  # there is nothing to draw or to time
         print(f"\n== Not ready for Kaggle: {failed_words(checks)}; see its lines above")

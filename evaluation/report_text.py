@@ -53,6 +53,7 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
         _pass_table(passes, "member"),
         _pass_table(passes, "flip"),
         f"   {run['strips_per_s']:.2f} strips/s on {run['device']}, {run['workers']} process(es);"
+        f" {run['non_empty_masks']:,} non-empty masks;"
         f" {run['share_of_full_work']:.0%} of the full work ran;"
         f" {run['peak_bytes'] / 1e9:.2f} GB of memory, {run['gpu_bytes'] / 1e9:.2f} GB of a GPU's",
     ]

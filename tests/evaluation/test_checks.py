@@ -23,8 +23,18 @@ def test_a_valid_answer_is_named_with_the_rows_it_has(layout: str, tmp_path: Pat
         rows = [f"{name}_{label},{rle}" for name in ("a.jpg", "b.jpg") for label in LABELS]
     answer = tmp_path / "submission.csv"
     answer.write_text("\n".join([header, *rows, ""]))
-    check = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
-    assert check == Check(True, f"submission.csv is valid: {len(rows)} rows")
+    valid, *_ = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
+    assert valid == Check(True, f"submission.csv is valid: {len(rows)} rows")
+
+
+def test_masks_that_are_valid_but_unlikely_are_named_and_decide_nothing(tmp_path: Path) -> None:
+    save_strips(tmp_path / "test_images", ["a.jpg"])
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "three-column")
+    answer = tmp_path / "submission.csv"
+    answer.write_text(sample.read_text().split("\n")[0] + "\n")
+    valid, warning = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
+    assert (valid.ok, warning.ok) == (True, None)
+    assert warning.words.startswith("all masks are empty")
 
 
 def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
