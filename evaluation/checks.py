@@ -31,13 +31,26 @@ class ProcessResult:
     peak_bytes: int  # the most memory that one of its processes held
 
 
+KILLED = -9  # the exit code of a process that the system ended
+
+
+def how_it_ended(exit_code: int) -> str:
+    """Say how a process ended: with an exit code or, where that is negative, by a signal."""
+    if exit_code == KILLED:
+        return (
+            f"was ended by signal {-KILLED}, as by a system that is short of memory; Kaggle's has "
+            "some 30 GB: free some here, or run it on a larger machine"
+        )
+    return f"ended {'with exit code' if exit_code >= 0 else 'by signal'} {abs(exit_code)}"
+
+
 def check_process(result: ProcessResult) -> list[Check]:
     """Check the kernel's exit code, and whether the network was denied."""
     network = "the network was denied"
     if not result.network_denied:
         network = "the network was NOT denied: this system does not allow it"
     return [
-        Check(result.exit_code == 0, f"the kernel ended with exit code {result.exit_code}"),
+        Check(result.exit_code == 0, f"the kernel {how_it_ended(result.exit_code)}"),
         Check(result.network_denied or None, network),
     ]
 
@@ -77,7 +90,7 @@ def check_record(record: RunRecord) -> list[Check]:
     if dropped:
         passes, strips = ", ".join(sorted(dropped)), max(dropped.values())
         words = f"to end in time here, {passes} were dropped for up to {strips:,} strips"
-        checks.append(Check(None, f"{words}: what it took is of a run with less to do"))
+        checks.append(Check(None, f"{words}, so the measured time is that of a lighter run"))
     if late:
         ok = None if record.work else False  # where none ran, there is nothing to judge by
         checks.append(Check(ok, f"no time was left here for {late:,} strips: they stay empty"))

@@ -23,6 +23,7 @@ import numpy as np
 
 from evaluation.ablation import ablate
 from evaluation.checks import (
+    KILLED,
     Check,
     ProcessResult,
     check_answer,
@@ -30,6 +31,7 @@ from evaluation.checks import (
     check_process,
     check_record,
     failed_words,
+    how_it_ended,
     is_clean,
 )
 from evaluation.drawing import draw_predictions, write_sheet
@@ -147,11 +149,14 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path, name: str) -> Check
     log.info("one image once more, without OpenVINO, as where there is a GPU")
     make_kaggle_tree(root, bundle, root / "one", shutil.ignore_patterns(*OPENVINO_FILES))
     code = run_kernel(root, _find_script(bundle), quiet=True).exit_code
-    checks = [Check(False, f"it ends with code {code}") if code else check_ended(root / "working")]
+    without = "without OpenVINO, as where there is a GPU,"
+    if code:
+        return Check(None if code == KILLED else False, f"{without} it {how_it_ended(code)}")
+    checks = [check_ended(root / "working")]
     if is_clean(checks):
         checks += check_record(read_run_record(root / "working" / "run.json"))
     if not is_clean(checks):
-        return Check(False, f"without OpenVINO, as where there is a GPU, {failed_words(checks)}")
+        return Check(False, f"{without} {failed_words(checks)}")
     return Check(True, "the members load on PyTorch, too, as where there is a GPU")
 
 
@@ -220,7 +225,8 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
         checks += check_answer(working / "submission.csv", sample, run.images, run.competition)
         checks.append(check_ended(working))
     if not is_clean(checks):  # there is nothing to draw or to time
-        print(f"\n== Not ready for Kaggle: {failed_words(checks)}; see its lines above")
+        lines = "" if result.exit_code == KILLED else "; see its lines above"  # there are none
+        print(f"\n== Not ready for Kaggle: {failed_words(checks)}{lines}")
         return 1
     for name in ("submission.csv", "run.json"):
         shutil.copy(working / name, run.out / name)

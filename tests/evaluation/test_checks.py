@@ -6,7 +6,7 @@ import pytest
 from helpers import LABELS, save_strips, write_sample
 from run_records import a_record, run_json
 
-from evaluation.checks import Check, check_answer, check_record
+from evaluation.checks import Check, ProcessResult, check_answer, check_process, check_record
 from kernel.competition import SEVERSTAL
 from kernel.rows import SPREADSHEET_CELL
 from kernel.strip_state import TOO_LATE
@@ -35,6 +35,20 @@ def test_masks_that_are_valid_but_unlikely_are_named_and_decide_nothing(tmp_path
     valid, warning = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
     assert (valid.ok, warning.ok) == (True, None)
     assert warning.words.startswith("all masks are empty")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (2, "the kernel ended with exit code 2"),
+        (-11, "the kernel ended by signal 11"),
+        (-9, "the kernel was ended by signal 9, as by a system that is short of memory; Kaggle's"),
+    ],
+)
+def test_a_process_that_a_signal_ended_has_no_exit_code(code: int, words: str) -> None:
+    ended, _ = check_process(ProcessResult(code, 1.0, True, 1))
+    assert not ended.ok
+    assert ended.words.startswith(words)
 
 
 def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:

@@ -253,8 +253,19 @@ def test_a_bundle_with_openvino_is_run_without_it_too(
         file.write(b" ")
     bad = dry_run.check_on_pytorch(tmp_path / "bad", bundle, images, name)
     assert bad.ok is False
-    assert bad.words == "without OpenVINO, as where there is a GPU, it ends with code 2"
+    assert bad.words == "without OpenVINO, as where there is a GPU, it ended with exit code 2"
     assert "changed after it was hashed" in capfd.readouterr().out
+
+
+def test_a_run_without_openvino_that_this_machine_has_no_memory_for_decides_nothing(
+    tiny_bundle: Path, strips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = ProcessResult(-9, 1.0, True, 1)
+    monkeypatch.setattr(dry_run, "run_kernel", lambda *_, **__: killed)
+    images = strips / "test_images"
+    check = dry_run.check_on_pytorch(tmp_path, tiny_bundle, images, list_images(images)[0])
+    assert check.ok is None
+    assert "it was ended by signal 9, as by a system that is short of memory" in check.words
 
 
 @pytest.mark.parametrize(
