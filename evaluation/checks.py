@@ -5,12 +5,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernel.checks import read_json
 from kernel.competition import Competition
 from kernel.rows import read_rows
 from kernel.run_record import RunRecord
 from kernel.strip_state import TOO_LATE
 from kernel.task import read_sample
 from kernel.validator import check_submission
+from packing.metadata import PLACEHOLDER, check_kernel
+from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,21 @@ def check_answer(
     rows = read_rows(submission, competition=competition, from_kernel=True).rows
     valid = Check(True, f"{submission.name} is valid: {len(rows):,} rows")
     return [valid, *(Check(None, warning) for warning in found.warnings)]
+
+
+def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
+    """Check what Kaggle will be told of the kernel, as the build did: it may have changed since."""
+    folder, dataset = bundle / "kernel", bundle / "dataset" / DATASET_METADATA.name
+    path = folder / KERNEL_METADATA.name
+    code_file = NOTEBOOK if (folder / NOTEBOOK).is_file() else SCRIPT.name
+    try:
+        meta = read_json(path)
+        check_kernel(meta, read_json(dataset)["id"], competition.slug, code_file)
+    except ValueError as error:
+        return [Check(False, f"{path}: {error}")]
+    if str(meta["id"]).startswith(f"{PLACEHOLDER}/"):
+        return [Check(None, f"the owner is still {PLACEHOLDER}: build again with --owner NAME")]
+    return []
 
 
 def check_ended(working: Path) -> Check:

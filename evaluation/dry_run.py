@@ -28,6 +28,7 @@ from evaluation.checks import (
     ProcessResult,
     check_answer,
     check_ended,
+    check_metadata,
     check_process,
     check_record,
     failed_words,
@@ -230,6 +231,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
         return 1
     for name in ("submission.csv", "run.json"):
         shutil.copy(working / name, run.out / name)
+    checks += check_metadata(run.bundle, run.competition)
     record = read_run_record(working / "run.json")
     whole = next(iter(record.work), None)  # an image that did not fail
     if whole and record.device == "cpu" and any(run.dataset.glob("*.xml")):

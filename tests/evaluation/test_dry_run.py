@@ -34,9 +34,12 @@ from evaluation.checks import Check, ProcessResult
 from evaluation.recorded import RecordedPasses
 from kernel.competition import COMPETITION, SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
+from kernel.files import write_json
 from kernel.image_folders import list_images
-from kernel.manifest import load_manifest
+from kernel.manifest import Manifest, load_manifest
 from kernel.rows import SPREADSHEET_CELL
+from packing.metadata import PLACEHOLDER, read_metadata
+from packing.paths import DATASET_METADATA, KERNEL_METADATA
 from training.synthetic import Drawing, write_competition
 
 UNSHARE = ["unshare", "--map-root-user", "--net"]
@@ -308,6 +311,10 @@ def concluded(folder: Path) -> tuple[dry_run.DryRun, Path, Path]:
     working = folder / "working"
     for each in (run.dataset, run.out, working):
         each.mkdir()
+    metadata = read_metadata("somebody", Manifest([]))
+    (folder / "kernel").mkdir()
+    write_json(run.dataset / DATASET_METADATA.name, metadata.dataset)
+    write_json(folder / "kernel" / KERNEL_METADATA.name, metadata.kernel)
     answer = f"{sample.read_text().splitlines()[0]}\n1.jpg,1 3,1\n"
     (working / "submission.csv").write_text(answer)
     return run, sample, working
@@ -340,6 +347,30 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
     code = dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample)
     assert (tried, code) == ((["1.jpg"], 1) if rehearsed_too else ([], 0))
     assert ("NO  a member does not load" in capsys.readouterr().out) == rehearsed_too
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"enable_gpu": False}, 1, 'NO  {}: enable_gpu False is not True; write "enable_gpu": true'),
+        ({"id": f"{PLACEHOLDER}/severstal-steel-ensemble-submission"}, 0,
+         f"–   the owner is still {PLACEHOLDER}: build again with --owner NAME"),
+    ],
+    ids=["a GPU that was switched off", "nobody's yet"],
+)  # fmt: skip
+def test_the_kernel_s_metadata_is_rehearsed_too(
+    changes: dict[str, Any],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, sample, working = concluded(tmp_path)
+    path = tmp_path / "kernel" / KERNEL_METADATA.name
+    write_json(path, json.loads(path.read_text()) | changes)
+    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == code
+    assert f"   {words.format(path)}\n" in capsys.readouterr().out
 
 
 def test_the_seconds_that_only_the_process_had_are_its_start(tmp_path: Path) -> None:
