@@ -16,9 +16,9 @@ from training.metrics import Masks, Scores
 
 
 def predict_strip(recorded: RecordedPasses) -> dict[str, Masks]:
-    """Return the masks that every member finds, alone and without flips, and the ensemble.
+    """Return the masks that every member finds, alone and under the first flip, and the ensemble.
 
-    In the ensemble the members' own passes come first, for they have run; of the others only those
+    In the ensemble the passes of the members alone come first, for they have run; of the others only those
     run that can still change a mask.
 
     Raises:
@@ -26,7 +26,7 @@ def predict_strip(recorded: RecordedPasses) -> dict[str, Masks]:
     """
     passes, found = list(enumerate(recorded.passes)), dict[str, Masks]()
     for pass_id, each in passes:
-        if each.flip == "none":
+        if each.flip == recorded.manifest.flips[0]:
             recorded.record(pass_id)
             found[each.member] = recorded.replay([pass_id]).masks
     order = sorted((i for i, _ in passes), key=lambda i: i not in recorded.probabilities)

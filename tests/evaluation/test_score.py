@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    CPU,
     LABELS,
     SMALL,
     change_manifest,
@@ -21,6 +22,10 @@ from helpers import (
 
 from evaluation import score
 from evaluation.recorded import RecordedPasses
+from kernel.ensemble_loading import load_ensemble
+from kernel.images import read_image
+from kernel.manifest import load_manifest
+from kernel.stages import Stages
 from training.ground_truth import decode_masks, read_truth
 from training.metrics import Masks, Scores
 
@@ -65,6 +70,19 @@ def test_the_ensemble_and_each_member_score_what_their_submissions_do(
         change_manifest(dataset, members=[entry], flips=["none"])
         expected = scores_of_a_submission(dataset, labelled_strips, tmp_path / entry["name"])
         assert scores[entry["name"]] == expected
+
+
+def test_a_member_alone_is_under_the_first_flip_of_the_bundle(
+    dataset: Path, labelled_strips: Path
+) -> None:
+    change_manifest(dataset, flips=["vertical", "horizontal"])
+    ensemble = load_ensemble(dataset, load_manifest(dataset), CPU, Stages(), None)
+    recorded = RecordedPasses(ensemble, read_image(next(labelled_strips.glob("test_images/*"))))
+    found = score.predict_strip(recorded)
+    assert set(found) == {"ensemble", "fpn-b", "unet-a", "unet-c"}
+    for pass_id, each in enumerate(ensemble.passes):
+        same = np.array_equal(found[each.member], recorded.replay([pass_id]).masks)
+        assert same == (each.flip == "vertical")
 
 
 @pytest.mark.parametrize("every_strip", [False, True])
