@@ -1,4 +1,4 @@
-"""A page of results: one HTML file that needs nothing but itself, in the dress of page.html."""
+"""A page of results: one HTML file that needs nothing but itself, styled like page.html."""
 
 import math
 from pathlib import Path

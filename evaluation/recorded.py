@@ -102,7 +102,7 @@ class RecordedPasses:
         encoded = self.run_encoder(pass_id, images)
         return encoded[0], self.run_decoder(pass_id, encoded, size)
 
-    def replay(self, pass_ids: Sequence[int], early_exit: bool = True) -> StripState:
+    def replay(self, pass_ids: Sequence[int]) -> StripState:
         """Return the strip as the kernel leaves it with the passes `pass_ids`, in this order.
 
         Where each of them gave NaN its masks are empty, as the kernel's rows are.
@@ -110,8 +110,7 @@ class RecordedPasses:
         Raises:
             RuntimeError: the networks failed.
         """
-        scheduler = Scheduler(self, early_exit=early_exit, pass_ids=pass_ids)
-        (state,) = scheduler.predict_strips([Strip(self.name, self.image)])
+        (state,) = Scheduler(self, pass_ids=pass_ids).predict_strips([Strip(self.name, self.image)])
         if state.fault and state.pass_ids:
             raise RuntimeError(f"{self.name}: {state.fault}")
         if state.fault:

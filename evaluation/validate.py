@@ -45,7 +45,9 @@ def validate(args: argparse.Namespace) -> int:
         log.warning(
             "%s: %r has no pixel, and the description's `empty` is %r: correct it if the sample "
             "writes empty masks so",
-            *(args.sample, mark, competition.empty),
+            args.sample,
+            mark,
+            competition.empty,
         )
     layout, pairs = read_sample(args.sample, None, competition)
     images, columns = args.images and one_folder(args.images, competition), layout.columns
