@@ -51,7 +51,7 @@ from kernel.manifest import MANIFEST, load_manifest
 from kernel.mounts import SAMPLE
 from kernel.run_record import RunRecord, read_run_record
 from kernel.shipped import add_competition_option, find_competition
-from packing.paths import REPORT
+from packing.paths import DATASET_METADATA, LAST_REPORT, REPORT
 from training.competition_files import write_sample
 from training.ground_truth import Truth, check_masks, check_names, read_truth
 from training.synthetic import Drawing, write_competition
@@ -262,6 +262,8 @@ def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
         raise ValueError(f"--budget-s {args.budget_s:g}: expected seconds above 0")
     if args.ground_truth and not args.images:
         raise ValueError("--ground-truth needs the --images that it is of")
+    if all((args.bundle / name).is_file() for name in (MANIFEST, DATASET_METADATA.name)):
+        raise ValueError(f"{args.bundle}: the dataset of a bundle; name the folder above it")
     if not (args.bundle / "dataset" / MANIFEST).exists():
         raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
     competition = load_manifest(args.bundle / "dataset").competition
@@ -296,6 +298,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _clear(run: DryRun) -> None:
+    """Take away an earlier run's results; an ablation took hours, and goes where a build's go."""
+    if (run.out / MANIFEST).is_file():
+        before = run.bundle / LAST_REPORT
+        shutil.rmtree(before, ignore_errors=True)
+        run.out.rename(before)
+    run.out.mkdir(exist_ok=True)
+    for name in RESULTS:
+        (run.out / name).unlink(missing_ok=True)
+
+
 def _run_bundle(
     args: argparse.Namespace, competition: Competition, images: Path | None, root: Path
 ) -> int:
@@ -314,9 +327,7 @@ def _run_bundle(
         check_names(truth, names, truth_csv, mounted)
         check_masks(truth, names, truth_csv, images, competition)
     run = DryRun(args.bundle, competition, images, truth, args.budget_s, bool(args.ground_truth))
-    run.out.mkdir(exist_ok=True)
-    for name in (*RESULTS, MANIFEST):  # an earlier run's
-        (run.out / name).unlink(missing_ok=True)
+    _clear(run)
     log.info("running the kernel in a Kaggle-like tree")
     sample = make_kaggle_tree(root, run.bundle, mounted)
     return _conclude(run, root / "working", run_kernel(root, _find_script(run.bundle)), sample)

@@ -381,6 +381,18 @@ def test_the_seconds_that_only_the_process_had_are_its_start(tmp_path: Path) -> 
     assert report["stages"][0] == {"stage": "start", "seconds": 5.0, "share": 0.2}
 
 
+def test_an_ablation_is_kept_from_the_next_dry_run(tmp_path: Path) -> None:
+    run, *_ = concluded(tmp_path)
+    for name in ("report.json", "ensemble.json"):
+        (run.out / name).write_text("of the ablation")
+    for _ in range(2):  # the second run finds a report that has none
+        dry_run._clear(run)
+        assert not list(run.out.iterdir())
+        before = all_bytes(tmp_path / "report-before")
+        assert sorted(map(str, before)) == ["ensemble.json", "report.json"]
+        (run.out / "report.json").write_text("of a run without one")
+
+
 # --- the network ----------------------------------------------------------------------------------
 
 
@@ -411,6 +423,7 @@ def test_the_network_is_denied_by_a_program_that_is_tried_first(
     ("arguments", "error"),
     [
         (["--bundle", "nowhere"], "nowhere: no bundle there; build it with build_kernel.py first"),
+        (["--bundle", "."], ".: the dataset of a bundle; name the folder above it"),
         (["--ground-truth", "test.csv"], "--ground-truth needs the --images that it is of"),
         (["--images", "nowhere"], "nowhere: no such folder of images"),
         (["--images", "."], ".: no images in it; name the folder that has them"),
