@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.measured import MeasuredRun
+from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun
 from kernel.checks import read_json
 from kernel.files import write_json
 from kernel.run_record import RunRecord, read_run_record
@@ -59,6 +59,7 @@ class Estimate:
     workers: int  # that share the strips
     seconds: float
     calibrated: bool  # by the rate of a run there; else estimated from assumptions
+    how: str  # that in words
     basis: str  # where the rate comes from
 
 
@@ -70,7 +71,8 @@ def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
     strip_s = run.full_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
     seconds = run.fixed_s + run.n_images * strip_s / machine.units
     basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
-    return Estimate(machine.name, machine.workers, seconds, False, basis + machine.source)
+    basis += machine.source
+    return Estimate(machine.name, machine.workers, seconds, False, "estimated", basis)
 
 
 def _machine_of(record: RunRecord) -> str:
@@ -80,6 +82,11 @@ def _machine_of(record: RunRecord) -> str:
     return "2×T4" if record.workers > 1 else "one T4"
 
 
+def _members_of(record: RunRecord) -> list[list[Any]]:
+    """Name and the flops of both halves of each member: a rate is measured by them."""
+    return [list(each) for each in sorted({(each.member, *each.flops) for each in record.passes})]
+
+
 def keep_rate(bundle: Path, path: Path) -> str:
     """Keep the rate of a run on Kaggle, its run.json at `path`, in the bundle's folder.
 
@@ -87,7 +94,7 @@ def keep_rate(bundle: Path, path: Path) -> str:
 
     Raises:
         ValueError: the file is no run.json, or not of a whole run there in which strips were
-            predicted.
+            predicted, on a GPU many.
     """
     record = read_run_record(path)
     run = MeasuredRun(record)
@@ -103,10 +110,20 @@ def keep_rate(bundle: Path, path: Path) -> str:
             f"{path}: of {unknown} of {record.strips} strips it does not say what ran, for a "
             "worker died, so it has no rate; give another run's"
         )
+    if run.few_for_gpu:
+        raise ValueError(
+            f"{path}: of {run.begun} strips, of which a GPU's start is most of the seconds; give "
+            f"that of a run of {MIN_GPU_STRIPS} or more"
+        )
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
     machine, known = _machine_of(record), read_rates(bundle)
     known.pop(machine, None)  # the last one stands last
-    known[machine] = {"rate": rate, "fixed_s": run.fixed_s, "strips": record.strips}
+    known[machine] = {
+        "rate": rate,
+        "fixed_s": run.fixed_s,
+        "strips": record.strips,
+        "members": _members_of(record),
+    }
     write_json(bundle / CALIBRATION, known)
     return machine
 
@@ -124,7 +141,12 @@ def list_estimates(run: MeasuredRun, calibration: dict[str, Any]) -> list[Estima
         estimate, known = _estimate_assumed(machine, run), calibration.get(machine.name)
         if known:
             seconds = known["fixed_s"] + run.n_images * run.full_flops / known["rate"]
-            basis = f"{known['rate'] / 1e9:,.0f} GFLOP/s in a run of {known['strips']} strips"
-            estimate = Estimate(machine.name, machine.workers, seconds, True, basis)
+            how, basis = "calibrated", f"{known['rate'] / 1e9:,.0f} GFLOP/s"
+            basis += f" in a run of {known['strips']} strips"
+            members = _members_of(run.record)
+            if known.get("members", members) != members:
+                how += " by other members"
+                basis += " by other members: calibrate it with a run of these"
+            estimate = Estimate(machine.name, machine.workers, seconds, True, how, basis)
         found.append(estimate)
     return found

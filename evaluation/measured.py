@@ -13,6 +13,7 @@ from training.metrics import Floats, Ints
 
 FIXED_STAGES = {"start", "import", "load", "check"}  # paid once, however many the strips
 DEVICE_STAGES = {"prepare", "tally"}  # on the networks' device; on a GPU next to nothing
+MIN_GPU_STRIPS = 100  # of fewer, a GPU's start, which is in no stage, is most of the seconds
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class MeasuredRun:
     def begun(self) -> int:
         """Strips that time was left for: what the seconds went to. One at the least."""
         return max(self.record.strips - len(self.late), 1)
+
+    @property
+    def few_for_gpu(self) -> bool:
+        """Whether a GPU had so few strips that its start is most of their seconds."""
+        return self.record.device.startswith("cuda") and self.begun < MIN_GPU_STRIPS
 
     @property
     def per_strip_s(self) -> float:

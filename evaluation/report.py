@@ -7,8 +7,8 @@ It answers "will this run on Kaggle?" first, and its parts apart:
 - `clean`: whether nothing was wrong in this run, as `ok`, and its `checks`, each `ok` true, false,
   or null where it decides nothing.
 - `kaggle`: what the scored run would take on Kaggle's machine, the one that was calibrated last or
-  else two T4: `seconds`, `calibrated` by a run there or else estimated, `fits`: the kernel would
-  run every pass in time.
+  else two T4: `seconds`, `calibrated` by a run there or else estimated, `how` in words, `fits`: the
+  kernel would run every pass in time.
 - `here`: the same of this machine, measured and projected. It decides nothing about Kaggle.
 - `budget_s`: what both may take; `usable_s` of it the kernel plans with, there and here.
 
@@ -26,9 +26,9 @@ import numpy as np
 from evaluation.checks import Check, ProcessResult, is_clean
 from evaluation.drawing import AnnotatedStrip
 from evaluation.machines import MACHINES, Estimate, list_estimates
-from evaluation.measured import MeasuredRun
+from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun
 from evaluation.page import render_page
-from evaluation.projection import Projection, drop_to_fit, list_drops, project, usable_s
+from evaluation.projection import drop_to_fit, list_drops, project, usable_s
 from kernel.competition import SEVERSTAL, Competition
 from kernel.run_record import RunRecord
 from kernel.tta import Half
@@ -55,21 +55,24 @@ def time_on_kaggle(
     return asdict(estimate) | {"usable_s": plan_s, "fits": fits, "words": words}
 
 
-def time_here(projection: Projection, plan_s: float, dropped: bool) -> dict[str, Any]:
+def time_here(run: MeasuredRun, plan_s: float) -> dict[str, Any]:
     """Say whether the scored run would have time for every pass on this machine.
 
-    `plan_s` is what the kernel plans with here; `dropped` says that this run dropped passes.
+    `plan_s` is what the kernel plans with here.
     """
+    projection = project(run)
     total_s, interval = projection.total_s, ""
     if projection.low_s is not None:
         interval = f" ({projection.low_s:,.0f}–{projection.high_s:,.0f} s)"
-    fits = total_s <= plan_s and not dropped
+    fits = total_s <= plan_s and not run.dropped
     outcome = "which is time for every pass"
-    if dropped:
+    if run.dropped:
         outcome = "with every pass, and in this run passes were dropped; Kaggle's machine decides"
     elif not fits:
         outcome = "so here the kernel would drop passes to end in time; Kaggle's machine decides"
     words = f"{projection.n_images:,} strips would take {total_s:,.0f} s{interval}, {outcome}"
+    if run.few_for_gpu:
+        words += f"; of so few strips a GPU's start is most: give --images of {MIN_GPU_STRIPS}"
     more = {"total_s": total_s, "usable_s": plan_s, "fits": fits, "words": words}
     return asdict(projection) | more
 
@@ -77,11 +80,8 @@ def time_here(projection: Projection, plan_s: float, dropped: bool) -> dict[str,
 def _verdict(clean: bool, kaggle: dict[str, Any], budget_s: float) -> str:
     if not clean:
         return "Not ready for Kaggle: the run was not clean"
-    how, seconds = (
-        "calibrated" if kaggle["calibrated"] else "estimated",
-        f"{kaggle['seconds']:,.0f} s",
-    )
-    time = f"{kaggle['machine']} would take {seconds} of {budget_s:,.0f} s ({how})"
+    seconds = f"{kaggle['seconds']:,.0f} s of {budget_s:,.0f} s"
+    time = f"{kaggle['machine']} would take {seconds} ({kaggle['how']})"
     if kaggle["fits"]:
         return f"Ready for Kaggle: the run was clean, and {time}"
     return f"Not ready for Kaggle: the run was clean, but {time} and drop passes"
@@ -166,15 +166,15 @@ def build_report(
     `defective` (strips that did not fail,) says which have a mask. More than the competition's
     limit is never allowed, whatever `budget_s` is.
     """
-    limit_s, projection = competition.time_limit_s, project(run)
+    limit_s = competition.time_limit_s
     budget_s = min(budget_s or limit_s, limit_s)
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     plan_s = usable_s(budget_s, run.workers)
     judged = next(reversed(calibration), MACHINES[0].name)
     kaggle = next(machine for machine in machines if machine["machine"] == judged)
-    clean, here = is_clean(checks), time_here(projection, plan_s, run.dropped)
-    dropped = drop_to_fit(run, projection.total_s, plan_s)
+    clean, here = is_clean(checks), time_here(run, plan_s)
+    dropped = drop_to_fit(run, here["total_s"], plan_s)
     return {
         "verdict": _verdict(clean, kaggle, budget_s),
         "ready": clean and kaggle["fits"],
@@ -187,7 +187,7 @@ def build_report(
         "passes": _list_passes(run),
         "histogram": _histogram(run, defective),
         "machines": machines,
-        "drops": _list_drops(run, projection.total_s),
+        "drops": _list_drops(run, here["total_s"]),
         "drop_to_fit": [drop.name for drop in dropped],
         "faults": run.record.faults,
         "dice": None,

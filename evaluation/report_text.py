@@ -24,13 +24,12 @@ def _answer_lines(report: dict[str, Any]) -> list[str]:
     """The verdict, then what it is made of."""
     clean, kaggle, here = report["clean"], report["kaggle"], report["here"]
     checks = [f"   {MARKS[check['ok']]:<4}{check['words']}" for check in clean["checks"]]
-    how = "calibrated" if kaggle["calibrated"] else "estimated"
     machine = kaggle["machine"].removeprefix("Kaggle's ")
     here_mark = MARKS[here["fits"] or None]
     return [
         f"== {report['verdict']}",
         "\n".join([f"   The run was {'clean' if clean['ok'] else 'NOT clean'}", *checks]),
-        f"   On Kaggle's {machine}, {how}\n   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
+        f"   On Kaggle's {machine}, {kaggle['how']}\n   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
         f"   On this machine, projected\n   {here_mark:<4}{here['words']}",
     ]
 
@@ -62,8 +61,7 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
 def _scored_run_lines(report: dict[str, Any]) -> list[str]:
     """The scored run on Kaggle's machines, and on this one with less to do."""
     machines = (
-        (each["machine"], f"{each['seconds']:,.0f}",
-         "calibrated" if each["calibrated"] else "estimated",
+        (each["machine"], f"{each['seconds']:,.0f}", each["how"],
          "every pass" if each["fits"] else "drops passes")
         for each in report["machines"]
     )  # fmt: skip

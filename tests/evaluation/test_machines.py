@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from run_records import PASSES, TRUNCATED, a_run, run_json
+from run_records import PASSES, TRUNCATED, a_run, repeat, run_json, strip_work
 
 from evaluation.machines import keep_rate, list_estimates, read_rates
 
@@ -18,7 +18,7 @@ def test_a_run_of_which_a_worker_s_record_is_missing_has_no_rate(tmp_path: Path)
 
 
 def test_a_rate_is_that_of_what_ran(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(run_json(**TRUNCATED, device="cuda")))
+    (tmp_path / "run.json").write_text(json.dumps(repeat(run_json(**TRUNCATED, device="cuda"), 50)))
     keep_rate(tmp_path, tmp_path / "run.json")
     assert read_rates(tmp_path)["one T4"]["rate"] == pytest.approx((200 + 100) / 4 / 3)
 
@@ -69,13 +69,39 @@ def test_a_run_on_kaggle_replaces_the_assumption_and_is_remembered(
     device: str, workers: int, machine: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "from_kaggle.json"
-    path.write_text(json.dumps(run_json(device=device, workers=workers, seconds=10.0)))
+    record = repeat(run_json(device=device, workers=workers, seconds=10.0))
+    path.write_text(json.dumps(record))
     assert keep_rate(tmp_path, path) == machine
     assert (tmp_path / "calibration.json").is_file()
     for found in list_estimates(a_run(), read_rates(tmp_path)):
         assert found.calibrated == (found.machine == machine)
         if found.calibrated:  # the same flops at the rate of (10 − 8) / 4 seconds a strip
             assert found.seconds == pytest.approx(8 + STRIPS * 0.5)
+
+
+def test_a_rate_by_other_members_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run_json()))
+    keep_rate(tmp_path, path)
+    larger = [entry | {"flops": [30, 41]} if entry["member"] == "b" else entry for entry in PASSES]
+    for passes, how in (
+        (PASSES, "calibrated"), (PASSES[::2], "calibrated"),  # a flip less is as fast
+        (PASSES[:2], "calibrated by other members"), (larger, "calibrated by other members"),
+    ):  # fmt: skip
+        run = a_run(passes=passes, work={"1.jpg": strip_work([0], [], passes=[0])})
+        *_, cpu = list_estimates(run, read_rates(tmp_path))
+        assert (cpu.how, cpu.calibrated) == (how, True)
+        assert ("of 4 strips by other members" in cpu.basis) == (how != "calibrated")
+
+
+def test_a_run_of_few_strips_on_a_gpu_is_mostly_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(repeat(run_json(device="cuda"), 24)))
+    words = "of 96 strips, of which a GPU's start is most of the seconds; give that of a run of 100"
+    with pytest.raises(ValueError, match=words):
+        keep_rate(tmp_path, path)
+    path.write_text(json.dumps(repeat(run_json(), 24)))
+    assert keep_rate(tmp_path, path) == "Kaggle's CPU"
 
 
 def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
@@ -87,7 +113,7 @@ def test_a_second_machine_does_not_forget_the_first_and_the_last_stands_last(
         ("cpu", ["one T4", "Kaggle's CPU"]),
         ("cuda", ["Kaggle's CPU", "one T4"]),
     ):
-        path.write_text(json.dumps(run_json(device=device)))
+        path.write_text(json.dumps(repeat(run_json(device=device))))
         keep_rate(tmp_path, path)
         assert list(read_rates(tmp_path)) == known
 

@@ -202,6 +202,12 @@ def test_of_one_strip_no_interval_is_named() -> None:
     assert words.startswith("5,506 strips would take 16,526 s, so here the kernel would drop")
 
 
+@pytest.mark.parametrize(("device", "strips", "few"), [("cuda", 99, 1), ("cuda", 100, 0), ("cpu", 99, 0)])
+def test_of_few_strips_on_a_gpu_its_start_is_named(device: str, strips: int, few: int) -> None:
+    words = a_report(device=device, strips=strips)["here"]["words"]
+    assert words.endswith("; of so few strips a GPU's start is most: give --images of 100") == few
+
+
 def test_a_budget_is_named_as_one() -> None:
     assert "1,830 s of the budget's 2,000 s" in as_lines(a_report(budget_s=2000.0))
 
