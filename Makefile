@@ -95,7 +95,7 @@ mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and
 versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions; as on Kaggle: PYTHON=python3.12
 	@echo "== the kernel's tests, and those of the packed kernel"
 	PYTHONPATH='$(CURDIR)' .venv-oldest/bin/python -m pytest tests/kernel tests/evaluation/test_dry_run.py \
-		tests/packing/test_kaggle.py tests/packing/test_notebook.py
+		tests/evaluation/test_kaggle_tree.py tests/packing/test_kaggle.py tests/packing/test_notebook.py
 
 .venv-oldest/installed: requirements-oldest.txt
 	@echo "== installing the oldest versions into .venv-oldest: minutes"

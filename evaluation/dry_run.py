@@ -8,13 +8,10 @@ exit code is 0 where the bundle is ready for Kaggle, and 1 where it is not.
 
 import argparse
 import math
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,107 +33,27 @@ from evaluation.checks import (
     is_clean,
 )
 from evaluation.drawing import draw_predictions, write_sheet
+from evaluation.kaggle_tree import find_script, make_kaggle_tree, run_kernel
 from evaluation.machines import keep_rate, read_rates
 from evaluation.measured import MeasuredRun
 from evaluation.report import as_page, build_report
 from evaluation.report_text import as_lines
-from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE, Competition
 from kernel.files import write_json
-from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder, open_images
-from kernel.kaggle import KAGGLE_RUN
+from kernel.image_folders import list_images, one_folder, open_images
 from kernel.logs import log
 from kernel.manifest import MANIFEST, load_manifest
-from kernel.mounts import SAMPLE
 from kernel.run_record import RunRecord, read_run_record
 from kernel.shipped import add_competition_option, find_competition
 from packing.paths import DATASET_METADATA, LAST_REPORT, REPORT
-from training.competition_files import write_sample
 from training.ground_truth import Truth, check_masks, check_names, read_truth
 from training.synthetic import Drawing, write_competition
 
-IMAGES = "test_images"  # the competition's folder of them
 OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
 RESULTS = ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html")
 
-# --- the Kaggle-like tree -------------------------------------------------------------------------
-
-
-def _not_images(folder: str, names: Iterable[str]) -> list[str]:
-    """What lies beside images and is none: a sample or a manifest there is not Kaggle's."""
-    files = [name for name in names if Path(folder, name).is_file()]
-    return [name for name in files if Path(name).suffix.lower() not in IMAGE_SUFFIXES]
-
-
-def make_kaggle_tree(
-    root: Path, bundle: Path, images: Path, ignore: Callable[..., Iterable[str]] | None = None
-) -> Path:
-    """Mount competition and dataset below `root`/input as Kaggle does; return the sample.
-
-    What `ignore`, as `shutil.copytree` takes it, names of the dataset is left out.
-    """
-    manifest = load_manifest(bundle / "dataset")
-    path = bundle / "dataset" / "dataset-metadata.json"
-    slug = read_json(path).get("id")
-    if not isinstance(slug, str):
-        raise ValueError(f"{path}: lacks id; build the bundle again")
-    mounted = root / "input" / "datasets" / slug
-    shutil.copytree(bundle.resolve() / "dataset", mounted, copy_function=os.symlink, ignore=ignore)
-    competition = root / "input" / "competitions" / manifest.competition.slug
-    shutil.copytree(
-        images.resolve(), competition / IMAGES, copy_function=os.symlink, ignore=_not_images
-    )
-    sample = competition / SAMPLE
-    size = manifest.competition.image_size or (1, 1)
-    names = list_images(one_folder(images, manifest.competition), manifest.competition.suffix)
-    write_sample(sample, names, manifest.competition, size)
-    (root / "working").mkdir()
-    return sample
-
-
-def network_denial() -> list[str]:
-    """Return the command prefix that denies the network; empty where unsupported."""
-    prefix = ["unshare", "--map-root-user", "--net"]
-    if not shutil.which("unshare"):
-        return []
-    allowed = subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0
-    return prefix if allowed else []
-
-
-def _peak_bytes() -> int:
-    """The most memory that a child process has held; macOS counts bytes, Linux KiB."""
-    import resource  # Windows has none
-
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _find_script(bundle: Path) -> Path:
-    """The packed kernel; where that is a notebook the dataset's script, of the same code."""
-    script = bundle / "kernel" / "inference.py"
-    return script if script.is_file() else bundle / "dataset" / "inference.py"
-
-
-def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
-    """Run the kernel in `root`/working, as Kaggle does; a `quiet` one shows its log if it fails."""
-    deny = network_denial()
-    log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
-    command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
-    elsewhere = {key: value for key, value in os.environ.items() if key != KAGGLE_RUN}
-    start = time.perf_counter()
-    done = subprocess.run(
-        [*deny, *command],
-        cwd=root / "working",
-        env=elsewhere,  # a rehearsal in a session there stays in its own folder
-        stdout=subprocess.PIPE if quiet else None,
-        stderr=subprocess.STDOUT if quiet else None,
-        text=True,
-        check=False,
-    )
-    if done.returncode and done.stdout:
-        sys.stdout.write(done.stdout)
-    return ProcessResult(done.returncode, time.perf_counter() - start, bool(deny), _peak_bytes())
+# --- the members on PyTorch -----------------------------------------------------------------------
 
 
 def check_on_pytorch(root: Path, bundle: Path, images: Path, name: str) -> Check:
@@ -149,7 +66,7 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path, name: str) -> Check
     one.symlink_to(images.resolve() / name)
     log.info("one image once more, without OpenVINO, as where there is a GPU")
     make_kaggle_tree(root, bundle, root / "one", shutil.ignore_patterns(*OPENVINO_FILES))
-    code = run_kernel(root, _find_script(bundle), quiet=True).exit_code
+    code = run_kernel(root, find_script(bundle), quiet=True).exit_code
     without = "without OpenVINO, as where there is a GPU,"
     if code:
         return Check(None if code == KILLED else False, f"{without} it {how_it_ended(code)}")
@@ -330,7 +247,7 @@ def _run_bundle(
     _clear(run)
     log.info("running the kernel in a Kaggle-like tree")
     sample = make_kaggle_tree(root, run.bundle, mounted)
-    return _conclude(run, root / "working", run_kernel(root, _find_script(run.bundle)), sample)
+    return _conclude(run, root / "working", run_kernel(root, find_script(run.bundle)), sample)
 
 
 def dry_run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ Fixtures made of them stand in conftest.py, the oracle of an ensemble's masks in
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ CPU = torch.device("cpu")
 CLASSES = 4
 LABELS = (1, 2, 3, 4)  # a class as it stands in a csv
 SMALL = (64, 96)  # (H, W) of the tiny members' strips
+UNSHARE = ["unshare", "--map-root-user", "--net"]  # a command in front of another
 
 # --- real strips ----------------------------------------------------------------------------------
 
@@ -378,6 +380,12 @@ def error_of(stderr: str) -> str:
 
 
 # --- scripts as processes -------------------------------------------------------------------------
+
+
+def may_deny_network() -> bool:
+    """Whether a process may give up its network here, found out by one that does."""
+    command = [*UNSHARE, "true"]
+    return bool(shutil.which("unshare")) and not subprocess.run(command, check=False).returncode
 
 
 def run_script(

@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 import build_kernel
 from evaluation import calibrate, dry_run, score, validate
-from evaluation.dry_run import make_kaggle_tree
+from evaluation.kaggle_tree import make_kaggle_tree
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import Mask, Size
 from kernel.inference import run

@@ -1,14 +1,12 @@
-"""The dry run: the tree it makes, what it reports, and the whole path without SMP or a network."""
+"""The dry run: what it leaves, how a run is judged, and what it refuses before one."""
 
-import contextlib
-import io
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from helpers import (
     decode_by_hand,
     error_of,
     exit_code,
+    may_deny_network,
     read_table,
     run_script,
     save_strips,
-    site_without_smp,
     write_sample,
 )
 from run_records import PASSES, a_record, repeat, run_json, strip_work
@@ -32,7 +30,7 @@ from run_records import PASSES, a_record, repeat, run_json, strip_work
 from evaluation import dry_run
 from evaluation.checks import Check, ProcessResult
 from evaluation.recorded import RecordedPasses
-from kernel.competition import COMPETITION, SEVERSTAL
+from kernel.competition import SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.files import write_json
 from kernel.image_folders import list_images
@@ -41,8 +39,6 @@ from kernel.rows import SPREADSHEET_CELL
 from packing.metadata import PLACEHOLDER, read_metadata
 from packing.paths import DATASET_METADATA, KERNEL_METADATA
 from training.synthetic import Drawing, write_competition
-
-UNSHARE = ["unshare", "--map-root-user", "--net"]
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +78,6 @@ def rehearsed(tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPath
         cwd=bundle.parent,
     )
     return DryRun(bundle, done)
-
-
-def may_deny_network() -> bool:
-    """Whether a process may give up its network here, found out by one that does."""
-    command = [*UNSHARE, "true"]
-    return bool(shutil.which("unshare")) and not subprocess.run(command, check=False).returncode
 
 
 @pytest.fixture
@@ -186,45 +176,7 @@ def has_truth(strips: Path, name: str) -> bool:
     return name in (strips / "test.csv").read_text()
 
 
-# --- the tree -------------------------------------------------------------------------------------
-
-
-def test_the_tree_has_the_mounts_that_kaggle_makes(
-    tiny_bundle: Path, strips: Path, tmp_path: Path
-) -> None:
-    made = dry_run.make_kaggle_tree(tmp_path, tiny_bundle, strips / "test_images")
-    competition = tmp_path / "input" / "competitions" / "severstal-steel-defect-detection"
-    assert made == competition / "sample_submission.csv"
-    slug = json.loads((tiny_bundle / "dataset" / "dataset-metadata.json").read_text())["id"]
-    assert (tmp_path / "input" / "datasets" / slug / "ensemble.json").is_file()
-    sample = made.read_text().splitlines()
-    assert sample[0] == "ImageId,EncodedPixels,ClassId"
-    assert len(sample) == 4
-    assert all(line.endswith(",1 409600,0") for line in sample[1:])
-    assert len(list((competition / "test_images").iterdir())) == 3
-
-
-def test_images_of_another_suffix_than_the_competitions_get_no_row(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
-    bundle, images = Path(shutil.copytree(tiny_bundle, tmp_path / "dist")), tmp_path / "images"
-    described = asdict(replace(load_manifest(bundle / "dataset").competition, suffix=".png"))
-    (bundle / "dataset" / COMPETITION).write_text(json.dumps(described))
-    save_strips(images, ["a.jpg", "b.png", "c.png"])
-    made = dry_run.make_kaggle_tree(tmp_path / "all", bundle, images)
-    assert [line.split(",")[0] for line in made.read_text().splitlines()[1:]] == ["b", "c"]
-
-
-def test_what_lies_beside_the_images_is_not_mounted(
-    tiny_bundle: Path, strips: Path, tmp_path: Path
-) -> None:
-    """A second sample or manifest there would end the run as ambiguous."""
-    images = Path(shutil.copytree(strips / "test_images", tmp_path / "images"))
-    for name in ("sample_submission.csv", "ensemble.json", "notes.txt"):
-        (images / name).touch()
-    made = dry_run.make_kaggle_tree(tmp_path, tiny_bundle, images)
-    found = [path.name for path in (made.parent / "test_images").iterdir()]
-    assert len(found) == 3 and not {"sample_submission.csv", "ensemble.json"} & set(found)
+# --- how it is judged -----------------------------------------------------------------------------
 
 
 def test_a_mask_as_long_as_a_spreadsheets_cell_is_in_the_report(tmp_path: Path) -> None:
@@ -393,29 +345,6 @@ def test_an_ablation_is_kept_from_the_next_dry_run(tmp_path: Path) -> None:
         (run.out / "report.json").write_text("of a run without one")
 
 
-# --- the network ----------------------------------------------------------------------------------
-
-
-def test_the_network_is_denied_where_the_system_allows_it() -> None:
-    if not may_deny_network():
-        pytest.skip("this system does not allow a process to give up its network")
-    assert dry_run.network_denial() == UNSHARE
-
-
-@pytest.mark.parametrize(
-    ("code", "denial"), [(0, UNSHARE), (1, []), (None, [])], ids=["allowed", "refused", "missing"]
-)
-def test_the_network_is_denied_by_a_program_that_is_tried_first(
-    code: int | None, denial: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if code is not None:
-        program = tmp_path / "unshare"
-        program.write_text(f"#!/bin/sh\nexit {code}\n")
-        program.chmod(0o755)
-    assert dry_run.network_denial() == denial
-
-
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -531,20 +460,6 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
     assert "Traceback" not in captured.err
 
 
-def test_a_rehearsal_in_an_unattended_session_on_kaggle_stays_in_its_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There the kernel would go where Kaggle takes the session's own output from."""
-    (tmp_path / "working").mkdir()
-    script = tmp_path / "script.py"
-    script.write_text("import os\nprint(os.environ.get('KAGGLE_KERNEL_RUN_TYPE'))\nexit(3)\n")
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert dry_run.run_kernel(tmp_path, script, quiet=True).exit_code == 3
-    assert printed.getvalue().strip() == "None"
-
-
 def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(
     bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -627,33 +542,3 @@ def test_a_submission_that_kaggle_would_refuse_is_not_ready(
     out = capfd.readouterr().out
     assert "== Not ready for Kaggle: submission.csv is invalid: row " in out
     assert "order" in out.partition("== Not ready")[2]
-
-
-# --- the whole path -------------------------------------------------------------------------------
-
-
-def test_the_whole_path_runs_without_smp_and_without_a_network(
-    tiny_bundle: Path, strips: Path, tmp_path: Path
-) -> None:
-    if not may_deny_network():
-        pytest.skip("this system does not allow a process to give up its network")
-    dry_run.make_kaggle_tree(tmp_path, tiny_bundle, strips / "test_images")
-    python = [getattr(sys, "_base_executable", sys.executable), "-S"]
-    bare = {"PYTHONPATH": str(site_without_smp(tmp_path / "site")), "PATH": os.environ["PATH"]}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*UNSHARE, *python, *arguments],
-            env=bare, cwd=tmp_path / "working", capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    assert "No module named" in run("-c", "import segmentation_models_pytorch").stderr
-    assert "No module named" in run("-c", "import timm").stderr
-    reach = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
-    assert "unreachable" in run("-c", reach).stderr
-    kernel = str(tiny_bundle / "kernel" / "inference.py")
-    done = run(kernel, "--input", str(tmp_path / "input"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_table(tmp_path / "working" / "submission.csv")
-    assert len(rows) == 12
-    assert (rows.EncodedPixels != "").any()

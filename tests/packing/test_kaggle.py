@@ -22,7 +22,7 @@ from helpers import (
 )
 from kaggle_stub import Kaggle, customize_site, run_client, run_with_client, serve
 
-from evaluation.dry_run import network_denial
+from evaluation.kaggle_tree import network_denial
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE
