@@ -12,9 +12,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,12 +31,12 @@ from evaluation.checks import (
     how_it_ended,
     is_clean,
 )
-from evaluation.drawing import draw_predictions, write_sheet
+from evaluation.drawing import AnnotatedStrip, draw_predictions, write_sheet
 from evaluation.kaggle_tree import find_script, make_kaggle_tree, run_kernel
 from evaluation.machines import keep_rate, read_rates
 from evaluation.measured import MeasuredRun
-from evaluation.report import as_page, build_report
-from evaluation.report_text import as_lines
+from evaluation.report import Report, as_page, build_report
+from evaluation.report_text import ablation_table, as_lines
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE, Competition
 from kernel.files import write_json
@@ -47,7 +46,8 @@ from kernel.manifest import MANIFEST, load_manifest
 from kernel.run_record import RunRecord, read_run_record
 from kernel.shipped import add_competition_option, find_competition
 from packing.paths import DATASET_METADATA, LAST_REPORT, REPORT
-from training.ground_truth import Truth, check_masks, check_names, read_truth
+from training.ground_truth import Rles, Truth, check_masks, check_names, read_truth
+from training.metrics import Scores
 from training.synthetic import Drawing, write_competition
 
 OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
@@ -90,7 +90,7 @@ class DryRun:
     images: Path
     truth: Truth | None  # where it is known
     budget_s: float | None  # None: the competition's limit
-    ablation: bool  # compare members, flips and settings by the ground truth
+    drawn: bool  # the strips are synthetic, and no truth is a user's
 
     @property
     def dataset(self) -> Path:
@@ -103,36 +103,68 @@ class DryRun:
         return self.bundle / REPORT
 
 
-def _write_report(
+def _build_report(
+    run: DryRun,
+    record: RunRecord,
+    result: ProcessResult,
+    checks: Sequence[Check],
+    rles: Rles,
+    scores: Scores,
+) -> Report:
+    """Build the report of a run that left the masks `rles`; `scores` count where a truth is known."""
+    defective = np.array([bool(rles.get(name)) for name in record.work], np.bool_)
+    measured, competition = MeasuredRun(record, run.competition.n_images), run.competition
+    calibration = read_rates(run.bundle)
+    report = build_report(
+        measured, result, checks, defective, calibration, run.budget_s, competition
+    )
+    if run.truth is None:
+        return report
+    summary = scores.summary()
+    named = summary["per_class"].items()
+    per_class = {competition.name_of(int(label)): dice for label, dice in named}
+    return replace(report, drawn=run.drawn, dice=summary | {"per_class": per_class})
+
+
+def _write_report(run: DryRun, report: Report, pictures: list[AnnotatedStrip]) -> None:
+    """Write report.json and the page."""
+    write_json(run.out / "report.json", asdict(report))
+    page = as_page(report, pictures)
+    (run.out / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _add_ablation(
+    run: DryRun,
+    truth: Truth,
+    names: Sequence[str],
+    report: Report,
+    pictures: list[AnnotatedStrip],
+) -> None:
+    """Compare members, flips and settings on strips; write that into the report, and print it."""
+    log.info("every pass for every strip, to compare members, flips and settings")
+    proposal = run.out / MANIFEST
+    ablation = ablate(run.dataset, run.images, names, truth, proposal)
+    if ablation:
+        _write_report(run, replace(report, ablation=ablation), pictures)
+        print(f"\n{ablation_table(ablation)}\n\n   {proposal} is the proposal; yours is as it was")
+
+
+def _report_on(
     run: DryRun, record: RunRecord, result: ProcessResult, checks: Sequence[Check]
-) -> dict[str, Any]:
-    """Write picture, report.json and page beside the submission; return the report."""
+) -> Report:
+    """Report on the submission in `out`: beside it picture, report.json and page, and printed."""
     out, competition = run.out, run.competition
     rles = read_truth(out / "submission.csv", competition, from_kernel=True)
     names = sorted(record.work.keys() | record.faults.keys())
     pictures, scores = draw_predictions(run.images, names, rles, run.truth, competition)
     write_sheet(pictures, out / "contact_sheet.png")
-    measured = MeasuredRun(record, competition.n_images)
-    defective = np.array([bool(rles.get(name)) for name in record.work], np.bool_)
-    calibration = read_rates(run.bundle)
-    report = build_report(
-        measured, result, checks, defective, calibration, run.budget_s, competition
-    )
-    if run.truth is not None:
-        report["dice"] = summary = scores.summary()
-        named = summary["per_class"].items()
-        summary["per_class"] = {competition.name_of(int(label)): dice for label, dice in named}
-
-    def write() -> None:
-        write_json(out / "report.json", report)
-        page = as_page(report, pictures)
-        (out / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-
-    write()  # what follows is long, and may be interrupted
-    if run.truth is not None and run.ablation and record.work:
-        log.info("every pass for every strip, to compare members, flips and settings")
-        report["ablation"] = ablate(run.dataset, run.images, names, run.truth, out / MANIFEST)
-        write()
+    report = _build_report(run, record, result, checks, rles, scores)
+    _write_report(run, report, pictures)
+    print(f"\n{as_lines(report)}\n")
+    for name in RESULTS:
+        print(f"   {out / name}")
+    if run.truth is not None and not run.drawn and record.work:
+        _add_ablation(run, run.truth, names, report, pictures)  # long, and may be interrupted
     return report
 
 
@@ -150,18 +182,16 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
         shutil.copy(working / name, run.out / name)
     checks += check_metadata(run.bundle, run.competition)
     record = read_run_record(working / "run.json")
+    if run.drawn:
+        words = f"these {record.strips} strips were drawn: real ones differ in Dice and early exit"
+        checks.append(Check(None, f"{words}; give --images of yours"))
     whole = next(iter(record.work), None)  # an image that did not fail
     if whole and record.device == "cpu" and any(run.dataset.glob("*.xml")):
         checks.append(check_on_pytorch(working.parent / "pytorch", run.bundle, run.images, whole))
     stages = record.stages | {"start": result.seconds - record.seconds}
     record = replace(record, seconds=result.seconds, stages=stages)  # with the interpreter's start
-    report = _write_report(run, record, result, [*checks, *check_record(record)])
-    print(f"\n{as_lines(report)}\n")
-    for name in RESULTS:
-        print(f"   {run.out / name}")
-    if report["ablation"]:
-        print(f"   {run.out / MANIFEST} is the proposal; yours is as it was")
-    return 0 if report["ready"] else 1
+    report = _report_on(run, record, result, [*checks, *check_record(record)])
+    return 0 if report.ready else 1
 
 
 # --- the input ------------------------------------------------------------------------------------
@@ -243,7 +273,7 @@ def _run_bundle(
         names = list_images(images)
         check_names(truth, names, truth_csv, mounted)
         check_masks(truth, names, truth_csv, images, competition)
-    run = DryRun(args.bundle, competition, images, truth, args.budget_s, bool(args.ground_truth))
+    run = DryRun(args.bundle, competition, images, truth, args.budget_s, not args.images)
     _clear(run)
     log.info("running the kernel in a Kaggle-like tree")
     sample = make_kaggle_tree(root, run.bundle, mounted)

@@ -13,7 +13,8 @@ from kernel.checks import read_json
 from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
 from kernel.manifest import load_manifest
-from kernel.mounts import IMAGE_SUFFIXES, SAMPLE, list_images, one_folder
+from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder
+from kernel.mounts import SAMPLE
 from training.competition_files import write_sample
 
 IMAGES = "test_images"  # the competition's folder of them

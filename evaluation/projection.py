@@ -19,14 +19,10 @@ class Projection:
 
     fixed_s: float  # once
     strip_s: float  # for each strip
+    total_s: float  # for all strips of the scored run
     low_s: float | None  # with `high_s`: 95 % interval of `total_s` over other strips of the same
     high_s: float | None  # kind; None: of one strip there is none
     n_images: int
-
-    @property
-    def total_s(self) -> float:
-        """Seconds for all strips of the scored run."""
-        return self.fixed_s + self.n_images * self.strip_s
 
 
 def usable_s(budget_s: float, workers: int = 0) -> float:
@@ -42,14 +38,14 @@ def usable_s(budget_s: float, workers: int = 0) -> float:
 def project(run: MeasuredRun, resamples: int = 2000) -> Projection:
     """Project to the scored run on this machine, with a bootstrap interval over the strips."""
     mean_s = run.per_strip_s + run.per_strip_dropped_s
+    total_s = run.fixed_s + run.n_images * mean_s
     if run.strip_s.size < 2:
-        return Projection(run.fixed_s, mean_s, None, None, run.n_images)
+        return Projection(run.fixed_s, mean_s, total_s, None, None, run.n_images)
     strip_s, rng = run.strip_s / run.record.workers, np.random.default_rng(0)
     drawn = [rng.choice(strip_s, strip_s.size).mean() for _ in range(resamples)]
     low, high = np.quantile(drawn, (0.025, 0.975)) - strip_s.mean()
-    total_s = run.fixed_s + run.n_images * mean_s
     low_s, high_s = (float(total_s + run.n_images * offset) for offset in (low, high))
-    return Projection(run.fixed_s, mean_s, low_s, high_s, run.n_images)
+    return Projection(run.fixed_s, mean_s, total_s, low_s, high_s, run.n_images)
 
 
 # --- what could be dropped ------------------------------------------------------------------------

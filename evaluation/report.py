@@ -1,23 +1,11 @@
-"""The dry run's report: one dict, which is written as report.json, as a page and on the terminal.
+"""The dry run's report, which is written as report.json, as a page and on the terminal.
 
-It answers "will this run on Kaggle?" first, and its parts apart:
-
-- `verdict`, `ready`: the answer in one line and as a bool: the run was clean, and Kaggle's machine
-  runs every pass in time.
-- `clean`: whether nothing was wrong in this run, as `ok`, and its `checks`, each `ok` true, false,
-  or null where it decides nothing.
-- `kaggle`: what the scored run would take on Kaggle's machine, the one that was calibrated last or
-  else two T4: `seconds`, `calibrated` by a run there or else estimated, `how` in words, `fits`: the
-  kernel would run every pass in time.
-- `here`: the same of this machine, measured and projected. It decides nothing about Kaggle.
-- `budget_s`: what both may take; `usable_s` of it the kernel plans with, there and here.
-
-Then the numbers: `run`, `stages`, `passes`, `histogram`, `machines`, `drops`, `drop_to_fit`,
-`faults`, and, where a ground truth is known, `dice` and `ablation`.
+It answers "will this run on Kaggle?" first, and its parts apart: whether the run was clean, and
+whether there is time for every pass on Kaggle's machine. This machine decides nothing about Kaggle.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +16,113 @@ from evaluation.drawing import AnnotatedStrip
 from evaluation.machines import MACHINES, Estimate, list_estimates
 from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun
 from evaluation.page import render_page
-from evaluation.projection import drop_to_fit, list_drops, project, usable_s
+from evaluation.projection import Projection, drop_to_fit, list_drops, project, usable_s
 from kernel.competition import SEVERSTAL, Competition
 from kernel.run_record import RunRecord
 from kernel.tta import Half
 from training.metrics import Bools
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cleanness:
+    """Whether nothing was wrong in this run."""
+
+    ok: bool
+    checks: Sequence[Check]
+
+
+@dataclass(frozen=True)
+class KaggleTime(Estimate):
+    """What the scored run would take on one of Kaggle's machines, and whether that is in time."""
+
+    usable_s: float  # what the kernel plans with there
+    fits: bool  # it would run every pass in time
+    words: str
+
+
+@dataclass(frozen=True)
+class HereTime(Projection):
+    """What it would take on this machine, and whether that is in time."""
+
+    usable_s: float  # what the kernel plans with here
+    fits: bool  # it would run every pass in time
+    words: str
+
+
+@dataclass(frozen=True)
+class RunFacts(ProcessResult):
+    """How the kernel's process went, and what its record says of it as a whole."""
+
+    strips: int
+    strips_per_s: float
+    device: str
+    workers: int
+    share_of_full_work: float
+    gpu_bytes: int  # the most that PyTorch held on one GPU
+    non_empty_masks: int
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A stage of the run."""
+
+    stage: str
+    seconds: float
+    share: float  # of the run's
+
+
+@dataclass(frozen=True)
+class PassWork:
+    """How often each half of a pass ran, and its seconds."""
+
+    member: str
+    flip: str
+    encoders: int
+    decoders: int
+    encoder_s: float
+    decoder_s: float
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What dropping a flip or a member would save of the scored run on this machine."""
+
+    without: str
+    saves_s: float
+    total_s: float  # that are left
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of a run."""
+
+    verdict: str  # the answer in one line
+    ready: bool  # the run was clean, and Kaggle's machine runs every pass in time
+    clean: Cleanness
+    kaggle: KaggleTime  # of the machine that was calibrated last, or else of two T4
+    here: HereTime
+    budget_s: float  # what the scored run may take, there and here
+    run: RunFacts
+    stages: list[StageTime]  # in the order in which they begin
+    passes: list[PassWork]
+    histogram: dict[str, dict[str, list[int]]]  # half → clean, defective → strips that ran 0, 1 …
+    machines: list[KaggleTime]  # all of Kaggle's
+    drops: list[Saving]
+    drop_to_fit: list[str]  # what to drop, one after another, to run the other passes in time here
+    faults: dict[str, str]  # image → why its rows stay empty
+    drawn: bool = False  # the strips are synthetic
+    dice: dict[str, Any] | None = None  # where a truth is known
+    ablation: dict[str, Any] | None = None  # where the user gave one
+
 
 # --- is there time for it? ------------------------------------------------------------------------
 
 
 def time_on_kaggle(
     estimate: Estimate, budget_s: float, competition: Competition = SEVERSTAL
-) -> dict[str, Any]:
+) -> KaggleTime:
     """Say whether the scored run has time for every pass on a machine of Kaggle's."""
     limit_s = competition.time_limit_s
     limit = "the hour" if limit_s == 3600 else "the limit"
@@ -52,10 +135,10 @@ def time_on_kaggle(
     )
     if not fits:
         words += ", so it would drop passes there to end in time"
-    return asdict(estimate) | {"usable_s": plan_s, "fits": fits, "words": words}
+    return KaggleTime(**vars(estimate), usable_s=plan_s, fits=fits, words=words)
 
 
-def time_here(run: MeasuredRun, plan_s: float) -> dict[str, Any]:
+def time_here(run: MeasuredRun, plan_s: float) -> HereTime:
     """Say whether the scored run would have time for every pass on this machine.
 
     `plan_s` is what the kernel plans with here.
@@ -73,16 +156,15 @@ def time_here(run: MeasuredRun, plan_s: float) -> dict[str, Any]:
     words = f"{projection.n_images:,} strips would take {total_s:,.0f} s{interval}, {outcome}"
     if run.few_for_gpu:
         words += f"; of so few strips a GPU's start is most: give --images of {MIN_GPU_STRIPS}"
-    more = {"total_s": total_s, "usable_s": plan_s, "fits": fits, "words": words}
-    return asdict(projection) | more
+    return HereTime(**vars(projection), usable_s=plan_s, fits=fits, words=words)
 
 
-def _verdict(clean: bool, kaggle: dict[str, Any], budget_s: float) -> str:
+def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float) -> str:
     if not clean:
         return "Not ready for Kaggle: the run was not clean"
-    seconds = f"{kaggle['seconds']:,.0f} s of {budget_s:,.0f} s"
-    time = f"{kaggle['machine']} would take {seconds} ({kaggle['how']})"
-    if kaggle["fits"]:
+    seconds = f"{kaggle.seconds:,.0f} s of {budget_s:,.0f} s"
+    time = f"{kaggle.machine} would take {seconds} ({kaggle.how})"
+    if kaggle.fits:
         return f"Ready for Kaggle: the run was clean, and {time}"
     return f"Not ready for Kaggle: the run was clean, but {time} and drop passes"
 
@@ -97,7 +179,7 @@ STAGE_NAMES = {  # in the order in which they begin
 }  # fmt: skip
 
 
-def list_stages(record: RunRecord) -> list[dict[str, Any]]:
+def list_stages(record: RunRecord) -> list[StageTime]:
     """List seconds and share of every stage, in the order in which they begin."""
     seconds = record.stages | {half.value: 0.0 for half in Half}
     for halves in record.networks.values():
@@ -106,21 +188,20 @@ def list_stages(record: RunRecord) -> list[dict[str, Any]]:
     names = [name for name in STAGE_NAMES | seconds if name in seconds]
     rows = [(STAGE_NAMES.get(name, name), seconds[name]) for name in names]
     rows.append(("other", record.seconds - sum(seconds.values())))
-    return [{"stage": name, "seconds": s, "share": s / record.seconds} for name, s in rows]
+    return [StageTime(name, s, s / record.seconds) for name, s in rows]
 
 
-def _list_passes(run: MeasuredRun) -> list[dict[str, Any]]:
-    """How often each half of each pass ran, and the seconds of it."""
+def _list_passes(run: MeasuredRun) -> list[PassWork]:
     seconds = run.counts * run.half_s / run.record.workers
     return [
-        {"member": each.member, "flip": each.flip}
-        | {f"{half}s": int(run.counts[row, i]) for i, half in enumerate(Half)}
-        | {f"{half}_s": float(seconds[row, i]) for i, half in enumerate(Half)}
-        for row, each in enumerate(run.record.passes)
+        PassWork(each.member, each.flip, *counts, *half_s)
+        for each, counts, half_s in zip(
+            run.record.passes, run.counts.tolist(), seconds.tolist(), strict=True
+        )
     ]
 
 
-def _histogram(run: MeasuredRun, defective: Bools) -> dict[str, Any]:
+def _histogram(run: MeasuredRun, defective: Bools) -> dict[str, dict[str, list[int]]]:
     """How many strips ran 0, 1, 2 … encoders and decoders; `defective` (strips,) ones apart."""
     groups, length = {"clean": ~defective, "defective": defective}, len(run.record.passes) + 1
     return {
@@ -132,24 +213,23 @@ def _histogram(run: MeasuredRun, defective: Bools) -> dict[str, Any]:
     }
 
 
-def _list_drops(run: MeasuredRun, total_s: float) -> list[dict[str, Any]]:
-    return [
-        {"without": drop.name, "saves_s": drop.saves_s, "total_s": total_s - drop.saves_s}
-        for drop in list_drops(run, range(len(run.record.passes)))
-    ]
+def _list_savings(run: MeasuredRun, total_s: float) -> list[Saving]:
+    drops = list_drops(run, range(len(run.record.passes)))
+    return [Saving(drop.name, drop.saves_s, total_s - drop.saves_s) for drop in drops]
 
 
-def _describe_run(run: MeasuredRun) -> dict[str, Any]:
+def _describe_run(run: MeasuredRun, result: ProcessResult) -> RunFacts:
     record = run.record
-    return {
-        "strips": record.strips,
-        "strips_per_s": 1 / run.per_strip_s,
-        "device": record.device,
-        "workers": record.workers,
-        "share_of_full_work": record.share,
-        "gpu_bytes": record.gpu_bytes,
-        "non_empty_masks": record.non_empty,
-    }
+    return RunFacts(
+        **vars(result),
+        strips=record.strips,
+        strips_per_s=1 / run.per_strip_s,
+        device=record.device,
+        workers=record.workers,
+        share_of_full_work=record.share,
+        gpu_bytes=record.gpu_bytes,
+        non_empty_masks=record.non_empty,
+    )
 
 
 def build_report(
@@ -160,7 +240,7 @@ def build_report(
     calibration: dict[str, Any],
     budget_s: float | None,
     competition: Competition = SEVERSTAL,
-) -> dict[str, Any]:
+) -> Report:
     """Build the report of a run.
 
     `defective` (strips that did not fail,) says which have a mask. More than the competition's
@@ -172,36 +252,34 @@ def build_report(
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     plan_s = usable_s(budget_s, run.workers)
     judged = next(reversed(calibration), MACHINES[0].name)
-    kaggle = next(machine for machine in machines if machine["machine"] == judged)
+    kaggle = next(machine for machine in machines if machine.machine == judged)
     clean, here = is_clean(checks), time_here(run, plan_s)
-    dropped = drop_to_fit(run, here["total_s"], plan_s)
-    return {
-        "verdict": _verdict(clean, kaggle, budget_s),
-        "ready": clean and kaggle["fits"],
-        "clean": {"ok": clean, "checks": [asdict(check) for check in checks]},
-        "kaggle": kaggle,
-        "here": here,
-        "budget_s": budget_s,
-        "run": asdict(result) | _describe_run(run),
-        "stages": list_stages(run.record),
-        "passes": _list_passes(run),
-        "histogram": _histogram(run, defective),
-        "machines": machines,
-        "drops": _list_drops(run, here["total_s"]),
-        "drop_to_fit": [drop.name for drop in dropped],
-        "faults": run.record.faults,
-        "dice": None,
-        "ablation": None,
-    }
+    dropped = drop_to_fit(run, here.total_s, plan_s)
+    return Report(
+        verdict=_verdict(clean, kaggle, budget_s),
+        ready=clean and kaggle.fits,
+        clean=Cleanness(clean, checks),
+        kaggle=kaggle,
+        here=here,
+        budget_s=budget_s,
+        run=_describe_run(run, result),
+        stages=list_stages(run.record),
+        passes=_list_passes(run),
+        histogram=_histogram(run, defective),
+        machines=machines,
+        drops=_list_savings(run, here.total_s),
+        drop_to_fit=[drop.name for drop in dropped],
+        faults=run.record.faults,
+    )
 
 
 # --- the page -------------------------------------------------------------------------------------
 
 
-def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
+def sum_by(passes: Iterable[PassWork], key: str) -> dict[str, dict[str, float]]:
     """Sum the rows of passes by "member" or by "flip", with the `total_s` of both halves."""
     sums: dict[str, dict[str, float]] = {}
-    for row in passes:
+    for row in map(asdict, passes):
         group = sums.setdefault(row[key], dict.fromkeys(row.keys() - {"member", "flip"}, 0.0))
         for name in group:
             group[name] += row[name]
@@ -210,14 +288,14 @@ def sum_by(passes: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, fl
     return sums
 
 
-def as_page(report: dict[str, Any], pictures: list[AnnotatedStrip]) -> str:
+def as_page(report: Report, pictures: list[AnnotatedStrip]) -> str:
     """Return the report as a page."""
-    per_class = report["dice"]["per_class"] if report["dice"] else {}
+    per_class = report.dice["per_class"] if report.dice else {}
     return render_page(
         Path(__file__).with_suffix(".html"),
         pictures,
         report=report,
-        run=report["run"],
-        sums={key: sum_by(report["passes"], key) for key in ("member", "flip")},
+        run=report.run,
+        sums={key: sum_by(report.passes, key) for key in ("member", "flip")},
         named_classes=[(f"class {label}", value) for label, value in per_class.items()],
     )

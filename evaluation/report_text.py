@@ -1,10 +1,10 @@
-"""The report on the terminal: verdict, seconds, the scored run, Dice and ablation as lines."""
+"""The report on the terminal: verdict, seconds, the scored run, Dice; then the ablation."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from evaluation.page import figure
-from evaluation.report import sum_by
+from evaluation.report import PassWork, Report, sum_by
 
 MARKS = {True: "ok", False: "NO", None: "–"}
 
@@ -20,21 +20,20 @@ def _table(heads: str, rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _answer_lines(report: dict[str, Any]) -> list[str]:
+def _answer_lines(report: Report) -> list[str]:
     """The verdict, then what it is made of."""
-    clean, kaggle, here = report["clean"], report["kaggle"], report["here"]
-    checks = [f"   {MARKS[check['ok']]:<4}{check['words']}" for check in clean["checks"]]
-    machine = kaggle["machine"].removeprefix("Kaggle's ")
-    here_mark = MARKS[here["fits"] or None]
+    clean, kaggle, here = report.clean, report.kaggle, report.here
+    checks = [f"   {MARKS[check.ok]:<4}{check.words}" for check in clean.checks]
+    machine = kaggle.machine.removeprefix("Kaggle's ")
     return [
-        f"== {report['verdict']}",
-        "\n".join([f"   The run was {'clean' if clean['ok'] else 'NOT clean'}", *checks]),
-        f"   On Kaggle's {machine}, {kaggle['how']}\n   {MARKS[kaggle['fits']]:<4}{kaggle['words']}",
-        f"   On this machine, projected\n   {here_mark:<4}{here['words']}",
+        f"== {report.verdict}",
+        "\n".join([f"   The run was {'clean' if clean.ok else 'NOT clean'}", *checks]),
+        f"   On Kaggle's {machine}, {kaggle.how}\n   {MARKS[kaggle.fits]:<4}{kaggle.words}",
+        f"   On this machine, projected\n   {MARKS[here.fits or None]:<4}{here.words}",
     ]
 
 
-def _pass_table(passes: Iterable[dict[str, Any]], key: str) -> str:
+def _pass_table(passes: Iterable[PassWork], key: str) -> str:
     rows = (
         (name, f"{row['encoders']:.0f}", f"{row['encoder_s']:.2f}",
          f"{row['decoders']:.0f}", f"{row['decoder_s']:.2f}")
@@ -43,54 +42,51 @@ def _pass_table(passes: Iterable[dict[str, Any]], key: str) -> str:
     return _table(f"{key}|encoders|seconds|decoders|seconds", rows)
 
 
-def _run_lines(report: dict[str, Any]) -> list[str]:
+def _run_lines(report: Report) -> list[str]:
     """Where the seconds of the run went."""
-    run, passes = report["run"], report["passes"]
-    stages = ((r["stage"], f"{r['seconds']:.2f}", f"{r['share']:.1%}") for r in report["stages"])
+    run, passes = report.run, report.passes
+    stages = ((row.stage, f"{row.seconds:.2f}", f"{row.share:.1%}") for row in report.stages)
     return [
         _table("stage|seconds|share", stages),
         _pass_table(passes, "member"),
         _pass_table(passes, "flip"),
-        f"   {run['strips_per_s']:.2f} strips/s on {run['device']}, {run['workers']} process(es);"
-        f" {run['non_empty_masks']:,} non-empty masks;"
-        f" {run['share_of_full_work']:.0%} of the full work ran;"
-        f" {run['peak_bytes'] / 1e9:.2f} GB of memory, {run['gpu_bytes'] / 1e9:.2f} GB of a GPU's",
+        f"   {run.strips_per_s:.2f} strips/s on {run.device}, {run.workers} process(es);"
+        f" {run.non_empty_masks:,} non-empty masks; {run.share_of_full_work:.0%} of the full work"
+        f" ran; {run.peak_bytes / 1e9:.2f} GB of memory, {run.gpu_bytes / 1e9:.2f} GB of a GPU's",
     ]
 
 
-def _scored_run_lines(report: dict[str, Any]) -> list[str]:
+def _scored_run_lines(report: Report) -> list[str]:
     """The scored run on Kaggle's machines, and on this one with less to do."""
     machines = (
-        (each["machine"], f"{each['seconds']:,.0f}", each["how"],
-         "every pass" if each["fits"] else "drops passes")
-        for each in report["machines"]
+        (each.machine, f"{each.seconds:,.0f}", each.how,
+         "every pass" if each.fits else "drops passes")
+        for each in report.machines
     )  # fmt: skip
-    drops = (
-        (each["without"], f"{each['saves_s']:,.0f}", f"{each['total_s']:,.0f}")
-        for each in report["drops"]
-    )
+    drops = ((each.without, f"{each.saves_s:,.0f}", f"{each.total_s:,.0f}") for each in report.drops)
     lines = [
         _table("the scored run on Kaggle|seconds||", machines),
         _table("here, without|saves s|leaves s", drops),
     ]
-    if report["drop_to_fit"]:
-        names = ", then ".join(report["drop_to_fit"])
+    if report.drop_to_fit:
+        names = ", then ".join(report.drop_to_fit)
         lines.append(f"   To run the other passes in time here, drop {names}.")
     return lines
 
 
-def _dice_line(dice: dict[str, Any]) -> str:
+def _dice_line(dice: dict[str, Any], drawn: bool) -> str:
     """The Dice over all pairs, over those with a defect and of each class."""
     named = dice["per_class"].items()
     classes = "".join(f", class {label} {figure(value)}" for label, value in named)
     return (
-        f"   Dice {figure(dice['dice'])} over all pairs, {figure(dice['dice_non_empty'])} over "
+        f"   Dice{' of drawn strips' * drawn} {figure(dice['dice'])} over all pairs, {figure(dice['dice_non_empty'])} over "
         f"those with a defect{classes}; {figure(dice['clean_left_empty'], '.1%')} of the clean "
         "strips left empty"
     )
 
 
-def _ablation_table(ablation: dict[str, Any]) -> str:
+def ablation_table(ablation: dict[str, Any]) -> str:
+    """Return the ablation's variants for the terminal."""
     rows = [
         (
             found["name"],
@@ -107,11 +103,9 @@ def _ablation_table(ablation: dict[str, Any]) -> str:
     return _table(f"{heads}|at best|non-empty|threshold|min_area|", rows)
 
 
-def as_lines(report: dict[str, Any]) -> str:
-    """Return the report for the terminal, the verdict first."""
+def as_lines(report: Report) -> str:
+    """Return the report for the terminal, the verdict first, without its ablation."""
     parts = [*_answer_lines(report), *_run_lines(report), *_scored_run_lines(report)]
-    if report["dice"]:
-        parts.append(_dice_line(report["dice"]))
-    if report["ablation"]:
-        parts.append(_ablation_table(report["ablation"]))
+    if report.dice:
+        parts.append(_dice_line(report.dice, report.drawn))
     return "\n\n".join(parts)

@@ -6,7 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import (
     ROOT,
+    Page,
     all_bytes,
     decode_by_hand,
     error_of,
@@ -186,8 +187,8 @@ def test_a_mask_as_long_as_a_spreadsheets_cell_is_in_the_report(tmp_path: Path) 
     rows = f"ImageId,EncodedPixels,ClassId\na.jpg,{'1 3'.ljust(SPREADSHEET_CELL)},1\n"
     (run.out / "submission.csv").write_text(rows)
     record = a_record(work={"a.jpg": strip_work([0], [0])}, faults={})
-    report = dry_run._write_report(run, record, ProcessResult(0, 20.0, True, 1), [])
-    assert report["histogram"]["encoders"]["defective"] == [0, 1, 0, 0, 0]
+    report = dry_run._report_on(run, record, ProcessResult(0, 20.0, True, 1), [])
+    assert report.histogram["encoders"]["defective"] == [0, 1, 0, 0, 0]
 
 
 def test_a_bundle_with_openvino_is_run_without_it_too(
@@ -345,6 +346,35 @@ def test_an_ablation_is_kept_from_the_next_dry_run(tmp_path: Path) -> None:
         (run.out / "report.json").write_text("of a run without one")
 
 
+def test_strips_that_were_drawn_are_called_that_and_propose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "ablate", lambda *_: pytest.fail("there is no truth of a user's"))
+    run, sample, working = concluded(tmp_path)
+    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    for drawn in (True, False):
+        run = replace(run, drawn=drawn, truth={} if drawn else None)
+        assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 0
+        out = capsys.readouterr().out
+        assert ("–   these 4 strips were drawn: real ones differ in Dice" in out) == drawn
+        assert ("Dice of drawn strips" in out) == drawn
+        assert json.loads((run.out / "report.json").read_text())["drawn"] is drawn
+        page = Page((run.out / "index.html").read_text())
+        assert ("mean Dice, drawn strips" in page.said("dt")) == drawn
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_strips_are_drawn_where_none_are_given(
+    given: bool, bundle: Path, strips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = list[dry_run.DryRun]()
+    monkeypatch.setattr(dry_run, "run_kernel", lambda *_: ProcessResult(0, 25.0, True, 1))
+    monkeypatch.setattr(dry_run, "_conclude", lambda run, *_: runs.append(run))
+    options = ["--images", strips / "test_images"] if given else ["--strips", 1]
+    assert exit_code(dry_run.main, "--bundle", bundle, *options) == 0
+    assert [run.drawn for run in runs] == [not given]
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -480,8 +510,11 @@ def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(
     assert report["clean"]["ok"] is report["ready"] is False
 
 
-def test_a_report_is_there_when_the_ablation_is_interrupted(
-    bundle: Path, strips: Path, monkeypatch: pytest.MonkeyPatch
+def test_report_and_verdict_are_there_when_the_ablation_is_interrupted(
+    bundle: Path,
+    strips: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -491,6 +524,8 @@ def test_a_report_is_there_when_the_ablation_is_interrupted(
     assert exit_code(dry_run.main, "--bundle", bundle, *options) == 130
     report = json.loads((bundle / "report" / "report.json").read_text())
     assert report["clean"]["ok"] and report["ablation"] is None
+    out = capsys.readouterr().out
+    assert f"== {report['verdict']}\n" in out and str(bundle / "report" / "index.html") in out
     assert "<h1>" in (bundle / "report" / "index.html").read_text()
 
 

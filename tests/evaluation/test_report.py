@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import asdict, replace
 from typing import Any
 
 import cv2
@@ -13,8 +14,8 @@ from run_records import a_record, a_run, strip_work
 
 from evaluation.checks import Check, ProcessResult, check_process, check_record
 from evaluation.drawing import AnnotatedStrip
-from evaluation.report import as_page, build_report, list_stages
-from evaluation.report_text import as_lines
+from evaluation.report import Report, as_page, build_report, list_stages
+from evaluation.report_text import ablation_table, as_lines
 from kernel.files import json_text
 from kernel.strip_state import TOO_LATE
 
@@ -33,12 +34,12 @@ def a_report(
     calibration: Any = FAST,
     answer: Check = VALID,
     **changes: Any,
-) -> dict[str, Any]:
+) -> Report:
     """The report of `run_json`, whose one fault is gone unless `changes` says otherwise."""
     run, defective = a_run(**{"faults": {}} | changes), np.array([False, True, True])
     checks = [*check_process(result), *check_record(run.record), answer]
     report = build_report(run, result, checks, defective, calibration, budget_s)
-    return report | {"dice": dice, "ablation": ablation}
+    return replace(report, dice=dice, ablation=ablation)
 
 
 def a_picture() -> AnnotatedStrip:
@@ -68,9 +69,9 @@ def test_the_page_needs_nothing_but_itself() -> None:
 def test_the_page_begins_with_the_verdict_and_its_parts() -> None:
     report = a_report()
     page = Page(as_page(report, []))
-    assert page.said("title") == page.said("h1") == [report["verdict"]]
-    checks = [check["words"] for check in report["clean"]["checks"]]
-    assert page.said("li") == [*checks, report["kaggle"]["words"], report["here"]["words"]]
+    assert page.said("title") == page.said("h1") == [report.verdict]
+    checks = [check.words for check in report.clean.checks]
+    assert page.said("li") == [*checks, report.kaggle.words, report.here.words]
     assert page.said("h2")[:3] == ["The run was clean", "On Kaggle's 2×T4", "On this machine"]
     order = [tag for tag, _ in page.tags]
     assert order.index("h1") < order.index("h2")
@@ -157,8 +158,8 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
 )  # fmt: skip
 def test_the_verdict(changes: dict[str, Any], verdict: str, ready: bool, marks: str) -> None:
     report = a_report(**changes)
-    assert (report["verdict"], report["ready"]) == (verdict, ready)
-    assert report["clean"]["ok"] == (verdict != NOT_CLEAN)
+    assert (report.verdict, report.ready) == (verdict, ready)
+    assert report.clean.ok == (verdict != NOT_CLEAN)
     page = Page(as_page(report, []))
     assert "".join(page.said("b")) == marks
     assert ("good" if ready else "bad") in [a.get("class") for t, a in page.tags if t == "header"]
@@ -171,11 +172,11 @@ def test_the_verdict(changes: dict[str, Any], verdict: str, ready: bool, marks: 
 def test_run_kaggle_and_this_machine_are_kept_apart_with_the_hour_beside() -> None:
     report = a_report()
     page, head = Page(as_page(report, [])), as_lines(report).split("stage")[0].splitlines()
-    assert report["kaggle"]["words"] == (
+    assert report.kaggle.words == (
         "5,506 strips would take 572 s; the kernel plans with 3,324 s of the hour's 3,600 s"
     )
-    assert report["here"]["words"].startswith("5,506 strips would take 16,526 s (")
-    assert report["here"]["words"].endswith(
+    assert report.here.words.startswith("5,506 strips would take 16,526 s (")
+    assert report.here.words.endswith(
         " s), so here the kernel would drop passes to end in time; Kaggle's machine decides"
     )
     assert [line.strip() for line in head if line.startswith(("   The", "   On"))] == [
@@ -190,21 +191,23 @@ def test_the_verdict_is_of_the_machine_that_was_calibrated_last() -> None:
     slow = {"rate": 1e2, "fixed_s": 8.0, "strips": 9}
     report = a_report(calibration=FAST | {"Kaggle's CPU": slow})
     expected = "5,652 s of 3,600 s (calibrated) and drop passes"
-    assert report["verdict"].endswith(f"but Kaggle's CPU would take {expected}")
-    assert not report["ready"]
+    assert report.verdict.endswith(f"but Kaggle's CPU would take {expected}")
+    assert not report.ready
     assert "   On Kaggle's CPU, calibrated\n" in as_lines(report)
     assert "On Kaggle's CPU" in Page(as_page(report, [])).said("h2")
-    assert a_report(calibration={"Kaggle's CPU": slow} | FAST)["ready"]
+    assert a_report(calibration={"Kaggle's CPU": slow} | FAST).ready
 
 
 def test_of_one_strip_no_interval_is_named() -> None:
-    words = a_report(strip_s={"1.jpg": 2.0})["here"]["words"]
+    words = a_report(strip_s={"1.jpg": 2.0}).here.words
     assert words.startswith("5,506 strips would take 16,526 s, so here the kernel would drop")
 
 
-@pytest.mark.parametrize(("device", "strips", "few"), [("cuda", 99, 1), ("cuda", 100, 0), ("cpu", 99, 0)])
-def test_of_few_strips_on_a_gpu_its_start_is_named(device: str, strips: int, few: int) -> None:
-    words = a_report(device=device, strips=strips)["here"]["words"]
+@pytest.mark.parametrize(
+    ("device", "strips", "few"), [("cuda", 99, True), ("cuda", 100, False), ("cpu", 99, False)]
+)
+def test_of_few_strips_on_a_gpu_its_start_is_named(device: str, strips: int, few: bool) -> None:
+    words = a_report(device=device, strips=strips).here.words
     assert words.endswith("; of so few strips a GPU's start is most: give --images of 100") == few
 
 
@@ -226,20 +229,20 @@ def test_time_is_enough_up_to_what_the_kernel_plans_with_there(
     """Here and on Kaggle; 5,506 strips in it, 8 s of it before the first."""
     for more_s, fits in ((-0.001, True), (0.001, False)):
         strip_s = (plan_s - 8) / 5506 + more_s
-        here = a_report(device=device, workers=workers, seconds=8 + 4 * strip_s)["here"]
-        assert (here["usable_s"], here["fits"]) == (plan_s, fits)
+        here = a_report(device=device, workers=workers, seconds=8 + 4 * strip_s).here
+        assert (here.usable_s, here.fits) == (plan_s, fits)
         known = {machine: {"rate": 102.5 / strip_s, "fixed_s": 8.0, "strips": 9}}
-        machines = {each["machine"]: each for each in a_report(calibration=known)["machines"]}
-        assert machines[machine]["seconds"] == pytest.approx(8 + 5506 * strip_s)
-        assert (machines[machine]["usable_s"], machines[machine]["fits"]) == (plan_s, fits)
+        machines = {each.machine: each for each in a_report(calibration=known).machines}
+        assert machines[machine].seconds == pytest.approx(8 + 5506 * strip_s)
+        assert (machines[machine].usable_s, machines[machine].fits) == (plan_s, fits)
 
 
 def test_where_passes_were_dropped_there_is_never_time_for_all_here() -> None:
-    here = a_report(**DROPPED)["here"]
-    assert here["total_s"] < here["usable_s"]
-    assert not here["fits"]
+    here = a_report(**DROPPED).here
+    assert here.total_s < here.usable_s
+    assert not here.fits
     words = "with every pass, and in this run passes were dropped; Kaggle's machine decides"
-    assert here["words"].endswith(words)
+    assert here.words.endswith(words)
 
 
 def test_what_was_dropped_is_named() -> None:
@@ -252,7 +255,7 @@ def test_what_was_dropped_is_named() -> None:
 
 
 def test_the_rows_of_the_stages_sum_up_to_the_run() -> None:
-    rows = {row["stage"]: row["seconds"] for row in list_stages(a_record())}
+    rows = {row.stage: row.seconds for row in list_stages(a_record())}
     assert list(rows)[:4] == ["start", "import", "load", "engines' check"]
     assert rows["encoders"] == pytest.approx(4.5)
     assert rows["decoders"] == pytest.approx(3.2)
@@ -267,9 +270,9 @@ def test_a_mean_of_nothing_is_null_in_the_json_and_a_dash_on_the_page() -> None:
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
-    found = json.loads(json_text(report), parse_constant=refuse)
+    found = json.loads(json_text(asdict(report)), parse_constant=refuse)
     assert found["dice"] == DICE | {"dice_non_empty": None, "per_class": {}}
-    assert found["run"] == report["run"]
+    assert found["run"] == asdict(report.run)
     assert "–" in Page(as_page(report, [])).said("span")
 
 
@@ -277,9 +280,9 @@ def test_a_mean_of_nothing_is_a_dash_on_the_terminal() -> None:
     nothing = {"dice_non_empty": float("nan"), "clean_left_empty": float("nan")}
     row = {"name": "all", "strip_s": 4.25, "best": BEST | {"dice_non_empty": float("nan")}}
     found = ABLATION | {"variants": [row | DICE | nothing], "proposed": "all"}
-    lines = as_lines(a_report(dice=DICE | nothing, ablation=found))
+    lines = as_lines(a_report(dice=DICE | nothing))
     assert "Dice 0.910 over all pairs, – over those with a defect, class 3 0.370; – of" in lines
-    (line,) = [line for line in lines.splitlines() if line.endswith("← proposed")]
+    (line,) = [line for line in ablation_table(found).splitlines() if line.endswith("← proposed")]
     assert line.split() == [
         "all", "0.9100", "–", "–", "4.250", "0.8750", "–", "0.4", "64", "←", "proposed",
     ]  # fmt: skip
@@ -299,14 +302,14 @@ def test_the_timeline_goes_on_where_the_stage_before_ended() -> None:
     page = Page(as_page(report, []))
     styles = [a["style"] for tag, a in page.tags if tag == "i" and a.get("class") == "floor"]
     lefts = [float(re.search(r"margin-left: ([\d.]+)%", style)[1]) for style in styles]  # type: ignore[index]
-    ends = np.cumsum([100 * row["share"] for row in report["stages"]])
-    assert len(lefts) == len(report["stages"])
+    ends = np.cumsum([100 * row.share for row in report.stages])
+    assert len(lefts) == len(report.stages)
     assert lefts == pytest.approx([0, *np.minimum(ends, 99.5)[:-1]], abs=0.01)
     assert ends[-1] == pytest.approx(100)
 
 
 def test_the_histogram_counts_clean_and_defective_strips_apart() -> None:
-    histogram = a_report()["histogram"]
+    histogram = a_report().histogram
     # encoders 3, 4, 4 and decoders 0, 3, 4, of which the first strip was found clean
     assert histogram["encoders"] == {"clean": [0, 0, 0, 1, 0], "defective": [0, 0, 0, 0, 2]}
     assert histogram["decoders"] == {"clean": [1, 0, 0, 0, 0], "defective": [0, 0, 0, 1, 1]}
@@ -335,14 +338,16 @@ def test_the_picture_in_the_page_is_the_one_drawn() -> None:
 def test_the_lines_show_what_the_page_shows() -> None:
     report = a_report(seconds=12.0, budget_s=1000.0, calibration={})
     lines, page = as_lines(report), " ".join(text for _, text in Page(as_page(report, [])).texts)
-    for machine in report["machines"]:
-        assert f"{machine['seconds']:,.0f}" in lines
-        assert f"{machine['seconds']:,.0f} s" in page
-        assert machine["basis"] in page
-    assert lines.count("  estimated  ") == page.count(" estimated ") - 1 == len(report["machines"])
-    for drop in report["drops"]:
-        assert f"{drop['saves_s']:,.0f}" in lines
-        assert f"{drop['saves_s']:,.0f}" in page
+    for machine in report.machines:
+        assert f"{machine.seconds:,.0f}" in lines
+        assert f"{machine.seconds:,.0f} s" in page
+        assert machine.basis in page
+    assert lines.count("  estimated  ") == page.count(" estimated ") - 1 == len(report.machines)
+    for drop in report.drops:
+        assert f"{drop.saves_s:,.0f}" in lines
+        assert f"{drop.saves_s:,.0f}" in page
+    assert "; 2 non-empty masks; " in lines
+    assert "non-empty masks 2 " in page
     assert "drop vertical, then b." in lines
     assert "drop vertical, then b." in page
     assert "2.50 GB" in lines
@@ -371,8 +376,7 @@ ABLATION = {
 
 
 def test_the_ablation_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
-    report = a_report(ablation=ABLATION)
-    page = Page(as_page(report, []))
+    page = Page(as_page(a_report(ablation=ABLATION), []))
     said = [text for _, text in page.texts]
     assert said[said.index("proposed") - 1] == "without b"
     assert sum(a.get("class") == "chosen" for _, a in page.tags) == 1
@@ -384,7 +388,8 @@ def test_the_ablation_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
     heats = [float(re.search(r"--heat: (\d+)%", style)[1]) for style, _ in cells]  # type: ignore[index]
     assert heats == [58, 29, 80, 0]  # of 0.6 to 0.875
     assert [now for _, now in cells] == [False, True, False, False]
-    (line,) = [line for line in as_lines(report).splitlines() if line.endswith("← proposed")]
+    lines = ablation_table(ABLATION).splitlines()
+    (line,) = [line for line in lines if line.endswith("← proposed")]
     assert line.split() == [
         "without", "b", "0.9100", "0.4200", "1.0000", "1.750", "0.8750", "0.5000", "0.4", "64",
         "←", "proposed",
