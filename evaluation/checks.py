@@ -15,6 +15,8 @@ from kernel.validator import check_submission
 from packing.metadata import PLACEHOLDER, check_kernel
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 
+KILLED = -9  # the exit code of a process that the system ended
+
 
 @dataclass(frozen=True)
 class Check:
@@ -32,9 +34,6 @@ class ProcessResult:
     seconds: float
     network_denied: bool
     peak_bytes: int  # the most memory that one of its processes held
-
-
-KILLED = -9  # the exit code of a process that the system ended
 
 
 def how_it_ended(exit_code: int) -> str:

@@ -63,7 +63,7 @@ def _scored_run_lines(report: Report) -> list[str]:
          "every pass" if each.fits else "drops passes")
         for each in report.machines
     )  # fmt: skip
-    drops = ((each.without, f"{each.saves_s:,.0f}", f"{each.total_s:,.0f}") for each in report.drops)
+    drops = ((row.without, f"{row.saves_s:,.0f}", f"{row.total_s:,.0f}") for row in report.drops)
     lines = [
         _table("the scored run on Kaggle|seconds||", machines),
         _table("here, without|saves s|leaves s", drops),
@@ -76,12 +76,12 @@ def _scored_run_lines(report: Report) -> list[str]:
 
 def _dice_line(dice: dict[str, Any], drawn: bool) -> str:
     """The Dice over all pairs, over those with a defect and of each class."""
-    named = dice["per_class"].items()
+    named, whose = dice["per_class"].items(), " of drawn strips" if drawn else ""
     classes = "".join(f", class {label} {figure(value)}" for label, value in named)
     return (
-        f"   Dice{' of drawn strips' * drawn} {figure(dice['dice'])} over all pairs, {figure(dice['dice_non_empty'])} over "
-        f"those with a defect{classes}; {figure(dice['clean_left_empty'], '.1%')} of the clean "
-        "strips left empty"
+        f"   Dice{whose} {figure(dice['dice'])} over all pairs, {figure(dice['dice_non_empty'])} "
+        f"over those with a defect{classes}; {figure(dice['clean_left_empty'], '.1%')} of the "
+        "clean strips left empty"
     )
 
 

@@ -18,8 +18,8 @@ from training.metrics import Masks, Scores
 def predict_strip(recorded: RecordedPasses) -> dict[str, Masks]:
     """Return the masks that every member finds, alone and under the first flip, and the ensemble.
 
-    In the ensemble the passes of the members alone come first, for they have run; of the others only those
-    run that can still change a mask.
+    In the ensemble the passes of the members alone come first, for they have run; of the others
+    only those run that can still change a mask.
 
     Raises:
         RuntimeError: the networks failed.

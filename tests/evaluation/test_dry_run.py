@@ -305,7 +305,8 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"enable_gpu": False}, 1, 'NO  {}: enable_gpu False is not True; write "enable_gpu": true'),
+        ({"enable_gpu": False}, 1,
+         'NO  {}: enable_gpu False is not True; write "enable_gpu": true'),
         ({"id": f"{PLACEHOLDER}/severstal-steel-ensemble-submission"}, 0,
          f"–   the owner is still {PLACEHOLDER}: build again with --owner NAME"),
     ],
