@@ -111,7 +111,7 @@ def _build_report(
     rles: Rles,
     scores: Scores,
 ) -> Report:
-    """Build the report of a run that left the masks `rles`; where a truth is known with `scores`."""
+    """Build the report of a run that left the masks `rles`; with a known truth by `scores`."""
     defective = np.array([bool(rles.get(name)) for name in record.work], np.bool_)
     measured, competition = MeasuredRun(record, run.competition.n_images), run.competition
     calibration = read_rates(run.bundle)
