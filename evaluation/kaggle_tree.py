@@ -10,10 +10,10 @@ from pathlib import Path
 
 from evaluation.checks import ProcessResult
 from kernel.checks import read_json
+from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder
 from kernel.kaggle import KAGGLE_RUN
 from kernel.logs import log
 from kernel.manifest import load_manifest
-from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder
 from kernel.mounts import SAMPLE
 from training.competition_files import write_sample
 
