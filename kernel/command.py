@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kernel.faults import one_line
 from kernel.logs import start_log
@@ -27,6 +27,19 @@ def new_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=allow_abbrev,
     )
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import inside what an extra installs; where it is missing, exit with one line that says so.
+
+    For modules of the extra alone: one of the project's own that is missing is a fault of ours.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; pip install -e '.[{extra}]'", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSError)) -> None:

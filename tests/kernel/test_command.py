@@ -1,5 +1,6 @@
 """The boundary of every command: one line and an exit code for whatever ends it."""
 
+import importlib
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from helpers import ROOT, error_of, exit_code, save_strips, write_sample
 import build_kernel
 from evaluation import calibrate, score, validate
 from kernel import inference
-from kernel.command import run_command
+from kernel.command import needs, run_command
 from kernel.faults import MAX_LINE, one_line
 from training import folds, train
 
@@ -63,6 +64,18 @@ def test_a_process_is_interrupted_when_its_parent_is_killed() -> None:
         assert parent.stdout and parent.stdout.readline() == "ready\n"
         parent.kill()
         assert parent.stdout.read() == "interrupted\n"
+
+
+def test_a_missing_extra_ends_with_one_line_that_says_how_to_install_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended, needs("training"):
+        importlib.import_module("no_such_module")
+    assert ended.value.code == 2
+    line = "No module named 'no_such_module'; pip install -e '.[training]'"
+    assert error_of(capsys.readouterr().err) == line
+    with needs("training"):
+        importlib.import_module("json")
 
 
 @pytest.mark.parametrize("code", [0, 1])
