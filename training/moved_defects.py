@@ -14,9 +14,11 @@ import cv2
 import numpy as np
 
 from kernel.command import new_parser, run_command
+from kernel.competition import Competition
 from kernel.contact_sheet import Picture, add_caption, overlay_masks, stack
 from kernel.images import Image, Mask
 from training.augmentation import Pair
+from training.config import add_competition_options, read_competition
 from training.metrics import Masks
 from training.strips import Strips, read_strips
 
@@ -44,6 +46,15 @@ class Patch:
         edges[2 * axis : 2 * axis + 2] = reversed(edges[2 * axis : 2 * axis + 2])
         turned = np.flip(self.image, axis), np.flip(self.region, axis)
         return Patch(*turned, np.flip(self.masks, axis + 1), tuple(edges))  # type: ignore[arg-type]
+
+
+def check_movable(competition: Competition) -> None:
+    """Raise ValueError where defects of a competition's images cannot be moved."""
+    if (competition.channels, competition.bits) != (1, 8):
+        raise ValueError(
+            f"{competition.slug}: defects can be moved between 8-bit grey images only; "
+            "leave out --moved-share"
+        )
 
 
 # --- cutting out ----------------------------------------------------------------------------------
@@ -169,13 +180,14 @@ def draw_example(strips: Strips, rng: Rng) -> list[Picture]:
     name, onto_name = (str(rng.choice(names)) for names in (defective, strips.names))
     label = int(rng.choice(sorted(strips.truth[name])))
     donor, onto, seed = strips.load(name), strips.load(onto_name), int(rng.integers(2**32))
-    pictures = [add_caption(overlay_masks(donor[0], (), donor[1]), f"{name}, class {label}")]
+    what = f"class {strips.competition.name_of(label)}"
+    pictures = [add_caption(overlay_masks(donor[0], (), donor[1]), f"{name}, {what}")]
     for method in METHODS:
         moved = move_defect(np.random.default_rng(seed), donor, onto, label, method)
         if moved is None:
             return []
-        for what, masks in ((method, ()), (f"{method}, its masks", moved[1])):
-            caption = f"   moved to {onto_name}: {what}"
+        for how, masks in ((method, ()), (f"{method}, its masks", moved[1])):
+            caption = f"   moved to {onto_name}: {how}"
             pictures.append(add_caption(overlay_masks(moved[0], (), masks), caption))
     return pictures
 
@@ -185,6 +197,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser("Draw defects before and after their move to another strip.", EXAMPLE)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
+    add_competition_options(parser)
     add("--out", type=Path, default=Path("moved.png"), help="default moved.png")
     add("--count", type=int, default=6, help="defects to move (default 6)")
     add("--seed", type=int, default=0)
@@ -193,7 +206,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def draw_sheet(args: argparse.Namespace) -> int:
     """Write the contact sheet."""
-    strips, rng = read_strips(args.data), np.random.default_rng(args.seed)
+    competition = read_competition(args)
+    check_movable(competition)
+    strips, rng = read_strips(args.data, competition), np.random.default_rng(args.seed)
     if not any(strips.truth.values()):
         raise ValueError(f"{args.data}: no strip has a defect")
     pictures: list[Picture] = []

@@ -6,11 +6,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kernel.competition import IMAGE_SIZE
+from kernel.competition import IMAGE_SIZE, SEVERSTAL
 from kernel.image_folders import list_images
 from kernel.images import Mask, Size, read_image
 from kernel.rle import decode_rle, rle_fault
-from training.ground_truth import read_truth
+from kernel.rows import fits_header
+from training.ground_truth import Truth, read_truth
 from training.surface import Field, Rng, Span, blurred
 
 DARK = 15  # grey levels; what is darker on a real strip lies beside the steel
@@ -61,6 +62,15 @@ def steel_on(background: Field, unit: float) -> tuple[Mask, Span]:
     return steel, span
 
 
+def _read_severstal(path: Path) -> Truth:
+    """Read a train.csv of Severstal's; ValueError for another competition's."""
+    if path.is_file() and not fits_header(path, SEVERSTAL):
+        raise ValueError(
+            f"{path}: not a train.csv of Severstal's, whose strips alone real parts are taken from"
+        )
+    return read_truth(path, SEVERSTAL)
+
+
 def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[int, list[str]]:
     """Read class → RLE of a train.csv of 256×1600 strips, those of `leave_out` left out.
 
@@ -68,7 +78,7 @@ def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[i
         ValueError: no mask is left, one leaves its strip, or a class is unknown.
     """
     outlines: dict[int, list[str]] = {}
-    for name, rles in read_truth(path).items():
+    for name, rles in _read_severstal(path).items():
         for label, rle in rles.items():
             fault = rle_fault(rle, IMAGE_SIZE[0] * IMAGE_SIZE[1])
             if fault:
@@ -83,7 +93,7 @@ def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[i
 def read_names(path: Path) -> frozenset[str]:
     """Read the names in a text file, one a line, or those of a train.csv's strips with a mask."""
     if path.suffix in (".csv", ".gz"):
-        return frozenset(name for name, rles in read_truth(path).items() if rles)
+        return frozenset(name for name, rles in _read_severstal(path).items() if rles)
     return frozenset(path.read_text(encoding="utf-8").split())
 
 

@@ -191,6 +191,21 @@ def test_a_sheet_that_cannot_be_drawn_is_refused_in_one_line(
         assert message in error_of(capsys.readouterr().err)
 
 
+def test_a_sheet_of_another_competition_is_drawn_and_one_in_colour_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, image in (("a", donor_pair()[0]), ("b", flat_pair()[0])):
+        save_image(tmp_path / "train_images" / f"{name}.png", image)
+    rle = encode_rle(donor_pair()[1][2])
+    (tmp_path / "train.csv").write_text(f"id,rle_mask\na,{rle}\nb,\n", encoding="utf-8")
+    words = ["--data", tmp_path, "--out", tmp_path / "moved.png", "--competition"]
+    assert run_sheet(*words, "salt") == 0
+    assert cv2.imread(str(tmp_path / "moved.png")) is not None
+    assert run_sheet(*words, "clouds") == 2
+    line = "defects can be moved between 8-bit grey images only; leave out --moved-share"
+    assert line in error_of(capsys.readouterr().err)
+
+
 def test_the_strips_of_a_folder_are_moved_within_their_size(strips: Strips) -> None:
     defective = [name for name in strips.names if strips.truth.get(name)]
     some, moved = replace(strips, names=defective[:6]), 0

@@ -121,6 +121,8 @@ def test_names_left_out_give_no_mask(real: Path) -> None:
         (["--backgrounds", "real/train_images"], "--backgrounds needs --clean-list"),
         (["--masks", "nowhere.csv"], "nowhere.csv"),
         (["--masks", "outside.csv"], "outside.csv: mask of class 1 of a.jpg: run 409600 2 leaves"),
+        (["--masks", "salt.csv", "--competition", "salt"], "salt.csv: not a train.csv of Severst"),
+        (["--backgrounds", "real/train_images", "--clean-list", "salt.csv"], "salt.csv: not a tr"),
         (["--masks", "real/train.csv", "--leave-out", "real/train.csv"], "train.csv: no mask"),
         (["--backgrounds", "gone", "--clean-list", "real/train.csv"], "gone"),
         (["--backgrounds", "real/train_images", "--clean-list", "none.txt"], "no clean strip by"),
@@ -137,6 +139,7 @@ def test_real_parts_that_are_none_end_in_one_line(
     monkeypatch.chdir(tmp_path)
     outside = "ImageId,ClassId,EncodedPixels\na.jpg,1,409600 2\n"
     Path("outside.csv").write_text(outside, encoding="utf-8")
+    Path("salt.csv").write_text("id,rle_mask\na,1 2\n", encoding="utf-8")
     Path("none.txt").write_text("elsewhere.png\n", encoding="utf-8")
     words = ["--out", "out", "--train", 1, "--test", 0, *options]
     assert exit_code(main, *words) == 2
