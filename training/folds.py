@@ -34,6 +34,8 @@ def split_folds(strips: Strips, folds: int, fold: int) -> tuple[Strips, Strips]:
         [c in strips.truth.get(name, {}) for c in range(1, strips.classes + 1)]
         for name in strips.names
     ]
+    if strips.classes == 1:  # the stratifier takes no single column
+        labels = [[there, not there] for (there,) in labels]
     splitter = MultilabelStratifiedKFold(folds, shuffle=True, random_state=0)
     train, held_out = list(splitter.split(strips.names, np.array(labels, int)))[fold]
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import CLASSES, LABELS, error_of, exit_code
 
+from kernel.competition import SEVERSTAL
 from training import folds
-from training.config import NO_FOLD
+from training.config import NO_FOLD, with_classes
 from training.folds import split_folds
 from training.strips import Strips, read_strips
 
@@ -43,6 +44,21 @@ def test_every_class_has_the_same_share_in_every_fold() -> None:
         assert abs(len(validation.names) - 120) <= 6
         for label in LABELS:
             assert abs(len(validation.with_class(label)) - len(whole.with_class(label)) / 5) <= 1.5
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_strips_of_one_class_are_split_too(share: float) -> None:
+    """As salt's, of which some have it, and carvana's, which all do."""
+    there = np.random.default_rng(1).random(200) < share
+    truth = {f"{index:04}.png": {1: "1 1"} if has else {} for index, has in enumerate(there)}
+    whole = Strips(Path("nowhere"), list(truth), truth, with_classes(SEVERSTAL, 1))
+    held_out: list[str] = []
+    for fold in range(5):
+        validation = split_folds(whole, 5, fold)[1]
+        assert len(validation.names) == 40
+        assert abs(len(validation.with_class(1)) - len(whole.with_class(1)) / 5) <= 1
+        held_out += validation.names
+    assert sorted(held_out) == whole.names
 
 
 def test_folds_are_the_same_on_every_call() -> None:
