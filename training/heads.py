@@ -1,4 +1,8 @@
-"""The last fit: both heads once more, the network in front of them as it is."""
+"""The last fit: both heads once more, the network in front of them as it is.
+
+It runs in single precision, as the validation does: one value beyond half precision's range would
+leave a head of NaN, after hours of steps.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,9 +83,8 @@ def load_pairs(pairs: Pairs, what: str) -> Iterator[Pair]:
 @torch.inference_mode()
 def pool(module: MemberModule, images: Tensor) -> Tensor:
     """Return what the presence head sees (B, channels) of images (B, channels, H, W) in [0, 1]."""
-    with module.autocast():
-        features: Tensor = module.network.encoder(module.prepare(images))[-1]
-    return features.float().amax(dim=(2, 3))
+    features: Tensor = module.network.encoder(module.prepare(images))[-1]
+    return features.amax(dim=(2, 3))
 
 
 def pooled_features(module: MemberModule, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -185,8 +188,7 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
         labels = [c for c in np.flatnonzero(masks.any(axis=(1, 2))) if counts[c] < GRID_STRIPS]
         if not labels:
             continue
-        with module.autocast():
-            outputs = module(image_to_tensor(image, device)).float()
+        outputs = module(image_to_tensor(image, device))
         lifts = mask_lifts(outputs.presence[0].sigmoid(), config)
         for label in (c for c in labels if lifts[c].isfinite()):
             truth = torch.from_numpy(masks[label]).to(device)
@@ -203,8 +205,7 @@ def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
     """Move each class's mask logits so that the kernel's threshold cuts them at their best level.
 
     The gates have to be those that stay: how high a mask must reach depends on them. Averaging
-    members that keep to what they are sure of loses recall: the mean of five passes the threshold
-    where most of them do.
+    conservative members loses recall: the mean of five passes the threshold where most of them do.
     """
     levels, dices = best_logit_thresholds(module, pairs)
     shown = [f"{level:.2f} (Dice {dice:.2f})" for level, dice in zip(levels, dices, strict=True)]

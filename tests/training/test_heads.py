@@ -269,6 +269,19 @@ def test_both_heads_are_refitted_and_nothing_else(
     assert sum(name.startswith("segmentation_head") for name in changed) == 1  # the bias
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_the_last_fit_is_one_of_single_precision_whatever_the_steps_took(
+    precision: str, config: Config, strips: Strips
+) -> None:
+    """In half precision one overflow leaves a head of NaN."""
+    biases = []
+    for tried in (config, replace(config, precision=precision)):
+        network = new_network(config).eval()
+        refit_heads(module_of(network, tried), StripPairs(strips.some(0, 8)))
+        biases.append(presence_layer(network).bias.detach())
+    assert torch.equal(*biases)
+
+
 def test_masks_are_set_for_the_gates_that_a_teacher_leaves(
     network: Any, config: Config, strips: Strips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
