@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
+
+from kernel.command import needs
+
+with needs("training"):
+    from matplotlib.figure import Figure
 
 PARTS = ("crops", "strips")
 

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-)
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
+
+from kernel.command import needs
+
+with needs("training"):  # before the modules of this room that import it too
+    import lightning as L
+    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import is_out_of_memory
@@ -244,7 +245,7 @@ def new_trainer(config: Config, part: Part, machine: Machine, watch: Watch) -> L
         gradient_clip_val=CLIP_NORM,
         callbacks=[watch, average, states],
         logger=CSVLogger(machine.runs, f"{config.name}/{part.name}", flush_logs_every_n_steps=10),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, under SLURM too
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,6 +1,8 @@
 """Fitting: Lightning's loop against a plain one, resuming, and what can end a run."""
 
 import functools
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import draw_image, save_image
+from helpers import draw_image, error_of, save_image
 from torch import Tensor, nn
 
 from training import fit
@@ -109,6 +111,30 @@ def test_both_parts_are_those_of_a_plain_loop(
     for name, value in network.state_dict().items():
         if value.is_floating_point():
             assert torch.allclose(found[name], value, atol=1e-6), name
+
+
+def test_in_a_job_of_slurm_a_fit_is_one_process(
+    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would else want as many devices as the job has tasks, or wait for the others."""
+    found = fitted(replace(config, whole_steps=0), strips, machine)
+    variables = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "JOB_NAME": "fit", "JOB_ID": 1, "PROCID": 0,
+                 "LOCALID": 0, "NODEID": 0, "NODELIST": "node1"}  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    again = replace(machine, runs=machine.runs / "again")
+    assert not differing(fitted(replace(config, whole_steps=0), strips, again), found)
+
+
+def test_without_lightning_its_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(fit.__file__))
+    assert ended.value.code == 2
+    line = error_of(capsys.readouterr().err)
+    assert "lightning" in line and line.endswith("; pip install -e '.[training]'")
 
 
 @pytest.fixture(scope="module")
