@@ -8,6 +8,7 @@ as the members' are. `train.py --start-from` takes what is written.
 """
 
 import argparse
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernel.command import new_parser, run_command
+from kernel.faults import one_line
 from training.config import Config
 
 LITE_MEAN, LITE_STD = 127 / 255, 128 / 255  # of the values in [0, 1] that Lite takes
@@ -64,7 +66,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def write(args: argparse.Namespace) -> int:
     """Convert and write."""
-    loaded = torch.load(args.weights, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(args.weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{args.weights}: no checkpoint of PyTorch; give {LITE_FILE}: {one_line(error)}"
+        ) from error
     try:
         weights = convert(loaded)
     except ValueError as error:

@@ -81,3 +81,14 @@ def test_weights_of_another_network_are_one_line(
     assert exit_code(lite_weights.main, *options) == 2
     assert expected in error_of(capsys.readouterr().err)
     assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 a zip that was cut off"])
+def test_a_file_that_is_no_checkpoint_is_one_line(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lite.pth"
+    path.write_bytes(content)
+    assert exit_code(lite_weights.main, "--weights", path, "--out", tmp_path / "start") == 2
+    line = error_of(capsys.readouterr().err)
+    assert line.startswith(f"{path}: no checkpoint of PyTorch; give efficientnet-lite0-")
