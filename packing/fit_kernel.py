@@ -49,6 +49,7 @@ START = """\
 # --- what runs ------------------------------------------------------------------------------------
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,8 +69,20 @@ def install(requirements):
     lacking = [each for each in requirements if not is_installed(each)]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", *lacking]
     if lacking and subprocess.run(pip).returncode:
-        sys.exit(f"error: pip cannot install {', '.join(lacking)}: turn the kernel's internet on, "
-                 "for which Kaggle wants a verified phone number")
+        print(f"error: pip cannot install {', '.join(lacking)}: turn the kernel's internet on, "
+              "for which Kaggle wants a verified phone number", file=sys.stderr)
+        sys.exit(0 if keep_earlier() else 1)
+
+
+def keep_earlier():
+    # Make an earlier session's output this one's: Kaggle keeps none of a version that fails.
+    records = sorted(Path("/kaggle/input").rglob("out_of_fold.json"))
+    for path in records[0].parent.rglob("*") if records else ():
+        if path.is_file():
+            target = Path("/kaggle/working", path.relative_to(records[0].parent))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # without its mode: the mount is read-only
+    return bool(records)
 
 
 def main():

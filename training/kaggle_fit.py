@@ -71,7 +71,8 @@ def bring_earlier(root: Path, resume: bool) -> None:
         if resume:
             raise ValueError(
                 f"no earlier output under {root}: the kernel's last version left none, as one that "
-                "failed or was cancelled does; build without --resume to begin anew"
+                "failed or was cancelled does; make an earlier version's output a dataset on the "
+                "kernel's page and add that to its inputs, or build without --resume to begin anew"
             )
         log.info("no earlier output under %s: every member begins anew", root)
         return
@@ -91,6 +92,18 @@ def bring_earlier(root: Path, resume: bool) -> None:
         except ValueError as error:
             log.warning("%s is damaged (%s): it is fitted anew", path, error)
             Path(path.name).unlink()
+
+
+def find_competition_data(root: Path) -> Path:
+    """Find the folder of the competition's train.csv; a dataset for --extra may have one too.
+
+    Raises:
+        ValueError: there is none, or there are several, none of them mounted as the competition.
+    """
+    mounted = [each for each in folders_with(root, "train.csv") if SEVERSTAL.slug in each.parts]
+    if mounted:
+        return mounted[0]
+    return find_one(root, "train.csv", f"the competition {SEVERSTAL.slug}", "--input")
 
 
 def hash_folder(folder: Path) -> str:
@@ -183,25 +196,30 @@ def fit_on_kaggle(args: argparse.Namespace) -> int:
     """Fit what is not finished until the session's end; 1 where nothing came of it.
 
     A member that fails costs no other, nor the output that there is: it is an error in the log. So
-    is anything else once an earlier output is here, for Kaggle keeps none of a version that fails.
+    is anything else once a member or a state is here, for Kaggle keeps no output of a version that
+    fails.
     """
     start = time.monotonic()
     if not (math.isfinite(args.hours) and args.hours > 0):
         raise ValueError(f"--hours {args.hours}, expected a number above 0")
-    data = find_one(args.input, "train.csv", f"the competition {SEVERSTAL.slug}", "--input")
     bring_earlier(args.input, args.resume)
-    earlier = Path(RECORD).exists()
     try:
-        return fit_until(start + 3600 * (1 - RESERVE) * min(args.hours, SESSION_HOURS), args, data)
+        return fit_until(start + 3600 * (1 - RESERVE) * min(args.hours, SESSION_HOURS), args)
     except (ValueError, OSError) as error:
-        if not earlier:
+        if not is_output():
             raise
-        log.error("%s; what the earlier session left is this one's output", one_line(error))
+        log.error("%s; what was fitted before is this version's output", one_line(error))
         return 0
 
 
-def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
+def is_output() -> bool:
+    """Whether a member or a state is in the working folder."""
+    return any(Path().glob("*.safetensors")) or any(RUNS.glob("*/*.ckpt"))
+
+
+def fit_until(end: float, args: argparse.Namespace) -> int:
     """Fit until `end` of time.monotonic(); 1 where a member failed and there is no output."""
+    data = find_competition_data(args.input)
     devices = list_devices(args.devices)
     if not args.devices and devices == ["cpu"]:
         raise ValueError(
@@ -227,8 +245,7 @@ def fit_until(end: float, args: argparse.Namespace, data: Path) -> int:
     left = [job.name for job in jobs if not scores_of(job)]
     if left:
         log.warning("not finished: %s; build with --fit --resume and push again", ", ".join(left))
-    kept = [*Path().glob("*.safetensors"), *RUNS.glob("*/*.ckpt")]
-    return int(failed and not kept)
+    return int(failed and not is_output())
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -172,6 +172,26 @@ def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) ->
     assert line.startswith("pip cannot install no-such-package==1.0: turn the kernel's internet on")
 
 
+def test_where_pip_fails_an_earlier_sessions_output_is_this_ones(tmp_path: Path) -> None:
+    """Kaggle keeps no output of a version that fails."""
+    script = join_fit_kernel("", 1.0, True).replace(REQUIREMENTS[0], "no-such-package==1.0")
+    for folder in ("input", "working"):
+        script = script.replace(f'"/kaggle/{folder}"', repr(str(tmp_path / folder)))
+    earlier, working = tmp_path / "input" / "notebooks" / "fit", tmp_path / "working"
+    for place in ("out_of_fold.json", "a.safetensors", "runs/b/crops.ckpt"):
+        (earlier / place).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / place).write_text(place)
+        (earlier / place).chmod(0o444)  # as Kaggle mounts it
+    working.mkdir()
+    (tmp_path / "fit.py").write_text(script, encoding="utf-8")
+    (tmp_path / "pip.py").write_text("raise SystemExit(1)")
+    ended = run_script(tmp_path / "fit.py", cwd=tmp_path)
+    assert ended.returncode == 0
+    assert error_of(ended.stderr).startswith("pip cannot install no-such-package==1.0")
+    assert all_bytes(working) == all_bytes(earlier)
+    assert (working / "a.safetensors").stat().st_mode & 0o200  # what goes on writes over it
+
+
 def test_what_the_script_unpacks_goes_when_it_ends(tmp_path: Path) -> None:
     (tmp_path / "fit.py").write_text(join_fit_kernel("", 1.0), encoding="utf-8")
     (tmp_path / "scratch").mkdir()
@@ -202,7 +222,7 @@ def start_as_kaggle(root: Path, text: str, scratch: Path) -> "subprocess.Popen[b
     script, image = root / "src" / "script.py", root / "image"
     for folder in (script.parent, image):
         folder.mkdir(exist_ok=True)
-    assert text.count(f'"{WORKING}"') == 1
+    assert text.count(f'"{WORKING}"') == 2  # kernel/kaggle.py's, and where pip fails
     script.write_text(text.replace(f'"{WORKING}"', repr(str(root / "working"))), encoding="utf-8")
     customize_site(image, root / "kaggle.log")
     (root / "working").mkdir()

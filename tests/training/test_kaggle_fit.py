@@ -219,7 +219,7 @@ def test_a_session_without_a_gpu_is_refused_unless_it_is_asked_for(
     assert "no GPU is here" in error_of(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("fault", ["no GPU", "list", "strip"])
+@pytest.mark.parametrize("fault", ["no GPU", "list", "strip", "no competition"])
 def test_what_an_earlier_session_left_outlasts_one_that_cannot_begin(
     fault: str,
     session: Session,
@@ -232,10 +232,29 @@ def test_what_an_earlier_session_left_outlasts_one_that_cannot_begin(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     if fault == "strip":
         (tmp_path / "input" / "competition" / "train_images" / "a.png").write_bytes(b"torn")
+    if fault == "no competition":
+        (tmp_path / "input" / "competition" / "train.csv").unlink()
     names = ("a", "a") if fault == "list" else ("a",)
     assert session(*names, options=[] if fault == "no GPU" else ["--devices", "cpu"]) == 0
-    assert "what the earlier session left is this one's output" in caplog.text
+    assert "what was fitted before is this version's output" in caplog.text
     assert Path("runs/a/crops.ckpt").read_bytes() == b"state"
+
+
+def test_a_session_that_breaks_off_keeps_the_members_that_it_finished(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the disk is full: Kaggle keeps no output of a version that fails."""
+    write = kaggle_fit.write_json
+
+    def full(path: Path, entries: Any, **options: Any) -> None:
+        if path.name == "out_of_fold.json" and entries:
+            raise OSError(28, "No space left on device")
+        write(path, entries, **options)
+
+    monkeypatch.setattr(kaggle_fit, "write_json", full)
+    assert session("a") == 0
+    assert "No space left on device; what was fitted before is this version's output" in caplog.text
+    assert Path("a.safetensors").is_file()
 
 
 def test_a_list_of_other_members_does_not_take_an_earlier_outputs_place(
@@ -300,6 +319,23 @@ def test_a_kernel_without_the_competition_or_without_hours_is_refused(
     assert session("a") == 2
     message = error_of(capsys.readouterr().err)
     assert "no train.csv under" in message and "add the competition severstal" in message
+
+
+@pytest.mark.parametrize("mounted", ["{}", "competitions/{}"])
+def test_beside_the_strips_of_a_dataset_the_competitions_own_are_found(
+    mounted: str, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--extra names a folder with a train.csv too."""
+    pseudo = tmp_path / "input" / "pseudo"
+    pseudo.mkdir()
+    (pseudo / "train.csv").write_text("ImageId,EncodedPixels,ClassId\na.png,1 2,3\n")
+    assert session("a") == 2
+    assert "more than one train.csv" in error_of(capsys.readouterr().err)
+    competition = tmp_path / "input" / mounted.format("severstal-steel-defect-detection")
+    competition.parent.mkdir(exist_ok=True)
+    (tmp_path / "input" / "competition").rename(competition)
+    assert session("a") == 0
+    assert json.loads(Path("out_of_fold.json").read_text()).keys() == {"a"}
 
 
 def test_an_unattended_fit_goes_into_the_folder_of_its_output(
