@@ -147,7 +147,8 @@ def check_config(config: Config) -> None:
         raise ValueError(f"{given}: of values in [0, 1]")
     shares = (config.moved_share, config.defect_share, *config.extra_shares)
     if not all(0 <= share <= 1 for share in shares) or sum(config.extra_shares) >= 1:
-        given = f"--moved-share {config.moved_share}, --extra's {list(config.extra_shares)}"
+        given = f"--defect-share {config.defect_share}, --moved-share {config.moved_share}"
+        given += f", --extra's {list(config.extra_shares)}"
         raise ValueError(f"{given}: each from 0 to 1, --extra's below 1 together")
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from training.config import NO_FOLD, Config, check_config, read_competition
 from training.fit import Machine
 from training.folds import split_folds
 from training.heads import Pairs, SampledPairs, StripPairs
+from training.moved_defects import check_movable
 from training.options import SAVE_EVERY
 from training.results import SCORES
 from training.strips import Strips, check_classes, read_each, read_strips
@@ -51,7 +52,8 @@ def choose_device(asked: str | None) -> torch.device:
         raise ValueError(f"--device {asked}: {torch.cuda.device_count()} GPUs are here")
     if device.type == "cuda" and not device_usable(device):
         raise ValueError(
-            f"--device {asked}: it runs nothing, as Kaggle's P100 with its PyTorch: choose T4 or L4"
+            f"--device {asked}: PyTorch cannot run on this GPU (nor on Kaggle's P100): choose a "
+            "T4 or L4"
         )
     return device
 
@@ -93,13 +95,15 @@ def choose_normalisation(args: argparse.Namespace, strips: Strips) -> tuple[Valu
     return tuple(mean), tuple(std)
 
 
-def check_options(args: argparse.Namespace, config: Config, rules: Competition, cuda: bool) -> None:
+def check_options(
+    args: argparse.Namespace, config: Config, competition: Competition, cuda: bool
+) -> None:
     """Raise ValueError for the first option that does not fit the experiment or the machine."""
     gated = bool(config.teacher) and read_teacher(Path(config.teacher), config.classes).spec.gated
     if args.taught_gates and not (gated and args.unlabelled):
         raise ValueError("--taught-gates needs a --teacher with a presence head, and --unlabelled")
-    if config.moved_share and (rules.channels, rules.bits) != (1, 8):
-        raise ValueError("--moved-share: defects are moved between grey images of 8 bits alone")
+    if config.moved_share:
+        check_movable(competition)
     if not config.crops and not cuda:
         raise ValueError("--crops auto needs a GPU, whose memory it fills")
     if args.minutes and not (0 < args.minutes < math.inf and config.steps):
@@ -123,16 +127,16 @@ def read_config(args: argparse.Namespace, device: torch.device, strips: Strips) 
     if precision == "16-mixed" and not cuda:
         raise ValueError("--precision 16-mixed needs a GPU; on a CPU 32 or bf16-mixed")
     mean, std = choose_normalisation(args, strips)
-    config = Config(
-        name=args.name, encoder=args.encoder, arch=args.arch, fold=args.fold, folds=args.folds,
-        crop_steps=args.crop_steps, whole_steps=args.whole_steps, crop_size=args.crop_size,
-        classes=strips.classes, seed=args.seed,
-        learning_rate=args.learning_rate, precision=precision,
-        evenness=args.evenness, encoder_weights=args.encoder_weights, channels=args.channels,
-        teacher=str(args.teacher or ""),
-        mean=mean, std=std, crops=args.crops, moved_share=args.moved_share,
-        moved_method=args.moved_method, extra_shares=tuple(share for _, share in args.extra),
-    )  # fmt: skip
+    given = {each.name: vars(args)[each.name] for each in fields(Config) if each.name in args}
+    derived: dict[str, Any] = {
+        "classes": strips.classes,
+        "extra_shares": tuple(share for _, share in args.extra),
+        "mean": mean,
+        "precision": precision,
+        "std": std,
+        "teacher": str(args.teacher or ""),
+    }
+    config = Config(**given | derived)
     check_config(config)
     check_options(args, config, strips.competition, cuda)
     return config
@@ -170,6 +174,15 @@ def read_start(path: Path | None, config: Config) -> tuple[dict[str, Tensor], st
     return weights, hash_file(path)
 
 
+def _common_names(one: Strips, other: Strips) -> set[str]:
+    """The names of the strips that two folders share: of one name, and byte for byte the same."""
+    return {
+        name
+        for name in set(one.names).intersection(other.names)
+        if (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    }
+
+
 def _read_others(folder: Path, sources: Sequence[Strips], competition: Competition) -> Strips:
     """Read the strips of --heads-on's folder; log those that are trained on too."""
     strips = read_strips(folder, competition)
@@ -200,18 +213,19 @@ def choose_head_pairs(
     if asked == "train":  # of --data alone: Kaggle asks of no drawn strip, nor of pseudo-labels
         own = Batches(sources[:1], replace(config, extra_shares=()))
         return SampledPairs(own, most), scored
-    others = _read_others(Path(asked), sources, held_out.competition)
-    return StripPairs(others.some(0, most)), scored
+    used = _read_others(Path(asked), sources, held_out.competition).some(0, most)
+    known = _common_names(held_out, used)
+    left = replace(held_out, names=[name for name in held_out.names if name not in known])
+    if known:
+        log.info("--heads-on %s: %d held-out strips are fitted on and so not scored; %d are left",
+                 asked, len(known), len(left.names))  # fmt: skip
+    return StripPairs(used), left.some(0, to_score)
 
 
 def check_held_out(held_out: Strips, extras: Sequence[Strips]) -> None:
     """Raise ValueError where a further folder holds held-out strips; names the first."""
     for extra in extras:
-        leaked = [
-            name
-            for name in set(held_out.names).intersection(extra.names)
-            if (held_out.folder / name).read_bytes() == (extra.folder / name).read_bytes()
-        ]
+        leaked = _common_names(held_out, extra)
         if leaked:
             raise ValueError(
                 f"--extra {extra.folder}: holds {len(leaked)} held-out strips, like {min(leaked)}: "

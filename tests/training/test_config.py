@@ -62,6 +62,7 @@ def test_the_manifests_entry_has_a_mean_for_every_channel(channels: int, config:
         ({"mean": (87.0,)}, "--mean [87.0]"),
         ({"mean": (0.1, 0.2)}, "--mean [0.1, 0.2], --std [0.13]: one, or one a channel"),
         ({"moved_share": 1.5}, "--moved-share 1.5, --extra's []: each from 0 to 1"),
+        ({"defect_share": -0.1}, "--defect-share -0.1, --moved-share 0.0, --extra's []: each"),
         ({"extra_shares": (0.5, 0.5)}, "--extra's below 1 together"),
         ({"std": (math.nan,)}, "--std [nan]"),
         ({"classes": 0}, "--classes 0"),

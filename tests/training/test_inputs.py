@@ -1,12 +1,14 @@
 """What a fit begins with: which strips, on which device, under which mean."""
 
+import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, save_image
+from helpers import SMALL, draw_image, save_image
 
 from training import inputs, train
 from training.config import Config
@@ -49,6 +51,24 @@ def test_the_heads_last_fit_takes_the_strips_it_is_given(
     assert len(choose(strips, config, "--heads-on", "none")[0]) == 0
 
 
+def test_held_out_strips_of_a_folder_that_the_heads_are_fitted_on_are_not_scored(
+    strips: Strips, steel: Path, tmp_path: Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the same name that are other images are scored."""
+    caplog.set_level(logging.INFO)
+    pairs, scored = choose(strips, config, "--heads-on", steel, "--presence-strips", 7)
+    assert isinstance(pairs, StripPairs) and pairs.strips.names == strips.names[:7]
+    assert scored.names == strips.names[7:]
+    assert "7 held-out strips are fitted on and so not scored; 17 are left" in caplog.text
+    _, scored = choose(strips, config, "--heads-on", steel, "--validation-strips", 4)
+    assert scored.names == []  # all of them were fitted on
+    others = Path(shutil.copytree(steel, tmp_path / "others"))
+    for name in strips.names[:5]:
+        save_image(others / "train_images" / name, draw_image(1))
+    _, scored = choose(strips, config, "--heads-on", others, "--presence-strips", 7)
+    assert scored.names == strips.names[:5] + strips.names[7:]
+
+
 def test_the_heads_last_fit_draws_nothing_from_further_folders(
     strips: Strips, config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -57,6 +77,26 @@ def test_the_heads_last_fit_draws_nothing_from_further_folders(
     pairs, _ = inputs.choose_head_pairs(train.parse_args(words), config, [strips, further], strips)
     assert len([pairs[index] for index in range(10)]) == 10
     assert "left out" not in caplog.text
+
+
+# --- the experiment -------------------------------------------------------------------------------
+
+
+def test_the_experiment_is_what_the_options_say(strips: Strips) -> None:
+    words = ["--data", "d", "--name", "n", "--encoder", "e", "--arch", "Unet", "--channels", "3",
+             "--fold", "none", "--folds", "3", "--crop-steps", "7", "--whole-steps", "6", "--seed",
+             "9", "--crops", "2", "--crop-size", "32x64", "--defect-share", "0.25", "--evenness",
+             "1", "--moved-share", "0.5", "--moved-method", "paste", "--extra", "a=0.3", "b=0.2",
+             "--learning-rate", "0.1", "--mean", "0.4", "--std", "0.2", "--precision", "bf16-mixed",
+             "--encoder-weights", "imagenet"]  # fmt: skip
+    found = inputs.read_config(train.parse_args(words), torch.device("cpu"), strips)
+    expected = Config(
+        "n", "e", "Unet", channels=3, fold=-1, folds=3, crop_steps=7, whole_steps=6, seed=9,
+        crops=2, crop_size=(32, 64), defect_share=0.25, evenness=1.0, moved_share=0.5,
+        moved_method="paste", extra_shares=(0.3, 0.2), learning_rate=0.1, mean=(0.4,), std=(0.2,),
+        precision="bf16-mixed", encoder_weights="imagenet",
+    )  # fmt: skip
+    assert found == expected
 
 
 # --- the machine and the mean ---------------------------------------------------------------------
@@ -76,7 +116,7 @@ def test_a_gpu_that_runs_nothing_is_refused_before_the_fit(monkeypatch: pytest.M
     """Kaggle's P100 is there, and PyTorch has no code for it."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(inputs, "device_usable", lambda device: device.type == "cpu")
-    with pytest.raises(ValueError, match=r"--device cuda:0: it runs nothing.* choose T4 or L4"):
+    with pytest.raises(ValueError, match=r"cuda:0: PyTorch cannot run on this GPU.* choose a T4"):
         inputs.choose_device("cuda:0")
 
 
