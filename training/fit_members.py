@@ -173,7 +173,7 @@ class Devices:
         """Make a device free again, on which a member failed or did not."""
         if failed and self.left > 1 and not works(name):
             self.left -= 1
-            log.error("%s runs nothing any more: it is left out", name)
+            log.error("%s no longer works: it is left out", name)
         else:  # the last one stays whatever it does: each member's log says what it is
             self.free.put(name)
 

@@ -52,9 +52,8 @@ def read_truth(
     if several:
         log.warning(
             "%s: %d masks come in several rows, which are joined: where the competition scores "
-            "instances, each by itself, this pipeline does not fit",
-            *(path, several),
-        )
+            "instances, each by itself, this pipeline does not fit", path, several,
+        )  # fmt: skip
     return {
         name: {c: rles[0] if len(rles) == 1 else join_rles(rles) for c, rles in labels.items()}
         for name, labels in masks.items()

@@ -175,7 +175,7 @@ def test_a_gpu_that_breaks_takes_no_other_member_and_its_own_is_fitted_elsewhere
     assert code == 0
     (failed,) = [name for name, where, *_ in lines if where == "cuda:13"]
     assert sorted(name for name, *_ in lines) == sorted(["a", "b", "c", "d", failed])
-    assert "cuda:13 runs nothing any more: it is left out" in caplog.text
+    assert "cuda:13 no longer works: it is left out" in caplog.text
 
 
 def test_the_last_gpu_that_breaks_ends_in_the_members_own_errors(
