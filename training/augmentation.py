@@ -32,10 +32,10 @@ class RandomNoise(v2.Transform):  # type: ignore[misc]  # torchvision ships no t
         return functional.gaussian_noise(inpt, sigma=params["sigma"])
 
 
-FLIPS = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+RANDOM_FLIPS = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
 LIGHT = v2.ColorJitter(brightness=0.25, contrast=0.25)
 NOISE = RandomNoise(6 / 255)
-AUGMENTATIONS = v2.Compose([v2.ToDtype(torch.float32, scale=True), FLIPS, LIGHT, NOISE])
+AUGMENTATIONS = v2.Compose([v2.ToDtype(torch.float32, scale=True), RANDOM_FLIPS, LIGHT, NOISE])
 
 
 def augment(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

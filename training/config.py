@@ -89,12 +89,19 @@ class Config:
         return self.crop_steps + self.whole_steps
 
     @property
+    def crop_part(self) -> Part:
+        """The steps on crops."""
+        return Part("crops", 0, self.crop_steps, 1.0, frozen=False)
+
+    @property
+    def whole_part(self) -> Part:
+        """The steps on whole strips: on the tail of the crops' cycle they would teach nothing."""
+        return Part("strips", self.crop_steps, self.whole_steps, 0.3, frozen=True)
+
+    @property
     def parts(self) -> tuple[Part, Part]:
-        """Crops, then whole strips: on the tail of one cycle the second would learn nothing."""
-        return (
-            Part("crops", 0, self.crop_steps, 1.0, frozen=False),
-            Part("strips", self.crop_steps, self.whole_steps, 0.3, frozen=True),
-        )
+        """Both, in their order."""
+        return self.crop_part, self.whole_part
 
     @property
     def mask_level(self) -> float:

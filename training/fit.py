@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 EMA_DECAY = 0.98
 CLIP_NORM = 5.0
-SKIPPED_STEPS = 10  # in a row: the scaler of 16-mixed leaves out a step without a finite loss
+MAX_NONFINITE_STEPS = 10  # in a row: the scaler of 16-mixed leaves out a step of such a loss
 STATISTICS_STRIPS = 24
 LOADER_TIMEOUT_S = 600  # a worker that died without a word ends the run instead of hanging it
 MAX_CROPS = 64
@@ -144,77 +144,110 @@ def loss_scale(trainer: L.Trainer) -> float:
     return float(scaler.get_scale()) if scaler else 1.0
 
 
-class Watch(Callback):
-    """Progress lines, the seconds that steps took, and the end of a run that diverges."""
+class StopOnNonFinite(Callback):
+    """Ends a run whose loss is no number, in 16-mixed once the scaler does not mend it."""
 
-    def __init__(
-        self,
-        config: Config,
-        part: Part,
-        experiment: dict[str, Any],
-        save_every: int,
-        most_lost: float | None = None,
-    ) -> None:
+    def __init__(self, config: Config, part: Part) -> None:
         self.config, self.part = config, part
-        self.entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": save_every}
-        self.seconds, self.start, self.smooth = 0.0, 0.0, float("nan")
-        self.lost = 0  # steps in a row whose loss is no number
-        self.most_lost = most_lost or (SKIPPED_STEPS if config.precision == "16-mixed" else 1)
-        self.ends: list[float] = []  # when each step ended
-        self.saved = 0.0  # when the state after the last one was written
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Open the bar."""
-        what, done = f"{self.config.name}, {self.part.name}", trainer.global_step
-        self.bar: tqdm[int] = progress([], what, "step", self.part.steps, done)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the clock: what waits for data is not counted."""
-        self.start = time.perf_counter()
+        self.max_nonfinite_steps = MAX_NONFINITE_STEPS if config.precision == "16-mixed" else 1
+        self.nonfinite_steps = 0  # in a row
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Check and show the loss.
+        """Check the loss.
 
         Raises:
             Diverged: it is no number, in 16-mixed so often that the scaler does not mend it, or
                 that its scale leaves no gradient; the weights of the last state are numbers.
         """
         loss, step = float(outputs["loss"]), trainer.global_step
-        finite = math.isfinite(loss)
-        self.lost = 0 if finite else self.lost + 1
-        if self.lost and self.most_lost < math.inf:
-            log.warning("%s: the loss is %s at step %d", self.config.name, loss, step)
-        worn = self.lost > 0 and self.most_lost < math.inf and loss_scale(trainer) < 1
-        if self.lost >= self.most_lost or worn:
+        self.nonfinite_steps = 0 if math.isfinite(loss) else self.nonfinite_steps + 1
+        if not self.nonfinite_steps:
+            return
+        log.warning("%s: the loss is %s at step %d", self.config.name, loss, step)
+        scale_exhausted = loss_scale(trainer) < 1
+        if self.nonfinite_steps >= self.max_nonfinite_steps or scale_exhausted:
             raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
                            f"{self.part.name}: fit it anew {self.config.steadier}")  # fmt: skip
+
+
+class StepTimer(Callback):
+    """Takes the time of steps, their loading left out; a resumed run goes on counting."""
+
+    def __init__(self) -> None:
+        self.seconds, self.start = 0.0, 0.0
+        self.ends: list[float] = []  # when each step ended
+        self.saved = 0.0  # when the state after the last one was written
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Stop the clock."""
+        float(outputs["loss"])  # waits for the GPU
         self.ends.append(time.perf_counter())
         self.seconds += self.ends[-1] - self.start
-        if finite:
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Note when the last state was written."""
+        self.saved = time.perf_counter()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the seconds into the state."""
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from the state's."""
+        self.seconds = checkpoint["seconds"]
+
+
+class ProgressBar(Callback):
+    """Shows how many steps are taken, and the moving average of their loss."""
+
+    def __init__(self, config: Config, part: Part) -> None:
+        self.what, self.steps = f"{config.name}, {part.name}", part.steps
+        self.smooth = float("nan")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Open the bar."""
+        self.bar: tqdm[int] = progress([], self.what, "step", self.steps, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Show one more step; a loss that is no number is not averaged."""
+        loss = float(outputs["loss"])
+        if math.isfinite(loss):
             self.smooth = loss if np.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.bar.set_postfix(loss=f"{self.smooth:.3f}", refresh=False)
         self.bar.update()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Stop the clock and close the bar."""
-        self.saved = time.perf_counter()
+        """Close the bar."""
         self.bar.close()
+
+
+class StateEntries(Callback):
+    """Writes into each state what it is a state of, and what a resumed run must keep."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        self.entries = entries
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write into the state what it is a state of, and what a resumed run must keep."""
-        checkpoint |= self.entries | {"seconds": self.seconds}
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Go on counting seconds."""
-        self.seconds = checkpoint["seconds"]
+        """Write the entries."""
+        checkpoint.update(self.entries)
 
 
 @contextmanager
@@ -231,7 +264,9 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def new_trainer(config: Config, part: Part, machine: Machine, watch: Watch) -> L.Trainer:
+def new_trainer(
+    config: Config, part: Part, machine: Machine, callbacks: Sequence[Callback]
+) -> L.Trainer:
     """Return the Trainer of one part."""
     device, cuda = machine.device, machine.device.type == "cuda"
     average = EMAWeightAveraging(device=device, decay=EMA_DECAY)
@@ -243,7 +278,7 @@ def new_trainer(config: Config, part: Part, machine: Machine, watch: Watch) -> L
         precision=config.precision,  # type: ignore[arg-type]
         max_epochs=math.ceil(part.steps / machine.save_every),
         gradient_clip_val=CLIP_NORM,
-        callbacks=[watch, average, states],
+        callbacks=[*callbacks, average, states],
         logger=CSVLogger(machine.runs, f"{config.name}/{part.name}", flush_logs_every_n_steps=10),
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, under SLURM too
         log_every_n_steps=1,
@@ -278,7 +313,7 @@ def take_steps(
     config: Config,
     part: Part,
     machine: Machine,
-    watch: Watch,
+    callbacks: Sequence[Callback],
     state: Mapping[str, Any] | None = None,
 ) -> None:
     """Take a part's steps through Lightning, those after `state`, which lies where it was saved.
@@ -289,7 +324,7 @@ def take_steps(
     done = state["global_step"] if state else 0
     loader = new_loader(Batches(sources, config), part, machine, done)
     with quiet_lightning(), one_line_errors(path):
-        trainer = new_trainer(config, part, machine, watch)
+        trainer = new_trainer(config, part, machine, callbacks)
         module = MemberModule(network, config, part)
         trainer.fit(module, loader, ckpt_path=path if state else None, weights_only=True)
     network.to(machine.device)  # Lightning leaves it on the CPU
@@ -323,9 +358,16 @@ def fit_part(
             return float(state["seconds"])
     if not part.steps:
         return 0.0
-    watch = Watch(config, part, experiment, machine.save_every)
-    take_steps(network, sources, config, part, machine, watch, state)
-    return watch.seconds
+    timer = StepTimer()
+    entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": machine.save_every}
+    callbacks = [
+        StopOnNonFinite(config, part),
+        timer,
+        ProgressBar(config, part),
+        StateEntries(entries),
+    ]
+    take_steps(network, sources, config, part, machine, callbacks, state)
+    return timer.seconds
 
 
 # --- all parts ------------------------------------------------------------------------------------
@@ -347,7 +389,7 @@ def retake_from_strips(
         ValueError: no strip can be read; of others it is logged.
     """
     order = np.random.default_rng(config.seed).permutation(len(paths))
-    module = MemberModule(network, config, config.parts[1]).to(machine.device)
+    module = MemberModule(network, config, config.whole_part).to(machine.device)
 
     def batches() -> Iterator[Tensor]:
         what = "batch-norm statistics"
@@ -406,12 +448,11 @@ def fit_network(
     network = new_network(replace(config, encoder_weights="") if resumed else config)
     if start_from:
         load_start(network, start_from, config)
-    crops, strips = config.parts
-    seconds = fit_part(network, sources, config, crops, machine, experiment)
+    seconds = fit_part(network, sources, config, config.crop_part, machine, experiment)
     if config.steps:
         try:
             retake_from_strips(network, config, statistics, machine, sources[0].competition)
-            seconds += fit_part(network, sources, config, strips, machine, experiment)
+            seconds += fit_part(network, sources, config, config.whole_part, machine, experiment)
         except RuntimeError as error:
             if is_out_of_memory(error):  # which fewer crops would not mend
                 raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
@@ -427,7 +468,7 @@ def find_crops(config: Config, device: torch.device, most: int = MAX_CROPS) -> i
     """
 
     def try_step(tried: Config) -> int:
-        module = MemberModule(new_network(tried).to(device), tried, tried.parts[0]).train()
+        module = MemberModule(new_network(tried).to(device), tried, tried.crop_part).train()
         masks = torch.zeros(tried.crops, tried.classes, *tried.crop_size, device=device)
         with module.autocast():
             loss = module.batch_loss(masks[:, :1].expand(-1, tried.channels, -1, -1), masks)

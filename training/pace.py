@@ -1,7 +1,6 @@
 """Pace: what a step takes on this machine, and how many fit into the minutes that there are."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +13,14 @@ from kernel.files import write_json
 from kernel.logs import log
 from training.batches import Batches
 from training.config import Config, Part
-from training.fit import Machine, Watch, fit_within_memory, retake_from_strips, take_steps
+from training.fit import (
+    Machine,
+    ProgressBar,
+    StepTimer,
+    fit_within_memory,
+    retake_from_strips,
+    take_steps,
+)
 from training.module import new_network
 from training.states import as_today, other_experiment
 from training.strips import Strips
@@ -40,17 +46,17 @@ def seconds_a_step(
     network: Any, sources: Sequence[Strips], config: Config, part: Part, machine: Machine
 ) -> tuple[float, float]:
     """Measure a step of one part as the fit itself takes it, and the state after the last one."""
-    no_end = math.inf  # of steps whose loss is no number: the network is thrown away
-    watch = Watch(config, part, {}, machine.save_every, no_end)
-    take_steps(network, sources, config, part, machine, watch)
-    ends = watch.ends[WARM_UP_STEPS - 1 :]
-    return (ends[-1] - ends[0]) / (len(ends) - 1), watch.saved - ends[-1]
+    timer = StepTimer()
+    callbacks = [timer, ProgressBar(config, part)]  # no StopOnNonFinite: the network is thrown away
+    take_steps(network, sources, config, part, machine, callbacks)
+    ends = timer.ends[WARM_UP_STEPS - 1 :]
+    return (ends[-1] - ends[0]) / (len(ends) - 1), timer.saved - ends[-1]
 
 
 def seconds_a_load(sources: Sequence[Strips], config: Config) -> float:
     """Measure the loading of one whole strip in this process."""
     batches, start = Batches(sources, config), time.perf_counter()
-    for step in range(config.parts[1].first, config.parts[1].end):
+    for step in range(config.whole_part.first, config.whole_part.end):
         batches[step]
     return (time.perf_counter() - start) / config.whole_steps
 
@@ -69,39 +75,39 @@ def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) ->
     known = [replace(each, whole=set(each.names)) for each in sources]
     with tempfile.TemporaryDirectory() as folder:
         apart = replace(machine, save_every=count, runs=Path(folder))
-        network, (crops, strips) = new_network(tried), tried.parts
-        crop_step, _ = seconds_a_step(network, known, tried, crops, apart)
+        network = new_network(tried)
+        crop_step, _ = seconds_a_step(network, known, tried, tried.crop_part, apart)
         retake_from_strips(network, tried, some, apart, sources[0].competition)
-        whole_step, state = seconds_a_step(network, sources, tried, strips, apart)
+        whole_step, state = seconds_a_step(network, sources, tried, tried.whole_part, apart)
     return Pace(crop_step, whole_step, whole_step + seconds_a_load(sources, tried), state)
 
 
 def fill_minutes(
-    config: Config, pace: Pace, seconds: float, strips: int, save_every: int
+    config: Config, pace: Pace, seconds: float, n_strips: int, save_every: int
 ) -> tuple[int, int]:
-    """Return both numbers of steps, scaled by one factor so that they fill `seconds`.
+    """Return both step counts, scaled by one factor so that they fill `seconds`.
 
-    `strips` are those of the heads' last fit and the validation, a pass each; a state is saved
+    `n_strips` are those of the heads' last fit and the validation, a pass each; a state is saved
     every `save_every` steps.
 
     Raises:
         ValueError: no time is left for one step of each part.
     """
-    left = USED_SHARE * (seconds - strips * pace.strip)
+    left = USED_SHARE * (seconds - n_strips * pace.strip)
     asked = config.crop_steps * pace.crop_step + config.whole_steps * pace.whole_step
     asked += config.steps * pace.state / save_every
     crop, whole = (int(n * left / asked) for n in (config.crop_steps, config.whole_steps))
     if crop < min(config.crop_steps, 1) or whole < min(config.whole_steps, 1):
         raise ValueError(
-            f"{config.name}: --minutes leaves {seconds:.0f} s, of which {strips} strips of the "
-            f"last fit and the validation take {strips * pace.strip:.0f} s and a step "
+            f"{config.name}: --minutes leaves {seconds:.0f} s, of which {n_strips} strips of the "
+            f"last fit and the validation take {n_strips * pace.strip:.0f} s and a step "
             f"{pace.crop_step:.2f} s: give more minutes, or fewer --presence-strips"
         )
     return crop, whole
 
 
 def choose_steps(
-    config: Config, sources: Sequence[Strips], machine: Machine, minutes: float, strips: int
+    config: Config, sources: Sequence[Strips], machine: Machine, minutes: float, n_strips: int
 ) -> Config:
     """Return the experiment with as many steps as its minutes hold; a resumed one keeps them.
 
@@ -120,7 +126,7 @@ def choose_steps(
         start = time.perf_counter()
         pace = fit_within_memory(lambda tried: measure_pace(sources, tried, machine), config)
         seconds = 60 * minutes - (time.perf_counter() - start)
-        crop, whole = fill_minutes(config, pace, seconds, strips, machine.save_every)
+        crop, whole = fill_minutes(config, pace, seconds, n_strips, machine.save_every)
         saved = {
             "asked": asked,
             "minutes": minutes,

@@ -29,7 +29,7 @@ from training.strips import Strips
 SCORES = "scores.json"  # in RUNS/NAME
 
 
-def validate(
+def score_held_out(
     network: nn.Module, config: Config, strips: Strips, device: torch.device | None = None
 ) -> Scores:
     """Score the member alone, gated, without flips, on whole strips, by the kernel's own code.

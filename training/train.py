@@ -35,7 +35,7 @@ from training.pace import choose_steps
 from training.results import (
     SCORES,
     add_experiment,
-    validate,
+    score_held_out,
     warn_of_shifts,
     write_checkpoint,
     write_scores,
@@ -64,10 +64,10 @@ def choose_crops_and_steps(
     crops = config.crops or crops_of(machine.folder(config)) or find_crops(config, machine.device)
     if not args.minutes:
         return config, crops
-    strips = 2 * len(inputs.pairs) + len(inputs.scored.names)
-    strips += len(inputs.unlabelled[0].names) if args.taught_gates else 0
+    n_strips = 2 * len(inputs.pairs) + len(inputs.scored.names)
+    n_strips += len(inputs.unlabelled[0].names) if args.taught_gates else 0
     fitted = replace(config, crops=crops)
-    chosen = choose_steps(fitted, inputs.sources, machine, args.minutes, strips)
+    chosen = choose_steps(fitted, inputs.sources, machine, args.minutes, n_strips)
     return replace(chosen, crops=config.crops), crops
 
 
@@ -83,7 +83,7 @@ def train(args: argparse.Namespace) -> int:
         ),
         replace(config, crops=crops),
     )
-    module = MemberModule(network, config, config.parts[1])
+    module = MemberModule(network, config, config.whole_part)
     taught_on = inputs.unlabelled[0] if args.taught_gates else None
     refit_heads(module, inputs.pairs, args.present_weight, taught_on)
     checkpoint = args.out / f"{config.name}.safetensors"
@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> int:
     write_checkpoint(network, config, checkpoint)
     log.info("%s: written", checkpoint)
     sha256 = hash_file(checkpoint)
-    scores = validate(network, config, inputs.scored, machine.device)
+    scores = score_held_out(network, config, inputs.scored, machine.device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
     fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": sha256}
     write_scores(machine.folder(config) / SCORES, config, scores, fit)

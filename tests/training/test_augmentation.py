@@ -9,7 +9,7 @@ from helpers import SMALL, draw_image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from training.augmentation import FLIPS, LIGHT, NOISE, augment, augment_pairs
+from training.augmentation import RANDOM_FLIPS, LIGHT, NOISE, augment, augment_pairs
 
 
 def drawn_pair(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def test_each_of_a_batch_is_augmented_on_its_own_and_no_number_of_the_network_is
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize("step", [FLIPS, LIGHT, NOISE])
+@pytest.mark.parametrize("step", [RANDOM_FLIPS, LIGHT, NOISE])
 def test_each_step_draws_anew(step: Any) -> None:
     def images(seed: int) -> list[bytes]:
         return [drawn(step, *drawn_pair(), 8 * seed + i)[0].numpy().tobytes() for i in range(8)]
@@ -74,7 +74,7 @@ def test_a_flip_turns_image_and_masks_together_along_each_axis_and_both() -> Non
     }
     seen = []
     for seed in range(60):
-        changed, moved = drawn(FLIPS, image, masks, seed)
+        changed, moved = drawn(RANDOM_FLIPS, image, masks, seed)
         pixels = (changed[0] * 255).round().to(torch.uint8)
         seen.append(next(way for way, turned in ways.items() if np.array_equal(turned, pixels)))
         assert torch.equal(moved, torch.stack([pixels < 80, pixels > 170]))

@@ -134,7 +134,7 @@ def test_a_step_back_reaches_the_first_weight_and_meets_no_tensor_of_the_cpu(
 def stray(config: Config) -> Iterator[MemberModule]:
     """A tiny module whose loss takes a tensor of the CPU."""
     config = replace(config, precision="16-mixed")
-    module = MemberModule(new_network(config), config, config.parts[0]).train()
+    module = MemberModule(new_network(config), config, config.crop_part).train()
     prepare = module.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "prepare", lambda images: prepare(images) * torch.ones(32, 64))
@@ -151,7 +151,7 @@ def test_a_tensor_of_the_cpu_is_noticed(stray: MemberModule) -> None:
 def test_a_member_follows_the_network_that_comes_from_a_gpu() -> None:
     """The heads' last fit wraps a network that alone was moved."""
     config = Config("small", "resnet18", precision="16-mixed")
-    module = MemberModule(new_network(config).to("meta"), config, config.parts[1])
+    module = MemberModule(new_network(config).to("meta"), config, config.whole_part)
     images = torch.zeros(1, 1, 64, 96, device="meta")
     assert module.mean.device.type == module.std.device.type == "meta"
     assert module(images).masks.device.type == "meta"

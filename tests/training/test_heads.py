@@ -34,7 +34,7 @@ from training.strips import Strips
 
 
 def module_of(network: Any, config: Config) -> MemberModule:
-    return MemberModule(network, config, config.parts[1]).eval()
+    return MemberModule(network, config, config.whole_part).eval()
 
 
 # --- presence head --------------------------------------------------------------------------------

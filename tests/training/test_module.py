@@ -77,7 +77,7 @@ def test_an_image_of_any_size_is_padded_and_its_masks_are_cut_back(
 ) -> None:
     config = replace(config, channels=channels)
     network = new_network(config)
-    module = MemberModule(network, config, config.parts[1]).eval()
+    module = MemberModule(network, config, config.whole_part).eval()
     images = image_to_tensor(draw_image(0, size))
     padding = (0, -size[1] % 32, 0, -size[0] % 32)
     padded = F.pad(images, padding, mode="replicate").expand(-1, channels, -1, -1)

@@ -16,7 +16,7 @@ from kernel.members import load_member
 from training.config import NO_FOLD, Config
 from training.metrics import Scores
 from training.module import new_network
-from training.results import add_experiment, validate, write_checkpoint, write_scores
+from training.results import add_experiment, score_held_out, write_checkpoint, write_scores
 from training.strips import Strips
 
 
@@ -81,7 +81,7 @@ def test_validation_scores_the_gated_member_on_whole_strips(
     network: Any, config: Config, strips: Strips
 ) -> None:
     some = replace(strips, names=strips.names[:3])
-    scores = validate(network, config, some)
+    scores = score_held_out(network, config, some)
     expected = Scores()
     for name in some.names:
         image, masks = some.load(name)
@@ -111,7 +111,7 @@ def test_a_strip_that_it_cannot_answer_counts_as_an_empty_answer(
     with torch.no_grad():
         network.segmentation_head[0].bias[:] = float("nan")
     [clean], [defective] = strips.clean()[:1], strips.with_class(1)[:1]
-    scores = validate(network, config, replace(strips, names=[clean, defective]))
+    scores = score_held_out(network, config, replace(strips, names=[clean, defective]))
     assert scores.empty == [True, True] and scores.dices[0] == [1.0] * 4
     assert scores.summary()["dice_non_empty"] == 0
     assert f"{defective} counts as an empty answer: every pass gave NaN" in caplog.text
@@ -122,8 +122,8 @@ def test_a_strip_that_cannot_be_read_costs_no_validation(
 ) -> None:
     """After hours of steps, which would be lost with it."""
     named = replace(strips, names=[strips.names[0], "gone.png", strips.names[1]])
-    expected = validate(network, config, replace(strips, names=strips.names[:2]))
-    assert validate(network, config, named).dices == expected.dices
+    expected = score_held_out(network, config, replace(strips, names=strips.names[:2]))
+    assert score_held_out(network, config, named).dices == expected.dices
     assert "not scored: " in caplog.text and "gone.png" in caplog.text
 
 

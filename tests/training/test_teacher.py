@@ -37,7 +37,7 @@ def test_a_teachers_masks_are_its_networks_with_the_gates_open(
     write_checkpoint(network, config, tmp_path / "it.safetensors")
     images = torch.cat([image_to_tensor(draw_image(seed, size)) for seed in range(2)])
     found = mask_probabilities(read_teacher(tmp_path / "it.safetensors", CLASSES), images)
-    module = MemberModule(network.half().float(), config, config.parts[1]).eval()
+    module = MemberModule(network.half().float(), config, config.whole_part).eval()
     with torch.no_grad():
         expected = torch.sigmoid(module(images).masks)
     assert found.shape == (2, CLASSES, *size)
@@ -65,7 +65,7 @@ def test_a_step_learns_from_truth_and_teacher_and_keeps_no_part_of_it(
 ) -> None:
     taught = replace(config, teacher=str(teacher))
     plain, module = (
-        MemberModule(new_network(each), each, each.parts[0]) for each in (config, taught)
+        MemberModule(new_network(each), each, each.crop_part) for each in (config, taught)
     )
     images = image_to_tensor(draw_image(0, (64, 96)))
     masks = torch.zeros(1, CLASSES, 64, 96, dtype=torch.bool)
