@@ -26,7 +26,7 @@ with needs("training"):  # before the modules of this room that import it too
     from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.device import is_out_of_memory
 from kernel.faults import one_line
 from kernel.images import image_to_tensor
@@ -378,7 +378,7 @@ def retake_from_strips(
     config: Config,
     paths: Sequence[Path],
     machine: Machine,
-    competition: Competition = SEVERSTAL,
+    competition: Competition,
 ) -> None:
     """Take batch-norm statistics anew from some whole strips, two at a time.
 

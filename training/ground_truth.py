@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.images import Size, read_image, size_of
 from kernel.logs import log, progress
 from kernel.rle import decode_rle, join_rles, rle_fault
@@ -21,9 +21,7 @@ Rles = dict[str, dict[int, str]]  # image → class → RLE; one without a mask 
 Truth = Rles  # an image that it does not name is clean
 
 
-def read_truth(
-    path: Path, competition: Competition = SEVERSTAL, from_kernel: bool = False
-) -> Truth:
+def read_truth(path: Path, competition: Competition, from_kernel: bool = False) -> Truth:
     """Read a train.csv, in any layout of a competition; `from_kernel` is as in `read_rows`.
 
     Several rows of an image and class, one a defect, are joined.
@@ -74,9 +72,7 @@ def check_names(truth: Truth, names: Collection[str], path: Path, folder: Path) 
     )
 
 
-def decode_masks(
-    truth: Truth, name: str, size: Size, competition: Competition = SEVERSTAL
-) -> Masks:
+def decode_masks(truth: Truth, name: str, size: Size, competition: Competition) -> Masks:
     """Return the masks (classes, H, W) of one image; one that `truth` does not name is clean.
 
     Raises:
@@ -96,7 +92,7 @@ def check_masks(
     names: Collection[str],
     path: Path,
     folder: Path,
-    competition: Competition = SEVERSTAL,
+    competition: Competition,
 ) -> None:
     """Raise ValueError for a mask that leaves its image; images that cannot be read are skipped.
 
@@ -114,7 +110,7 @@ def check_masks(
 
 
 def decode_scored_masks(
-    truth: Truth, name: str, size: Size, competition: Competition = SEVERSTAL
+    truth: Truth, name: str, size: Size, competition: Competition
 ) -> Masks:
     """Return `decode_masks` of an image of `size`, in the size of the competition's masks."""
     masks, wanted = decode_masks(truth, name, size, competition), competition.size_of_mask(size)

@@ -231,9 +231,10 @@ def fit_until(end: float, args: argparse.Namespace) -> int:
     jobs = read_jobs(args.members, common)
     check_list(jobs)
     folder, names = open_images(data / "train_images", SEVERSTAL)
-    image_size = size_of(next(read_each((folder / name for name in names), str(folder))))
+    paths = [folder / name for name in names]
+    image_size = size_of(next(read_each(paths, str(folder), SEVERSTAL)))
     write_results(jobs, image_size)
-    read_once([folder / name for name in names])
+    read_once(paths)
     minutes = 60 * (1 - RESERVE) * args.hours
     planned = [job for job in plan(jobs, len(devices), minutes) if not scores_of(job)]
     failed = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.faults import one_line
 from kernel.image_folders import open_images
 from kernel.images import Image, read_image, size_of
@@ -25,7 +25,7 @@ class Strips:
     folder: Path
     names: list[str]
     truth: Truth
-    competition: Competition = SEVERSTAL
+    competition: Competition
     whole: set[str] = field(default_factory=set, compare=False)  # images that were read already
 
     @property
@@ -80,14 +80,12 @@ def load_each(items: Iterable[T], load: Callable[[T], U], what: str) -> Iterator
         raise ValueError(f"{what}: none of {left_out} images can be read")
 
 
-def read_each(
-    paths: Iterable[Path], what: str, competition: Competition = SEVERSTAL
-) -> Iterator[Image]:
+def read_each(paths: Iterable[Path], what: str, competition: Competition) -> Iterator[Image]:
     """Yield the images that can be read, as `load_each`."""
     return load_each(paths, lambda path: read_image(path, competition), what)
 
 
-def read_strips(data: Path, competition: Competition = SEVERSTAL) -> Strips:
+def read_strips(data: Path, competition: Competition) -> Strips:
     """Read what train.csv says of every image of `data`/train_images.
 
     Raises:

@@ -20,6 +20,7 @@ from evaluation.ablation import (
     propose,
 )
 from evaluation.recorded import RecordedPasses, half_seconds
+from kernel.competition import SEVERSTAL
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Strip, read_image
@@ -150,9 +151,9 @@ def test_passes_that_gave_nan_are_left_out_as_the_kernel_does(
 def test_the_dice_of_a_setting_is_that_of_the_masks_it_gives(
     strips: Path, recorded: list[RecordedPasses]
 ) -> None:
-    truth = read_truth(strips / "train.csv")
+    truth = read_truth(strips / "train.csv", SEVERSTAL)
     names = sorted(path.name for path in (strips / "train_images").iterdir())
-    masks = [decode_masks(truth, name, SMALL) for name in names]
+    masks = [decode_masks(truth, name, SMALL, SEVERSTAL) for name in names]
     stats, kept = AblationStats([0, 4, 8]), [0, 4, 8]
     for found, true in zip(recorded, masks, strict=True):
         stats.add(found, true, THRESHOLDS)
@@ -291,7 +292,7 @@ def test_a_proposal_is_written_and_the_bundle_stays_as_it_was(
     dataset = tiny_bundle / "dataset"
     before = {path.name: path.read_bytes() for path in dataset.iterdir()}
     names = sorted(path.name for path in (strips / "train_images").iterdir())
-    truth = read_truth(strips / "train.csv")
+    truth = read_truth(strips / "train.csv", SEVERSTAL)
     ablation = ablate(dataset, strips / "train_images", names, truth, tmp_path / "proposal.json")
     assert ablation
     assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before

@@ -13,6 +13,7 @@ from helpers import SMALL, draw_described, error_of, exit_code, shrunk, write_de
 from evaluation import pseudo_labels
 from evaluation.pseudo_labels import label_strip
 from evaluation.recorded import RecordedPasses
+from kernel.competition import SEVERSTAL
 from kernel.shipped import find_competition
 from packing.bundle import build
 from training.folds import write_strips
@@ -84,7 +85,7 @@ def test_what_it_writes_is_read_as_a_training_set(
     images = labelled_strips / "test_images"
     options = ["--bundle", dataset, "--images", images, "--out", tmp_path / "pseudo"]
     assert exit_code(pseudo_labels.main, *options, *SURE) == 0
-    strips = read_strips(tmp_path / "pseudo")
+    strips = read_strips(tmp_path / "pseudo", SEVERSTAL)
     assert strips.names == sorted(path.name for path in images.iterdir())
     assert any(strips.truth.values())
     for name in strips.names:
@@ -103,7 +104,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(
     (images / "0torn.jpg").write_bytes((images / kept[0]).read_bytes()[:200])
     options = ["--bundle", dataset, "--images", images, "--out", tmp_path / "pseudo"]
     assert exit_code(pseudo_labels.main, *options, *SURE) == 0
-    assert read_strips(tmp_path / "pseudo").names == kept
+    assert read_strips(tmp_path / "pseudo", SEVERSTAL).names == kept
     assert "left out: " in caplog.text and "0torn.jpg" in caplog.text
 
 
@@ -115,7 +116,7 @@ def test_a_strip_whose_name_is_no_utf_8_is_labelled(
     shutil.copy(min(images.iterdir()), tmp_path / "images" / name)
     options = ["--bundle", dataset, "--images", tmp_path / "images", "--out", tmp_path / "pseudo"]
     assert exit_code(pseudo_labels.main, *options, *SURE) == 0
-    strips = read_strips(tmp_path / "pseudo")
+    strips = read_strips(tmp_path / "pseudo", SEVERSTAL)
     assert strips.names == [name] and strips.truth[name]
 
 
@@ -137,7 +138,7 @@ def test_a_strip_that_takes_too_much_memory_is_left_out(
     monkeypatch.setattr(RecordedPasses, "record_all", record_all)
     options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
     assert exit_code(pseudo_labels.main, *options, "--out", tmp_path / "pseudo", *SURE) == 0
-    assert read_strips(tmp_path / "pseudo").names == others
+    assert read_strips(tmp_path / "pseudo", SEVERSTAL).names == others
     assert f"{first} is left out: CUDA out of memory" in caplog.text
 
 
@@ -165,8 +166,8 @@ def test_labels_are_there_when_the_copies_of_the_strips_do_not_fit(
     folder, rle = labelled_strips / "test_images", "1 3"
     name = min(path.name for path in folder.iterdir())
     with pytest.raises(OSError, match="No space left"):
-        write_strips(Strips(folder, [name], {name: {2: rle}}), tmp_path / "out")
-    assert read_truth(tmp_path / "out" / "train.csv") == {name: {2: rle}}
+        write_strips(Strips(folder, [name], {name: {2: rle}}, SEVERSTAL), tmp_path / "out")
+    assert read_truth(tmp_path / "out" / "train.csv", SEVERSTAL) == {name: {2: rle}}
 
 
 def test_what_is_labelled_before_ctrl_c_is_written(
@@ -188,7 +189,7 @@ def test_what_is_labelled_before_ctrl_c_is_written(
     images, out = labelled_strips / "test_images", tmp_path / "pseudo"
     options = ["--bundle", dataset, "--images", images, "--out", out]
     assert exit_code(pseudo_labels.main, *options, *SURE) == 130
-    assert read_strips(out).names == sorted(path.name for path in images.iterdir())[:1]
+    assert read_strips(out, SEVERSTAL).names == sorted(path.name for path in images.iterdir())[:1]
     assert "interrupted: the 1 strips that are labelled are written" in caplog.text
 
 

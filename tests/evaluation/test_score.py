@@ -22,6 +22,7 @@ from helpers import (
 
 from evaluation import score
 from evaluation.recorded import RecordedPasses
+from kernel.competition import SEVERSTAL
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import read_image
 from kernel.manifest import load_manifest
@@ -36,13 +37,13 @@ def scores_of_a_submission(dataset: Path, labelled_strips: Path, folder: Path) -
     predict(dataset, labelled_strips / "test_images", folder / "submission.csv")
     rows, truth = (
         read_submission(folder / "submission.csv"),
-        read_truth(labelled_strips / "test.csv"),
+        read_truth(labelled_strips / "test.csv", SEVERSTAL),
     )
     scores = Scores()
     for name in sorted({name for name, _ in rows}):
         found: Masks = np.stack([decode_by_hand(rows[name, label], SMALL) for label in LABELS])
         assert found.any()
-        scores.add(found, decode_masks(truth, name, SMALL))
+        scores.add(found, decode_masks(truth, name, SMALL, SEVERSTAL))
     return scores.summary() | {"intervals": scores.intervals()}
 
 

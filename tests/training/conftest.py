@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernel.competition import SEVERSTAL
 from training.config import Config
 from training.fit import Machine
 from training.module import new_network
@@ -45,7 +46,7 @@ def steel_in_two_columns(tmp_path_factory: pytest.TempPathFactory, make_steel: M
 @pytest.fixture(scope="session")
 def strips(steel: Path) -> Strips:
     """24 tiny synthetic strips with all four classes, and clean ones."""
-    read = read_strips(steel)
+    read = read_strips(steel, SEVERSTAL)
     assert len(read.names) == 24
     assert all(read.with_class(label) for label in (1, 2, 3, 4))
     assert read.clean()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import CLASSES, LABELS, SMALL, draw_image
 
+from kernel.competition import SEVERSTAL
 from training.batches import Batches, StripSampler, crop_at, pad_to_size
 from training.config import Config
 from training.strips import Strips
@@ -101,7 +102,7 @@ def test_rare_classes_are_drawn_oftener_than_they_are_and_common_ones_still_more
     counts = {1: 1, 2: 4, 3: 9, 4: 16}  # strips; their roots are 1, 2, 3 and 4
     truth = {f"{label}-{i}.jpg": {label: "1 1"} for label, n in counts.items() for i in range(n)}
     monkeypatch.setattr(Strips, "load", lambda _, name: (name, None))
-    whole = Strips(Path("nowhere"), list(truth), truth)
+    whole = Strips(Path("nowhere"), list(truth), truth, SEVERSTAL)
 
     def shares(evenness: float) -> list[float]:
         sampler = StripSampler(whole, replace(config, evenness=evenness))

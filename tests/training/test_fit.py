@@ -15,6 +15,7 @@ import torch
 from helpers import draw_image, error_of, save_image
 from torch import Tensor, nn
 
+from kernel.competition import SEVERSTAL
 from training import fit
 from training.batch_norm import freeze_statistics
 from training.batches import Batches
@@ -106,7 +107,7 @@ def test_both_parts_are_those_of_a_plain_loop(
     network.to(memory_format=torch.channels_last)
     plain_part(network, config, strips, 0)
     statistics = [strips.folder / name for name in strips.names[:2]]
-    fit.retake_from_strips(network, config, statistics, machine)
+    fit.retake_from_strips(network, config, statistics, machine, SEVERSTAL)
     plain_part(network, config, strips, 1)
     for name, value in network.state_dict().items():
         if value.is_floating_point():
@@ -388,10 +389,10 @@ def test_statistics_of_strips_of_several_sizes_are_taken(
         save_image(path, draw_image(seed, size))
     network = new_network(config)
     before = first_norm(network).running_mean.clone()  # type: ignore[union-attr]
-    fit.retake_from_strips(network, config, paths, machine)
+    fit.retake_from_strips(network, config, paths, machine, SEVERSTAL)
     after = first_norm(network).running_mean
     assert after is not None and torch.isfinite(after).all() and not torch.equal(before, after)
-    fit.retake_from_strips(network, config, paths[:1], machine)
+    fit.retake_from_strips(network, config, paths[:1], machine, SEVERSTAL)
     assert not torch.equal(after, before)
 
 
@@ -405,13 +406,13 @@ def test_statistics_come_from_the_strips_that_can_be_read(
     (tmp_path / "torn.png").write_bytes(b"torn")
     whole = [strips.folder / name for name in strips.names[:2]]
     found, expected = new_network(config), new_network(config)
-    fit.retake_from_strips(found, config, [*whole, tmp_path / "torn.png"], machine)
-    fit.retake_from_strips(expected, config, whole, machine)
+    fit.retake_from_strips(found, config, [*whole, tmp_path / "torn.png"], machine, SEVERSTAL)
+    fit.retake_from_strips(expected, config, whole, machine, SEVERSTAL)
     mean, by_hand = first_norm(found).running_mean, first_norm(expected).running_mean
     assert mean is not None and by_hand is not None and torch.allclose(mean, by_hand, atol=1e-5)
     assert "left out: " in caplog.text and "torn.png" in caplog.text
     with pytest.raises(ValueError, match="batch-norm statistics: none of 1 images can be read"):
-        fit.retake_from_strips(found, config, [tmp_path / "torn.png"], machine)
+        fit.retake_from_strips(found, config, [tmp_path / "torn.png"], machine, SEVERSTAL)
 
 
 def test_a_fit_of_crops_alone_ends_with_the_statistics_of_strips(
@@ -421,7 +422,7 @@ def test_a_fit_of_crops_alone_ends_with_the_statistics_of_strips(
     paths, experiment = [strips.folder / name for name in strips.names[:2]], {"a": "b"}
     network, _ = fit_network([strips], replace(config, whole_steps=0), machine, experiment, paths)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    fit.retake_from_strips(network, config, paths, machine)
+    fit.retake_from_strips(network, config, paths, machine, SEVERSTAL)
     for name, value in network.state_dict().items():
         assert torch.allclose(value.float(), before[name].float(), atol=1e-6), name
 

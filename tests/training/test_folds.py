@@ -23,7 +23,7 @@ def many_strips(count: int = 600) -> Strips:
     for index in range(count):
         there = rng.random(CLASSES) < shares
         truth[f"{index:04}.jpg"] = {label: "1 1" for label in LABELS if there[label - 1]}
-    return Strips(Path("nowhere"), list(truth), truth)
+    return Strips(Path("nowhere"), list(truth), truth, SEVERSTAL)
 
 
 def test_folds_are_disjoint_and_cover_every_strip() -> None:
@@ -97,7 +97,7 @@ def test_the_command_writes_both_parts_with_their_truth(
 ) -> None:
     out = tmp_path / "split"
     assert run_folds(steel, out, "--folds", 3, "--fold", 1) == 0
-    parts = [read_strips(out / name) for name in ("train", "held_out")]
+    parts = [read_strips(out / name, SEVERSTAL) for name in ("train", "held_out")]
     expected = split_folds(strips, 3, 1)
     assert [len(part.names) for part in parts] == [16, 8]
     for part, whole in zip(parts, expected, strict=True):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import SMALL, draw_image, save_image
 
+from kernel.competition import SEVERSTAL
 from training import inputs, train
 from training.config import Config
 from training.heads import SampledPairs, StripPairs
@@ -124,7 +125,7 @@ def test_a_mean_is_measured_of_the_images_that_can_be_read(tmp_path: Path) -> No
     for name, value in (("a.png", 51), ("b.png", 153)):
         save_image(tmp_path / name, np.full(SMALL, value, np.uint8))
     (tmp_path / "torn.png").write_bytes(b"torn")
-    strips = Strips(tmp_path, ["a.png", "torn.png", "b.png"], {})
+    strips = Strips(tmp_path, ["a.png", "torn.png", "b.png"], {}, SEVERSTAL)
     assert inputs.measure_normalisation(strips, 1) == ((0.4,), (0.2,))
     torn = replace(strips, names=["torn.png"])
     with pytest.raises(ValueError, match=f"{tmp_path}: none of 1 images can be read"):

@@ -22,7 +22,7 @@ def write_data(folder: Path, rows: str, names: tuple[str, ...] = ("a.png", "b.pn
 def test_both_layouts_of_train_csv_give_the_same_strips(
     strips: Strips, steel_in_two_columns: Path
 ) -> None:
-    of_2019 = read_strips(steel_in_two_columns)
+    of_2019 = read_strips(steel_in_two_columns, SEVERSTAL)
     assert strips.names == of_2019.names
     assert strips.clean() == of_2019.clean()
     for label in LABELS:
@@ -43,11 +43,11 @@ def test_of_some_images_those_that_can_be_read_come_in_their_order(
     for path, image in zip(paths[::3], images, strict=True):
         save_image(path, image)
     paths[1].write_bytes(b"torn")
-    for found, image in zip(read_each(paths, "a mean"), images, strict=True):
+    for found, image in zip(read_each(paths, "a mean", SEVERSTAL), images, strict=True):
         np.testing.assert_array_equal(found, image)
     assert [f"left out: {path}: " in caplog.text for path in paths] == [False, True, True, False]
     with pytest.raises(ValueError, match="a mean: none of 2 images can be read"):
-        next(read_each(paths[1:3], "a mean"))
+        next(read_each(paths[1:3], "a mean", SEVERSTAL))
 
 
 def test_a_file_is_looked_through_for_missing_data_once(
@@ -66,13 +66,13 @@ def test_a_file_is_looked_through_for_missing_data_once(
 def test_a_truth_of_images_that_are_not_there_is_refused(tmp_path: Path) -> None:
     data = write_data(tmp_path, "a.png,1,1 2\ngone.jpg,1,1 2\nlost.jpg,1,1 2\n")
     with pytest.raises(ValueError, match=r"names gone\.jpg and 1 more, which train_images lacks"):
-        read_strips(data)
+        read_strips(data, SEVERSTAL)
 
 
 def test_a_truth_of_other_names_is_refused_with_one_of_each(tmp_path: Path) -> None:
     data = write_data(tmp_path, "a.jpg,1,1 2\n")
     with pytest.raises(ValueError, match=r"it names 'a\.jpg', the folder has 'a\.png'"):
-        read_strips(data)
+        read_strips(data, SEVERSTAL)
 
 
 def test_only_images_are_strips(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_only_images_are_strips(tmp_path: Path) -> None:
         (data / "train_images" / stray).write_bytes(b"x")
     (data / "train_images" / ".ipynb_checkpoints").mkdir()
     (data / "train_images" / "folder.png").mkdir()
-    strips = read_strips(data)
+    strips = read_strips(data, SEVERSTAL)
     assert strips.names == ["a.png", "b.JPG"]
     assert strips.clean() == ["b.JPG"]
 
@@ -101,40 +101,40 @@ def test_a_folder_without_images_is_refused(there: bool, tmp_path: Path) -> None
         folder.mkdir()
         (folder / "Thumbs.db").write_bytes(b"x")
     with pytest.raises(ValueError, match=f"{folder}: {'no images' if there else 'no such folder'}"):
-        read_strips(data)
+        read_strips(data, SEVERSTAL)
 
 
 def test_data_without_a_train_csv_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.csv: no such file; --data is a folder with"):
-        read_strips(tmp_path)
+        read_strips(tmp_path, SEVERSTAL)
 
 
 def test_a_mask_larger_than_its_image_names_the_strip(tmp_path: Path) -> None:
-    strips = read_strips(write_data(tmp_path, f"a.png,2,{64 * 96} 2\n"))
+    strips = read_strips(write_data(tmp_path, f"a.png,2,{64 * 96} 2\n"), SEVERSTAL)
     with pytest.raises(ValueError, match=r"a\.png: run 6144 2 leaves an image of 6144 pixels"):
         strips.load("a.png")
     assert not strips.load("b.png")[1].any()
 
 
 def test_an_image_that_is_none_names_the_strip(tmp_path: Path) -> None:
-    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"))
+    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"), SEVERSTAL)
     (strips.folder / "b.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"b\.png: 1 bytes that are no image"):
         strips.load("b.png")
 
 
 def test_another_truth_or_another_file_is_another_fingerprint(tmp_path: Path) -> None:
-    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"))
+    strips = read_strips(write_data(tmp_path, "a.png,2,1 2\n"), SEVERSTAL)
     first = strips.fingerprint()
-    assert read_strips(tmp_path).fingerprint() == first
-    other = read_strips(write_data(tmp_path, "a.png,2,1 3\n")).fingerprint()
+    assert read_strips(tmp_path, SEVERSTAL).fingerprint() == first
+    other = read_strips(write_data(tmp_path, "a.png,2,1 3\n"), SEVERSTAL).fingerprint()
     save_image(tmp_path / "train_images" / "b.png", draw_image(7, (60, 96)))
-    assert len({first, other, read_strips(tmp_path).fingerprint()}) == 3
+    assert len({first, other, read_strips(tmp_path, SEVERSTAL).fingerprint()}) == 3
 
 
 def test_a_class_that_no_source_has_is_refused() -> None:
     truth = {f"{label}.jpg": {label: "1 1"} for label in LABELS}
-    whole = Strips(Path("nowhere"), list(truth), truth)
+    whole = Strips(Path("nowhere"), list(truth), truth, SEVERSTAL)
     three = replace(whole, names=[name for name in whole.names if name != "2.jpg"])
     check_classes([three, whole])
     with pytest.raises(ValueError, match="no strip to train on has class 2; see --classes"):
