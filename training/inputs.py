@@ -49,7 +49,8 @@ def choose_device(asked: str | None) -> torch.device:
         return pick_device()
     device = read_device(asked)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {asked}: {torch.cuda.device_count()} GPUs are here")
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device {asked}: PyTorch finds {count} GPUs here; name one, or cpu")
     if device.type == "cuda" and not device_usable(device):
         raise ValueError(
             f"--device {asked}: PyTorch cannot run on this GPU (nor on Kaggle's P100): choose a "

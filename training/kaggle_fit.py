@@ -259,9 +259,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "where the competition and earlier outputs are mounted (default %(default)s)"
     add("--input", type=Path, default=Path("/kaggle/input"), help=about)
     add("--members", type=Path, default=MEMBERS, help="the list (default %(default)s)")
-    about = f"of all sessions together (default %(default)s); one ends after {SESSION_HOURS}"
+    about = f"for all sessions together (default %(default)s); one ends after {SESSION_HOURS}"
     add("--hours", type=float, default=SESSION_HOURS, help=about)
-    add("--resume", action="store_true", help="there must be an earlier output to go on from")
+    add("--resume", action="store_true", help="refuse to begin anew: go on from an earlier output")
     about = "one member at a time on each, like cuda:0 cuda:1 or cpu cpu (default: every GPU)"
     add("--devices", nargs="+", metavar="DEVICE", help=about)
     return parser.parse_args(arguments)
