@@ -109,9 +109,7 @@ def check_masks(
             raise ValueError(f"{path}: {error}") from None
 
 
-def decode_scored_masks(
-    truth: Truth, name: str, size: Size, competition: Competition
-) -> Masks:
+def decode_scored_masks(truth: Truth, name: str, size: Size, competition: Competition) -> Masks:
     """Return `decode_masks` of an image of `size`, in the size of the competition's masks."""
     masks, wanted = decode_masks(truth, name, size, competition), competition.size_of_mask(size)
     if wanted == size:

@@ -9,7 +9,7 @@ from helpers import SMALL, draw_image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from training.augmentation import RANDOM_FLIPS, LIGHT, NOISE, augment, augment_pairs
+from training.augmentation import LIGHT, NOISE, RANDOM_FLIPS, augment, augment_pairs
 
 
 def drawn_pair(seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -199,7 +199,7 @@ def test_crops_of_images_of_several_sizes_are_padded_to_the_largest(config: Conf
             size = (20, 40) if name == "small" else SMALL
             return draw_image(0, size), np.zeros((CLASSES, *size), np.bool_)
 
-    mixed = Mixed(Path("nowhere"), ["small", "large"], {})
+    mixed = Mixed(Path("nowhere"), ["small", "large"], {}, SEVERSTAL)
     batches = Batches([mixed], replace(config, crops=8))
     images, masks = batches[0]
     assert (images.shape, masks.shape) == ((8, 1, *CROP), (8, CLASSES, *CROP))
