@@ -22,7 +22,7 @@ from kernel.command import needs
 
 with needs("training"):  # before the modules of this room that import it too
     import lightning as L
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 

@@ -28,7 +28,7 @@ from helpers import (
 )
 from run_records import PASSES, a_record, repeat, run_json, strip_work
 
-from evaluation import dry_run
+from evaluation import dry_run, kaggle_tree
 from evaluation.checks import Check, ProcessResult
 from evaluation.recorded import RecordedPasses
 from kernel.competition import SEVERSTAL
@@ -476,7 +476,7 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It leaves a valid submission and exit code 0, and no run.json, as a full disk does."""
-    run_kernel = dry_run.run_kernel
+    run_kernel = kaggle_tree.run_kernel
 
     def hang(root: Path, *arguments: Any) -> ProcessResult:
         result = run_kernel(root, *arguments)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import SMALL, draw_image, error_of, exit_code, save_image
 
+from kernel.files import write_json
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED
 from training import fit_members, kaggle_fit, train
 from training.config import Config
@@ -244,12 +245,11 @@ def test_a_session_that_breaks_off_keeps_the_members_that_it_finished(
     session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As where the disk is full: Kaggle keeps no output of a version that fails."""
-    write = kaggle_fit.write_json
 
     def full(path: Path, entries: Any, **options: Any) -> None:
         if path.name == "out_of_fold.json" and entries:
             raise OSError(28, "No space left on device")
-        write(path, entries, **options)
+        write_json(path, entries, **options)
 
     monkeypatch.setattr(kaggle_fit, "write_json", full)
     assert session("a") == 0
