@@ -60,7 +60,9 @@ def print_next(out: Path, metadata: Metadata) -> None:
     print(f"  kaggle datasets status {metadata.dataset['id']}")
     print("and when that says ready (before, the kernel gets no members, or the last version's):")
     print(f"  kaggle kernels push -p {shlex.quote(str(out / 'kernel'))}")
-    print("and when that has run on Kaggle, with the number that the push printed for VERSION:")
+    print("once: it prints a number, the VERSION. It runs on Kaggle until this says complete:")
+    print(f"  kaggle kernels status {kernel['id']}")
+    print("and then:")
     print(
         f"  kaggle competitions submit {kernel['competition_sources'][0]} -k {kernel['id']}"
         " -v VERSION -f submission.csv -m first"

@@ -78,13 +78,15 @@ class Kaggle:
         if call == "SaveKernel":
             self.kernels[request["slug"]] = request
             return 200, {"ref": request["slug"], "url": self.address, "versionNumber": 1}
+        if call == "GetKernelSessionStatus" and _kernel_of(request) in self.kernels:
+            return 200, {"status": "COMPLETE"}
         if call == "ListKernelSessionOutput":
             return 200, self.list_output(request)
         return 400, {"message": f"{call} of {ref}: not here"}
 
     def list_output(self, request: dict[str, Any]) -> dict[str, Any]:
         """A page of the files that a kernel left, by their paths from its working folder."""
-        ref = f"{request['userName']}/{request['kernelSlug']}"
+        ref = _kernel_of(request)
         folder, first = self.outputs[ref], int(request.get("pageToken") or 0)
         last = first + request["pageSize"]
         names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
@@ -100,6 +102,10 @@ class Kaggle:
     def files(self, request: dict[str, Any]) -> dict[str, bytes]:
         """The files that a request names by their tokens."""
         return dict(self.uploads[file["token"]] for file in request.get("files", []))
+
+
+def _kernel_of(request: dict[str, Any]) -> str:
+    return f"{request['userName']}/{request['kernelSlug']}"
 
 
 def handler_of(kaggle: Kaggle) -> type[BaseHTTPRequestHandler]:
