@@ -84,7 +84,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     about = "such as two-column; default: the sample's own, or without one the competition's last"
     add("--layout", help=about)
     add("--batch-size", type=int, help="strips; default 8 on a GPU and 1 on the CPU")
-    about = "run every pass, for the same submission"
+    about = "run every pass; the submission is the same unless a pass is dropped or gives NaN"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
     about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
     add("--streams", type=int, help=about)
