@@ -68,17 +68,31 @@ def test_a_command_of_the_manuals_exists_with_its_options(
         assert options <= known, options - known
 
 
-def test_another_competition_is_uploaded_and_submitted_as_the_build_prints_it(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("page", "section", "competition", "name"),
+    [
+        (
+            "README.md",
+            "Submit your checkpoints",
+            "severstal-steel-defect-detection",
+            "severstal-steel-ensemble",
+        ),
+        ("docs/competitions.md", "Step by step", "SLUG", "NAME"),
+    ],
+)
+def test_a_bundle_is_uploaded_and_submitted_as_the_build_prints_it(
+    page: str, section: str, competition: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = "your-kaggle-name/NAME"
-    kernel = {"id": f"{own}-submission", "competition_sources": ["SLUG"]}
+    own = f"your-kaggle-name/{name}"
+    kernel = {"id": f"{own}-submission", "competition_sources": [competition]}
     print_next(Path("dist"), Metadata({"id": own}, kernel))
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    page = (ROOT / "docs" / "competitions.md").read_text(encoding="utf-8")
-    documented = [words for words in commands_of(page) if words[0] == "kaggle"]
-    documented = [words for words in documented if "download" not in words]
-    assert documented == [words for words in printed if words[:1] == ["kaggle"]]
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    printed = [shlex.split(line, comments=True) for line in lines if line.startswith("kaggle ")]
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    documented = [words for words in commands_of(text) if words[0] == "kaggle"]
+    assert [sorted(words) for words in documented if "download" not in words] == [
+        sorted(words) for words in printed
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
