@@ -35,15 +35,10 @@ from unittest import mock
 
 import cv2
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
-from cluster.engine import READERS, Workers, predict_parts
-from cluster.images import ImageSet
-from cluster.output import Output
-from cluster.worker import Worker, manifest_hash
-from kernel.command import new_parser, run_command
+from kernel.command import needs, new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.images import Image, Size
 from kernel.logs import log
@@ -51,6 +46,14 @@ from kernel.manifest import MANIFEST, MemberSpec
 from kernel.members import Member
 from kernel.scheduling import Scheduler
 from training import synthetic
+
+with needs("cluster"):
+    import ray
+
+    from cluster.engine import READERS, Workers, predict_parts
+    from cluster.images import ImageSet
+    from cluster.output import Output
+    from cluster.worker import Worker, manifest_hash
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

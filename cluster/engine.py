@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import socket
 import warnings
 from dataclasses import dataclass, replace
@@ -47,12 +48,14 @@ def connect(address: str | None) -> None:
     # Readers and writers idle while a part is predicted; new ones would import all of it again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     warnings.simplefilter("ignore", RayDeprecationWarning)  # of retries, which nothing else bounds
+    before = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
         dashboard = False if address == "local" else None  # one that is joined has its own
         ray.init(address, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"--address {address}: no cluster answers: {error}") from error
+    signal.signal(signal.SIGTERM, before)  # Ray's handler ends the process without a word
 
 
 def connect_anew(address: str | None) -> None:
@@ -114,6 +117,7 @@ def predict_parts(
     """
     context = DataContext.get_current()
     context.max_errored_blocks = MAX_LOST
+    context.raise_original_map_exception = True  # its message is what the run ends with
     context.target_max_block_size = None  # a part is not to be cut between an image's rows
     names = images.names
     parts = [  # each of its own: a slice of one array is pickled with all of it

@@ -30,6 +30,15 @@ READERS: dict[str, Callable[..., pa.Table]] = {
 T = TypeVar("T")
 
 
+class NotFetched(OSError):
+    """An image's bytes cannot be had: it is missing, or its store cannot be reached."""
+
+
+def is_local(fs: Any) -> bool:
+    """Whether a file system is that of this machine."""
+    return isinstance(fs, fsspec.get_filesystem_class("file"))
+
+
 def reach(address: str, look: Callable[[Any, str], T]) -> T:
     """Return what `look` finds with the file system of an address and the path on it.
 
@@ -44,9 +53,15 @@ def reach(address: str, look: Callable[[Any, str], T]) -> T:
 
 
 def absolute(address: str) -> str:
-    """Return an address that means the same on every machine: file://… of what is here."""
-    found: str = reach(address, lambda fs, path: fs.unstrip_protocol(path))
-    return found
+    """Return an address that means the same on every machine: file://… of what is here.
+
+    Any other is returned as given: its path alone would not say on which server it is.
+    """
+
+    def name(fs: Any, path: str) -> str:
+        return str(fs.unstrip_protocol(path)) if is_local(fs) else address
+
+    return reach(address, name)
 
 
 @dataclass(frozen=True)
@@ -59,17 +74,32 @@ class ImageSet:
     competition: Competition = SEVERSTAL  # says how they are read
 
     def load(self, name: str) -> Image:
-        """Return one image; each store raises its own where it cannot be read."""
-        fs, path = url_to_fs(self.root)
-        path = posixpath.join(path, name)
-        if "://" in name:
-            fs, path = url_to_fs(name)
-        return decode_image(fs.cat_file(path), path, self.competition)
+        """Return one image.
+
+        Raises:
+            NotFetched: its bytes cannot be had.
+            ValueError: they are no image.
+        """
+        try:
+            fs, path = url_to_fs(self.root)
+            path = posixpath.join(path, name)
+            if "://" in name:
+                fs, path = url_to_fs(name)
+            data = fs.cat_file(path)
+        except Exception as error:  # each store raises its own
+            raise NotFetched(str(error) or repr(error)) from error
+        return decode_image(data, path, self.competition)
 
     def read(self, name: str) -> Strip:
-        """Read one image; a bad one costs its own rows, never the run."""
+        """Read one image; a bad one costs its own rows, never the run.
+
+        Raises:
+            NotFetched: its bytes cannot be had, which may be its store's fault.
+        """
         try:
             return Strip(name, self.load(name))
+        except NotFetched:
+            raise
         except Exception as error:  # one bad strip must not cost the run
             return Strip(name, None, str(error) or repr(error))
 
@@ -93,7 +123,7 @@ def find_images(address: str, competition: Competition = SEVERSTAL) -> ImageSet:
     names = list(dict.fromkeys(names))
     for name in names:
         if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"{address}: {name!r} is no UTF-8, as the rows are: rename it")
+            raise ValueError(f"{address}: {name!r} is not UTF-8, as the rows are: rename it")
     return ImageSet(root, names, address.rstrip("/"), competition)
 
 
@@ -102,8 +132,8 @@ def _list_folder(fs: Any, path: str) -> list[str]:
     if not fs.isdir(path):
         fs.info(path)  # says why there is nothing
         raise ValueError("is a file; name its folder, or a list that ends in .csv or .parquet")
-    here = isinstance(fs, fsspec.get_filesystem_class("file"))
-    names = (posixpath.relpath(found, path) for found in (_walk(path) if here else fs.find(path)))
+    files = _walk(path) if is_local(fs) else fs.find(path)
+    names = (posixpath.relpath(found, path) for found in files)
     return sorted(
         name
         for name in names
@@ -156,9 +186,14 @@ def open_local(address: str, folder: str) -> str:
     """Return the path of a folder here: its own, or that of a copy made in `folder`."""
 
     def copy(fs: Any, path: str) -> str:
-        if isinstance(fs, fsspec.get_filesystem_class("file")):
+        if is_local(fs):
             return path
-        fs.get(path.rstrip("/") + "/", folder, recursive=True)
+        # One by one: of a folder's path `get` takes [v2] for a pattern. A store's console makes x/.
+        files = [file for file in fs.find(path) if not file.endswith("/")]
+        names = [posixpath.relpath(file, path) for file in files]
+        if not names or any(name.startswith("..") for name in names):
+            raise ValueError("expected a folder of files")
+        fs.get(files, [posixpath.join(folder, name) for name in names])
         return folder
 
     return reach(address, copy)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
@@ -42,12 +43,21 @@ FIRST_CLASS = pyarrow.dataset.field("class") == 1  # a row an image
 MASK = pyarrow.dataset.field("pixels") > 0
 
 
+def move(fs: Any, path: str, place: str) -> None:
+    """Move a file, at once where its file system can; both paths are taken as they stand."""
+    if type(fs).mv is not fsspec.AbstractFileSystem.mv:
+        fs.mv(path, place)
+        return
+    fs.cp_file(path, place)  # fsspec's own `mv` takes [v2] in a path for a pattern
+    fs.rm_file(path)
+
+
 def write_whole(fs: Any, path: str, data: bytes) -> None:
     """Write a file beside its place and move it there: a reader finds all of it or nothing."""
     beside = f"{path}.{uuid.uuid4().hex}.tmp"
     with fs.open(beside, "wb") as file:
         file.write(data)
-    fs.mv(beside, path)
+    move(fs, beside, path)
 
 
 def fault_rows(names: Iterable[str], classes: int, fault: str) -> pa.Table:
@@ -102,18 +112,20 @@ class Output:
         there = [name for name in reach(self.address, self._list) if not HALF.fullmatch(name)]
         if RECORD not in there:
             if there:
-                raise ValueError(f"{self.address}: holds other things ({there[0]}); name another")
+                raise ValueError(
+                    f"{self.address}: holds other things ({there[0]}); name another folder"
+                )
             return
         found = self._read_record()
         for key, value in record.items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"{self.address}: holds rows of another {key}, {found.get(key)}, "
-                    f"not of {value}; name another output"
+                    f"{self.address}: its rows are of {key} {found.get(key)}, not {value}; "
+                    "name another folder"
                 )
 
     def _check_bucket(self) -> None:
-        """An object store would make a bucket of a slip of the pen."""
+        """An object store would make a bucket of a typo."""
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
         bucket = self.path.split("/")[0]
         if protocols & OBJECT_STORES and not reach(self.address, lambda fs, _: fs.exists(bucket)):
@@ -125,14 +137,16 @@ class Output:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ValueError(f"{self.address}: its {RECORD} is not of such a run; name another")
+            raise ValueError(
+                f"{self.address}: its {RECORD} was not written by such a run; name another folder"
+            )
         return found
 
     def begin(self, record: dict[str, str]) -> None:
         """Make the folder, or go on in it; what a run that was killed left half written goes."""
         for name in reach(self.address, self._list):
             if HALF.fullmatch(name):
-                self.fs.rm(posixpath.join(self.path, name))
+                self.fs.rm_file(posixpath.join(self.path, name))
         reach(self.address, lambda *_: self._write_record(record))
 
     def _list(self, fs: Any, path: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""More images than one machine is for: the same bundle and the same masks, on Ray Data.
+"""For more images than one machine can take: the same bundle and the same masks, on Ray Data.
 
 Writes Parquet: image, class, RLE, pixels of the mask, fault, seconds, share of the passes' work.
-Addresses are those of fsspec: folders here, s3://…, gs://…. A run that was stopped goes on where
-it stood when it is started again; images whose rows are there are left out.
+Addresses are those of fsspec: folders here, s3://…, gs://…. A run that was stopped continues when
+it is started again; images that have their rows are skipped.
 """
 
 import argparse
@@ -14,14 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ray.exceptions import RayError
-
-from cluster.engine import connect, connect_anew, plan_workers, predict_parts
-from cluster.images import ImageSet, absolute, find_images, open_local
-from cluster.output import Output, Totals, fault_rows
-from cluster.report import Run, write_page
-from cluster.worker import manifest_hash
-from kernel.command import new_parser, run_command
+from kernel.command import needs, new_parser, run_command
 from kernel.files import check_place
 from kernel.images import Image
 from kernel.logs import log
@@ -30,9 +23,18 @@ from kernel.members import check_sha256
 from kernel.rows import RowKey
 from kernel.task import read_sample
 
+with needs("cluster"):
+    from ray.exceptions import RayError
+
+    from cluster.engine import connect, connect_anew, plan_workers, predict_parts
+    from cluster.images import ImageSet, absolute, find_images, open_local
+    from cluster.output import Output, Totals, fault_rows
+    from cluster.report import Run, write_page
+    from cluster.worker import manifest_hash
+
 FIRST_IMAGES = 100  # that are tried for one that can be read
 PredictNames = Callable[[list[str]], Totals]
-DEADLY = "its part failed, and it alone did again: the log says why"  # a fault
+DEADLY = "its part failed, and so did the image alone: the log says why"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
 
@@ -53,13 +55,15 @@ def first_image(images: ImageSet) -> Image:
     Raises:
         ValueError: none of the first can.
     """
-    strips = map(images.read, itertools.islice(images.names, FIRST_IMAGES))
     faults = []
-    for strip in strips:
-        if strip.image is not None:
-            return strip.image
-        faults.append(strip.fault)
-    raise ValueError(f"{images.root}: none of the first {len(faults)} can be read: {faults[0]}")
+    for name in itertools.islice(images.names, FIRST_IMAGES):
+        try:
+            return images.load(name)
+        except Exception as error:  # a bad one, as `read` has it, or one that cannot be fetched
+            faults.append(str(error) or repr(error))
+    raise ValueError(
+        f"{images.root}: none of the first {len(faults)} images can be read: {faults[0]}"
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -69,7 +73,7 @@ def check_args(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} {value}: expected {least} or more")
     if args.gpus and (args.workers or args.cpus_per_worker):
-        raise ValueError("--gpus is one worker a GPU: leave --workers, --cpus-per-worker out")
+        raise ValueError("--gpus means one worker a GPU: leave out --workers, --cpus-per-worker")
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -81,16 +85,19 @@ def check_sample(pairs: Iterable[RowKey], images: ImageSet) -> None:
     for name in images.names:
         base = images.competition.name_of_file(name)
         if base in asked and base in found:
-            raise ValueError(f"{images.root}: {found[base]} and {name} are both {base!r} in a csv")
+            raise ValueError(
+                f"{images.root}: {found[base]} and {name} are both {base!r} in a submission: "
+                "rename one"
+            )
         found[base] = name
     lacking = asked - found.keys()
     if asked and lacking == asked:
         raise ValueError(
             f"--submission: none of its {len(asked)} images, like {min(asked)!r}, is in "
-            f"{images.address}, which has {min(found)!r}"
+            f"{images.address}, which has {min(found)!r}; name the sample of these images"
         )
     if lacking:
-        log.warning("%d of the sample's images are not there, %r…", len(lacking), min(lacking))
+        log.warning("%d images of the sample are missing, such as %r", len(lacking), min(lacking))
 
 
 def predict_lost(
@@ -100,9 +107,7 @@ def predict_lost(
 
     Where none of this run's `names` has rows it is no image's fault, and they are left without.
     """
-    log.warning(
-        "%d images have no rows, their parts failed: each comes once more, alone", len(lost)
-    )
+    log.warning("%d images have no rows, since their parts failed: each is tried alone", len(lost))
     totals, done = predict(lost), output.done()
     bad = [name for name in lost if name not in done]
     if bad and not done.isdisjoint(names):
@@ -143,7 +148,7 @@ def predict_rest(
             totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
     except RayError as error:
         reason = " ".join(str(getattr(error, "cause", None) or error).split())
-        raise RuntimeError(f"the run stopped: {reason}; start it again to go on") from error
+        raise RuntimeError(f"the run stopped: {reason}; start it again to continue") from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)
     return run
@@ -169,13 +174,13 @@ def run(args: argparse.Namespace) -> int:
     done = output.done()
     rest = [name for name in images.names if name not in done]
     count = len(images.names)
-    log.info("%d images, %d of them have their rows", count, count - len(rest))
+    log.info("%d images, %d of them have rows already", count, count - len(rest))
     last = predict_rest(args, images, rest, record) if rest else None
     if last:
         lacking = set(rest) - output.done()
         if lacking:
-            why = f"{len(lacking)} images have no rows, {min(lacking)!r}"
-            raise RuntimeError(f"{why}: start again, or leave them out")
+            why = f"{len(lacking)} images have no rows, such as {min(lacking)!r}"
+            raise RuntimeError(f"{why}: start the run again, or leave them out")
     if sample:
         layout, pairs = sample
         empty_rows = manifest.empty_rows or not layout.may_omit_empty
@@ -201,20 +206,21 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--bundle", default="dist/dataset", help=f"folder with {MANIFEST}, on every machine")
     about = "folder of images, or a list of them: .csv or .parquet with a column `image`"
     add("--images", required=True, help=about)
-    add("--output", required=True, help="folder of the rows")
-    about = "a sample submission: its rows are written to submission.csv in the output"
+    add("--output", required=True, help="folder that the rows are written to")
+    about = "sample submission: its rows are written to submission.csv in the output"
     add("--submission", type=Path, metavar="SAMPLE", help=about)
-    about = "an HTML page of what was found, with some of the masks"
+    about = "HTML page to write: counts, rate, faults and some of the masks"
     add("--report", type=Path, metavar="PAGE", help=about)
-    about = "of a cluster to join (default: RAY_ADDRESS, or a cluster that is started here)"
+    about = "cluster to join (default: RAY_ADDRESS, or else a cluster that is started here)"
     add("--address", help=about)
-    add("--gpus", type=int, help="workers, each with one GPU; default all there are")
-    add("--workers", type=int, help="workers without a GPU; default as many as there is room for")
+    add("--gpus", type=int, help="number of workers with one GPU each; default all GPUs")
+    add("--workers", type=int, help="number of workers without a GPU; default as many as fit")
     add("--cpus-per-worker", type=int, help="threads of a worker; default all of a machine")
-    about = "that are predicted, written and, after a fault, predicted again together"
-    add("--images-per-part", type=int, help=f"{about}; default 256 with GPUs, 16 without")
-    add("--batch-size", type=int, default=0, help="strips; default 8 on a GPU and 1 on the CPU")
-    about = "run every pass, for the same rows"
+    about = "a part is written, and retried, as a whole; default 256 with GPUs, 16 without"
+    add("--images-per-part", type=int, help=about)
+    about = "images that a network takes at once; default 8 on a GPU, 1 on the CPU"
+    add("--batch-size", type=int, default=0, help=about)
+    about = "run every pass: slower, with the same rows"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
     return parser.parse_args(arguments)
 

@@ -1,6 +1,6 @@
 """The report: what the output holds and how fast the run was, as a line and as a page.
 
-The page has the dry run's dress (evaluation/page.html), and is drawn from the rows alone: counts
+The page is styled like the dry run's (evaluation/page.html) and drawn from the rows alone: counts
 are of all rows in the output, seconds and rate of the run that has just ended.
 """
 

@@ -4,10 +4,12 @@ Ray Data calls it for one part of the images after another, on whichever machine
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from ray.exceptions import UserCodeException
 
-from cluster.images import ImageSet, open_local
+from cluster.images import ImageSet, NotFetched, open_local
 from cluster.output import ROWS
 from kernel.batch_limits import default_batch_size
 from kernel.competition import COMPETITION
@@ -34,6 +37,11 @@ from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.strip_state import StripState
 
+if sys.platform != "win32":
+    import fcntl
+
+FOLDERS = "severstal-bundle-"  # start of the names of the workers' folders
+
 STRIPS = pa.schema(
     {
         "image": pa.string(),
@@ -46,12 +54,27 @@ STRIPS = pa.schema(
 
 
 def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
-    """Read and decode the images of a part; runs beside the workers."""
-    rows = []
-    for strip in map(images.read, part["image"].to_pylist()):
+    """Read and decode the images of a part; runs beside the workers.
+
+    Raises:
+        UserCodeException: there are several, and not one can be fetched: no image's own fault.
+    """
+    rows, not_fetched = [], list[str]()
+    names = part["image"].to_pylist()
+    for name in names:
+        try:
+            strip = images.read(name)
+        except NotFetched as error:
+            strip = Strip(name, None, str(error))
+            not_fetched.append(strip.fault)
         image = strip.image
         pixels = (None,) * 3 if image is None else (image.shape, image.dtype.name, image.tobytes())
         rows.append((strip.name, *pixels, strip.fault))
+    if len(names) == len(not_fetched) > 1:
+        raise UserCodeException(
+            f"{images.root}: none of the {len(names)} images of a part can be fetched: "
+            f"{not_fetched[0]}"
+        )
     columns = zip(*rows, strict=True)
     arrays = [pa.array(values, field.type) for values, field in zip(columns, STRIPS, strict=True)]
     return pa.Table.from_arrays(arrays, schema=STRIPS)
@@ -79,6 +102,24 @@ def manifest_hash(bundle: Path) -> str:
     return whole.hexdigest()
 
 
+def make_folder() -> Path:
+    """Make a folder that goes with this process; those that killed ones left go now.
+
+    A process has the lock on a file in its folder until it ends, however it does.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=FOLDERS))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if sys.platform != "win32":
+        for lock in folder.parent.glob(f"{FOLDERS}*/lock"):
+            with contextlib.suppress(OSError), lock.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        unlocked = folder / "unlocked"  # a name that no other process looks for
+        fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)  # stays open
+        unlocked.rename(folder / "lock")
+    return folder
+
+
 class Worker:
     """The bundle, loaded once; each call takes the strips of a part and returns their rows."""
 
@@ -88,11 +129,9 @@ class Worker:
         if cpus:
             os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too
             torch.set_num_threads(cpus)
-        scratch = tempfile.mkdtemp(prefix="bundle-")
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        self.bundle = Path(open_local(bundle, scratch))
+        self.bundle = Path(open_local(bundle, str(make_folder() / "bundle")))
         if manifest_hash(self.bundle) != sha256:
-            raise ValueError(f"{self.bundle}: is another bundle than the one this run began with")
+            raise ValueError(f"{bundle}: is not the bundle this run began with: put that one back")
         self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
         self.batch_size, self.early_exit = batch_size, early_exit
         self.threads = torch.get_num_threads()
@@ -118,7 +157,7 @@ class Worker:
         try:
             self._predict(self.scheduler, unpack_strips(strips), found)
         except DeviceLost as error:
-            log.warning("%s: this worker goes on with the CPU", error)
+            log.warning("%s: this worker continues on the CPU", error)
             self.scheduler = self._load(torch.device("cpu"))
             rest = (strip for strip in unpack_strips(strips) if strip.name not in found)
             self._predict(self.scheduler, rest, found)

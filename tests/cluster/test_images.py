@@ -4,14 +4,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.utils import infer_storage_options
 from helpers import save_strips
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
-from cluster.images import ImageSet, find_images
+from cluster.images import ImageSet, NotFetched, find_images, open_local
+from cluster.output import Output
 
 
 def names_of(address: Path) -> list[str]:
@@ -89,9 +93,48 @@ def test_what_a_set_is_of_is_its_folder_or_its_list(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+class OfServers(MemoryFileSystem):  # type: ignore[misc] # fsspec has no types
+    """Its addresses name a server, as hdfs://, sftp:// and smb:// do."""
+
+    protocol = "served"
+
+    def __init__(self, host: str = "the default", **options: Any) -> None:
+        super().__init__(**options)
+        self.host = host
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(infer_storage_options(path)["path"]))
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"host": infer_storage_options(path)["host"]}
+
+
+def test_an_address_keeps_its_server() -> None:
+    fsspec.register_implementation("served", OfServers, clobber=True)
+    OfServers().pipe("/served/2024/a.png", b"")
+    found = find_images("served://nn2:8020/served/")
+    assert list(found.names) == ["2024/a.png"]
+    assert found.root == found.address == "served://nn2:8020/served"
+    output = Output("served://nn2:8020/served/masks/")
+    assert (output.address, output.fs.host) == ("served://nn2:8020/served/masks", "nn2")
+
+
+@pytest.mark.parametrize("folder", ["copied", "copied[v2]*?"])
+def test_a_folder_elsewhere_is_copied_whole(folder: str, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/{folder}/a": b"1", f"/{folder}/deep/b": b"2"})
+    store.store[f"/{folder}/"] = store.store[f"/{folder}/a"]  # as a store's console makes one
+    copied = Path(open_local(f"memory://{folder}", str(tmp_path / "copy")))
+    assert (copied / "a").read_bytes() + (copied / "deep" / "b").read_bytes() == b"12"
+    with pytest.raises(ValueError, match="memory://nothing: cannot be read: expected a folder"):
+        open_local("memory://nothing", str(tmp_path))
+
+
 def test_a_name_that_is_no_text_is_refused_and_shown(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"'caf\\udce9\.jpg' is no UTF-8.*: rename it"):
+    with pytest.raises(ValueError, match=r"'caf\\udce9\.jpg' is not UTF-8.*: rename it"):
         find_images(str(tmp_path))
 
 
@@ -123,10 +166,12 @@ def test_an_address_without_images_is_refused(address: str, words: str, tmp_path
     assert "\n" not in str(refused.value)
 
 
-def test_an_image_that_is_none_or_missing_is_a_fault_with_its_reason(tmp_path: Path) -> None:
+def test_an_image_that_is_none_is_told_from_one_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     images = ImageSet(f"file://{tmp_path}", ["bad.jpg", "gone.jpg"], f"file://{tmp_path}")
-    bad, gone = images.read("bad.jpg"), images.read("gone.jpg")
-    assert (bad.image, gone.image) == (None, None)
+    bad = images.read("bad.jpg")
+    assert bad.image is None
     assert bad.fault == f"{tmp_path}/bad.jpg: 8 bytes that are no image"  # the kernel's words
-    assert "No such file" in gone.fault
+    for name in ("gone.jpg", "teapot://gone.jpg"):
+        with pytest.raises(NotFetched, match=r"No such file|Protocol not known"):
+            images.read(name)

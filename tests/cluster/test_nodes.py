@@ -20,10 +20,11 @@ import pandas as pd
 import pytest
 from helpers import LABELS, ROOT, predict, save_strips, write_sample
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
 
 from cluster import engine
 from cluster.images import find_images
@@ -192,13 +193,51 @@ def test_parts_at_which_every_worker_dies_are_left_out_in_the_end(
     assert output.done() == set(names) - {"05.jpg"}
 
 
-def test_a_driver_that_is_killed_goes_on_where_it_stood(job: Job, tmp_path: Path) -> None:
+def test_a_store_that_is_away_for_more_than_eight_parts_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stub:  # in this function: it is pickled whole
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def __call__(self, strips: Any) -> Any:
+            return fault_rows(strips["image"].to_pylist(), len(LABELS), "")
+
+    names = [f"{index:02}.jpg" for index in range(40)]
+    save_strips(tmp_path / "images", names)
+    monkeypatch.setattr(engine, "Worker", Stub)
+    output, one = Output(str(tmp_path / "out")), engine.Workers(1, cpus=1)
+    output.begin({})
+    images = find_images(str(tmp_path / "images"))
+    for name in names[:16]:
+        (tmp_path / "images" / name).unlink()
+    with cluster_of(1) as cluster:
+        engine.connect(cluster.address)
+        try:
+            assert engine.predict_parts(images, 2, one, {}, output).images == 24
+            for name in names[16:18]:
+                (tmp_path / "images" / name).unlink()
+            with pytest.raises(RayError) as stopped:
+                engine.predict_parts(images, 2, one, {}, output)
+        finally:
+            ray.shutdown()
+    assert "none of the 2 images of a part can be fetched: " in str(stopped.value.cause)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGKILL, -signal.SIGKILL, ""), (signal.SIGTERM, 130, "interrupted\n")],
+)
+def test_a_driver_that_is_killed_goes_on_where_it_stood(
+    number: int, code: int, said: str, job: Job, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     with cluster_of(2) as cluster:
         process = start(cluster, job, out)
         wait_for_parts(process, out)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        assert process.wait(TIMEOUT_S) == code
+        assert said in (tmp_path / "log").read_text()
         time.sleep(5)  # Ray ends the killed driver's workers
         before = {path: path.stat().st_mtime_ns for path in parts_of(out)}
         assert 4 <= len(before) < N_STRIPS // PER_PART

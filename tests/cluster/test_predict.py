@@ -5,9 +5,12 @@ Runs on several nodes are in test_nodes.py.
 
 import json
 import os
+import runpy
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,9 +36,11 @@ from helpers import (
     write_sample,
 )
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
-from cluster.engine import Workers
+from ray.exceptions import UserCodeException
+
+from cluster.engine import Workers, connect
 from cluster.images import ImageSet
 from cluster.output import Output, Totals, fault_rows
 from cluster.predict import main
@@ -199,12 +204,47 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
     assert exit_code(main, *words) == (2 if all_dead else 0)
     assert calls == [(names, 2), "anew", (names if all_dead else names[:2], 1)]
     output = Output(str(tmp_path / "out"))
-    fault = "its part failed, and it alone did again: the log says why"
+    fault = "its part failed, and so did the image alone: the log says why"
     assert output.done() == (set() if all_dead else set(names))
     assert output.faults(9) == ({} if all_dead else {"b.jpg": fault})
     assert (f"b.jpg stays empty: {fault}" in caplog.messages) == (not all_dead)
-    error = "5 images have no rows, 'a.jpg': start again" if all_dead else ""
+    error = "5 images have no rows, such as 'a.jpg': start the run again" if all_dead else ""
     assert error in capsys.readouterr().err
+
+
+def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
+    session_light: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(session_light, tmp_path / "dataset")
+    save_strips(tmp_path / "images", NAMES)
+    write_sample(tmp_path / "sample.csv", NAMES)
+
+    def give_up(*_: object) -> None:
+        raise UserCodeException("none of the 16 images of a part can be fetched:\nno such host")
+
+    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
+    monkeypatch.setattr("cluster.predict.predict_parts", give_up)
+    assert exit_code(main, *options_of(tmp_path)) == 2
+    assert error_of(capsys.readouterr().err) == (
+        "the run stopped: none of the 16 images of a part can be fetched: no such host; "
+        "start it again to continue"
+    )
+
+
+def test_a_signal_is_answered_beside_ray_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    ignore = lambda *_, **__: signal.signal(signal.SIGTERM, signal.SIG_IGN)  # noqa: E731
+    monkeypatch.setattr("ray.init", ignore)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        connect("local")
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- refused before any work ----------------------------------------------------------------------
@@ -225,7 +265,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "not one that can be read": (
         lambda folder: [path.write_bytes(b"no") for path in (folder / "images").iterdir()],
         [],
-        "images: none of the first 2 can be read",
+        "images: none of the first 2 images can be read",
     ),
     "a member is missing": (
         lambda folder: (folder / "dataset" / "fpn.safetensors").unlink(),
@@ -258,7 +298,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "two images of a name": (
         lambda folder: save_strips(folder / "images" / "2024", ["b.jpg"]),
         [],
-        "images: 2024/b.jpg and b.jpg are both 'b.jpg' in a csv",
+        "images: 2024/b.jpg and b.jpg are both 'b.jpg' in a submission: rename one",
     ),
     "no sample": (lambda folder: (folder / "sample.csv").unlink(), [], "sample.csv"),
     "a sample of other images": (
@@ -274,6 +314,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no worker": (lambda _: None, ["--workers", "0"], "--workers 0: expected 1 or more"),
     "GPUs and threads": (lambda _: None, ["--gpus", "1", "--workers", "2"], "one worker a GPU"),
 }
+
+
+def test_without_ray_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.exceptions", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "cluster" / "predict.py"))
+    assert ended.value.code == 2
+    assert error_of(capsys.readouterr().err).endswith("; pip install -e '.[cluster]'")
 
 
 def read_member(folder: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from helpers import LABELS, SMALL, Page, save_strips
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
 from cluster.engine import Workers
 from cluster.images import ImageSet

@@ -1,5 +1,6 @@
 """A worker, called here as Ray Data calls it: the kernel's masks, whatever the parts are."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +26,19 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
+
+from ray.exceptions import UserCodeException
 
 from cluster.images import ImageSet
-from cluster.worker import Worker, manifest_hash, read_strips, unpack_strips
+from cluster.worker import (
+    FOLDERS,
+    Worker,
+    make_folder,
+    manifest_hash,
+    read_strips,
+    unpack_strips,
+)
 from kernel.competition import SEVERSTAL, Competition
 from kernel.device import DeviceLost
 from kernel.images import read_image
@@ -216,7 +226,7 @@ def test_a_bundle_that_changed_under_way_is_refused(
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0]), manifest_hash(light_bundle)
     change(light_bundle)
-    with pytest.raises(ValueError, match="another bundle than the one this run began with"):
+    with pytest.raises(ValueError, match="is not the bundle this run began with"):
         Worker(str(light_bundle), sha256, image, 0, True, 1)
 
 
@@ -230,6 +240,30 @@ def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -
     worker = Worker("memory://mill/bundle", manifest_hash(light_bundle), image, 0, True, 1)
     rows = rles_of(worker(part_of(tmp_path, NAMES[:1])))
     assert rows == rles_of(make_worker(light_bundle, tmp_path)(part_of(tmp_path, NAMES[:1])))
+
+
+def test_folders_of_workers_that_were_killed_go_with_the_next_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, another = tmp_path / f"{FOLDERS}killed", tmp_path / "another-program"
+    for folder in (killed, another):
+        (folder / "bundle").mkdir(parents=True)
+        (folder / "lock").touch()  # that nobody holds
+    alive = [make_folder(), make_folder()]
+    assert sorted(tmp_path.iterdir()) == sorted([*alive, another])
+
+
+def test_a_part_of_which_nothing_can_be_fetched_fails_and_an_image_alone_says_why(
+    tmp_path: Path,
+) -> None:
+    """The store is away, or this machine lacks a folder that others have."""
+    with pytest.raises(UserCodeException, match=r"none of the 7 images .* fetched: .*No such file"):
+        part_of(tmp_path, NAMES)
+    assert "No such file" in part_of(tmp_path, NAMES[:1])["fault"][0].as_py()
+    (tmp_path / NAMES[2]).write_bytes(b"no image")  # but it is there
+    faults = part_of(tmp_path, NAMES)["fault"].to_pylist()
+    assert ["No such file" in fault for fault in faults] == [name != NAMES[2] for name in NAMES]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
