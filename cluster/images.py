@@ -188,8 +188,7 @@ def open_local(address: str, folder: str) -> str:
     def copy(fs: Any, path: str) -> str:
         if is_local(fs):
             return path
-        # One by one: of a folder's path `get` takes [v2] for a pattern. A store's console makes x/.
-        files = [file for file in fs.find(path) if not file.endswith("/")]
+        files = fs.find(path)  # given one by one: `get` takes [v2] in a folder's path for a pattern
         names = [posixpath.relpath(file, path) for file in files]
         if not names or any(name.startswith("..") for name in names):
             raise ValueError("expected a folder of files")

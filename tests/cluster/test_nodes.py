@@ -227,6 +227,7 @@ def test_a_store_that_is_away_for_more_than_eight_parts_stops_the_run(
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [(signal.SIGKILL, -signal.SIGKILL, ""), (signal.SIGTERM, 130, "interrupted\n")],
+    ids=["SIGKILL", "SIGTERM"],
 )
 def test_a_driver_that_is_killed_goes_on_where_it_stood(
     number: int, code: int, said: str, job: Job, tmp_path: Path

@@ -133,6 +133,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path: Path) -> No
             "b.jpg,5 1,1\nb.jpg,,2\na.jpg,1 2,1\na.jpg,,2\nlost.jpg,,1\nlost.jpg,,2\n",
         ),
     ],
+    ids=["two-column", "three-column"],
 )
 def test_the_submission_has_the_samples_rows_in_its_order(
     layout: str, expected: str, tmp_path: Path
