@@ -302,7 +302,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=ROOT / "weights", help="folder of ensemble.json")
-    add("--device", default="", help="default: the CUDA device that works")
+    add("--device", choices=("cpu", "cuda"), help="default: the CUDA device that works")
     add("--batch", type=int, default=8, help="strips at a time, for all but the sweep")
     add("--batches", type=int, nargs="+", default=BATCHES, help="of the sweep")
     add("--strips", type=int, default=64)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not install
 def test_a_strips_seconds_begin_when_every_worker_is_warm(
     times: list[float], workers: int, warm_up: int, seconds: float
 ) -> None:
-    from bench.cluster_overhead import strip_seconds
+    from cluster_overhead import strip_seconds
 
     assert strip_seconds(times, workers, per_part=2, warm_up=warm_up) == seconds
 
@@ -41,7 +41,7 @@ def test_a_few_images_go_through_stub_members_and_are_a_line_of_the_table(tmp_pa
 def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import cluster_overhead
+    import cluster_overhead
 
     kernel, worker = iter([2.0, 9.0, 2.5]), iter([5.0, 4.0, 6.0])
     for name, seconds in (("time_kernel", kernel), ("time_workers", worker)):
@@ -59,7 +59,7 @@ def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
 def test_strips_of_which_none_would_count_are_refused_in_one_line(
     strips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench import cluster_overhead
+    import cluster_overhead
 
     words = ["kernel", "--strips", strips, "--out", str(tmp_path)]
     assert exit_code(cluster_overhead.main, *words) == 2
@@ -69,7 +69,7 @@ def test_strips_of_which_none_would_count_are_refused_in_one_line(
 def test_of_two_kernels_beside_each_other_a_strip_takes_half_its_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import cluster_overhead
+    import cluster_overhead
 
     taken = iter([{"strip_s": 3.0, "before_s": 1.0}, {"strip_s": 5.0, "before_s": 2.0}])
     monkeypatch.setattr(cluster_overhead, "time_kernel", lambda *_: next(taken))
@@ -78,7 +78,7 @@ def test_of_two_kernels_beside_each_other_a_strip_takes_half_its_seconds(
 
 
 def test_private_memory_is_that_of_this_process_and_those_below_it() -> None:
-    from bench.cluster_overhead import private_mb
+    from cluster_overhead import private_mb
 
     before = private_mb()["driver"]
     held = bytearray(b"x") * 80_000_000

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import gpu
 import pytest
 import torch
 
-from bench import gpu
 from kernel.ensemble import Ensemble
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import load_member
@@ -118,3 +118,10 @@ def test_without_cuda_it_says_so(
         gpu.main([])
     assert ended.value.code == 2
     assert "no CUDA device works here" in capsys.readouterr().err
+
+
+def test_a_device_of_no_such_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--device", "tpu"])
+    assert ended.value.code == 2
+    assert "--device: invalid choice: 'tpu'" in capsys.readouterr().err

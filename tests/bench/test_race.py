@@ -8,14 +8,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import candidates
 import cv2
 import numpy as np
+import processes
 import pytest
+import race
 import torch
 from helpers import change_manifest, save_strips
 from torch import Tensor
 
-from bench import race
 from kernel.images import read_image
 from kernel.manifest import load_manifest
 from training import synthetic
@@ -26,9 +28,9 @@ def test_a_small_race_ends_with_its_three_files(
 ) -> None:
     """Three exports and three processes are its seconds: one member is enough."""
     pytest.importorskip("onnxruntime", reason="make bench installs the peers")
-    monkeypatch.setattr(race, "N_SCORED_IMAGES", 6)
-    monkeypatch.setattr(race, "STARTS", 1)
-    monkeypatch.setattr(race, "LONG_RUN", 3)
+    monkeypatch.setattr(processes, "N_SCORED_IMAGES", 6)
+    monkeypatch.setattr(processes, "STARTS", 1)
+    monkeypatch.setattr(processes, "LONG_RUN", 3)
     save_strips(tmp_path / "real", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
     dataset = Path(shutil.copytree(session_light, tmp_path / "dist" / "dataset"))
     change_manifest(dataset, flips=["none", "horizontal", "vertical"])  # as public kernels
@@ -48,7 +50,7 @@ def test_a_small_race_ends_with_its_three_files(
     flops = sum(sum(spec.flops) for spec in load_manifest(dataset).members)
     assert results["gigaflops_a_strip"] == pytest.approx(3 * flops / 1e9)
     assert 0 < results["outside_networks"] < 1
-    assert 0.1 < results["peak_gb_5506_strips_stub"] < 5  # PyTorch alone is a third of a GB
+    assert 0.1 < results["peak_gib_stub"] < 5  # GiB; PyTorch alone is a third
     table = (tmp_path / "out" / "table.md").read_text()
     for name, seconds in results["seconds_a_strip"].items():
         assert f"| {name} | {seconds:.2f} |" in table
@@ -58,7 +60,7 @@ def test_a_small_race_ends_with_its_three_files(
 
 
 def test_the_quickest_of_an_engines_ways_is_taken() -> None:
-    def takes(seconds: float) -> race.Infer:
+    def takes(seconds: float) -> candidates.Infer:
         def infer(images: Sequence[Tensor]) -> list[Tensor]:
             time.sleep(seconds)
             return list(images)
@@ -66,7 +68,7 @@ def test_the_quickest_of_an_engines_ways_is_taken() -> None:
         return infer
 
     ways = [takes(0.05), takes(0.0), takes(0.1)]
-    assert race.quickest(ways, [torch.zeros(1)]) is ways[1]
+    assert candidates.quickest(ways, [torch.zeros(1)]) is ways[1]
 
 
 def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
@@ -80,9 +82,9 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
         coarse = cv2.resize(rng.uniform(0, 255, (4, 5)).astype(np.float32), (96, 64))
         paths.append(tmp_path / f"{seed}.png")
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
-    found = race.as_public_kernels(dataset)(paths)
+    found = candidates.as_public_kernels(dataset)(paths)
     image = read_image(paths[0])
-    expected = race.ours(dataset, image, early_exit=True, streams=1)(paths)
+    expected = candidates.ours(dataset, image, early_exit=True, streams=1)(paths)
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()
     assert race.agreement(found, expected) > 0.999
