@@ -30,9 +30,9 @@ NORMS = {True: "batchnorm", False: "identity"}  # decoder_use_norm, in other wor
 def _comparable(
     model: Mapping[str, Any], known: Mapping[str, Any], softmax: bool = False
 ) -> dict[str, Any]:
-    """What a `model` says of the known options, in one spelling."""
+    """What a `model` says of the known options, in one spelling, but for dropout, training's."""
     renamed = with_todays_options(dict(model))
-    said = {key: value for key, value in renamed.items() if key in known}
+    said = {k: value for k, value in renamed.items() if k in known and not k.endswith("dropout")}
     said |= {"arch": str(said["arch"]).lower()} if "arch" in said else {}
     if said.get("activation") in FITTING[softmax]:
         said["activation"] = None
@@ -90,6 +90,24 @@ def _saved_configs(source: Path, checkpoint: Checkpoint) -> dict[str, Mapping[st
     return configs
 
 
+HEADER = ("softmax", "channels", "efficientnet_pytorch")  # what the weights were trained for
+
+
+def _check_header(checkpoint: Checkpoint, spec: MemberSpec) -> None:
+    """Raise ValueError where the entry contradicts the header that train.py or a build wrote.
+
+    What the header leaves out the entry may add. Shifts are not compared: they are calibrated.
+    """
+    where = f"{checkpoint.path}'s header"
+    for key in HEADER:
+        saved, declared = checkpoint.configs.get(where, {}).get(key), getattr(spec, key)
+        if saved and saved != declared:
+            raise ValueError(
+                f"{key} is {short(declared)}, {where} says {short(saved)}; correct it, or save the "
+                "weights without that header if it is not of them"
+            )
+
+
 OLD_PADDING = re.compile("efficientnet-b[1-7]")  # encoders that SMP before 0.3 padded otherwise
 
 
@@ -101,10 +119,8 @@ def _note_padding(
     `save_pretrained` writes `_model_class` since SMP 0.3, and train.py a header.
     """
     encoder = spec.model["encoder_name"]
-    header = checkpoint.configs.get(f"{checkpoint.path}'s header")
-    told = any("_model_class" in config for config in configs.values()) or (
-        header is not None and not header.get("efficientnet_pytorch")
-    )
+    header = f"{checkpoint.path}'s header" in checkpoint.configs
+    told = header or any("_model_class" in config for config in configs.values())
     if OLD_PADDING.fullmatch(encoder) and not spec.efficientnet_pytorch and not told:
         checkpoint.notes.append(
             f"{encoder}: trained with SMP before 0.3? Then its padding was another; write "
@@ -201,13 +217,23 @@ def _check_normalisation(
 # --- layers around the network --------------------------------------------------------------------
 
 
-def _fits_behind(name: str, weight: Tensor, others: Container[str], classes: int) -> bool:
-    """Whether a layer takes masks: a convolution, in groups too, or a norm, which is no loss's."""
+def _place_of(
+    name: str, weight: Tensor, others: Container[str], channels: int, classes: int
+) -> str:
+    """Where a convolution, in groups too, or a norm fits the network; nothing for other layers.
+
+    A norm's weight has a bias or a mean beside it, which a loss's or an activation's has not.
+    """
+    before = behind = False
     if weight.ndim == 4:
         out, taken = weight.shape[:2]
-        return taken == classes or (out == classes and classes % taken == 0)
-    beside = (f"{name.rpartition('.')[0]}.{each}" for each in ("bias", "running_mean"))
-    return weight.shape == (classes,) and any(each in others for each in beside)
+        before = out == channels
+        behind = taken == classes or (out == classes and classes % taken == 0)
+    elif weight.ndim == 1:
+        beside = (f"{name.rpartition('.')[0]}.{each}" for each in ("bias", "running_mean"))
+        is_norm = any(each in others for each in beside)
+        before, behind = (is_norm and len(weight) == size for size in (channels, classes))
+    return "before its input" if before else "behind its masks" if behind else ""
 
 
 def _check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
@@ -221,14 +247,13 @@ def _check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """
     channels, classes = model.get("in_channels", 3), model.get("classes", 1)  # SMP's defaults
     for name, weight in checkpoint.left_out.items():
-        before = weight.shape[:1] == (channels,)
-        behind = _fits_behind(name, weight, checkpoint.left_out, classes)
-        if is_outside_layer(name) and (before or behind):
+        place = _place_of(name, weight, checkpoint.left_out, channels, classes)
+        if is_outside_layer(name) and place:
             raise ValueError(
                 f"{checkpoint.path}: {name}, as {tuple(weight.shape)}, is a layer outside the "
-                f"network that fits {'before its input' if before else 'behind its masks'}: what "
-                "it does would be lost; train without it, or save the network alone where its "
-                "output does not need it: torch.save(network.state_dict(), 'member.pt')"
+                f"network that fits {place}: what it does would be lost; train without it, or save "
+                "the network alone where its output does not need it: "
+                "torch.save(network.state_dict(), 'member.pt')"
             )
 
 
@@ -241,12 +266,13 @@ def check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: i
     `source` is its file or folder, `bits` are of the competition's images.
 
     Raises:
-        ValueError: a saved configuration or normalisation contradicts the entry, or a trained layer
-            would be lost; names it.
+        ValueError: a saved configuration, header or normalisation contradicts the entry, or a
+            trained layer would be lost; names it.
     """
     configs = _saved_configs(source, checkpoint)
     for where, config in configs.items():
         _check_config(config, spec.model, where, spec.softmax)
+    _check_header(checkpoint, spec)
     _check_normalisation(checkpoint, spec, configs, bits)
     _check_layers(checkpoint, spec.model)
     _note_padding(checkpoint, spec, configs)

@@ -79,7 +79,7 @@ def test_a_saved_configuration_that_contradicts_the_model_is_refused(
         MODEL,
         {"arch": "unet", "activation": "sigmoid", "decoder_channels": (16, 8, 8, 8, 8)},
         {"encoder_weights": "imagenet", "decoder_attention_type": None, "lr": 0.1},
-        {"aux_params": {"classes": 4, "pooling": "max", "dropout": 0.2, "activation": None}},
+        {"aux_params": {"classes": 4, "pooling": "max", "dropout": 0.5, "activation": None}},
         {"classes": ["pit", "scratch"]},  # another program's word
         {"decoder_use_batchnorm": True},
         {"decoder_use_norm": True},
@@ -105,6 +105,7 @@ def deeplab(**changes: Any) -> dict[str, Any]:
     [
         (deeplab(upsampling=8), deeplab()),  # the default until SMP 0.4
         (deeplab(upsampling=None), deeplab(upsampling=8)),
+        (deeplab(decoder_aspp_dropout=0.1), deeplab()),  # nothing at prediction
         (MODEL | {"decoder_use_batchnorm": False}, MODEL | {"decoder_use_norm": "identity"}),
         (
             {"arch": "PAN", "encoder_name": "resnet18", "encoder_dilation": False},
@@ -163,6 +164,30 @@ def test_configurations_are_found_wherever_they_are_saved(network: Any, tmp_path
         with pytest.raises(ValueError, match=rf"arch is 'fpn', {tmp_path}/.+ says 'unet'"):
             check_source(source, read_checkpoint(source), other, 8)
         check_source(source, read_checkpoint(source), replace(other, model=MODEL), 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "saved", "declared"),
+    [
+        ("softmax", True, False),
+        ("channels", [1, 2, 3, 4], None),
+        ("channels", [1, 2, 3, 4], [0, 1, 2, 3]),
+        ("efficientnet_pytorch", "0.6.3", ""),
+    ],
+)
+def test_what_a_header_says_of_the_weights_is_said_by_the_entry_too(
+    key: str, saved: Any, declared: Any, network: nn.Module, tmp_path: Path
+) -> None:
+    entry = tiny_entry("m", MODEL) | {key: saved, "mask_shift": 1.5}
+    path = tmp_path / "m.safetensors"
+    save_file(network.state_dict(), path, {"member": json.dumps(entry)})
+    own = MemberSpec(**entry | {"mask_shift": 0.0})  # which is calibrated
+    check_source(path, read_checkpoint(path), own, 8)
+    with pytest.raises(ValueError, match=rf"{key} is .*m\.safetensors's header says .*correct it"):
+        check_source(path, read_checkpoint(path), replace(own, **{key: declared}), 8)
+    del entry[key]  # as one was packed that did not know
+    save_file(network.state_dict(), path, {"member": json.dumps(entry)})
+    check_source(path, read_checkpoint(path), own, 8)
 
 
 def test_a_config_of_something_else_beside_the_weights_is_none(
@@ -245,6 +270,13 @@ def test_a_std_is_of_the_range_of_the_mean_beside_it(names: tuple[str, str]) -> 
     check_source(PATH, with_buffers(mean=ONES.mean, std=ONES.std), ONES, 8)
     other = with_buffers(net__mean=said["pixel_mean"], norm__std=[1.0, 1.0, 1.0])
     check_source(PATH, other, ONES, 8)  # another place
+
+
+def test_a_mean_may_differ_by_what_bfloat16_rounds_it_and_no_more() -> None:
+    mean = torch.tensor(RGB.mean)
+    check_source(PATH, with_buffers(mean=mean.bfloat16().tolist()), RGB, 8)
+    with pytest.raises(ValueError, match="the manifest's mean"):
+        check_source(PATH, with_buffers(mean=(mean * 1.01).tolist()), RGB, 8)
 
 
 def test_a_mean_of_16_bits_is_held_against_the_manifests() -> None:
@@ -340,7 +372,6 @@ def with_layer(name: str, *shape: int) -> Checkpoint:
     [
         ("state_dict.stem.weight", (3, 1, 1, 1), "before its input"),
         ("adapter.2.weight", (3, 16, 3, 3), "before its input"),
-        ("input_norm.weight", (3,), "before its input"),
         ("stem.weight_v", (3, 1, 1, 1), "before its input"),
         ("stem.weight_orig", (3, 1, 1, 1), "before its input"),
         ("stem.parametrizations.weight.original", (3, 1, 1, 1), "before its input"),
@@ -361,6 +392,7 @@ def test_a_layer_around_the_network_is_refused(
 LAYERS: dict[str, tuple[nn.Module, str]] = {  # around a network of 3 channels and 4 classes
     "batch norm": (nn.BatchNorm2d(3), "before its input"),
     "batch norm that only normalises": (nn.BatchNorm2d(3, affine=False), "before its input"),
+    "instance norm": (nn.InstanceNorm2d(3, affine=True), "before its input"),
     "batch norm of masks": (nn.BatchNorm2d(4), "behind its masks"),
     "batch norm that only normalises masks": (nn.BatchNorm2d(4, affine=False), "behind its masks"),
     "group norm of masks": (nn.GroupNorm(2, 4), "behind its masks"),
@@ -385,18 +417,23 @@ BESIDE: dict[str, nn.Module] = {  # it does nothing to images or masks
     "a head of another depth": weight_norm(nn.Conv2d(64, 4, 1)),
     "a norm of features": nn.BatchNorm2d(64),
     "one that only normalises": nn.BatchNorm2d(64, affine=False),
+    "a head that reads features": nn.Linear(64, 1),
+    "one of three classes": nn.Linear(64, 3),
+    "an activation": nn.PReLU(),
+    "one a channel": nn.PReLU(3),
 }
 
 
+@pytest.mark.parametrize("spec", [GREY, RGB], ids=["grey", "RGB"])
 @pytest.mark.parametrize("layer", BESIDE)
 def test_a_layer_in_a_wrapper_that_fits_neither_end_is_named_only(
-    layer: str, network: nn.Module, tmp_path: Path
+    layer: str, spec: MemberSpec, network: nn.Module, tmp_path: Path
 ) -> None:
     wrapper = nn.ModuleDict({"net": network, "extra": BESIDE[layer]})
     torch.save(wrapper.state_dict(), tmp_path / "member.pt")
     found = read_checkpoint(tmp_path / "member.pt")
     assert "left out: extra" in found.notes[0]
-    check_source(PATH, found, RGB, 8)
+    check_source(PATH, found, spec, 8)
 
 
 @pytest.mark.parametrize(
