@@ -5,7 +5,7 @@ Read top to bottom: file → tensors → the one network in it → what of the f
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,14 +186,39 @@ def _is_average(prefix: str, networks: Mapping[str, object], tree: _Tree) -> boo
     return named or any(f"{each}n_averaged" in tree.numbers for each in own)
 
 
-def _is_unready(prefix: str, tree: _Tree) -> bool:
+def _norms(weights: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Batch norms by name: whether they never saw a batch, with mean 0 and variance 1 as built."""
+    found = dict[str, bool]()
+    for name, mean in weights.items():
+        home, _, part = name.rpartition(".")
+        variance = weights.get(f"{home}.running_var")
+        if part != "running_mean" or variance is None:
+            continue
+        if is_plain(mean) and is_plain(variance):
+            found[home] = not mean.any() and bool((variance == 1).all())
+    return found
+
+
+def _never_counted(prefix: str, tree: _Tree) -> bool:
+    """Whether the counter of an average says that it is the network that training began with."""
+    homes = [*_ancestors(prefix), "averaging_state."]
+    return 0 in [tree.numbers.get(f"{home}{counter}") for home in homes for counter in UPDATES]
+
+
+def _is_unready(
+    average: str, plain: Iterable[str], networks: dict[str, Names], tree: _Tree
+) -> bool:
     """Whether an average is still what training began with: its weights, or its batch norm.
 
-    Lightning's StochasticWeightAveraging gives its average the statistics when training ends.
+    Its batch norm is where a plain network beside it has seen batches. Lightning's
+    StochasticWeightAveraging gives its average the statistics when training ends.
     """
-    homes = [*_ancestors(prefix), "averaging_state."]
-    counts = [tree.numbers.get(f"{home}{counter}") for home in homes for counter in UPDATES]
-    return 0 in counts or "average_model_state." in prefix
+    own, *others = (
+        _norms({name: tree.tensors[key] for name, key in networks[prefix].items()})
+        for prefix in (average, *plain)
+    )
+    behind = [name for name in own if own[name] and any(each.get(name) is False for each in others)]
+    return bool(behind) or _never_counted(average, tree) or "average_model_state." in average
 
 
 def _same(first: Names, second: Names, tree: _Tree) -> bool:
@@ -230,9 +255,10 @@ def _choose_network(networks: dict[str, Names], tree: _Tree, path: Path) -> _Cho
     if not networks:
         raise ValueError(_no_network(tree, path))
     averages = [p for p in networks if _is_average(p, networks, tree)]
-    unready = [p for p in averages if _is_unready(p, tree)]
+    plain = [p for p in networks if p not in averages]
+    unready = [p for p in averages if _is_unready(p, plain, networks, tree)]
     ready = [p for p in averages if p not in unready]
-    candidates = ready or [p for p in networks if p not in averages] or unready
+    candidates = ready or plain or unready
     chosen, *others = candidates
     if not all(_same(networks[chosen], networks[other], tree) for other in others):
         listed = ", ".join(prefix or "the top" for prefix in sorted(candidates))
@@ -312,6 +338,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, tensor in weights.items():
         if not is_plain(tensor):
             raise ValueError(f"{path}: {name} is sparse, quantized, complex or empty; save floats")
+    if unused := [name for name, never in _norms(weights).items() if never]:
+        more = f" and {len(unused) - 1} more" * (len(unused) > 1)
+        notes.append(
+            f"batch norm that never saw a batch: {unused[0]}{more}; an average is to be saved "
+            "after torch.optim.swa_utils.update_bn"
+        )
     taken = set(names.values())
     left_out = {name: tensor for name, tensor in tree.tensors.items() if name not in taken}
     if left_out:

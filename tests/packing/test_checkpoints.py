@@ -195,7 +195,20 @@ def test_each_word_of_an_average_tells_it_from_the_plain_weights(
     assert f"took the EMA copy (net_{word})" in found.notes
 
 
+def without_batches(weights: Weights) -> Weights:
+    """Double the weights, the decoder's batch norm as it was built, the encoder's as ImageNet's."""
+    built = {"mean": torch.zeros_like, "var": torch.ones_like}
+    return {
+        k: built[k.rpartition("_")[2]](v) if k.startswith("decoder") and ".running_" in k else v
+        for k, v in doubled(weights).items()
+    }
+
+
 UNREADY: dict[str, Form] = {
+    "averaged_model_before_update_bn": lambda w: {
+        "model": w,
+        "ema": {"n_averaged": torch.tensor(5000)} | renamed(without_batches(w), "module."),
+    },
     "averaged_model": lambda w: {
         "net": w,
         "swa": {"n_averaged": torch.tensor(0)} | renamed(doubled(w), "module."),
@@ -240,6 +253,19 @@ def test_an_average_that_was_never_updated_is_left_out_and_named(
     assert_same(found.weights, network.state_dict())
     assert found.notes[0].endswith("is not ready: never updated, or its batch norm not")
     assert any(note.startswith("left out: ") for note in found.notes)
+
+
+def test_batch_norm_that_never_saw_a_batch_is_named_where_nothing_better_stands_beside_it(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    weights = without_batches(network.state_dict())
+    plain = renamed(without_batches(weights), "module.")  # frozen as it was built
+    for tree in (weights, {"ema": weights}, {"ema": weights, "model": plain}):
+        torch.save(tree, tmp_path / "member.pt")
+        found = read_checkpoint(tmp_path / "member.pt")
+        assert_same(found.weights, weights)
+        [said] = [note for note in found.notes if note.startswith("batch norm that never saw")]
+        assert ": decoder." in said and said.endswith("swa_utils.update_bn")
 
 
 def test_an_ema_copy_without_names_is_left_out_with_what_to_do(
