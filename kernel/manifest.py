@@ -83,9 +83,10 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError("no members; list them under `members`")
     names = [member.name for member in manifest.members]
     _check_unique("two members named", names)
-    expect(
-        TOGETHER not in names, "name", TOGETHER, "another, for so are all of them together called"
-    )
+    if TOGETHER in names:
+        raise ValueError(
+            f"name {TOGETHER!r} is what reports call all members together; choose another"
+        )
     _check_unique("two members share", [member.file for member in manifest.members], _one_file)
     expect(is_whole(manifest.classes), "classes", manifest.classes, "a whole number")
     n_classes = len(manifest.competition.classes)
@@ -96,11 +97,17 @@ def check_manifest(manifest: Manifest) -> None:
         )
     threshold, min_area, flips = manifest.threshold, manifest.min_area, manifest.flips
     fits = is_number(threshold) and 0 < threshold < 1
-    expect(fits, "threshold", threshold, "a number between 0 and 1")
+    expected = "a number between 0 and 1"
+    if isinstance(threshold, list):
+        expected += ", one for all classes; to move a single class set its mask_shift"
+    expect(fits, "threshold", threshold, expected)
     size = manifest.competition.mask_size or manifest.competition.image_size
     most = math.prod(size) - 1 if size else math.inf  # one more would leave every mask empty
     fits = is_whole(min_area, 0) and min_area <= most
-    expect(fits, "min_area", min_area, f"a whole number from 0 to {most}")
+    expected = f"a whole number from 0 to {most}"
+    if isinstance(min_area, list):
+        expected += ", one for all classes"
+    expect(fits, "min_area", min_area, expected)
     expect(bool(flips) and all(map(is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
         raise ValueError(f"flips {short(list(flips))}, expected some of {list(FLIPS)}, each once")
@@ -148,14 +155,20 @@ def _check_member(member: MemberSpec, manifest: Manifest) -> None:
 
 
 def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None:
-    """Width and height the wrong way round would squeeze every strip, and nothing would fail."""
+    """Width and height the wrong way round would squeeze every strip, and nothing would fail.
+
+    A size is so where its sides, swapped, are in the proportion of the images', within 5 %.
+    """
     images, slug = competition.image_size, competition.slug
     # another slug over Severstal's description has none: its images may have any size
     described = slug == SEVERSTAL.slug or competition != replace(SEVERSTAL, slug=slug)
-    if size and images and described and size != images and size == images[::-1]:
+    if not (size and images and described):
+        return
+    other_way = (size[0] - size[1]) * (images[0] - images[1]) < 0  # one wide, the other high
+    if other_way and math.isclose(size[0] * images[0], size[1] * images[1], rel_tol=0.05):
         raise ValueError(
             f"image_size {list(size)}: the images of {slug} are {list(images)}, "
-            "[height, width]: write it so"
+            f"[height, width]: write {list(size[::-1])}"
         )
 
 
@@ -312,6 +325,11 @@ def _with_slug(competition: Competition, slug: str) -> Competition:
 
     Under another slug Severstal's layouts, classes and limits hold.
     """
+    if slug != competition.slug and slug in shipped_names():
+        raise ValueError(
+            f"competition {slug} is a name for --competition; its slug is "
+            f"{find_competition(slug).slug}: write that"
+        )
     if slug != competition.slug and competition != SEVERSTAL:
         raise ValueError(
             f"competition {short(slug)}, its description is of {short(competition.slug)}: "
@@ -338,10 +356,9 @@ def source_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 def source_entries(members: Iterable[dict[str, Any]], **others: Any) -> dict[str, Any]:
     """Return the JSON object of a manifest to build of: members' entries, `others`, defaults."""
-    default = Manifest([])
     return {
-        "format": default.format, **others, "threshold": default.threshold,
-        "min_area": default.min_area, "flips": default.flips,
+        "format": Manifest.format, **others, "threshold": Manifest.threshold,
+        "min_area": Manifest.min_area, "flips": Manifest.flips,
         "members": [source_entry(entry) for entry in members],
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from helpers import SMALL, tiny_entry, tiny_model, write_manifest
 
 from kernel.competition import SEVERSTAL
 from kernel.faults import MAX_LINE, one_line
+from kernel.images import Size
 from kernel.manifest import Manifest, MemberSpec, load_manifest, manifest_entries, source_entry
 
 
@@ -86,6 +87,15 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     ),
     "a threshold of 0": ({"threshold": 0}, "threshold 0, expected a number between 0 and 1"),
     "a threshold of 1": ({"threshold": 1}, "threshold 1, expected a number between 0 and 1"),
+    "a threshold a class": (
+        {"threshold": [0.5, 0.6]},
+        "threshold [0.5, 0.6], expected a number between 0 and 1, one for all classes; to move a "
+        "single class set its mask_shift",
+    ),
+    "a min_area a class": (
+        {"min_area": [9, 99]},
+        "min_area [9, 99], expected a whole number from 0 to 409599, one for all classes",
+    ),
     "a negative min_area": (
         {"min_area": -1},
         "min_area -1, expected a whole number from 0 to 409599",
@@ -112,6 +122,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     "a size of no rows": ({"image_size": [0, 9]}, f"image_size (0, 9), {SIDES}"),
     "empty_rows as text": ({"empty_rows": "no"}, "empty_rows 'no', expected true, false"),
     "no competition": ({"competition": ""}, "competition '', expected a slug"),
+    "the name of Severstal's description": (
+        {"competition": "severstal"},
+        "competition severstal is a name for --competition; its slug is "
+        "severstal-steel-defect-detection: write that",
+    ),
+    "the name of another's": (
+        {"competition": "clouds"},
+        "competition clouds is a name for --competition; its slug is "
+        "understanding_cloud_organization: write that",
+    ),
 }
 
 
@@ -129,6 +149,41 @@ def test_values_at_the_edge_of_a_rule_are_read(tmp_path: Path) -> None:
     changes = {"threshold": 0.001, "min_area": 409_599, "image_size": [1, 9]}
     write_manifest(tmp_path, [edge], flips=["both"], **changes)
     assert load_manifest(tmp_path).min_area == 409_599
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "fits"),
+    [
+        ((256, 1600), (1600, 256), False),
+        ((256, 1600), (800, 128), False),  # half, as OpenCV has it
+        ((256, 1600), (800, 120), True),  # 6 % from it: meant so
+        ((1400, 2100), (525, 350), False),
+        ((1400, 2100), (544, 352), False),  # of multiples of 32
+        ((1400, 2100), (350, 525), True),
+        ((1400, 2100), (512, 512), True),
+        ((101, 101), (101, 101), True),
+        ((100, 104), (104, 104), True),
+        ((1918, 1280), (640, 960), False),  # images that are high
+    ],
+)
+def test_a_size_in_the_proportion_of_the_images_the_other_way_round_is_refused(
+    images: Size, size: Size, fits: bool, tmp_path: Path
+) -> None:
+    described = json.dumps({"slug": "mine", "image_size": images})
+    (tmp_path / "competition.json").write_text(described)
+    path = tmp_path / "ensemble.json"
+    for entries in (
+        {"members": [member()], "image_size": size},
+        {"members": [member(image_size=size)]},
+    ):
+        path.write_text(json.dumps(entries))
+        if fits:
+            load_manifest(tmp_path)
+            continue
+        height, width = size
+        words = rf"the images of mine are .*, \[height, width\]: write \[{width}, {height}\]"
+        with pytest.raises(ValueError, match=words):
+            load_manifest(tmp_path)
 
 
 def test_what_a_manifest_leaves_out_is_its_competitions(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "width before height": (
         lambda entries: entries.update(image_size=[1600, 256]),
-        r"ensemble\.json: image_size \[1600, 256\]: .*\[256, 1600\], \[height, width\]: write it",
+        r"ensemble\.json: image_size \[1600, 256\]: .*\[256, 1600\], \[height, width\]: write",
     ),
     "a member's width before height": (
         second_member(image_size=[1600, 256]),

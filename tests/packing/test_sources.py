@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no members": ({"members": []}, "no members"),
     "a name that all have together": (
         {"members": [member(name="ensemble")]},
-        "name 'ensemble', expected another",
+        "name 'ensemble' is what reports call all members together; choose another",
     ),
     "one name twice": (
         {"members": [member(), member(file="b.safetensors")]},
