@@ -13,7 +13,7 @@ from pathlib import Path
 from kernel.competition import COMPETITION, Competition, load_competition
 from kernel.files import write_json
 from kernel.logs import progress
-from kernel.manifest import MANIFEST, Manifest, manifest_entries
+from kernel.manifest import MANIFEST, Manifest, load_manifest, manifest_entries
 from kernel.shipped import check_scoring
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
@@ -51,6 +51,7 @@ def _stage_dataset(
         folder / MANIFEST, manifest_entries(replace(manifest, members=specs)), sort_keys=True
     )
     write_json(folder / COMPETITION, asdict(manifest.competition))  # columns have their order
+    load_manifest(folder)  # what the kernel would refuse
     for wheel in wheels:
         shutil.copyfile(wheel, folder / wheel.name)
     (folder / SCRIPT.name).write_text(join_modules(SCRIPT), encoding="utf-8")

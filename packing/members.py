@@ -103,7 +103,8 @@ def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
 def count_flops(member: Member, size: tuple[int, int], channels: int = 1) -> list[int]:
     """Return the FLOPs of encoder and decoder for one image (H, W), a multiply-add as 2.
 
-    The member's weights are dropped: on the meta device there is no arithmetic.
+    Each is 1 at the least: the decoder of a network in one piece (DPT) has none that count. The
+    member's weights are dropped: on the meta device there is no arithmetic.
     """
     encoder, decoder = member.encoder.to("meta"), member.decoder.to("meta")
     images = pad_to_multiple(torch.empty(1, channels, *size, device="meta"), member.stride)
@@ -112,7 +113,7 @@ def count_flops(member: Member, size: tuple[int, int], channels: int = 1) -> lis
             encoded = encoder(images)
         with FlopCounterMode(display=False) as second:
             decoder(*encoded)
-    return [int(first.get_total_flops()), int(second.get_total_flops())]
+    return [max(int(each.get_total_flops()), 1) for each in (first, second)]
 
 
 def _noise(member: Member, channels: int, rows: int, columns: int) -> Tensor:

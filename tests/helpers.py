@@ -194,6 +194,20 @@ def tiny_model(arch: str = "Unet", channels: int = 1, presence: bool = True) -> 
     return model
 
 
+DPT: dict[str, Any] = {  # which SMP runs in one piece
+    "arch": "DPT",
+    "encoder_name": "tu-vit_tiny_patch16_224",
+    "encoder_depth": 2,
+    "encoder_output_indices": [0, 1],
+    "decoder_intermediate_channels": [16, 16],
+    "decoder_fusion_channels": 16,
+    "dynamic_img_size": True,
+    "in_channels": 1,
+    "classes": CLASSES,
+    "aux_params": {"classes": CLASSES, "pooling": "max"},
+}
+
+
 def random_network(model: dict[str, Any], seed: int) -> nn.Module:
     """A seeded network whose masks are neither empty nor full: its heads are drawn wide."""
     torch.manual_seed(seed)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     CPU,
+    DPT,
     ROOT,
     SMALL,
     draw_image,
@@ -49,18 +50,7 @@ SHIPPED = {spec.name: spec for spec in load_manifest(ROOT / "weights").members}
 OTHERS = {
     "three channels": tiny_model("Unet", channels=3),
     "no presence head": tiny_model("FPN", presence=False),
-    "a network in one piece": {
-        "arch": "DPT",
-        "encoder_name": "tu-vit_tiny_patch16_224",
-        "encoder_depth": 2,
-        "encoder_output_indices": [0, 1],
-        "decoder_intermediate_channels": [16, 16],
-        "decoder_fusion_channels": 16,
-        "dynamic_img_size": True,
-        "in_channels": 1,
-        "classes": 4,
-        "aux_params": {"classes": 4, "pooling": "max"},
-    },
+    "a network in one piece": DPT,
 }
 SPECS = SHIPPED | {name: MemberSpec(**tiny_entry(name, model)) for name, model in OTHERS.items()}
 

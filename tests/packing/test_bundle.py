@@ -25,12 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kernel.competition import COMPETITION, SEVERSTAL, Competition
-from kernel.manifest import load_manifest
+from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import load_member
 from packing import bundle, metadata
 from packing.bundle import build, check_out
 from packing.fit_kernel import check_fit
 from packing.joining import join_modules
+from packing.members import PackedMember
 from packing.paths import SCRIPT
 from packing.sources import read_sources
 
@@ -144,6 +145,18 @@ def test_a_build_says_which_checkpoints_beside_the_manifest_it_does_not_pack(
         with pytest.raises(ZeroDivisionError):
             build(tmp_path, tmp_path / "dist", None)
         assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_what_the_kernel_would_refuse_stops_the_build(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pack(source: Path, spec: MemberSpec, *_: object) -> PackedMember:
+        return PackedMember(replace(spec, flops=[1, 0]), 0, 0, [])
+
+    monkeypatch.setattr(bundle, "pack_member", pack)
+    with pytest.raises(ValueError, match=r"member unet-a: flops \[1, 0\], expected its encoder's"):
+        build(tiny_weights, tmp_path / "dist", None)
+    assert not (tmp_path / "dist").exists()
 
 
 # --- in the place of another ----------------------------------------------------------------------

@@ -2,17 +2,17 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, SMALL, random_network, tiny_entry, tiny_model, write_manifest
+from helpers import CPU, DPT, SMALL, random_network, tiny_entry, tiny_model, write_manifest
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kernel.manifest import Manifest, MemberSpec
+from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.members import Member, load_member, split_network
 from packing import members
 from packing.members import PackedMember, check_probabilities, count_flops, pack_member, to_half
@@ -141,6 +141,13 @@ def test_flops_are_of_the_members_own_size(tmp_path: Path) -> None:
     assert packed.spec.flops[1] == 2 * count_flops(plain, SMALL)[1]
 
 
+def test_a_network_in_one_piece_is_packed_as_the_kernel_reads_it(tmp_path: Path) -> None:
+    packed = pack(tmp_path, save_member(tmp_path, DPT))
+    assert packed.spec.flops[0] > 1e6 and packed.spec.flops[1] == 1
+    write_manifest(tmp_path, [asdict(packed.spec)])
+    assert load_manifest(tmp_path).members == [packed.spec]
+
+
 def test_a_network_that_takes_its_own_size_only_is_tried_on_that(tmp_path: Path) -> None:
     model = tiny_model("PAN", presence=False)  # which fails on 64×96
     with pytest.raises(ValueError, match=r"member a: .*fails on an image of 64×96: .*correct"):
@@ -248,5 +255,5 @@ class Stem(nn.Module):
 def test_a_multiply_add_counts_as_two_flops() -> None:
     spec = MemberSpec("a", "a.safetensors", {}, [0.0] * 3, [1.0] * 3)
     member = split_network(Stem(), spec, CPU)
-    assert count_flops(member, SMALL) == [2 * (3 * 3 * 3) * 5 * 64 * 96, 0]
+    assert count_flops(member, SMALL) == [2 * (3 * 3 * 3) * 5 * 64 * 96, 1]
     assert count_flops(member, (60, 90)) == count_flops(member, SMALL)  # padded to 32
