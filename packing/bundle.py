@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,6 +139,22 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def _check_openvino() -> None:
+    """Raise ValueError where OpenVINO is missing here, or newer than the bundle's wheel.
+
+    The wheel reads what an older one wrote, but perhaps not what a newer one did.
+    """
+    if not find_spec("openvino"):
+        raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
+    here, packed = version("openvino"), next(iter(OPENVINO_WHEEL)).split("-")[1]
+    numbers, most = ([int(n) for n in re.findall(r"\d+", each)[:3]] for each in (here, packed))
+    if numbers > most:
+        raise ValueError(
+            f"--openvino: OpenVINO {here} is installed, the bundle's wheel is {packed} and may not "
+            f"read what a newer one writes; pip install openvino=={packed}"
+        )
+
+
 def build(
     weights: Path,
     out: Path,
@@ -153,8 +171,8 @@ def build(
     out = Path(os.path.realpath(out))
     check_out(out)
     check_not_inside(out)
-    if openvino and not find_spec("openvino"):
-        raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
+    if openvino:
+        _check_openvino()
     if not (weights / MANIFEST).is_file():
         propose_manifest(weights / MANIFEST, competition or load_competition(weights))
     manifest, sources = read_sources(weights, competition)

@@ -147,6 +147,24 @@ def test_a_build_says_which_checkpoints_beside_the_manifest_it_does_not_pack(
         assert capsys.readouterr().out.splitlines()[-1] == line
 
 
+@pytest.mark.parametrize(
+    ("here", "fits"),
+    [("2026.4.1", True), ("2026.4.1-22982", True), ("2025.0.0", True), ("2026.10.0", False)],
+)
+def test_an_openvino_that_is_newer_than_the_bundles_is_refused(
+    here: str, fits: bool, session_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise ValueError("past it")
+
+    monkeypatch.setattr(bundle, "find_spec", lambda _: True)
+    monkeypatch.setattr(bundle, "version", lambda _: here)
+    monkeypatch.setattr(bundle, "read_sources", stop)
+    words = "past it" if fits else rf"OpenVINO {here} is .*; pip install openvino==2026\.4\.1"
+    with pytest.raises(ValueError, match=words):
+        build(session_weights, tmp_path / "dist", "somebody", openvino=True)
+
+
 def test_what_the_kernel_would_refuse_stops_the_build(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

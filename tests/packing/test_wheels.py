@@ -1,18 +1,27 @@
 """The wheels: pinned to what is in use, cached; test_kaggle.py runs a bundle from them alone."""
 
 import os
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from packing import wheels
-from packing.wheels import WHEELS, fetch_wheels
+from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 
 def test_the_pins_are_the_versions_in_use() -> None:
     pins = dict(name.split("-")[:2] for name in WHEELS)
     assert pins == {name: version(name) for name in ("segmentation_models_pytorch", "timm")}
+
+
+def test_no_openvino_is_installed_that_is_newer_than_the_bundles() -> None:
+    [wheel] = OPENVINO_WHEEL
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [extra] = project["optional-dependencies"]["openvino"]
+    assert extra.endswith(f",<={wheel.split('-')[1]}")
 
 
 def test_cached_wheels_need_no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
