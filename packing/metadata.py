@@ -173,7 +173,8 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
         ValueError: Kaggle would refuse one; names the file, the rule, the value and the remedy.
     """
     dataset, kernel = read_json(DATASET_METADATA), read_json(KERNEL_METADATA)
-    if manifest.competition.slug not in kernel.get("competition_sources", []):
+    sources = kernel.get("competition_sources")
+    if isinstance(sources, list) and manifest.competition.slug not in sources:
         dataset, kernel = _renamed(dataset, kernel, manifest.competition)
     if owner:
         dataset["id"] = _owned(dataset, owner)

@@ -166,6 +166,16 @@ def test_words_where_objects_belong_are_named(
         read_metadata(None, MANIFEST)
 
 
+@pytest.mark.parametrize("sources", [None, 5, COMPETITION])
+def test_competitions_that_are_no_list_are_named_with_what_to_write(
+    sources: object, files: dict[str, Path]
+) -> None:
+    files["kernel"].write_text(json.dumps(KERNEL | {"competition_sources": sources}))
+    words = rf'kernel-metadata\.json: .* competition_sources .* write .*\["{COMPETITION}"\]'
+    with pytest.raises(ValueError, match=words):
+        read_metadata(None, MANIFEST)
+
+
 @pytest.mark.parametrize("which", ["dataset", "kernel"])
 def test_metadata_that_is_no_json_is_named(which: str, files: dict[str, Path]) -> None:
     files[which].write_text("{")
