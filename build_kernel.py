@@ -14,13 +14,14 @@ from packing.bundle import build
 from packing.fit_kernel import build_fit
 from packing.metadata import find_owner
 from packing.new_competition import write_description
-from packing.paths import MEMBERS, NOTEBOOK, WEIGHTS
+from packing.paths import MEMBERS, NOTEBOOK, OUT, WEIGHTS
 from packing.summary import print_fit_next, print_next, print_table
 
-USAGE = (
-    "python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] [--notebook]"
-)
 HOURS = 11.5  # of fitting, unless --hours says otherwise
+USAGE = f"""\
+python build_kernel.py --owner NAME [--weights weights] [--out dist] [--openvino] [--notebook]
+       python build_kernel.py --fit --owner NAME [--hours {HOURS}] [--resume] [--members LIST]
+       python build_kernel.py --new-competition SAMPLE.CSV --images DIR --out mine.json"""
 BUNDLE = "a bundle"
 OPTIONS = {  # what each purpose reads beside --out and --owner
     BUNDLE: ("--weights", "--openvino", "--notebook", "--competition"),
@@ -34,7 +35,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=USAGE, description=__doc__)
     add = parser.add_argument
     add("--weights", type=Path, help=f"{MANIFEST}'s folder (default: the project's weights)")
-    add("--out", type=Path, default=Path("dist"), help="becomes OUT/dataset, OUT/kernel")
+    add("--out", type=Path, default=OUT, help="becomes OUT/dataset, OUT/kernel")
     about = "your Kaggle name (default: KAGGLE_USERNAME, or the name in the kaggle client's files)"
     add("--owner", help=about)
     about = "also pack OpenVINO and the members as it reads them: for kernels without a GPU"

@@ -7,6 +7,7 @@ WEIGHTS = ROOT / "weights"
 DATASET_METADATA = ROOT / "dataset-metadata.json"
 KERNEL_METADATA = ROOT / "kernel" / "kernel-metadata.json"
 SCRIPT = ROOT / "kernel" / "inference.py"
+OUT = Path("dist")  # where a bundle goes, unless --out says otherwise
 MEMBERS = ROOT / "training" / "members.txt"
 NOTEBOOK = "inference.ipynb"  # of SCRIPT, in the bundle
 WHEEL_CACHE = ROOT / ".cache" / "wheels"

@@ -6,6 +6,7 @@ from typing import Any
 
 from packing.members import PackedMember
 from packing.metadata import PLACEHOLDER, Metadata
+from packing.paths import OUT
 
 ROW = "{:<20} {:<24} {:<12} {:>11} {:>7} {:>11}"
 
@@ -34,12 +35,13 @@ def _numbers(packed: list[PackedMember]) -> tuple[str, str, str]:
 def print_fit_next(out: Path, metadata: dict[str, Any], hours: float, members: Path | None) -> None:
     """Print the commands that fit on Kaggle, fetch what was fitted, and go on."""
     owner = str(metadata["id"]).split("/")[0]
+    place = f"--owner {owner}" + (f" --out {shlex.quote(str(out))}" if out != OUT else "")
     _print_owner(owner)
     print(f"  kaggle kernels push -p {shlex.quote(str(out / 'fit'))}")
     print(f"and when it has run (kaggle kernels status {metadata['id']}):")
     print(f"  kaggle kernels output {metadata['id']} -p my_weights")
-    print(f"  python build_kernel.py --weights my_weights --owner {owner}")
-    again = f"--fit --resume --hours {hours:g} --owner {owner}"
+    print(f"  python build_kernel.py --weights my_weights {place}")
+    again = f"--fit --resume --hours {hours:g} {place}"
     again += f" --members {shlex.quote(str(members))}" if members else ""
     print(f"Members that are not finished go on: build with {again}, and push again.")
 

@@ -84,9 +84,12 @@ def test_an_ema_copy_of_lightning_in_a_subfolder_is_packed_and_named(
     assert torch.equal(packed[key], weights[key].half())
 
 
-def test_help_opens_with_a_real_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_opens_with_a_real_command_line_a_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(main, "--help") == 0
-    assert capsys.readouterr().out.startswith("usage: python build_kernel.py --owner NAME")
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    lines = [line.removeprefix("usage: ").split() for line in usage.splitlines()]
+    assert all(words[:2] == ["python", "build_kernel.py"] for words in lines)
+    assert [words[2] for words in lines] == ["--owner", "--fit", "--new-competition"]
 
 
 # --- bad input: one clear line, exit code 2 -------------------------------------------------------
@@ -225,8 +228,10 @@ def test_the_commands_that_come_next_can_be_pasted(
     out = tmp_path / "my out"
     assert exit_code(main, "--weights", tiny_weights, "--out", out, "--owner", "me") == 0
     lines = capsys.readouterr().out.splitlines()
-    [create] = [shlex.split(line) for line in lines if "datasets create" in line]
-    assert create == ["kaggle", "datasets", "create", "-p", str(out / "dataset")]
+    commands = [shlex.split(line) for line in lines if line.startswith("  kaggle ")]
+    kernel = "me/severstal-steel-ensemble-submission"
+    assert commands[0] == ["kaggle", "datasets", "create", "-p", str(out / "dataset")]
+    assert commands[3] == ["kaggle", "kernels", "status", kernel]
 
 
 def test_a_missing_weights_folder_is_one_line(

@@ -31,6 +31,8 @@ from evaluation import dry_run
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
 from packing.fit_kernel import REQUIREMENTS, join_fit_kernel, place_of
 from packing.metadata import read_fit_metadata
+from packing.paths import OUT
+from packing.summary import print_fit_next
 from training.synthetic import Drawing, write_competition
 
 COMPETITION = "severstal-steel-defect-detection"
@@ -142,11 +144,15 @@ def test_how_to_go_on_is_said_with_the_options_of_the_fit(
 ) -> None:
     members = tmp_path / "my list.txt"
     members.write_text("--name a --heads-on held-out --teacher b.safetensors")
-    words = ["--fit", "--owner", "me", "--out", tmp_path / "dist", "--hours", 23]
+    out = tmp_path / "my dist"
+    words = ["--fit", "--owner", "me", "--out", out, "--hours", 23]
     assert exit_code(main, *words, "--members", members) == 0
+    said, place = capsys.readouterr().out, f"--owner me --out '{out}'"
+    assert f"--fit --resume --hours 23 {place} --members '{members}', and push" in said
+    assert f"build_kernel.py --weights my_weights {place}\n" in said
+    print_fit_next(OUT, {"id": "me/fit"}, 2.0, None)
     said = capsys.readouterr().out
-    assert f"--fit --resume --hours 23 --owner me --members '{members}', and push" in said
-    assert "build_kernel.py --weights my_weights --owner me\n" in said
+    assert "--resume --hours 2 --owner me, and push" in said and "--out" not in said
 
 
 def test_a_fit_kernel_is_not_written_among_other_things(
