@@ -106,7 +106,7 @@ class Config:
     @property
     def mask_level(self) -> float:
         """The logit at which the kernel's threshold cuts a mask whose gate is open."""
-        return threshold_logit(Manifest([self.spec]).threshold)
+        return threshold_logit(Manifest.threshold)
 
     @property
     def spec(self) -> MemberSpec:

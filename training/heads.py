@@ -169,7 +169,7 @@ def mask_lifts(gates: Tensor, config: Config) -> Tensor:
     It cuts the product: under a gate of 0.8 and a threshold of 0.55 a mask has to pass 0.69. Under
     a gate that is not above the threshold none does: infinity.
     """
-    cut = Manifest([config.spec]).threshold / gates
+    cut = Manifest.threshold / gates
     return torch.logit(cut.clamp(max=1)) - config.mask_level
 
 
