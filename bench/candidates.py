@@ -19,6 +19,7 @@ import torch
 import ttach
 from torch import Tensor, nn
 
+from kernel.competition import SEVERSTAL
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, image_to_tensor, read_image, size_of
 from kernel.logs import progress
@@ -38,7 +39,7 @@ Predict = Callable[[Sequence[Path]], dict[str, Masks]]  # paths → every image'
 def encode(masks: Masks) -> Masks:
     """Return the masks of an image; their run lengths are what every candidate takes time for."""
     for mask in masks:
-        encode_rle(mask)
+        encode_rle(mask, SEVERSTAL)
     return masks
 
 
@@ -67,7 +68,7 @@ def as_public_kernels(bundle: Path) -> Predict:
         for member in members:
             for start in range(0, len(paths), 2):
                 pair = paths[start : start + 2]
-                images = torch.from_numpy(np.stack([read_image(path) for path in pair]))
+                images = torch.from_numpy(np.stack([read_image(path, SEVERSTAL) for path in pair]))
                 images = images[:, None] / 255
                 for view in views:
                     found = view.deaugment_mask(member(view.augment_image(images)))
@@ -94,7 +95,9 @@ def ours(bundle: Path, image: Image, early_exit: bool, streams: int) -> Predict:
     scheduler = load_scheduler(bundle, image, early_exit, streams)
 
     def run(paths: Sequence[Path]) -> dict[str, Masks]:
-        strips = read_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
+        strips = read_ahead(
+            paths[0].parent, [path.name for path in paths], ahead=4, competition=SEVERSTAL
+        )
         masks = {}
         for state in scheduler.predict_strips(strips, len(paths)):
             if state.fault:
@@ -196,7 +199,7 @@ def every_pass(manifest: Manifest, members: Sequence[Infer]) -> Predict:
 
     @torch.inference_mode()
     def run(paths: Sequence[Path]) -> dict[str, Masks]:
-        images = [image_to_tensor(read_image(path)) for path in paths]
+        images = [image_to_tensor(read_image(path, SEVERSTAL)) for path in paths]
         totals = [torch.zeros(manifest.classes, *image.shape[-2:]) for image in images]
         for infer, flip in itertools.product(members, manifest.flips):
             found = infer([apply_flip(image, flip).contiguous() for image in images])

@@ -27,6 +27,7 @@ from processes import measure_processes, process_lines
 
 from evaluation.inputs import sample_strips
 from kernel.command import new_parser, run_command
+from kernel.competition import SEVERSTAL
 from kernel.images import read_image
 from kernel.logs import progress
 from kernel.manifest import load_manifest
@@ -60,8 +61,10 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
 
 def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over the clean strips and over all."""
-    scheduler = load_scheduler(bundle, read_image(paths[0]), early_exit=True, streams=1)
-    strips = read_ahead(paths[0].parent, [path.name for path in paths], ahead=4)
+    scheduler = load_scheduler(bundle, read_image(paths[0], SEVERSTAL), early_exit=True, streams=1)
+    strips = read_ahead(
+        paths[0].parent, [path.name for path in paths], ahead=4, competition=SEVERSTAL
+    )
     shares = {
         state.strip.name: scheduler.work(state).share for state in scheduler.predict_strips(strips)
     }
@@ -125,7 +128,7 @@ def measure_race(
 ) -> dict[str, Any]:
     """What all candidates must run for, in turns; of the drawn strips every other one is clean."""
     manifest = load_manifest(dataset)
-    runners = candidates(dataset, read_image(paths[0]), streams)
+    runners = candidates(dataset, read_image(paths[0], SEVERSTAL), streams)
     result = race(runners, paths, rounds)
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     results = {

@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         check_place(args.report)
     manifest, sha256 = read_bundle(args.bundle)
-    sample = args.submission and read_sample(args.submission, None, manifest.competition)
+    sample = args.submission and read_sample(args.submission, manifest.competition)
     images, output = find_images(args.images, manifest.competition), Output(args.output)
     if sample:
         check_sample(sample[1], images)

@@ -61,13 +61,13 @@ def check_answer(
     submission: Path, sample: Path, images: Path, competition: Competition
 ) -> list[Check]:
     """Return the validator's verdict, then its warnings; its table stands in the kernel's log."""
-    layout, pairs = read_sample(sample, None, competition)
+    layout, pairs = read_sample(sample, competition)
     found = check_submission(
-        submission, layout.columns, pairs, images, competition, from_kernel=True
+        submission, layout.columns, pairs, competition, images, from_kernel=True
     )
     if found.errors:
         return [Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")]
-    rows = read_rows(submission, competition=competition, from_kernel=True).rows
+    rows = read_rows(submission, competition, from_kernel=True).rows
     valid = Check(True, f"{submission.name} is valid: {len(rows):,} rows")
     return [valid, *(Check(None, warning) for warning in found.warnings)]
 

@@ -37,7 +37,7 @@ def validate(args: argparse.Namespace) -> int:
         pass
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder of images")
-    rows = read_rows(args.sample, competition=competition).rows
+    rows = read_rows(args.sample, competition).rows
     if fault := instances_fault(args.sample, rows, competition):
         raise ValueError(fault)
     mark = next((rle for *_, rle in rows if rle and is_empty_mark(rle)), None)
@@ -49,14 +49,14 @@ def validate(args: argparse.Namespace) -> int:
             mark,
             competition.empty,
         )
-    layout, pairs = read_sample(args.sample, None, competition)
+    layout, pairs = read_sample(args.sample, competition)
     images, columns = args.images and one_folder(args.images, competition), layout.columns
     if images and pairs and not any((images / name).exists() for name, _ in pairs):
         raise ValueError(
             f"--images {args.images}: has none of the sample's images, such as {pairs[0][0]!r}; "
             "name the folder that they are in"
         )
-    findings = check_submission(args.submission, columns, pairs, images, competition)
+    findings = check_submission(args.submission, columns, pairs, competition, images)
     print("\n".join(findings.lines()))
     return 1 if findings.errors else 0
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.images import Image, Mask, read_image, size_of
 from kernel.rle import decode_rle
 from kernel.rows import masks_by_image, read_rows
@@ -53,7 +53,7 @@ def add_caption(strip: Picture, caption: str) -> Picture:
     return np.vstack([bar, strip])
 
 
-def caption_of(name: str, labels: Sequence[int], competition: Competition = SEVERSTAL) -> str:
+def caption_of(name: str, labels: Sequence[int], competition: Competition) -> str:
     """Name an image and the classes found on it."""
     found = ", ".join(f"class {competition.name_of(label)}" for label in labels)
     return f"{name}   found: {found or 'no defect'}"
@@ -69,7 +69,7 @@ def stack(strips: Sequence[Picture]) -> Picture:
 def draw_submission(
     submission: Path,
     images: Path,
-    competition: Competition = SEVERSTAL,
+    competition: Competition,
     most: int = MAX_STRIPS,
 ) -> Picture:
     """Draw the first strips of a kernel's submission that have a mask.
@@ -77,7 +77,7 @@ def draw_submission(
     Raises:
         ValueError: none has.
     """
-    rows = read_rows(submission, competition=competition, from_kernel=True).rows
+    rows = read_rows(submission, competition, from_kernel=True).rows
     masks = masks_by_image(rows)
     if not masks:
         raise ValueError(f"{submission}: every mask is empty, there is nothing to draw")

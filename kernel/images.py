@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.device import to_device
 from kernel.jpeg import check_height, check_jpeg
 from kernel.logs import log
@@ -115,9 +115,7 @@ def _kind_fault(data: bytes, competition: Competition) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_image(
-    path: Path, competition: Competition = SEVERSTAL, known_whole: bool = False
-) -> Image:
+def read_image(path: Path, competition: Competition, known_whole: bool = False) -> Image:
     """Read one image as the competition has them, whatever colours and depth the file has.
 
     Grey (H, W) or RGB (H, W, 3), uint8 or uint16. The pixels are those that the file stores: EXIF
@@ -132,7 +130,7 @@ def read_image(
 
 
 def decode_image(
-    data: bytes, name: str, competition: Competition = SEVERSTAL, known_whole: bool = False
+    data: bytes, name: str, competition: Competition, known_whole: bool = False
 ) -> Image:
     """Decode a file's bytes as `read_image` does; `name` is for the error.
 
@@ -201,7 +199,7 @@ class Strip:
     fault: str = ""
 
 
-def read_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) -> Strip:
+def read_strip(folder: Path, name: str, competition: Competition) -> Strip:
     """Read one image; a bad one costs its own rows, never the run."""
     try:
         return Strip(name, read_image(folder / name, competition))
@@ -209,9 +207,7 @@ def read_strip(folder: Path, name: str, competition: Competition = SEVERSTAL) ->
         return Strip(name, None, str(error) or repr(error))  # MemoryError says nothing
 
 
-def first_image(
-    folder: Path, names: Iterable[str], competition: Competition = SEVERSTAL
-) -> Image | None:
+def first_image(folder: Path, names: Iterable[str], competition: Competition) -> Image | None:
     """Return the first of a folder's images that can be read: engines are checked on it."""
     strips = (read_strip(folder, name, competition) for name in names)
     return next((strip.image for strip in strips if strip.image is not None), None)

@@ -104,8 +104,8 @@ def log_findings(submission: Path, task: Task, left_s: float) -> None:
             submission,
             layout.columns,
             task.pairs,
-            task.images,
             layout.competition,
+            task.images,
             from_kernel=True,
         )
         for line in findings.lines():

@@ -295,9 +295,7 @@ def _check_padding(member: MemberSpec) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def parse_manifest(
-    entries: dict[str, Any], path: Path, competition: Competition = SEVERSTAL
-) -> Manifest:
+def parse_manifest(entries: dict[str, Any], path: Path, competition: Competition) -> Manifest:
     """Return the manifest in the JSON object of the file `path`, of a bundle of a competition.
 
     Raises:

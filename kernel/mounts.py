@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.image_folders import image_paths, link_images, walk_folders
 from kernel.logs import log
 from kernel.rows import fits_header
@@ -121,7 +121,7 @@ def _fitting(paths: Iterable[Path], competition: Competition) -> list[Path]:
 
 
 def find_images(
-    sample: Path, names: set[str], root: Path, competition: Competition = SEVERSTAL
+    sample: Path, names: set[str], root: Path, competition: Competition
 ) -> tuple[Path, Loose]:
     """Find a sample's images: a folder of them, or a zip and those that lie loose.
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.deadline import Deadline
 from kernel.images import Size, Strip, read_strip
 from kernel.logs import log, progress
@@ -27,7 +27,7 @@ def read_ahead(
     folder: Path,
     names: Iterable[str],
     ahead: int,
-    competition: Competition = SEVERSTAL,
+    competition: Competition,
     deadline: Deadline | None = None,
 ) -> Iterator[Strip]:
     """Yield strips in order, up to `ahead` of them read beside the networks.

@@ -9,17 +9,17 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.faults import short
 from kernel.images import Mask, Size
 
 
-def in_run_order(mask: Mask, competition: Competition = SEVERSTAL) -> Mask:
+def in_run_order(mask: Mask, competition: Competition) -> Mask:
     """Transpose a mask where the competition's runs go along rows; a second time undoes it."""
     return mask if competition.run_order == "columns" else mask.T
 
 
-def encode_rle(mask: Mask, competition: Competition = SEVERSTAL) -> str:
+def encode_rle(mask: Mask, competition: Competition) -> str:
     """Return the run-length code of a mask (H, W), empty for an empty mask."""
     mask = in_run_order(mask, competition)
     columns = np.flatnonzero(mask.any(axis=0))
@@ -42,7 +42,7 @@ def _runs(rle: str) -> list[tuple[int, int]]:
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def decode_rle(rle: str, size: Size, competition: Competition = SEVERSTAL) -> Mask:
+def decode_rle(rle: str, size: Size, competition: Competition) -> Mask:
     """Return the mask (H, W) of a run-length code.
 
     Raises:
@@ -90,7 +90,7 @@ def number_fault(rle: str) -> str | None:
     return None
 
 
-def rle_fault(rle: str, n_pixels: int, competition: Competition = SEVERSTAL) -> str | None:
+def rle_fault(rle: str, n_pixels: int, competition: Competition) -> str | None:
     """Return what Kaggle would refuse in the code of an image of `n_pixels`, or None."""
     if fault := number_fault(rle):
         return fault

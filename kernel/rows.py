@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from kernel.competition import SEVERSTAL, SLOT, Competition
+from kernel.competition import SLOT, Competition
 from kernel.faults import short
 from kernel.shipped import find_competition, shipped_names
 
@@ -101,8 +101,8 @@ class Table(NamedTuple):
 
 def read_rows(
     path: Path,
+    competition: Competition,
     check: RowCheck = lambda _: None,
-    competition: Competition = SEVERSTAL,
     from_kernel: bool = False,
 ) -> Table:
     """Read a csv in any layout of a competition, .gz or not.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.image_folders import link_images, list_images, no_images_fault, one_folder
 from kernel.logs import log
 from kernel.mounts import find_images, find_sample
@@ -56,11 +56,11 @@ def choose_layout(competition: Competition, name: str | None) -> Layout | None:
 
 
 def read_sample(
-    sample: Path, layout: str | None = None, competition: Competition = SEVERSTAL
+    sample: Path, competition: Competition, layout: str | None = None
 ) -> tuple[Layout, list[RowKey]]:
     """Read a sample's layout and (image, class) pairs."""
     asked = choose_layout(competition, layout)
-    found, rows = read_rows(sample, competition=competition)
+    found, rows = read_rows(sample, competition)
     pairs = [(name, label) for name, label, _ in rows]
     if fault := instances_fault(sample, rows, competition):  # every row is written all the same
         log.warning("%s; each is written once", fault)
@@ -82,7 +82,7 @@ def instances_fault(sample: Path, rows: Iterable[Row], competition: Competition)
     )
 
 
-def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
+def find_task(options: Options, competition: Competition) -> Task:
     """Return the sample's rows, or, where only `--images` is given, every image of that folder.
 
     A sample that names no image is one that is filled in for the scored run only; its task is
@@ -103,7 +103,7 @@ def find_task(options: Options, competition: Competition = SEVERSTAL) -> Task:
         task = Task(images, layout, pairs)
     else:
         sample = sample or find_sample(options.input, competition)
-        layout, pairs = read_sample(sample, options.layout, competition)
+        layout, pairs = read_sample(sample, competition, options.layout)
         known = {name for name, _ in pairs}
         if not known:
             log.warning("%s: names no image: the submission is its header alone", sample)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import Competition
 from kernel.faults import one_line
 from kernel.images import Mask, Size, planes_of, read_image, size_of
 from kernel.rle import decode_rle, in_run_order, rle_fault
@@ -102,7 +102,7 @@ def mask_stats(
 
 
 def check_image(
-    images: Path | None, name: str, rles: dict[int, str], competition: Competition = SEVERSTAL
+    images: Path | None, name: str, rles: dict[int, str], competition: Competition
 ) -> tuple[list[str], list[MaskStats]]:
     """Return faults and measurements of an image's masks; without it, of the usual size."""
     size, black = competition.mask_size or competition.image_size, None
@@ -128,7 +128,7 @@ def class_table(
     masks: Sequence[MaskStats],
     labels: Iterable[int],
     images: int,
-    competition: Competition = SEVERSTAL,
+    competition: Competition,
 ) -> list[str]:
     """Per class: images with a mask, their share here and in training, the median area."""
     width = max(len("class"), *map(len, competition.classes))
@@ -144,7 +144,7 @@ def class_table(
 
 
 def unlikely_counts(
-    masks: Sequence[MaskStats], images: int, competition: Competition = SEVERSTAL
+    masks: Sequence[MaskStats], images: int, competition: Competition
 ) -> Iterator[str]:
     """Yield classes four times rarer or more frequent than in training, among enough images."""
     if not masks:
@@ -170,9 +170,7 @@ def unlikely_areas(masks: Sequence[MaskStats], competition: Competition) -> Iter
             yield f"class {name}'s median mask has {median:,.0f} px, in training {usual:,}"
 
 
-def unlikely_masks(
-    masks: Sequence[MaskStats], competition: Competition = SEVERSTAL
-) -> Iterator[str]:
+def unlikely_masks(masks: Sequence[MaskStats], competition: Competition) -> Iterator[str]:
     """Yield signs of masks that are transposed, flipped or shifted.
 
     On real strips at least 92 % of a mask's pixels have a neighbour to the right, and at most 18 %
@@ -226,8 +224,8 @@ def check_submission(
     path: Path,
     columns: Sequence[str],
     pairs: list[RowKey],
+    competition: Competition,
     images: Path | None = None,
-    competition: Competition = SEVERSTAL,
     from_kernel: bool = False,
 ) -> Findings:
     """Check a submission against the columns and (image, class) pairs that it must have.
@@ -237,7 +235,7 @@ def check_submission(
     `from_kernel` is as in `read_rows`.
     """
     try:
-        layout, rows = read_rows(path, competition=competition, from_kernel=from_kernel)
+        layout, rows = read_rows(path, competition, from_kernel=from_kernel)
     except (OSError, ValueError) as error:
         return Findings([one_line(error)], [], [])
     header = ",".join(layout.header)

@@ -61,7 +61,7 @@ class WorkerProcess:
         if written_ns == self.taken_ns:
             return
         self.taken_ns, competition = written_ns, submission.layout.competition
-        rows = read_rows(self.csv, competition=competition, from_kernel=True).rows
+        rows = read_rows(self.csv, competition, from_kernel=True).rows
         for image, label, rle in rows:
             submission.set_masks(image, {label: rle})
 

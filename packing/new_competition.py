@@ -64,7 +64,7 @@ def propose(sample: Path, images: Path) -> Proposal:
     found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
     competition = Competition(**found)
     check_competition(competition)
-    found_rows = read_rows(sample, _code_fault, competition).rows
+    found_rows = read_rows(sample, competition, _code_fault).rows
     if fault := instances_fault(sample, found_rows, competition):
         raise ValueError(fault)
     count = len({image for image, *_ in found_rows})

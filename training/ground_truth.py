@@ -41,7 +41,7 @@ def read_truth(path: Path, competition: Competition, from_kernel: bool = False) 
         return f"{name}, class {competition.name_of(label)}: {fault}" if fault else None
 
     masks: defaultdict[str, dict[int, list[str]]] = defaultdict(dict)
-    for name, label, rle in read_rows(path, check, competition, from_kernel).rows:
+    for name, label, rle in read_rows(path, competition, check, from_kernel).rows:
         if rle:
             masks[name].setdefault(label, []).append(rle)
         else:

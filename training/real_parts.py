@@ -33,7 +33,7 @@ def draw_outline(rng: Rng, label: int, steel: Mask, real: RealParts) -> Mask | N
     """A real outline of class `label`, flipped at random, nine tenths of it on the steel."""
     outlines = real.outlines.get(label, [])
     for _ in range(20 if outlines else 0):
-        mask = decode_rle(outlines[rng.integers(len(outlines))], IMAGE_SIZE)
+        mask = decode_rle(outlines[rng.integers(len(outlines))], IMAGE_SIZE, SEVERSTAL)
         mask = mask[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
         if mask.shape != steel.shape:
             shape = steel.shape[::-1]
@@ -49,7 +49,7 @@ def draw_background(rng: Rng, size: Size, real: RealParts) -> Field | None:
     """A real clean strip, flipped at random, in grey levels."""
     if not real.backgrounds or rng.random() >= real.background_share:
         return None
-    image = read_image(real.backgrounds[rng.integers(len(real.backgrounds))])
+    image = read_image(real.backgrounds[rng.integers(len(real.backgrounds))], SEVERSTAL)
     image = image[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
     return np.asarray(cv2.resize(np.ascontiguousarray(image), size[::-1]), np.float32)
 
@@ -80,7 +80,7 @@ def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[i
     outlines: dict[int, list[str]] = {}
     for name, rles in _read_severstal(path).items():
         for label, rle in rles.items():
-            fault = rle_fault(rle, IMAGE_SIZE[0] * IMAGE_SIZE[1])
+            fault = rle_fault(rle, IMAGE_SIZE[0] * IMAGE_SIZE[1], SEVERSTAL)
             if fault:
                 raise ValueError(f"{path}: mask of class {label} of {name}: {fault}")
             if name not in leave_out:

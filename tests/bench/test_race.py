@@ -18,6 +18,7 @@ import torch
 from helpers import change_manifest, save_strips
 from torch import Tensor
 
+from kernel.competition import SEVERSTAL
 from kernel.images import read_image
 from kernel.manifest import load_manifest
 from training import synthetic
@@ -83,7 +84,7 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
         paths.append(tmp_path / f"{seed}.png")
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
     found = candidates.as_public_kernels(dataset)(paths)
-    image = read_image(paths[0])
+    image = read_image(paths[0], SEVERSTAL)
     expected = candidates.ours(dataset, image, early_exit=True, streams=1)(paths)
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()

@@ -44,7 +44,7 @@ from cluster.engine import Workers, connect
 from cluster.images import ImageSet
 from cluster.output import Output, Totals, fault_rows
 from cluster.predict import main
-from kernel.competition import load_competition
+from kernel.competition import SEVERSTAL, load_competition
 from kernel.images import read_image
 from kernel.shipped import find_competition
 from training import competition_files
@@ -167,7 +167,7 @@ def test_images_that_came_later_and_are_all_bad_have_their_rows_too(
     monkeypatch.setattr("cluster.output.Output.done", lambda _: {"a.jpg"})
     assert exit_code(main, *options_of(tmp_path)) == 2
     assert asked[0] == ["b.jpg"]
-    np.testing.assert_array_equal(asked[1], read_image(tmp_path / "images" / "a.jpg"))
+    np.testing.assert_array_equal(asked[1], read_image(tmp_path / "images" / "a.jpg", SEVERSTAL))
 
 
 @pytest.mark.parametrize("deadly", [{"b.jpg"}, {"a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"}])

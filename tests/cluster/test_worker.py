@@ -61,7 +61,7 @@ def part_of(folder: Path, names: list[str], competition: Competition = SEVERSTAL
 
 
 def make_worker(bundle: Path, images: Path, batch_size: int = 0, early_exit: bool = True) -> Worker:
-    image = read_image(images / NAMES[0])
+    image = read_image(images / NAMES[0], SEVERSTAL)
     return Worker(str(bundle), manifest_hash(bundle), image, batch_size, early_exit, cpus=1)
 
 
@@ -124,7 +124,7 @@ def test_only_a_worker_without_processors_of_its_own_takes_the_gpu(
     monkeypatch.setattr("cluster.worker.pick_device", lambda: torch.device("meta"))
     monkeypatch.setattr(Worker, "_load", lambda _, device: devices.append(device))
     save_strips(tmp_path, NAMES[:1])
-    image, sha256 = read_image(tmp_path / NAMES[0]), manifest_hash(session_light)
+    image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(session_light)
     Worker(str(session_light), sha256, image, 0, True, cpus)
     assert devices == [torch.device(device)]
 
@@ -224,7 +224,7 @@ def test_a_bundle_that_changed_under_way_is_refused(
     change: Callable[[Path], object], light_bundle: Path, tmp_path: Path
 ) -> None:
     save_strips(tmp_path, NAMES[:1])
-    image, sha256 = read_image(tmp_path / NAMES[0]), manifest_hash(light_bundle)
+    image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(light_bundle)
     change(light_bundle)
     with pytest.raises(ValueError, match="is not the bundle this run began with"):
         Worker(str(light_bundle), sha256, image, 0, True, 1)
@@ -236,7 +236,7 @@ def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -
     save_strips(tmp_path, NAMES[:1])
     store = fsspec.filesystem("memory")
     store.put(str(light_bundle), "/mill/bundle", recursive=True)
-    image = read_image(tmp_path / NAMES[0])
+    image = read_image(tmp_path / NAMES[0], SEVERSTAL)
     worker = Worker("memory://mill/bundle", manifest_hash(light_bundle), image, 0, True, 1)
     rows = rles_of(worker(part_of(tmp_path, NAMES[:1])))
     assert rows == rles_of(make_worker(light_bundle, tmp_path)(part_of(tmp_path, NAMES[:1])))

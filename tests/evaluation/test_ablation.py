@@ -50,7 +50,7 @@ def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(strips: Path) -> list[Image]:
-    return [read_image(path) for path in sorted((strips / "train_images").iterdir())]
+    return [read_image(path, SEVERSTAL) for path in sorted((strips / "train_images").iterdir())]
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_where_networks_are_only_queued_their_seconds_are_waited_for(
     queued.is_async = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.02))
     path = min((strips / "train_images").iterdir())
-    recorded = RecordedPasses(queued, read_image(path))
+    recorded = RecordedPasses(queued, read_image(path, SEVERSTAL))
     recorded.record_all()
     before = dict(stages.networks)
     recorded.replay(range(9))
@@ -304,7 +304,7 @@ def test_a_proposal_is_written_and_the_bundle_stays_as_it_was(
     now = (ablation["min_areas"].index(0), ablation["thresholds"].index(0.55))
     assert ablation["grid"][now[0]][now[1]] == pytest.approx(rows["all"]["dice"], abs=1e-4)
     entries = json.loads((tmp_path / "proposal.json").read_text())
-    proposal, packed = parse_manifest(entries, tmp_path), load_manifest(dataset)
+    proposal, packed = parse_manifest(entries, tmp_path, SEVERSTAL), load_manifest(dataset)
     best = rows[ablation["proposed"]]["best"]
     assert (proposal.threshold, proposal.min_area) == (best["threshold"], best["min_area"])
     kind, _, name = ablation["proposed"].rpartition(" ")

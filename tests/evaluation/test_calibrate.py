@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from evaluation import calibrate
 from evaluation.calibrate import add_shifts, check_weights, find_shifts, gate_logits, shift_to_mean
 from kernel.checks import read_json
+from kernel.competition import SEVERSTAL
 from kernel.device import pick_device
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
@@ -72,7 +73,7 @@ def test_the_kernels_gates_have_the_shares_once_the_shifts_are_in_its_manifest(
     after = read_json(written)["members"]
     change_manifest(dataset, members=after)
     ensemble = ensemble_of(dataset)
-    strips = [ensemble.prepare(read_image(path)) for path in sorted(images.iterdir())]
+    strips = [ensemble.prepare(read_image(path, SEVERSTAL)) for path in sorted(images.iterdir())]
     for old, new in zip(before, after, strict=True):
         if old["name"] not in found:
             assert new == old

@@ -78,7 +78,8 @@ def test_a_member_alone_is_under_the_first_flip_of_the_bundle(
 ) -> None:
     change_manifest(dataset, flips=["vertical", "horizontal"])
     ensemble = load_ensemble(dataset, load_manifest(dataset), CPU, Stages(), None)
-    recorded = RecordedPasses(ensemble, read_image(next(labelled_strips.glob("test_images/*"))))
+    path = next(labelled_strips.glob("test_images/*"))
+    recorded = RecordedPasses(ensemble, read_image(path, SEVERSTAL))
     found = score.predict_strip(recorded)
     assert set(found) == {"ensemble", "fpn-b", "unet-a", "unet-c"}
     for pass_id, each in enumerate(ensemble.passes):

@@ -112,7 +112,7 @@ def test_masks_come_back_from_the_csv_of_any_description_and_are_valid(
     [layout] = layouts_of(competition).values()
     rles = {pair: encode_rle(mask, competition) for pair, mask in masks.items()}
     write_masks(folder / "s.csv", layout, pairs, rles)
-    found_layout, rows = read_rows(folder / "s.csv", competition=competition)
+    found_layout, rows = read_rows(folder / "s.csv", competition)
     assert found_layout == layout
     found = {(name, label): decode_rle(rle, (5, 7), competition) for name, label, rle in rows}
     expected = {
@@ -121,7 +121,7 @@ def test_masks_come_back_from_the_csv_of_any_description_and_are_valid(
     assert list(found) == list(expected)
     for pair, mask in expected.items():
         np.testing.assert_array_equal(found[pair], mask)
-    findings = check_submission(folder / "s.csv", layout.columns, pairs, None, competition)
+    findings = check_submission(folder / "s.csv", layout.columns, pairs, competition)
     assert findings.errors == []
 
 
@@ -165,7 +165,7 @@ SAMPLES = {  # the first lines of the competition's own sample, and the first ro
 def test_the_sample_of_a_shipped_competition_is_understood(name: str, tmp_path: Path) -> None:
     text, image, rows = SAMPLES[name]
     (tmp_path / "sample.csv").write_text(text)
-    _, pairs = read_sample(tmp_path / "sample.csv", None, find_competition(name))
+    _, pairs = read_sample(tmp_path / "sample.csv", find_competition(name))
     assert pairs == [(image, label) for label in range(1, rows + 1)]
 
 
@@ -250,7 +250,7 @@ def test_of_two_classes_that_a_cell_begins_with_it_is_of_the_longer(
     layouts = ({"id": "{class}_{image}", "rle": "{mask}"},)
     competition = Competition(classes=names, layouts=layouts)
     (tmp_path / "a.csv").write_text("id,rle\nsport_car_1.jpg,\nsport_1.jpg,\n")
-    _, rows = read_rows(tmp_path / "a.csv", competition=competition)
+    _, rows = read_rows(tmp_path / "a.csv", competition)
     found = [(name, names[label - 1]) for name, label, _ in rows]
     assert found == [("1.jpg", "sport_car"), ("1.jpg", "sport")]
 
@@ -265,10 +265,10 @@ def test_a_row_that_no_template_fits_is_refused_with_what_was_expected(tmp_path:
     path.write_text("Image_Label,EncodedPixels\na.jpg_Fish,\na.jpg_Fisch,1 2\n")
     expected = r"line 3: names no class: a\.jpg_Fisch,1 2; expected one of Fish, Flower, Gravel"
     with pytest.raises(ValueError, match=expected):
-        read_rows(path, competition=clouds)
+        read_rows(path, clouds)
     path.write_text("Image_Label,rle\na.jpg_Fish,\n")
     with pytest.raises(ValueError, match=r"line 1: header .*expected Image_Label,EncodedPixels"):
-        read_rows(path, competition=clouds)
+        read_rows(path, clouds)
 
 
 def test_a_field_that_is_left_out_is_severstals() -> None:

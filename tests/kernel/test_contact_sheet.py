@@ -114,8 +114,8 @@ def test_a_name_that_is_no_text_is_spelt_out() -> None:
 
 
 def test_a_caption_names_image_and_classes() -> None:
-    assert caption_of("a.jpg", []) == "a.jpg   found: no defect"
-    assert caption_of("a.jpg", [1, 3]) == "a.jpg   found: class 1, class 3"
+    assert caption_of("a.jpg", [], SEVERSTAL) == "a.jpg   found: no defect"
+    assert caption_of("a.jpg", [1, 3], SEVERSTAL) == "a.jpg   found: class 1, class 3"
     clouds = Competition(classes=("Fish", "Sugar"))
     assert caption_of("b", [2], clouds) == "b   found: class Sugar"
 
@@ -153,7 +153,7 @@ def test_the_first_strips_with_a_mask_are_drawn_in_their_order(tmp_path: Path) -
         ("a.png", 1, "1 1"),
     ]
     path, rest = write(tmp_path / "out.csv", rows), BAR + height + GAP
-    sheet = draw_submission(path, tmp_path, most=2)
+    sheet = draw_submission(path, tmp_path, SEVERSTAL, most=2)
     assert sheet.shape == (2 * rest, width, 3)
     expected = {"c.png": ("class 1, class 3", (3, 0, 20), (1, 50, 60))}
     expected["b.png"] = ("class 2", (2, 0, 5), (2, 0, 0))
@@ -177,7 +177,7 @@ def test_a_mask_of_as_many_characters_as_a_spreadsheets_cell_is_drawn(tmp_path: 
     """No spreadsheet has saved what the kernel wrote."""
     save_strips(tmp_path, ["a.png"])
     path = write(tmp_path / "out.csv", [("a.png", 1, "1 3".ljust(SPREADSHEET_CELL))])
-    assert draw_submission(path, tmp_path).shape == (BAR + SMALL[0] + GAP, SMALL[1], 3)
+    assert draw_submission(path, tmp_path, SEVERSTAL).shape == (BAR + SMALL[0] + GAP, SMALL[1], 3)
 
 
 def test_another_competitions_masks_are_drawn_by_its_rules(tmp_path: Path) -> None:
@@ -205,5 +205,5 @@ def test_another_competitions_masks_are_drawn_by_its_rules(tmp_path: Path) -> No
 def test_a_submission_without_a_mask_is_refused_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "out.csv", [("a.png", 1, "")])
     with pytest.raises(ValueError) as error:
-        draw_submission(path, tmp_path)
+        draw_submission(path, tmp_path, SEVERSTAL)
     assert str(error.value) == f"{path}: every mask is empty, there is nothing to draw"

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from kernel import ensemble_loading, inference
 from kernel.backends import Backend, predict_on
+from kernel.competition import SEVERSTAL
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
@@ -228,7 +229,7 @@ def test_a_read_that_hangs_costs_its_own_strip(
 
     monkeypatch.setattr("kernel.predict.read_strip", read)
     monkeypatch.setattr("kernel.predict.READ_S", 1.0)
-    coming = read_ahead(images, NAMES, ahead=1)
+    coming = read_ahead(images, NAMES, ahead=1, competition=SEVERSTAL)
     strips = [next(coming) for _ in NAMES]
     answers.set()
     assert next(coming, None) is None

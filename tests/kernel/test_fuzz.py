@@ -14,6 +14,7 @@ from helpers import LAYOUTS, draw_image, encode_image, tiny_entry, tiny_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from kernel.competition import SEVERSTAL
 from kernel.images import read_image
 from kernel.manifest import load_manifest
 from kernel.rle import decode_rle, encode_rle, rle_fault
@@ -39,9 +40,9 @@ NUMBERS = st.lists(st.integers(-1, 78), max_size=8).map(lambda each: " ".join(ma
 @example("5 2 1 2")  # decoded, and refused by Kaggle
 @example("1 3 4 2")  # as well
 def test_a_code_is_decoded_or_refused(code: str) -> None:
-    fault = rle_fault(code, 77)
+    fault = rle_fault(code, 77, SEVERSTAL)
     try:
-        mask = decode_rle(code, (7, 11))
+        mask = decode_rle(code, (7, 11), SEVERSTAL)
     except ValueError:
         assert fault
         return
@@ -49,7 +50,7 @@ def test_a_code_is_decoded_or_refused(code: str) -> None:
     assert mask.sum() <= sum(numbers[1::2])
     assert mask.any() == bool(numbers)
     if not fault:
-        assert [int(word) for word in encode_rle(mask).split()] == numbers
+        assert [int(word) for word in encode_rle(mask, SEVERSTAL).split()] == numbers
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_an_image_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) ->
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
     try:
-        image = read_image(path)
+        image = read_image(path, SEVERSTAL)
     except ValueError as error:
         assert str(path) in str(error)
         return
@@ -109,7 +110,7 @@ def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) ->
     path = tmp_path / "sample.csv"
     path.write_bytes(data)
     try:
-        layout, pairs = read_sample(path)
+        layout, pairs = read_sample(path, SEVERSTAL)
     except ValueError as error:
         assert str(path) in str(error)
         return
@@ -119,7 +120,7 @@ def test_a_sample_is_read_or_refused_by_its_name(data: bytes, tmp_path: Path) ->
     assert all(1 <= label <= 4 for _, label in pairs)
     assert len(set(pairs)) == len(pairs)
     Submission(tmp_path / "out.csv", layout, pairs).save()
-    assert [(n, c) for n, c, _ in read_rows(tmp_path / "out.csv").rows] == pairs
+    assert [(n, c) for n, c, _ in read_rows(tmp_path / "out.csv", SEVERSTAL).rows] == pairs
 
 
 # --- the manifest ---------------------------------------------------------------------------------

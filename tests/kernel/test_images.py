@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import SMALL, draw_image, encode_image, save_image
 
-from kernel.competition import Competition
+from kernel.competition import SEVERSTAL, Competition
 from kernel.images import (
     _check_whole,
     check_kinds,
@@ -26,7 +26,7 @@ from kernel.images import (
 def test_a_grey_png_is_read_as_it_is(tmp_path: Path) -> None:
     image = draw_image(0)
     save_image(tmp_path / "grey.png", image)
-    found = read_image(tmp_path / "grey.png")
+    found = read_image(tmp_path / "grey.png", SEVERSTAL)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, image)
 
@@ -34,7 +34,7 @@ def test_a_grey_png_is_read_as_it_is(tmp_path: Path) -> None:
 def test_a_three_channel_jpeg_is_read_as_grey(tmp_path: Path) -> None:
     path = tmp_path / "strip.jpg"
     cv2.imwrite(str(path), cv2.merge([draw_image(0)] * 3))
-    found = read_image(path)
+    found = read_image(path, SEVERSTAL)
     assert found.shape == SMALL
     assert found.dtype == np.uint8
     with PIL.Image.open(path) as opened:
@@ -46,7 +46,7 @@ def test_a_coloured_png_becomes_its_luminance(tmp_path: Path) -> None:
     colours = np.zeros((2, 3, 3), np.uint8)
     colours[:, 0, 2], colours[:, 1, 1], colours[:, 2, 0] = 200, 200, 200  # BGR: red, green, blue
     save_image(tmp_path / "colours.png", colours)
-    found = read_image(tmp_path / "colours.png")
+    found = read_image(tmp_path / "colours.png", SEVERSTAL)
     assert np.abs(found - np.array([60.0, 117.0, 23.0])).max() <= 1  # 0.299, 0.587, 0.114 of 200
 
 
@@ -64,7 +64,7 @@ ODD: dict[str, tuple[Callable[[Path], object], int]] = {  # and by how much a gr
 def test_an_odd_file_has_the_greys_of_the_plain_one(case: str, tmp_path: Path) -> None:
     write, tolerance = ODD[case]
     write(tmp_path / "odd.jpg")
-    found = read_image(tmp_path / "odd.jpg")
+    found = read_image(tmp_path / "odd.jpg", SEVERSTAL)
     assert found.dtype == np.uint8
     assert SMOOTH.std() > 20
     assert np.abs(found.astype(int) - SMOOTH).max() <= tolerance
@@ -73,7 +73,7 @@ def test_an_odd_file_has_the_greys_of_the_plain_one(case: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["a strip.png", "Stahl-Bänder_№1.png", "鋼.png"])
 def test_a_name_with_spaces_and_foreign_letters_is_read(name: str, tmp_path: Path) -> None:
     save_image(tmp_path / name, draw_image(0))
-    np.testing.assert_array_equal(read_image(tmp_path / name), draw_image(0))
+    np.testing.assert_array_equal(read_image(tmp_path / name, SEVERSTAL), draw_image(0))
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -83,7 +83,7 @@ def test_the_stored_pixels_are_read_whatever_exif_says(orientation: int, tmp_pat
     exif[0x112] = orientation
     picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
     stored = np.asarray(PIL.Image.open(tmp_path / "a.jpg"))
-    image = read_image(tmp_path / "a.jpg")
+    image = read_image(tmp_path / "a.jpg", SEVERSTAL)
     assert image.shape == (64, 96)
     np.testing.assert_array_equal(image, stored)
 
@@ -96,17 +96,17 @@ def test_bytes_that_are_no_image_are_refused_by_name(data: bytes, tmp_path: Path
     path = tmp_path / "bad.jpg"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"bad\.jpg: {len(data)} bytes that are no image"):
-        read_image(path)
+        read_image(path, SEVERSTAL)
 
 
 def test_a_missing_image_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        read_image(tmp_path / "gone.jpg")
+        read_image(tmp_path / "gone.jpg", SEVERSTAL)
 
 
 def test_a_folder_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(OSError):
-        read_image(tmp_path)
+        read_image(tmp_path, SEVERSTAL)
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(
@@ -116,12 +116,12 @@ def test_a_huge_image_is_refused_before_it_is_decoded(
     PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="400000000 pixels"):
-        read_image(tmp_path / "huge.png")
+        read_image(tmp_path / "huge.png", SEVERSTAL)
 
 
 def test_a_strip_that_cannot_be_read_carries_the_reason(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"")
-    strip = read_strip(tmp_path, "bad.jpg")
+    strip = read_strip(tmp_path, "bad.jpg", SEVERSTAL)
     assert (strip.name, strip.image) == ("bad.jpg", None)
     assert "0 bytes that are no image" in strip.fault
 
@@ -133,7 +133,7 @@ def test_a_decoder_that_runs_out_of_memory_leaves_a_reason_too(
         raise MemoryError
 
     monkeypatch.setattr("kernel.images.read_image", decode)
-    assert read_strip(tmp_path, "a.jpg").fault == "MemoryError()"
+    assert read_strip(tmp_path, "a.jpg", SEVERSTAL).fault == "MemoryError()"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp"])
@@ -149,10 +149,10 @@ def test_other_files_that_break_off_are_refused_whatever_opencv_makes_of_them(su
 def test_a_png_that_breaks_off_is_refused(share: float, tmp_path: Path) -> None:
     data = encode_image(".png", draw_image(1))
     (tmp_path / "a.jpg").write_bytes(data)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), draw_image(1))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg", SEVERSTAL), draw_image(1))
     (tmp_path / "a.jpg").write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=r"a\.jpg: "):
-        read_image(tmp_path / "a.jpg")
+        read_image(tmp_path / "a.jpg", SEVERSTAL)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
@@ -160,10 +160,10 @@ def test_a_tiff_that_is_to_be_shown_turned_is_refused(orientation: int, tmp_path
     pixels = PIL.Image.fromarray(draw_image(1))
     pixels.save(tmp_path / "a.jpg", "TIFF", tiffinfo={0x112: orientation})
     if orientation == 1:
-        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), draw_image(1))
+        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg", SEVERSTAL), draw_image(1))
         return
     with pytest.raises(ValueError, match=r"a\.jpg: a TIFF that is to be shown turned"):
-        read_image(tmp_path / "a.jpg")
+        read_image(tmp_path / "a.jpg", SEVERSTAL)
 
 
 # --- padding --------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
     monkeypatch.setattr("kernel.images._LOGGED", set())
     image = draw_image(3)
     cv2.imwrite(str(tmp_path / "a.png"), image.astype(np.uint16) << (bits - 8))
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", SEVERSTAL), image)
     said = [record.message for record in caplog.records if "read as" in record.message]
     assert said == ([] if bits == 16 else [said[0]])
     assert bits == 16 or f"read as {bits} bits" in said[0]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel.competition import SEVERSTAL
 from kernel.images import read_strip
 from kernel.jpeg import walk_markers
 
@@ -51,7 +52,7 @@ def pixels_of(data: bytes) -> np.ndarray:
 def read(data: bytes, folder: Path) -> np.ndarray | str:
     """The image, or why it was refused."""
     (folder / "a.jpg").write_bytes(data)
-    strip = read_strip(folder, "a.jpg")
+    strip = read_strip(folder, "a.jpg", SEVERSTAL)
     return strip.fault if strip.image is None else strip.image
 
 

@@ -64,7 +64,7 @@ def test_everything_is_found_where_kaggle_may_mount_it(case: str, tmp_path: Path
     bundle, sample, images = MOUNTS[case]
     mount(tmp_path, bundle, sample, images)
     found = find_one(tmp_path, MANIFEST, "the bundle", "--bundle")
-    task = find_task(Options(input=tmp_path))
+    task = find_task(Options(input=tmp_path), SEVERSTAL)
     assert found == tmp_path / bundle
     assert task.images == tmp_path / images
     assert task.names == ["a.jpg", "b.jpg"]
@@ -125,9 +125,9 @@ def test_an_empty_tree_says_what_is_missing_and_which_source_to_add(tmp_path: Pa
 def test_a_tree_without_the_competition_names_it_and_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "ensemble" / MANIFEST, "{}")
     with pytest.raises(ValueError, match=r"no sample_submission\.csv under .* there is ensemble:"):
-        find_task(Options(input=tmp_path))
+        find_task(Options(input=tmp_path), SEVERSTAL)
     with pytest.raises(ValueError, match=f"add the competition {COMPETITION} to the kernel's"):
-        find_task(Options(input=tmp_path))
+        find_task(Options(input=tmp_path), SEVERSTAL)
 
 
 def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Pa
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     sample = tmp_path / "sample_submission.csv"
-    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there")
+    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there", SEVERSTAL)
     assert found == (tmp_path / "test_images", ())
 
 
@@ -148,7 +148,7 @@ def test_no_images_beside_the_sample_asks_for_their_folder(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
     with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
-        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path)
+        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path, SEVERSTAL)
 
 
 def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
     (root / "severstal").symlink_to(real)
     (real / "back").symlink_to(root)
     assert find_one(root, "sample_submission.csv", "", "") == root / "severstal"
-    task = find_task(Options(input=root))
+    task = find_task(Options(input=root), SEVERSTAL)
     assert task.images == root / "severstal" / "test_images"
     assert task.names == ["a.png"]
 
@@ -188,7 +188,7 @@ def test_images_of_several_folders_are_all_predicted(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mount_test_set(tmp_path, *SPREAD[case])
-    found = contents(find_task(Options(input=tmp_path)).images)
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
     wanted = {name: [path for path in SPREAD[case] if path.endswith(name)] for name in found}
     assert found.keys() >= {"a.jpg", "b.jpg"}
     assert found == {name: paths[-1] for name, paths in wanted.items()}
@@ -200,7 +200,7 @@ def test_images_that_lie_beside_the_competition_fill_up_those_that_it_has(tmp_pa
     mount_test_set(tmp_path, "b.jpg")
     for name in ("a.jpg", "b.jpg"):
         write(tmp_path / "datasets" / "me" / name, "another's")
-    task = find_task(Options(input=tmp_path))
+    task = find_task(Options(input=tmp_path), SEVERSTAL)
     assert contents(task.images) == {"a.jpg": "another's", "b.jpg": "b.jpg"}
 
 
@@ -208,7 +208,7 @@ def test_a_run_that_lacks_images_says_how_many_before_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mount_test_set(tmp_path, "images/a.jpg")
-    assert find_task(Options(input=tmp_path)).images == tmp_path / COMPETITION / "images"
+    assert find_task(Options(input=tmp_path), SEVERSTAL).images == tmp_path / COMPETITION / "images"
     [line] = caplog.messages
     said = f"holds 1 of the 2 images that {SAMPLE} names, and no 'b.jpg': the rows of the others"
     assert said in line and "`image_path` says the names" in line
@@ -224,7 +224,7 @@ def test_of_two_folders_that_hold_the_same_names_it_is_the_test_set_and_both_are
     names = [f"{folder}/{name}.jpg" for folder in (right, other) for name in "ab"]
     mount_test_set(tmp_path, *names)
     root = tmp_path / COMPETITION
-    assert find_task(Options(input=tmp_path)).images == root / right
+    assert find_task(Options(input=tmp_path), SEVERSTAL).images == root / right
     [line] = caplog.messages
     assert line.startswith(f"{root / right} and {root / other} both hold 2 images that the sample")
     assert line.endswith("like 'a.jpg': the first's are taken; name the right folder with --images")
@@ -247,7 +247,7 @@ def test_a_sample_of_another_name_is_known_by_its_header(
     write(tmp_path / COMPETITION / "a_sample_of_the_metadata.csv", "ImageId,width\n")
     write(tmp_path / "a-copy" / name, sample.read_text(encoding="utf-8") if not zipped else "")
     write(tmp_path / "another" / "my_submission.csv", "ImageId,EncodedPixels\nx.jpg_1,\n")
-    assert find_task(Options(input=tmp_path)).names == ["a.jpg", "b.jpg"]
+    assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg", "b.jpg"]
 
 
 def test_of_csv_files_that_are_no_sample_all_are_named_and_of_several_samples_too(
@@ -259,11 +259,11 @@ def test_of_csv_files_that_are_no_sample_all_are_named_and_of_several_samples_to
         r"the header ImageId_ClassId,.* or .*ClassId: sample_v2\.csv, train\.csv; add the compet"
     )
     with pytest.raises(ValueError, match=message):
-        find_task(Options(input=tmp_path))
+        find_task(Options(input=tmp_path), SEVERSTAL)
     for name in ("sample_v2.csv", "sample_v3.csv"):
         write(tmp_path / COMPETITION / name, f"ImageId_ClassId,EncodedPixels\n{name}_1,\n")
     with pytest.raises(ValueError, match=r"sample_v2\.csv, .*sample_v3\.csv; choose with --sample"):
-        find_task(Options(input=tmp_path))
+        find_task(Options(input=tmp_path), SEVERSTAL)
 
 
 @pytest.mark.parametrize("name", [SAMPLE, f"{SAMPLE}.zip", "sample_v2.csv"])
@@ -279,7 +279,7 @@ def test_the_competitions_own_sample_is_taken_where_a_dataset_has_another(
             write_zip(sample, {SAMPLE: rows})
         else:
             write(sample, rows)
-    assert find_task(Options(input=tmp_path)).names == ["a.jpg"]
+    assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg"]
 
 
 # --- zips -----------------------------------------------------------------------------------------

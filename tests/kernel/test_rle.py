@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
+from kernel.competition import SEVERSTAL
 from kernel.images import Mask, Size
 from kernel.rle import decode_rle, encode_rle, is_empty_mark, join_rles, rle_fault
 
@@ -71,9 +72,9 @@ def counts_of(rle: str, size: tuple[int, int]) -> dict[str, Any]:
 def assert_cocos_code(mask: Mask) -> None:
     expected = coco.encode(np.asfortranarray(mask, np.uint8))
     size = size_of(mask)
-    found = coco.frPyObjects(counts_of(encode_rle(mask), size), *size)
+    found = coco.frPyObjects(counts_of(encode_rle(mask, SEVERSTAL), size), *size)
     same = found["counts"] == expected["counts"]
-    assert same, f"{encode_rle(mask)[:80]} is not {expected}"[:200]
+    assert same, f"{encode_rle(mask, SEVERSTAL)[:80]} is not {expected}"[:200]
 
 
 # --- both ways ------------------------------------------------------------------------------------
@@ -95,9 +96,9 @@ def test_the_code_is_pycocotools(mask: Mask) -> None:
 @repeatable
 @given(mask=drawn_masks())
 def test_a_code_decodes_to_the_mask_that_pycocotools_decodes(mask: Mask) -> None:
-    rle, size = encode_rle(mask), size_of(mask)
+    rle, size = encode_rle(mask, SEVERSTAL), size_of(mask)
     expected = coco.decode(coco.frPyObjects(counts_of(rle, size), *size))
-    np.testing.assert_array_equal(decode_rle(rle, size), expected.astype(bool))
+    np.testing.assert_array_equal(decode_rle(rle, size, SEVERSTAL), expected.astype(bool))
 
 
 @repeatable
@@ -107,7 +108,7 @@ def test_a_code_decodes_to_the_mask_that_pycocotools_decodes(mask: Mask) -> None
 @example(mask=BORDER_CASES["one row"])
 @example(mask=BORDER_CASES["one column"])
 def test_decoding_what_was_encoded_gives_the_mask_back(mask: Mask) -> None:
-    found = decode_rle(encode_rle(mask), size_of(mask))
+    found = decode_rle(encode_rle(mask, SEVERSTAL), size_of(mask), SEVERSTAL)
     assert found.dtype == np.bool_
     np.testing.assert_array_equal(found, mask)
 
@@ -116,7 +117,7 @@ def test_decoding_what_was_encoded_gives_the_mask_back(mask: Mask) -> None:
 @given(mask=drawn_masks())
 @example(mask=BORDER_CASES["foot of a column and head of the next"])
 def test_runs_are_sorted_and_do_not_touch(mask: Mask) -> None:
-    listed = runs(encode_rle(mask))
+    listed = runs(encode_rle(mask, SEVERSTAL))
     assert all(length >= 1 for _, length in listed)
     ends = [start + length for start, length in listed]
     assert all(end < start for end, (start, _) in zip(ends, listed[1:], strict=False))
@@ -127,30 +128,32 @@ def test_a_mask_of_a_real_strips_size_is_pycocotools() -> None:
     mask = np.random.default_rng(0).random((256, 1600)) < 0.3
     assert 0 < mask.mean() < 1
     assert_cocos_code(mask)
-    np.testing.assert_array_equal(decode_rle(encode_rle(mask), size_of(mask)), mask)
+    np.testing.assert_array_equal(
+        decode_rle(encode_rle(mask, SEVERSTAL), size_of(mask), SEVERSTAL), mask
+    )
 
 
 def test_pixels_are_counted_from_one_down_the_columns() -> None:
     # (H, W) = (3, 4): pixel 1 is the top left, 2 the one below it, 4 the head of column two
-    assert encode_rle(mask_with((3, 4), (0, 0), (1, 0))) == "1 2"
-    assert encode_rle(mask_with((3, 4), (0, 1))) == "4 1"
-    assert encode_rle(mask_with((3, 4), (2, 0), (0, 1))) == "3 2"
+    assert encode_rle(mask_with((3, 4), (0, 0), (1, 0)), SEVERSTAL) == "1 2"
+    assert encode_rle(mask_with((3, 4), (0, 1)), SEVERSTAL) == "4 1"
+    assert encode_rle(mask_with((3, 4), (2, 0), (0, 1)), SEVERSTAL) == "3 2"
 
 
 def test_the_competitions_own_sample_row_is_the_full_strip() -> None:
-    assert encode_rle(np.ones((256, 1600), np.bool_)) == "1 409600"
+    assert encode_rle(np.ones((256, 1600), np.bool_), SEVERSTAL) == "1 409600"
 
 
 def test_an_empty_mask_is_an_empty_string_both_ways() -> None:
-    assert encode_rle(np.zeros((4, 6), np.bool_)) == ""
-    assert not decode_rle("", (4, 6)).any()
-    assert decode_rle("", (4, 6)).shape == (4, 6)
+    assert encode_rle(np.zeros((4, 6), np.bool_), SEVERSTAL) == ""
+    assert not decode_rle("", (4, 6), SEVERSTAL).any()
+    assert decode_rle("", (4, 6), SEVERSTAL).shape == (4, 6)
 
 
 def test_a_mask_that_is_a_view_is_encoded_as_it_looks() -> None:
     mask = np.random.default_rng(1).random((10, 14)) < 0.5
     view = mask[::2, ::-1]
-    assert encode_rle(view) == encode_rle(view.copy())
+    assert encode_rle(view, SEVERSTAL) == encode_rle(view.copy(), SEVERSTAL)
 
 
 # --- codes that are refused -----------------------------------------------------------------------
@@ -176,16 +179,16 @@ UNDECODABLE = {
 @pytest.mark.parametrize("case", UNDECODABLE)
 def test_decoding_refuses(case: str) -> None:
     with pytest.raises(ValueError):
-        decode_rle(UNDECODABLE[case], (4, 6))
+        decode_rle(UNDECODABLE[case], (4, 6), SEVERSTAL)
 
 
 def test_a_refused_run_is_named() -> None:
     with pytest.raises(ValueError, match=r"run 24 2 .*24 pixels"):
-        decode_rle("1 3 24 2", (4, 6))
+        decode_rle("1 3 24 2", (4, 6), SEVERSTAL)
 
 
 def test_the_last_pixel_alone_is_no_malformed_run() -> None:
-    np.testing.assert_array_equal(decode_rle("24 1", (4, 6)), mask_with((4, 6), (3, 5)))
+    np.testing.assert_array_equal(decode_rle("24 1", (4, 6), SEVERSTAL), mask_with((4, 6), (3, 5)))
 
 
 # --- what Kaggle refuses --------------------------------------------------------------------------
@@ -207,14 +210,14 @@ def test_a_code_is_well_formed_just_where_it_is_the_one_code_of_its_pixels(
     pixels = {pixel for start, length in pairs for pixel in range(start, start + length)}
     rle = " ".join(map(str, words))
     good = canonical(pixels) == rle and pixels <= set(range(1, 25))
-    assert (rle_fault(rle, 24) is None) == good
+    assert (rle_fault(rle, 24, SEVERSTAL) is None) == good
 
 
 @settings(repeatable, max_examples=300)
 @given(st.sets(st.integers(1, 24)))
 def test_every_set_of_pixels_has_a_code_that_passes(pixels: set[int]) -> None:
-    assert rle_fault(canonical(pixels), 24) is None
-    mask = decode_rle(canonical(pixels), (4, 6))
+    assert rle_fault(canonical(pixels), 24, SEVERSTAL) is None
+    mask = decode_rle(canonical(pixels), (4, 6), SEVERSTAL)
     assert {int(i) + 1 for i in np.flatnonzero(mask.T.ravel())} == pixels
 
 
@@ -240,7 +243,7 @@ ILL_FORMED = {
 @pytest.mark.parametrize("case", ILL_FORMED)
 def test_an_ill_formed_code_is_refused_by_what_is_wrong(case: str) -> None:
     rle, words = ILL_FORMED[case]
-    assert words in str(rle_fault(rle, 24))
+    assert words in str(rle_fault(rle, 24, SEVERSTAL))
 
 
 @pytest.mark.parametrize("cell", ["", " ", "-1", " -1 ", "1 0", "0 0", "1 0 5 0", "1 00"])
@@ -256,5 +259,5 @@ def test_a_cell_with_a_pixel_or_of_another_code_stands_for_no_empty_mask(cell: s
 @repeatable
 @given(masks=st.lists(arrays(np.bool_, (4, 6)), min_size=1, max_size=4))
 def test_joined_codes_are_those_of_the_union(masks: list[Mask]) -> None:
-    joined = join_rles(map(encode_rle, masks))
-    assert joined == encode_rle(np.logical_or.reduce(masks))
+    joined = join_rles(encode_rle(mask, SEVERSTAL) for mask in masks)
+    assert joined == encode_rle(np.logical_or.reduce(masks), SEVERSTAL)

@@ -50,7 +50,7 @@ def test_what_pandas_writes_is_read_as_pandas_reads_it(
         table = table[["ImageId_ClassId", "EncodedPixels"]]
     table.to_csv(path, index=index, lineterminator=line_end, encoding=encoding)
     read = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    found_layout, found = read_rows(path)
+    found_layout, found = read_rows(path, SEVERSTAL)
     assert len(found_layout.columns) == (2 if layout == "two-column" else 3)
     assert found == rows
     assert [rle for *_, rle in found] == list(read["EncodedPixels"])
@@ -72,7 +72,7 @@ def test_a_csv_gives_its_rows_and_keeps_its_columns(
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"\n{header}\n{line}\n", encoding="utf-8")
-    layout, rows = read_rows(path)
+    layout, rows = read_rows(path, SEVERSTAL)
     assert ",".join(layout.columns) == header
     assert rows == [expected]
 
@@ -80,7 +80,7 @@ def test_a_csv_gives_its_rows_and_keeps_its_columns(
 @pytest.mark.parametrize("empty", ["-1", " -1", "1 0"])
 def test_an_empty_mask_is_known_with_blanks_around_it(empty: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,{empty}\nb.jpg,1, {empty.strip()} \n")
-    _, rows = read_rows(tmp_path / "rows.csv", competition=replace(SEVERSTAL, empty=empty))
+    _, rows = read_rows(tmp_path / "rows.csv", replace(SEVERSTAL, empty=empty))
     assert rows == [("a.jpg", 1, ""), ("b.jpg", 1, "")]
 
 
@@ -120,7 +120,7 @@ def test_a_csv_is_refused_with_its_line_for(case: str, tmp_path: Path) -> None:
     text, message = REFUSED[case]
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(ValueError, match=rf"rows\.csv: .*{re.escape(message)}"):
-        read_rows(tmp_path / "rows.csv")
+        read_rows(tmp_path / "rows.csv", SEVERSTAL)
 
 
 @pytest.mark.parametrize(
@@ -138,28 +138,30 @@ def test_a_file_of_another_format_is_named_for_what_it_is(
 ) -> None:
     (tmp_path / "rows.csv").write_bytes(data)
     with pytest.raises(ValueError, match=rf"rows\.csv: {message}"):
-        read_rows(tmp_path / "rows.csv")
+        read_rows(tmp_path / "rows.csv", SEVERSTAL)
 
 
 def test_a_gz_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "rows.csv.gz").write_text(HEAD)
     with pytest.raises(ValueError, match=r"rows\.csv\.gz: "):
-        read_rows(tmp_path / "rows.csv.gz")
+        read_rows(tmp_path / "rows.csv.gz", SEVERSTAL)
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(f"{HEAD}a.jpg,1,1 3\n".encode())[:-9])
     with pytest.raises(ValueError, match=r"rows\.csv\.gz: "):
-        read_rows(tmp_path / "rows.csv.gz")
+        read_rows(tmp_path / "rows.csv.gz", SEVERSTAL)
 
 
 def test_bytes_that_are_no_utf_8_are_kept(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(HEAD.encode() + b"\xe4.jpg,1,1 3\n")
-    [(name, label, rle)] = read_rows(tmp_path / "rows.csv").rows
+    [(name, label, rle)] = read_rows(tmp_path / "rows.csv", SEVERSTAL).rows
     assert (name.encode(errors="surrogateescape"), label, rle) == (b"\xe4.jpg", 1, "1 3")
 
 
 def test_what_a_caller_objects_to_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,1 3\n\nb.jpg,4,1 3\n")
     with pytest.raises(ValueError, match=r"rows\.csv: line 4: class 4"):
-        read_rows(tmp_path / "rows.csv", lambda row: f"class {row[1]}" if row[1] > 3 else None)
+        read_rows(
+            tmp_path / "rows.csv", SEVERSTAL, lambda row: f"class {row[1]}" if row[1] > 3 else None
+        )
 
 
 @pytest.mark.parametrize("length", [32_766, 32_767, 32_768])
@@ -167,10 +169,10 @@ def test_only_a_mask_of_a_spreadsheets_cell_is_taken_for_cut(length: int, tmp_pa
     path, rle = tmp_path / "rows.csv", "1" * length
     path.write_text(f"{HEAD}a.jpg,1,{rle}\n")
     if length != 32_767:
-        assert read_rows(path).rows == [("a.jpg", 1, rle)]
+        assert read_rows(path, SEVERSTAL).rows == [("a.jpg", 1, rle)]
         return
     with pytest.raises(ValueError) as error:
-        read_rows(path)
+        read_rows(path, SEVERSTAL)
     assert str(error.value) == (
         f"{path}: line 2: a mask of 32767 characters, where spreadsheets cut a cell off: "
         f"take the file that no spreadsheet has saved: a.jpg,1,{'1' * 52}…"
@@ -182,7 +184,7 @@ def test_a_line_of_more_than_60_characters_is_named_by_its_start(more: int, tmp_
     path, line = tmp_path / "rows.csv", f"{'a' * (58 + more)},1"
     path.write_text(f"{HEAD}{line}\n")
     with pytest.raises(ValueError) as error:
-        read_rows(path)
+        read_rows(path, SEVERSTAL)
     shown = f"{line[:60]}…" if more else line
     assert str(error.value) == f"{path}: line 2: 2 cells, the header has 3: {shown}"
 
@@ -191,19 +193,19 @@ def test_a_line_of_more_than_60_characters_is_named_by_its_start(more: int, tmp_
 def test_an_index_is_a_first_column_of_no_name(index: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"{index}, ImageId,EncodedPixels ,ClassId\n7,a.jpg,1 3,2\n")
-    layout, rows = read_rows(path)
+    layout, rows = read_rows(path, SEVERSTAL)
     assert rows == [("a.jpg", 2, "1 3")]
     assert layout.columns == ("ImageId", "EncodedPixels", "ClassId")
     path.write_text(f"ImageId,EncodedPixels,ClassId,{index}\na.jpg,1 3,2,7\n")
     with pytest.raises(ValueError, match=f"line 1: header ImageId,EncodedPixels,ClassId,{index}, "):
-        read_rows(path)
+        read_rows(path, SEVERSTAL)
 
 
 def test_a_header_of_bars_is_told_how_to_be_saved(tmp_path: Path) -> None:
     path, header = tmp_path / "rows.csv", "ImageId|ClassId|EncodedPixels"
     path.write_text(header)
     with pytest.raises(ValueError) as error:
-        read_rows(path)
+        read_rows(path, SEVERSTAL)
     remedy = "save the file with commas in the place of '|'"
     assert str(error.value) == f"{path}: line 1: header {header}, {EXPECTED}: {remedy}"
 
@@ -218,7 +220,7 @@ def test_a_damaged_archive_is_an_error_that_names_it(
     path = tmp_path_factory.getbasetemp() / "damaged.csv.gz"
     path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
     try:
-        read_rows(path)
+        read_rows(path, SEVERSTAL)
     except ValueError as error:
         assert str(error).startswith(f"{path}: line ")
 

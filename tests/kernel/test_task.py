@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import LABELS, LAYOUTS, write_sample
 
-from kernel.competition import Competition
+from kernel.competition import SEVERSTAL, Competition
 from kernel.mounts import SAMPLE
 from kernel.options import Options
 from kernel.task import Task, find_task, read_sample
@@ -15,7 +15,7 @@ from kernel.task import Task, find_task, read_sample
 
 def test_class_0_stands_for_every_class_of_its_image(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["b.jpg", "a.jpg"])
-    layout, pairs = read_sample(sample)
+    layout, pairs = read_sample(sample, SEVERSTAL)
     assert layout == LAYOUTS["three-column"]
     assert pairs == [(name, label) for name in ("b.jpg", "a.jpg") for label in LABELS]
 
@@ -24,7 +24,7 @@ def test_rows_named_twice_are_written_once_where_they_came_first(tmp_path: Path)
     sample = tmp_path / "sample.csv"
     lines = ["ImageId,EncodedPixels,ClassId", "a.jpg,,2", "b.jpg,,1", "a.jpg,,0", "a.jpg,,2", ""]
     sample.write_text("\n".join(lines), encoding="utf-8")
-    pairs = read_sample(sample, None, Competition(classes=("1", "2", "3"), any_class="0"))[1]
+    pairs = read_sample(sample, Competition(classes=("1", "2", "3"), any_class="0"))[1]
     assert pairs == [("a.jpg", 2), ("b.jpg", 1), ("a.jpg", 1), ("a.jpg", 3)]
 
 
@@ -35,12 +35,12 @@ def test_a_class_that_the_competition_lacks_is_refused_with_its_line(tmp_path: P
         ValueError,
         match=r"sample\.csv: line 3: names no class: a\.jpg_5,; expected one of 1, 2, 3, 4",
     ):
-        read_sample(sample)
+        read_sample(sample, SEVERSTAL)
 
 
 def test_a_layout_that_is_asked_for_wins_over_the_samples(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "two-column")
-    assert read_sample(sample, "three-column")[0] == LAYOUTS["three-column"]
+    assert read_sample(sample, SEVERSTAL, "three-column")[0] == LAYOUTS["three-column"]
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -61,21 +61,21 @@ def test_a_sample_without_rows_is_an_empty_task_and_that_is_said(
 ) -> None:
     sample = write_sample(tmp_path / SAMPLE, [], layout)
     for options in (Options(images=tmp_path, sample=sample), Options(input=tmp_path)):
-        task = find_task(options)
+        task = find_task(options, SEVERSTAL)
         assert (task.pairs, task.layout) == ([], LAYOUTS[layout])
     assert f"{sample}: names no image: the submission is its header" in caplog.text
 
 
 def test_a_folder_without_images_says_where_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path.name}: no images in it; name the folder"):
-        find_task(Options(images=tmp_path))
+        find_task(Options(images=tmp_path), SEVERSTAL)
     scans = tmp_path / "case1" / "scans"
     scans.mkdir(parents=True)
     (scans / "slice_2.png").touch()
     with pytest.raises(
         ValueError, match=r"case1/scans/slice_2\.png is in a folder below: name tha"
     ):
-        find_task(Options(images=tmp_path))
+        find_task(Options(images=tmp_path), SEVERSTAL)
     with pytest.raises(
         ValueError, match=r"scans: no image in it ends in '\.tif'; correct `suffix`"
     ):
@@ -87,12 +87,12 @@ def test_a_folder_of_images_that_are_not_read_names_one(name: str, tmp_path: Pat
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=rf"no images in it that are read; save .*{name} and the"):
-        find_task(Options(images=tmp_path))
+        find_task(Options(images=tmp_path), SEVERSTAL)
 
 
 def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gone: no such folder of images"):
-        find_task(Options(images=tmp_path / "gone"))
+        find_task(Options(images=tmp_path / "gone"), SEVERSTAL)
 
 
 def test_shards_hold_every_image_once() -> None:

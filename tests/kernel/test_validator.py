@@ -62,7 +62,7 @@ def check(
 ) -> Findings:
     path = folder / "submission.csv"
     path.write_text(csv_of(rows, layout), encoding="utf-8")
-    return check_submission(path, LAYOUTS[layout].columns, pairs)
+    return check_submission(path, LAYOUTS[layout].columns, pairs, SEVERSTAL)
 
 
 def filled(rles: dict[tuple[str, int], str], pairs: list[tuple[str, int]] = PAIRS) -> Rows:
@@ -153,7 +153,7 @@ def test_only_every_row_once_passes(
 def test_another_header_is_refused(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
     path.write_text(text)
-    errors = check_submission(path, LAYOUTS["two-column"].columns, PAIRS).errors
+    errors = check_submission(path, LAYOUTS["two-column"].columns, PAIRS, SEVERSTAL).errors
     assert words in errors[0]
 
 
@@ -181,7 +181,9 @@ def test_each_mask_is_held_against_its_own_image(tmp_path: Path) -> None:
     pairs = [("a.png", 1), ("b.png", 1), ("torn.png", 1)]
     path = tmp_path / "submission.csv"
     path.write_text(csv_of(filled(dict.fromkeys(pairs, "25 6"), pairs), "two-column"))
-    errors = check_submission(path, LAYOUTS["two-column"].columns, pairs, tmp_path).errors
+    errors = check_submission(
+        path, LAYOUTS["two-column"].columns, pairs, SEVERSTAL, tmp_path
+    ).errors
     assert errors[0] == "row a.png, class 1: run 25 6 leaves an image of 24 pixels"
     assert errors[1].startswith("torn.png has a mask, but cannot be read")
     assert len(errors) == 2
@@ -199,7 +201,7 @@ def test_the_mask_of_an_image_that_is_not_there_is_held_against_the_usual_size(
     }.items():
         rles = {("a.png", 1): "1 6", ("gone.png", 1): run}
         path.write_text(csv_of(filled(rles, pairs), "two-column"))
-        found = check_submission(path, LAYOUTS["two-column"].columns, pairs, tmp_path)
+        found = check_submission(path, LAYOUTS["two-column"].columns, pairs, SEVERSTAL, tmp_path)
         assert found.errors == errors
         assert found.warnings[0] == (
             f"1 images with a mask are not in {tmp_path}, such as 'gone.png': "
@@ -258,7 +260,7 @@ def check_masks(folder: Path, drawn: Masks, names: list[str], images: Path) -> F
     rows = filled({pair: rle_of(mask) for pair, mask in drawn.items()}, pairs)
     path = folder / "submission.csv"
     path.write_text(csv_of(rows, "two-column"), encoding="utf-8")
-    return check_submission(path, LAYOUTS["two-column"].columns, pairs, images)
+    return check_submission(path, LAYOUTS["two-column"].columns, pairs, SEVERSTAL, images)
 
 
 @pytest.fixture(scope="module")
@@ -299,8 +301,10 @@ def test_spoilt_masks_raise_their_own_warning(
 
 
 def real_masks() -> Masks:
-    rows = read_rows(STRIPS / "train.csv").rows
-    return {(name, label): decode_rle(rle, IMAGE_SIZE) for name, label, rle in rows if rle}
+    rows = read_rows(STRIPS / "train.csv", SEVERSTAL).rows
+    return {
+        (name, label): decode_rle(rle, IMAGE_SIZE, SEVERSTAL) for name, label, rle in rows if rle
+    }
 
 
 def real_names() -> list[str]:
@@ -386,7 +390,7 @@ def test_the_table_has_the_counts_shares_and_medians_of_an_own_count() -> None:
     ]  # fmt: skip
     unknown = replace(ODD, n_training_images=None, images_with_class=None)
     assert class_table([], [2], 8, unknown) == [head, line("Gravel", "0", "0.0%", "?", "-")]
-    assert class_table([], [], 8)[0] == head[1:]  # as wide as the widest name
+    assert class_table([], [], 8, SEVERSTAL)[0] == head[1:]  # as wide as the widest name
 
 
 def test_a_few_faults_stand_and_the_others_are_counted() -> None:
@@ -427,7 +431,7 @@ def test_a_class_is_unlikely_beyond_four_times_more_or_less(
 
 def test_masks_that_are_all_empty_are_told_with_their_score_where_it_is_known() -> None:
     all_empty = "all masks are empty, which scores 0.856: did the run fail?"
-    assert list(unlikely_counts([], 99)) == [all_empty]
+    assert list(unlikely_counts([], 99, SEVERSTAL)) == [all_empty]
     assert list(unlikely_counts([], 99, ODD)) == ["all masks are empty: did the run fail?"]
 
 
@@ -506,7 +510,7 @@ def test_what_is_black_beside_the_steel_is_darker_than_12(tmp_path: Path) -> Non
         assert stats.label == 3 and stats.area == 2
         assert np.isnan(stats.black) if expected is None else stats.black == expected
     assert check_image(None, "a.png", {1: "5 1"}, Competition()) == ([], [])  # of no known size
-    faults, _ = check_image(None, "a.png", {1: "409600 2"})
+    faults, _ = check_image(None, "a.png", {1: "409600 2"}, SEVERSTAL)
     assert faults == ["row a.png, class 1: run 409600 2 leaves an image of 409600 pixels"]
 
 

@@ -384,9 +384,9 @@ def test_what_a_worker_has_not_written_again_is_not_read_again(
     made = Submission(path, task.layout, task.pairs, whole=False)
     taken = Submission(tmp_path / "out.csv", task.layout, task.pairs)
 
-    def read(path: Path, **options: Any) -> Any:
+    def read(path: Path, *rules: Any, **options: Any) -> Any:
         reads.append(path)
-        return read_rows(path, **options)
+        return read_rows(path, *rules, **options)
 
     monkeypatch.setattr("kernel.worker.read_rows", read)
     worker = WorkerProcess(1, "", task, path, ended())

@@ -23,6 +23,7 @@ from helpers import (
 from kaggle_stub import Kaggle, customize_site, run_client, run_with_client, serve
 
 from evaluation.kaggle_tree import network_denial
+from kernel.competition import SEVERSTAL
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE
@@ -120,9 +121,11 @@ def check_ran(root: Path, sample: Path) -> None:
     left = {path.name for path in (root / "working").iterdir()}
     assert left == {"submission.csv", "run.json"}
     assert not list((root / "site").glob("segmentation_models_pytorch*"))
-    layout, pairs = read_sample(sample)
+    layout, pairs = read_sample(sample, SEVERSTAL)
     submission = root / "working" / "submission.csv"
-    findings = check_submission(submission, layout.columns, pairs, sample.parent / "test_images")
+    findings = check_submission(
+        submission, layout.columns, pairs, SEVERSTAL, sample.parent / "test_images"
+    )
     assert findings.errors == []
     rows = read_submission(submission)
     assert list(rows) == [(name, label) for name in NAMES for label in LABELS]

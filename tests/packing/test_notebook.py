@@ -25,6 +25,7 @@ from helpers import (
 )
 from kaggle_stub import run_client, serve
 
+from kernel.competition import SEVERSTAL
 from kernel.files import write_json
 from kernel.mounts import SAMPLE
 from kernel.shipped import find_competition
@@ -127,9 +128,9 @@ def test_what_is_pushed_runs_in_jupyter_and_shows_what_it_found(
     (tmp_path / "working").mkdir()
     cells = execute(write_pushed(pushed["text"], tmp_path), tmp_path / "working")
 
-    layout, pairs = read_sample(sample)
+    layout, pairs = read_sample(sample, SEVERSTAL)
     submission = tmp_path / "working" / "submission.csv"
-    assert check_submission(submission, layout.columns, pairs, images).errors == []
+    assert check_submission(submission, layout.columns, pairs, SEVERSTAL, images).errors == []
     assert list(read_submission(submission)) == [(name, c) for name in names for c in LABELS]
     said = "".join(output.get("text", "") for output in cells[-2]["outputs"])
     assert " INFO valid\n" in said

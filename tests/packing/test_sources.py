@@ -99,7 +99,7 @@ def test_a_source_manifest_is_refused_for(case: str, tmp_path: Path) -> None:
     write_manifest(tmp_path, **{"members": [member()], **changes})
     path = tmp_path / "ensemble.json"
     with pytest.raises(ValueError, match=message) as error:
-        parse_manifest(read_manifest(tmp_path), path)
+        parse_manifest(read_manifest(tmp_path), path, SEVERSTAL)
     assert str(path) in str(error.value)
 
 

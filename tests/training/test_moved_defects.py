@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import CLASSES, error_of, exit_code, save_image
 
+from kernel.competition import SEVERSTAL
 from kernel.rle import encode_rle
 from training import moved_defects
 from training.augmentation import Pair
@@ -181,7 +182,7 @@ def test_a_sheet_that_cannot_be_drawn_is_refused_in_one_line(
     cases = {
         "no strip has a defect": (write_data(tmp_path / "clean", 120, "a.png,1,\n"), "a.png"),
         "no defect fits on another strip's clean steel": (
-            write_data(tmp_path / "dark", 0, f"a.png,1,{encode_rle(corner)}\n"),
+            write_data(tmp_path / "dark", 0, f"a.png,1,{encode_rle(corner, SEVERSTAL)}\n"),
             "a.png",
         ),
         "cannot be written": (steel, "gone/a.png"),
@@ -196,7 +197,7 @@ def test_a_sheet_of_another_competition_is_drawn_and_one_in_colour_refused(
 ) -> None:
     for name, image in (("a", donor_pair()[0]), ("b", flat_pair()[0])):
         save_image(tmp_path / "train_images" / f"{name}.png", image)
-    rle = encode_rle(donor_pair()[1][2])
+    rle = encode_rle(donor_pair()[1][2], SEVERSTAL)
     (tmp_path / "train.csv").write_text(f"id,rle_mask\na,{rle}\nb,\n", encoding="utf-8")
     words = ["--data", tmp_path, "--out", tmp_path / "moved.png", "--competition"]
     assert run_sheet(*words, "salt") == 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import decode_by_hand, draw_image, error_of, exit_code, save_image
 
+from kernel.competition import SEVERSTAL
 from kernel.rle import encode_rle
 from training.real_parts import (
     RealParts,
@@ -28,7 +29,7 @@ def real(tmp_path: Path) -> Path:
     for label in (1, 2, 3, 4):
         mask = np.zeros(FULL, np.bool_)
         mask[20 : 20 + 40 * label, 300 * label : 300 * label + 50] = True
-        rows.append(f"{label}.png,{label},{encode_rle(mask)}")
+        rows.append(f"{label}.png,{label},{encode_rle(mask, SEVERSTAL)}")
     for seed, name in enumerate(("1.png", "clean-a.png", "clean-b.png")):
         image = draw_image(seed, FULL)
         save_image(folder / "train_images" / name, np.clip(image, 60, 200).astype(np.uint8))

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernel.competition import SEVERSTAL
 from kernel.images import image_to_tensor, read_image
 from kernel.members import build_network, load_member
 from training import fit, inputs, pace, train
@@ -197,7 +198,7 @@ def test_a_member_takes_over_its_teachers_gates_on_unlabelled_strips(
     gates = []
     for folder in (fitted, tmp_path, tmp_path / "wiser"):
         member = load_member(folder, SPEC, CPU)
-        image = image_to_tensor(read_image(next(unlabelled.iterdir())))
+        image = image_to_tensor(read_image(next(unlabelled.iterdir()), SEVERSTAL))
         gates.append(presence_probabilities(member, image))
     own, taught, wanted = gates
     assert (taught - wanted).abs().mean() < 0.3 * (own - wanted).abs().mean()
