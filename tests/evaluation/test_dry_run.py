@@ -28,8 +28,9 @@ from helpers import (
 )
 from run_records import PASSES, a_record, repeat, run_json, strip_work
 
-from evaluation import dry_run, kaggle_tree
+from evaluation import dry_run
 from evaluation.checks import Check, ProcessResult
+from evaluation.kaggle_tree import run_kernel
 from evaluation.recorded import RecordedPasses
 from kernel.competition import SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
@@ -243,12 +244,12 @@ def test_a_run_without_openvino_is_judged_by_its_record_too(
 ) -> None:
     """Its exit code is 0 whatever became of the image."""
 
-    def run_kernel(root: Path, *_: Any, **__: Any) -> ProcessResult:
+    def leave_record(root: Path, *_: Any, **__: Any) -> ProcessResult:
         if record:
             (root / "working" / "run.json").write_text(json.dumps(record))
         return ProcessResult(0, 1.0, True, 1)
 
-    monkeypatch.setattr(dry_run, "run_kernel", run_kernel)
+    monkeypatch.setattr(dry_run, "run_kernel", leave_record)
     images = strips / "test_images"
     check = dry_run.check_on_pytorch(tmp_path, tiny_bundle, images, list_images(images)[0])
     assert check.words.startswith(words)
@@ -476,7 +477,6 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It leaves a valid submission and exit code 0, and no run.json, as a full disk does."""
-    run_kernel = kaggle_tree.run_kernel
 
     def hang(root: Path, *arguments: Any) -> ProcessResult:
         result = run_kernel(root, *arguments)
