@@ -178,7 +178,7 @@ def with_classes(competition: Competition, count: int) -> Competition:
 def add_competition_options(parser: argparse._ActionsContainer) -> None:
     """Add what says how train.csv is to be read."""
     add_competition_option(parser)
-    about = "how many there are in Severstal's layouts, 1 and so on (default: its 4)"
+    about = "number of classes in Severstal's train.csv layout, named 1, 2 and so on (default 4)"
     parser.add_argument("--classes", type=int, help=about)
 
 

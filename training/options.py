@@ -91,7 +91,7 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--crop-size", type=parse_size, default=Config.crop_size, help=about)
     about = "peak learning rate (default 3e-4)"
     add("--learning-rate", type=float, default=Config.learning_rate, help=about)
-    about = "of the first weights, the draws and dropout (default %(default)s)"
+    about = "seed of the first weights, the draws and dropout (default %(default)s)"
     add("--seed", type=int, default=Config.seed, help=about)
 
 
@@ -137,7 +137,7 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("my_weights"), help=about)
     about = "folder for the states to resume from (default %(default)s)"
     add("--runs", type=Path, default=Path("runs"), help=about)
-    add("--comment", default="", help="its column in experiments.csv")
+    add("--comment", default="", help="text for its column in experiments.csv")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
