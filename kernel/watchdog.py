@@ -4,17 +4,18 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from kernel.budget import margin_s
 from kernel.logs import log
 from kernel.submission import Submission
 
 
-def daemon_timer(seconds: float, action: Callable[[], object]) -> threading.Timer:
-    """Return a timer, to be started, that keeps no process alive."""
+def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
+    """Start a timer that keeps no process alive."""
     timer = threading.Timer(seconds, action)
     timer.daemon = True
+    timer.start()
     return timer
 
 
@@ -29,19 +30,15 @@ def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
         os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
 
     def kill_run() -> None:
-        hung = daemon_timer(margin_s(left_s) / 2, end)
-        try:
-            hung.start()  # the disk may hang, or who reads the log
+        with ExitStack() as last:
+            last.callback(end)
+            last.callback(after(margin_s(left_s) / 2, end).cancel)  # the disk or the log may hang
             with suppress(OSError):  # a disk that is full: an earlier save stands
                 submission.save()
             log.error("the budget is spent: ending with the strips that are done, the others empty")
             logging.shutdown()
-        finally:
-            hung.cancel()
-            end()
 
-    timer = daemon_timer(max(left_s - margin_s(left_s), 0.0), kill_run)
-    timer.start()
+    timer = after(max(left_s - margin_s(left_s), 0.0), kill_run)
     try:
         yield
     finally:

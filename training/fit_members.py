@@ -25,7 +25,7 @@ import torch
 
 from kernel.command import INTERRUPTED, new_parser, run_command
 from kernel.logs import log
-from kernel.watchdog import daemon_timer
+from kernel.watchdog import after
 from training import train
 from training.inputs import read_device
 
@@ -83,7 +83,7 @@ class Processes:
             for process in self.running:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
-                    daemon_timer(GRACE_S, process.kill).start()
+                    after(GRACE_S, process.kill)
 
 
 def split_line(line: str) -> list[str]:
@@ -205,8 +205,7 @@ def fit_all(
         finally:
             shared.give_back(device, code not in (0, INTERRUPTED))
 
-    timer = daemon_timer(seconds, processes.stop)
-    timer.start()
+    timer = after(seconds, processes.stop)
     with ThreadPoolExecutor(len(devices)) as pool:
         try:
             waiting, again = {pool.submit(fit, job) for job in jobs}, set[str]()

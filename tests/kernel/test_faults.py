@@ -344,6 +344,21 @@ def test_a_run_on_plain_pytorch_begins_with_it(
     assert asked == [True]
 
 
+def test_a_bundle_that_is_refused_is_tried_once(
+    session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = list[torch.device]()
+
+    def refuse(device: torch.device, *_: Any, **__: Any) -> None:
+        ways.append(device)
+        raise ValueError("fpn.safetensors: torn")
+
+    monkeypatch.setattr("kernel.backends.predict_on", refuse)
+    with pytest.raises(ValueError, match="torn"):
+        predict(session_light, images, images.parent / "submission.csv")
+    assert len(ways) == 1
+
+
 def test_what_fails_every_way_before_a_strip_is_done_is_raised(
     session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
