@@ -147,7 +147,8 @@ def predict_rest(
             connect_anew(args.address)
             totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
     except RayError as error:
-        reason = " ".join(str(getattr(error, "cause", None) or error).split())
+        said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
+        reason = " ".join(said.split())  # without Ray's advice, which follows
         raise RuntimeError(f"the run stopped: {reason}; start it again to continue") from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)

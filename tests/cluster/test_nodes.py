@@ -221,7 +221,8 @@ def test_a_store_that_is_away_for_more_than_eight_parts_stops_the_run(
                 engine.predict_parts(images, 2, one, {}, output)
         finally:
             ray.shutdown()
-    assert "none of the 2 images of a part can be fetched: " in str(stopped.value.cause)
+    said = str(getattr(stopped.value, "cause", ""))
+    assert "none of the 2 images of a part can be fetched: " in said
 
 
 @pytest.mark.parametrize(

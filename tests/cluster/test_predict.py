@@ -223,7 +223,10 @@ def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
     write_sample(tmp_path / "sample.csv", NAMES)
 
     def give_up(*_: object) -> None:
-        raise UserCodeException("none of the 16 images of a part can be fetched:\nno such host")
+        said = "none of the 16 images of a part can be fetched:\nno such host"
+        raise UserCodeException(
+            f"{said}\nFailed to apply UDF transform after 1/1 attempts"
+        )  # Ray's
 
     monkeypatch.setattr("cluster.predict.connect", lambda _: None)
     monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
