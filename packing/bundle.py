@@ -32,7 +32,7 @@ from packing.paths import (
     SCRIPT,
 )
 from packing.sources import left_out, propose_manifest, read_sources
-from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
+from packing.wheels import OPENVINO_VERSION, OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, REPORT, LAST_REPORT, CALIBRATION}
@@ -146,7 +146,7 @@ def _check_openvino() -> None:
     """
     if not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
-    here, packed = version("openvino"), next(iter(OPENVINO_WHEEL)).split("-")[1]
+    here, packed = version("openvino"), OPENVINO_VERSION
     numbers, most = ([int(n) for n in re.findall(r"\d+", each)[:3]] for each in (here, packed))
     if numbers > most:
         raise ValueError(

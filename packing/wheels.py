@@ -23,6 +23,7 @@ OPENVINO_WHEEL = {  # for Kaggle's Python; packed on request
         "6b4375c17ddcac83a5180349e2e2bb811185c261066e2a920659892d58ef0e3b"
     ),
 }
+OPENVINO_VERSION = next(iter(OPENVINO_WHEEL)).split("-")[1]
 KAGGLE = ["--python-version=3.12", "--platform=manylinux_2_28_x86_64", "--only-binary=:all:"]
 
 
