@@ -26,8 +26,8 @@ from kernel.task import read_sample
 with needs("cluster"):
     from ray.exceptions import RayError
 
-    from cluster.engine import connect, connect_anew, plan_workers, predict_parts
-    from cluster.images import ImageSet, absolute, find_images, open_local
+    from cluster.engine import MAX_LOST, connect, connect_anew, plan_workers, predict_parts
+    from cluster.images import ImageSet, NotFetched, absolute, find_images, open_local
     from cluster.output import Output, Totals, fault_rows
     from cluster.report import Run, write_page
     from cluster.worker import manifest_hash
@@ -100,6 +100,24 @@ def check_sample(pairs: Iterable[RowKey], images: ImageSet) -> None:
         log.warning("%d images of the sample are missing, such as %r", len(lacking), min(lacking))
 
 
+def check_store(images: ImageSet, lost: Sequence[str]) -> None:
+    """Raise RuntimeError where some lost images cannot be fetched, though not for being missing."""
+    faults = [_fetch_fault(images, name) for name in lost[:MAX_LOST]]
+    if all(faults):
+        raise RuntimeError(f"the store is away: {faults[0]}; start it again to continue")
+
+
+def _fetch_fault(images: ImageSet, name: str) -> str:
+    """What the store says of an image that it has, or may have; "" where it gives it."""
+    try:
+        images.load(name)
+    except NotFetched as error:
+        return "" if isinstance(error.__cause__, FileNotFoundError) else str(error)
+    except ValueError:  # it is no image
+        pass
+    return ""
+
+
 def predict_lost(
     lost: list[str], names: list[str], output: Output, images: ImageSet, predict: PredictNames
 ) -> Totals:
@@ -144,12 +162,16 @@ def predict_rest(
     try:
         totals, done = predict(names, per_part), output.done()
         if lost := [name for name in names if name not in done]:
+            check_store(images, lost)
             connect_anew(args.address)
             totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
     except RayError as error:
+        missing = ", or leave missing images out of the list"
         said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
         reason = " ".join(said.split())  # without Ray's advice, which follows
-        raise RuntimeError(f"the run stopped: {reason}; start it again to continue") from error
+        raise RuntimeError(
+            f"the run stopped: {reason}; start it again to continue{missing}"
+        ) from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)
     return run

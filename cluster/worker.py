@@ -115,8 +115,9 @@ def make_folder() -> Path:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(lock.parent, ignore_errors=True)
         unlocked = folder / "unlocked"  # a name that no other process looks for
-        fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)  # stays open
-        unlocked.rename(folder / "lock")
+        with contextlib.suppress(OSError):  # a file system without locks: the folder may stay
+            fcntl.flock(os.open(unlocked, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)  # stays open
+            unlocked.rename(folder / "lock")
     return folder
 
 

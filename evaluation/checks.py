@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from kernel.run_record import RunRecord
 from kernel.strip_state import TOO_LATE
 from kernel.task import read_sample
 from kernel.validator import check_submission
-from packing.metadata import PLACEHOLDER, check_kernel
+from packing.metadata import MACHINE_SHAPE, PLACEHOLDER, check_kernel
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 
 KILLED = -9  # the exit code of a process that the system ended
@@ -72,6 +73,13 @@ def check_answer(
     return [valid, *(Check(None, warning) for warning in found.warnings)]
 
 
+def has_gpu(bundle: Path) -> bool:
+    """Whether the kernel asks Kaggle for a GPU, as a build has it; it may be switched off by hand."""
+    with suppress(ValueError):  # what cannot be read is another check's
+        return read_json(bundle / "kernel" / KERNEL_METADATA.name).get("enable_gpu") is not False
+    return True
+
+
 def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
     """Check what Kaggle will be told of the kernel, as the build did: it may have changed since."""
     folder, dataset = bundle / "kernel", bundle / "dataset" / DATASET_METADATA.name
@@ -79,12 +87,16 @@ def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
     code_file = NOTEBOOK if (folder / NOTEBOOK).is_file() else SCRIPT.name
     try:
         meta = read_json(path)
+        if not has_gpu(bundle):
+            meta |= {"enable_gpu": True, "machine_shape": MACHINE_SHAPE}
         check_kernel(meta, read_json(dataset)["id"], competition.slug, code_file)
     except ValueError as error:
         return [Check(False, f"{path}: {error}")]
+    checks = [] if has_gpu(bundle) else [Check(None, "enable_gpu is false: judged on Kaggle's CPU")]
     if str(meta["id"]).startswith(f"{PLACEHOLDER}/"):
-        return [Check(None, f"the owner is still {PLACEHOLDER}: build again with --owner NAME")]
-    return []
+        words = f"the owner is still {PLACEHOLDER}: build again with --owner NAME"
+        checks.append(Check(None, words))
+    return checks
 
 
 def check_ended(working: Path) -> Check:

@@ -28,6 +28,7 @@ from evaluation.checks import (
     check_process,
     check_record,
     failed_words,
+    has_gpu,
     how_it_ended,
     is_clean,
 )
@@ -116,7 +117,14 @@ def _build_report(
     measured, competition = MeasuredRun(record, run.competition.n_images), run.competition
     calibration = read_rates(run.bundle)
     report = build_report(
-        measured, result, checks, defective, calibration, run.budget_s, competition
+        measured,
+        result,
+        checks,
+        defective,
+        calibration,
+        run.budget_s,
+        competition,
+        on_gpu=has_gpu(run.bundle),
     )
     if run.truth is None:
         return report

@@ -36,6 +36,7 @@ T4 = (
     "65 TFLOP/s fp16 in NVIDIA's data sheet; attained: ResNet-50 in PyTorch's mixed precision, "
     "1,190 images/s of 8.2 GFLOP (NVIDIA DeepLearningExamples, resnet50v1.5, inference on T4)"
 )
+CPU_MACHINE = "Kaggle's CPU"
 MACHINES = (
     Machine("2×T4", True, 2, 65e12, 0.15, T4),
     Machine("one T4", True, 1, 65e12, 0.15, T4),
@@ -45,7 +46,7 @@ MACHINES = (
         "today's PyTorch has no code for it",
     ),
     Machine(
-        "Kaggle's CPU", False, 1, 141e9, 0.5,
+        CPU_MACHINE, False, 1, 141e9, 0.5,
         "2 cores of 2.2 GHz, each two AVX2 multiply-adds a cycle; the attained share is a guess",
     ),
 )  # fmt: skip
@@ -78,7 +79,7 @@ def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
 def _machine_of(record: RunRecord) -> str:
     """Return the name in `MACHINES` of the machine that a run on Kaggle had."""
     if not record.device.startswith("cuda"):
-        return "Kaggle's CPU"
+        return CPU_MACHINE
     return "2×T4" if record.workers > 1 else "one T4"
 
 
@@ -113,7 +114,7 @@ def keep_rate(bundle: Path, path: Path) -> str:
     if run.few_for_gpu:
         raise ValueError(
             f"{path}: of {run.begun} strips, of which a GPU's start is most of the seconds; give "
-            f"that of a run of {MIN_GPU_STRIPS} or more"
+            f"that of a run of {MIN_GPU_STRIPS} or more, or leave the estimate where there is none"
         )
     rate = run.strip_flops / run.per_strip_s  # FLOP/s, with all that is not the networks
     machine, known = _machine_of(record), read_rates(bundle)

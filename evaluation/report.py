@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluation.checks import Check, ProcessResult, is_clean
 from evaluation.drawing import AnnotatedStrip
-from evaluation.machines import MACHINES, Estimate, list_estimates
+from evaluation.machines import CPU_MACHINE, MACHINES, Estimate, list_estimates
 from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun
 from evaluation.page import render_page
 from evaluation.projection import Projection, drop_to_fit, list_drops, project, usable_s
@@ -240,6 +240,7 @@ def build_report(
     calibration: dict[str, Any],
     budget_s: float | None,
     competition: Competition = SEVERSTAL,
+    on_gpu: bool = True,
 ) -> Report:
     """Build the report of a run.
 
@@ -251,7 +252,7 @@ def build_report(
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     plan_s = usable_s(budget_s, run.workers)
-    judged = next(reversed(calibration), MACHINES[0].name)
+    judged = next(reversed(calibration), MACHINES[0].name) if on_gpu else CPU_MACHINE
     kaggle = next(machine for machine in machines if machine.machine == judged)
     clean, here = is_clean(checks), time_here(run, plan_s)
     dropped = drop_to_fit(run, here.total_s, plan_s)

@@ -56,10 +56,11 @@ def gpu_supported() -> bool:
     """
     try:
         major, minor = torch.cuda.get_device_capability()
-    except (AssertionError, RuntimeError):  # a PyTorch without CUDA, a driver that is too old
+        listed = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+        built_for = [int(arch[3:].rstrip("af")) for arch in listed]
+    except Exception:  # a PyTorch without CUDA, a driver that is too old, a GPU that has failed
         return False
-    built_for = [arch[3:].rstrip("af") for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
-    return 10 * major + minor >= min(map(int, built_for), default=sys.maxsize)
+    return 10 * major + minor >= min(built_for, default=sys.maxsize)
 
 
 def pick_device() -> torch.device:

@@ -66,7 +66,7 @@ def find_sample(root: Path, competition: Competition) -> Path:
     """
     what = f"the competition {competition.slug}"
     for top in (root / "competitions" / competition.slug, root / competition.slug, root):
-        if sample := _sample_below(top, what, competition):
+        if sample := _sample_below(top, root, what, competition):
             return sample
     if seen := _list_csvs(root):
         names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
@@ -78,11 +78,11 @@ def find_sample(root: Path, competition: Competition) -> Path:
     return find_one(root, SAMPLE, what, "--sample") / SAMPLE
 
 
-def _sample_below(top: Path, what: str, competition: Competition) -> Path | None:
+def _sample_below(top: Path, root: Path, what: str, competition: Competition) -> Path | None:
     """The sample below a folder, None where there is none.
 
     Where none has the usual name, it is the csv that is called a sample, or a submission, and has
-    the competition's header.
+    the competition's header; of several none, if one elsewhere below `root` has the usual name.
     """
     zipped = f"{SAMPLE}.zip"
     if folders_with(top, SAMPLE):
@@ -95,6 +95,8 @@ def _sample_below(top: Path, what: str, competition: Competition) -> Path | None
     for word in ("sample", "submission"):
         named = sorted(path for path in _list_csvs(top) if word in path.name.lower())
         fitting = _fitting(named, competition)
+        if len(fitting) > 1 and folders_with(root, SAMPLE):
+            return None
         if len(fitting) > 1:
             listed = ", ".join(map(str, fitting))
             raise ValueError(f"more than one csv may be the sample: {listed}; choose with --sample")

@@ -33,7 +33,7 @@ def read_ahead(
     """Yield strips in order, up to `ahead` of them read beside the networks.
 
     Once a deadline is over no file is read any more: what is left would take its reserve. One whose
-    read hangs costs its own strip; only at the end it is waited for.
+    read hangs costs its own strip, and no other's time; only at the end it is waited for.
     """
 
     def read(name: str) -> Strip:
@@ -42,10 +42,16 @@ def read_ahead(
         return read_strip(folder, name, competition)
 
     def result(name: str, strip: Future[Strip]) -> Strip:
-        try:
-            return strip.result(timeout=READ_S)
-        except TimeoutError:
-            return Strip(name, None, f"was not read in {READ_S:.0f} s")
+        while True:
+            try:
+                return strip.result(timeout=READ_S)
+            except TimeoutError:
+                if deadline:
+                    deadline.last = deadline.clock()
+                if strip.running():
+                    return Strip(name, None, f"was not read in {READ_S:.0f} s")
+                if deadline and deadline.over:  # all that read hang
+                    return Strip(name, None, TOO_LATE)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting: list[tuple[str, Future[Strip]]] = []

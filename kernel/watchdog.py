@@ -32,7 +32,8 @@ def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
     def kill_run() -> None:
         with ExitStack() as last:
             last.callback(end)
-            last.callback(after(margin_s(left_s) / 2, end).cancel)  # the disk or the log may hang
+            with suppress(RuntimeError):  # no thread can be started
+                last.callback(after(margin_s(left_s) / 2, end).cancel)  # the disk or log may hang
             with suppress(OSError):  # a disk that is full: an earlier save stands
                 submission.save()
             log.error("the budget is spent: ending with the strips that are done, the others empty")

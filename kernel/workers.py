@@ -50,6 +50,11 @@ class Round:
         return set(self.exit_codes.values()) <= REFUSALS
 
     @property
+    def unusable(self) -> bool:
+        """Whether every worker's GPU ran nothing from the start."""
+        return set(self.exit_codes.values()) == {GPU_LOST} and not self.image_at_death
+
+    @property
     def killed(self) -> bool:
         """Whether one died of what would end this process, too."""
         return not set(self.exit_codes.values()) <= {*REFUSALS, GPU_LOST}
@@ -266,8 +271,9 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
     that leaves runs on the other GPUs. Where those crash too a worker on the CPU runs what all had
     begun: the image at which it dies is left out, and the GPUs go on. What killed a worker would
-    end the run, so images run in this process only where no worker can be started, where every one
-    refused its input, or where the CPU's did after GPUs that gave nothing: then it says why.
+    end the run, so images run in this process only where no worker can be started, where the one
+    GPU runs nothing, where every one refused its input, or where the CPU's did after GPUs that gave
+    nothing: then it says why.
     """
     outcome, died, done, killed = Outcome(), "", context.submission.done, False
     plan: Plan | None = first_plan(task, gpus_of(count))
@@ -292,7 +298,8 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
                 died = TOO_LATE
             killed = killed or found.killed
             first_or_last = plan.first or plan.rescue
-            if found.refused and first_or_last and not (killed or done):
+            refused = (found.refused and first_or_last) or (count == 1 and found.unusable)
+            if refused and not (killed or done):
                 log.warning("every worker failed to start; running all images in this process")
                 return predict_here(context, task)  # it says what is wrong, as in one process
             if found.image_at_death and found.image_at_death not in done and plan.rescue:

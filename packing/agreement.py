@@ -101,7 +101,8 @@ def _check_header(checkpoint: Checkpoint, spec: MemberSpec) -> None:
     where = f"{checkpoint.path}'s header"
     for key in HEADER:
         saved, declared = checkpoint.configs.get(where, {}).get(key), getattr(spec, key)
-        if saved and saved != declared:
+        in_order = list(range(spec.model.get("classes", 1))) if key == "channels" else declared
+        if saved and saved != (declared or in_order):
             raise ValueError(
                 f"{key} is {short(declared)}, {where} says {short(saved)}; correct it, or save the "
                 "weights without that header if it is not of them"

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -146,7 +146,10 @@ def _check_openvino() -> None:
     """
     if not find_spec("openvino"):
         raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
-    here, packed = version("openvino"), OPENVINO_VERSION
+    try:
+        here, packed = version("openvino"), OPENVINO_VERSION
+    except PackageNotFoundError:  # it is no package of pip's, and says no version
+        return
     numbers, most = ([int(n) for n in re.findall(r"\d+", each)[:3]] for each in (here, packed))
     if numbers > most:
         raise ValueError(
@@ -197,7 +200,8 @@ def build(
         if (out / FIT).is_dir():
             shutil.copytree(out / FIT, bundle / FIT)
         ended = (out / REPORT / "report.json").is_file()  # a run that failed leaves none
-        report = out / (REPORT if ended else LAST_REPORT)
+        ablated = [name for name in (REPORT, LAST_REPORT) if (out / name / MANIFEST).is_file()]
+        report = out / next(iter(ablated), REPORT if ended else LAST_REPORT)  # it took hours
         if report.is_dir():
             shutil.copytree(report, bundle / LAST_REPORT)
         _swap_in(bundle, out, scratch / "previous")

@@ -199,6 +199,15 @@ def _norms(weights: Mapping[str, Tensor]) -> dict[str, bool]:
     return found
 
 
+def _without_batches(norms: Mapping[str, bool]) -> list[str]:
+    """Batch norms that should have seen a batch and never did: a decoder's, or all of them.
+
+    An encoder may hold some that no forward calls, like EfficientNet's `_bn1`.
+    """
+    never = [name for name, unseen in norms.items() if unseen]
+    return never if len(never) == len(norms) else [n for n in never if n.startswith("decoder.")]
+
+
 def _never_counted(prefix: str, tree: _Tree) -> bool:
     """Whether the counter of an average says that it is the network that training began with."""
     homes = [*_ancestors(prefix), "averaging_state."]
@@ -217,8 +226,8 @@ def _is_unready(
         _norms({name: tree.tensors[key] for name, key in networks[prefix].items()})
         for prefix in (average, *plain)
     )
-    behind = [name for name in own if own[name] and any(each.get(name) is False for each in others)]
-    return bool(behind) or _never_counted(average, tree) or "average_model_state." in average
+    behind = any(each.get(name) is False for name in _without_batches(own) for each in others)
+    return behind or _never_counted(average, tree) or "average_model_state." in average
 
 
 def _same(first: Names, second: Names, tree: _Tree) -> bool:
@@ -338,10 +347,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, tensor in weights.items():
         if not is_plain(tensor):
             raise ValueError(f"{path}: {name} is sparse, quantized, complex or empty; save floats")
-    if unused := [name for name, never in _norms(weights).items() if never]:
-        more = f" and {len(unused) - 1} more" * (len(unused) > 1)
+    if unseen := _without_batches(_norms(weights)):
+        more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
         notes.append(
-            f"batch norm that never saw a batch: {unused[0]}{more}; an average is to be saved "
+            f"batch norm that never saw a batch: {unseen[0]}{more}; an average is to be saved "
             "after torch.optim.swa_utils.update_bn"
         )
     taken = set(names.values())

@@ -89,6 +89,9 @@ def _check_kernel_names(meta: dict[str, Any]) -> None:
         )
 
 
+MACHINE_SHAPE = "NvidiaTeslaT4"  # two of them; the P100 lacks kernels for Kaggle's torch
+
+
 def check_kernel(
     meta: dict[str, Any], dataset_id: str, competition: str, code_file: str = SCRIPT.name
 ) -> None:
@@ -101,7 +104,7 @@ def check_kernel(
         "is_private": True,
         "enable_gpu": True,
         "enable_internet": False,  # the client's own default is true, which the competition forbids
-        "machine_shape": "NvidiaTeslaT4",  # two of them; the P100 lacks kernels for Kaggle's torch
+        "machine_shape": MACHINE_SHAPE,
         "dataset_sources": [dataset_id],
         "competition_sources": [competition],
     }

@@ -104,7 +104,10 @@ def check_options(
     if args.taught_gates and not (gated and args.unlabelled):
         raise ValueError("--taught-gates needs a --teacher with a presence head, and --unlabelled")
     if config.moved_share:
-        check_movable(competition)
+        try:
+            check_movable(competition)
+        except ValueError as error:
+            raise ValueError(f"{error}; leave out --moved-share") from error
     if not config.crops and not cuda:
         raise ValueError("--crops auto needs a GPU, whose memory it fills")
     if args.minutes and not (0 < args.minutes < math.inf and config.steps):
@@ -218,8 +221,9 @@ def choose_head_pairs(
     known = _common_names(held_out, used)
     left = replace(held_out, names=[name for name in held_out.names if name not in known])
     if known:
-        log.info("--heads-on %s: %d held-out strips are fitted on and so not scored; %d are left",
-                 asked, len(known), len(left.names))  # fmt: skip
+        say = log.info if left.names else log.warning
+        say("--heads-on %s: %d held-out strips are fitted on and so not scored; %d are left",
+            asked, len(known), len(left.names))  # fmt: skip
     return StripPairs(used), left.some(0, to_score)
 
 

@@ -71,8 +71,9 @@ def bring_earlier(root: Path, resume: bool) -> None:
         if resume:
             raise ValueError(
                 f"no earlier output under {root}: the kernel's last version left none, as one that "
-                "failed or was cancelled does; make an earlier version's output a dataset on the "
-                "kernel's page and add that to its inputs, or build without --resume to begin anew"
+                "failed or was cancelled does; make an earlier version's output a dataset and name "
+                "it in dataset_sources of kernel-metadata.json before the push, or build without "
+                "--resume to begin anew"
             )
         log.info("no earlier output under %s: every member begins anew", root)
         return

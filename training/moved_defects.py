@@ -51,10 +51,7 @@ class Patch:
 def check_movable(competition: Competition) -> None:
     """Raise ValueError where defects of a competition's images cannot be moved."""
     if (competition.channels, competition.bits) != (1, 8):
-        raise ValueError(
-            f"{competition.slug}: defects can be moved between 8-bit grey images only; "
-            "leave out --moved-share"
-        )
+        raise ValueError(f"{competition.slug}: defects can be moved between 8-bit grey images only")
 
 
 # --- cutting out ----------------------------------------------------------------------------------

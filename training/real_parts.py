@@ -10,7 +10,6 @@ from kernel.competition import IMAGE_SIZE, SEVERSTAL
 from kernel.image_folders import list_images
 from kernel.images import Mask, Size, read_image
 from kernel.rle import decode_rle, rle_fault
-from kernel.rows import fits_header
 from training.ground_truth import Truth, read_truth
 from training.surface import Field, Rng, Span, blurred
 
@@ -64,11 +63,10 @@ def steel_on(background: Field, unit: float) -> tuple[Mask, Span]:
 
 def _read_severstal(path: Path) -> Truth:
     """Read a train.csv of Severstal's; ValueError for another competition's."""
-    if path.is_file() and not fits_header(path, SEVERSTAL):
-        raise ValueError(
-            f"{path}: not a train.csv of Severstal's, whose strips alone real parts are taken from"
-        )
-    return read_truth(path, SEVERSTAL)
+    try:
+        return read_truth(path, SEVERSTAL)
+    except ValueError as error:
+        raise ValueError(f"{error}; real parts are taken from Severstal's strips alone") from error
 
 
 def read_outlines(path: Path, leave_out: frozenset[str] = frozenset()) -> dict[int, list[str]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers import (
     LABELS,
     ROOT,
@@ -43,7 +44,7 @@ from ray.exceptions import UserCodeException
 from cluster.engine import Workers, connect
 from cluster.images import ImageSet
 from cluster.output import Output, Totals, fault_rows
-from cluster.predict import main
+from cluster.predict import check_store, main
 from kernel.competition import SEVERSTAL, load_competition
 from kernel.images import read_image
 from kernel.shipped import find_competition
@@ -212,6 +213,28 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("fault", "away"),
+    [(ConnectionError("no such host"), True), (FileNotFoundError("b"), False), (None, False)],
+)
+def test_lost_images_are_not_tried_alone_while_their_store_is_away(
+    fault: Exception | None, away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As faults they would never be tried again."""
+
+    def fetch(fs: object, path: str) -> bytes:
+        if fault and (path.endswith("b.jpg") or away):
+            raise fault
+        return b"no image"
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch)
+    images = ImageSet("memory://strips", [], "memory://strips")
+    if not away:
+        return check_store(images, ["b.jpg", "a.jpg"])
+    with pytest.raises(RuntimeError, match="the store is away: no such host; start it again"):
+        check_store(images, ["b.jpg", "a.jpg"])
+
+
 def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
     session_light: Path,
     tmp_path: Path,
@@ -234,7 +257,7 @@ def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
     assert exit_code(main, *options_of(tmp_path)) == 2
     assert error_of(capsys.readouterr().err) == (
         "the run stopped: none of the 16 images of a part can be fetched: no such host; "
-        "start it again to continue"
+        "start it again to continue, or leave missing images out of the list"
     )
 
 

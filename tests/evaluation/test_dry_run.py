@@ -306,12 +306,13 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"enable_gpu": False}, 1,
-         'NO  {}: enable_gpu False is not True; write "enable_gpu": true'),
+        ({"enable_gpu": False}, 0, "–   enable_gpu is false: judged on Kaggle's CPU"),
+        ({"enable_internet": True}, 1,
+         'NO  {}: enable_internet True is not False; write "enable_internet": false'),
         ({"id": f"{PLACEHOLDER}/severstal-steel-ensemble-submission"}, 0,
          f"–   the owner is still {PLACEHOLDER}: build again with --owner NAME"),
     ],
-    ids=["a GPU that was switched off", "nobody's yet"],
+    ids=["a GPU that was switched off", "the internet", "nobody's yet"],
 )  # fmt: skip
 def test_the_kernel_s_metadata_is_rehearsed_too(
     changes: dict[str, Any],
@@ -325,7 +326,11 @@ def test_the_kernel_s_metadata_is_rehearsed_too(
     write_json(path, json.loads(path.read_text()) | changes)
     (working / "run.json").write_text(json.dumps(run_json(faults={})))
     assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == code
-    assert f"   {words.format(path)}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"   {words.format(path)}\n" in printed
+    report = json.loads((run.out / "report.json").read_text(encoding="utf-8"))
+    judged = "2×T4" if changes.get("enable_gpu", True) else "Kaggle's CPU"
+    assert report["kaggle"]["machine"] == judged
 
 
 def test_the_seconds_that_only_the_process_had_are_its_start(tmp_path: Path) -> None:

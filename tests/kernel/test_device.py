@@ -81,6 +81,8 @@ def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: 
         ((9, 0), ["gfx90a"], False),
         (RuntimeError("no driver"), ["sm_70"], False),
         (AssertionError("Torch not compiled with CUDA enabled"), [], False),
+        (torch.cuda.DeferredCudaCallError("CUDA call failed lazily"), ["sm_70"], False),
+        ((7, 5), ["sm_next"], False),
     ],
 )
 def test_a_gpu_is_supported_where_pytorch_has_code_for_one_no_newer(

@@ -238,6 +238,29 @@ def test_a_read_that_hangs_costs_its_own_strip(
     assert faults == {NAMES[1]: "was not read in 1 s"}
 
 
+def test_strips_behind_reads_that_hang_are_waited_for_and_take_no_time_of_others(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both that read hang; what has not begun to be read is no strip's fault."""
+    answers, deadline = threading.Event(), Deadline(3600, time.monotonic())
+    deadline.last = before = deadline.clock()
+
+    def read(folder: Path, name: str, *rules: Any) -> Strip:
+        if name in NAMES[:2]:
+            answers.wait(timeout=60)
+        return read_strip(folder, name, *rules)
+
+    monkeypatch.setattr("kernel.predict.read_strip", read)
+    monkeypatch.setattr("kernel.predict.READ_S", 0.3)
+    coming = read_ahead(images, NAMES, ahead=3, competition=SEVERSTAL, deadline=deadline)
+    strips = [next(coming), next(coming)]
+    assert deadline.last > before
+    threading.Timer(1.0, answers.set).start()
+    strips += coming
+    assert [strip.name for strip in strips] == NAMES
+    assert [strip.image is None for strip in strips] == [name in NAMES[:2] for name in NAMES]
+
+
 def test_an_error_after_strips_that_are_done_ends_nothing(
     bundle: Path, images: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,19 @@ def test_a_sample_of_another_name_is_known_by_its_header(
     assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg", "b.jpg"]
 
 
+def test_of_several_samples_in_the_competitions_folder_none_goes_before_the_usual_name(
+    tmp_path: Path,
+) -> None:
+    mount(tmp_path, "ensemble", COMPETITION, f"{COMPETITION}/test")
+    sample = tmp_path / COMPETITION / SAMPLE
+    (tmp_path / "mine").mkdir()
+    sample.rename(tmp_path / "mine" / SAMPLE)
+    for stage, name in (("1", "x.jpg"), ("2", "y.jpg")):
+        lines = f"ImageId,EncodedPixels,ClassId\n{name},,1\n"
+        write(tmp_path / COMPETITION / f"stage{stage}_sample_submission.csv", lines)
+    assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg", "b.jpg"]
+
+
 def test_of_csv_files_that_are_no_sample_all_are_named_and_of_several_samples_too(
     tmp_path: Path,
 ) -> None:

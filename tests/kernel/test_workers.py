@@ -19,8 +19,10 @@ import torch
 from helpers import LAYOUTS, predict, read_submission, save_strips, write_sample
 from run_records import a_record
 
+from kernel import inference
 from kernel.budget import margin_s
 from kernel.deadline import Deadline
+from kernel.device import GPU_LOST
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
 from kernel.options import Options, parse_options
@@ -405,7 +407,10 @@ def test_what_a_worker_has_not_written_again_is_not_read_again(
 
 
 def rounds_of(
-    given: Sequence[Round], submission: Submission, monkeypatch: pytest.MonkeyPatch
+    given: Sequence[Round],
+    submission: Submission,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int = 2,
 ) -> tuple[Outcome, list[Sequence[str]]]:
     """The outcome of rounds that give this, the last of them again and again; and their GPUs."""
     calls = list[Sequence[str]]()
@@ -419,10 +424,38 @@ def rounds_of(
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0", "1"][:count])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
     context = RunContext(Options(), Path(), Manifest([]), submission, Stages(), time.monotonic())
-    return predict_by_workers(context, task, 2), calls
+    return predict_by_workers(context, task, count), calls
 
 
 DIES = Round(exit_codes={1: -11})
+
+
+@pytest.mark.parametrize(
+    ("count", "began", "here"), [(1, "", True), (1, "1.png", False), (2, "", False)]
+)
+def test_where_the_one_gpu_runs_nothing_the_first_process_does(
+    count: int, began: str, here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It picks the CPU, with as many strips at once as was asked for."""
+    outcome, submission = Outcome(), Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
+    monkeypatch.setattr("kernel.workers.predict_here", lambda *_: outcome)
+    given = [
+        Round(exit_codes={1: GPU_LOST}, image_at_death=began, lost={"0"}),
+        replace(DIES, lost={"0", "1"}),
+    ]
+    found, calls = rounds_of(given, submission, monkeypatch, count)
+    assert (found is outcome, len(calls) == 1) == (here, here)
+
+
+@pytest.mark.parametrize("worker", [False, True])
+def test_a_worker_alone_ends_with_its_parent(
+    worker: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[bool]()
+    monkeypatch.setattr(inference, "end_with_parent", lambda: told.append(True))
+    with pytest.raises(ValueError, match="gone"):
+        inference.run_options(Options(bundle=tmp_path / "gone", worker=worker))
+    assert told == [True] * worker
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,23 @@ def test_an_average_that_was_never_updated_is_left_out_and_named(
     assert any(note.startswith("left out: ") for note in found.notes)
 
 
+def test_an_average_is_ready_whose_encoder_has_a_batch_norm_that_no_forward_calls(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    """`update_bn` resets it, where the plain network keeps ImageNet's statistics."""
+    plain = network.state_dict()
+    average = doubled(plain)
+    unused = next(name for name in plain if name.endswith("running_mean") and "encoder" in name)
+    average[unused] = torch.zeros_like(average[unused])
+    variance = unused.replace("running_mean", "running_var")
+    average[variance] = torch.ones_like(average[variance])
+    swa = {"n_averaged": torch.tensor(9)} | renamed(average, "module.")
+    torch.save({"model": plain, "swa": swa}, tmp_path / "member.pt")
+    found = read_checkpoint(tmp_path / "member.pt")
+    assert_same(found.weights, average)
+    assert not any(note.startswith("batch norm that never saw") for note in found.notes)
+
+
 def test_batch_norm_that_never_saw_a_batch_is_named_where_nothing_better_stands_beside_it(
     network: nn.Module, tmp_path: Path
 ) -> None:

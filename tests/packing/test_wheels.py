@@ -21,6 +21,8 @@ def test_no_openvino_is_installed_that_is_newer_than_the_bundles() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     [extra] = project["optional-dependencies"]["openvino"]
     assert extra.endswith(f",<={OPENVINO_VERSION}")
+    oldest = (ROOT / "requirements-oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert f"openvino<={OPENVINO_VERSION}" in oldest
 
 
 def test_cached_wheels_need_no_registry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,7 @@ def test_a_sheet_of_another_competition_is_drawn_and_one_in_colour_refused(
     assert run_sheet(*words, "salt") == 0
     assert cv2.imread(str(tmp_path / "moved.png")) is not None
     assert run_sheet(*words, "clouds") == 2
-    line = "defects can be moved between 8-bit grey images only; leave out --moved-share"
+    line = "defects can be moved between 8-bit grey images only"
     assert line in error_of(capsys.readouterr().err)
 
 
