@@ -74,7 +74,7 @@ def check_answer(
 
 
 def has_gpu(bundle: Path) -> bool:
-    """Whether the kernel asks Kaggle for a GPU, as a build has it; it may be switched off by hand."""
+    """Whether the kernel asks Kaggle for a GPU, as built; it may be switched off by hand."""
     with suppress(ValueError):  # what cannot be read is another check's
         return read_json(bundle / "kernel" / KERNEL_METADATA.name).get("enable_gpu") is not False
     return True

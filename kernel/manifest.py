@@ -158,7 +158,7 @@ def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None
     """Width and height the wrong way round would squeeze every strip, and nothing would fail.
 
     A size is so where its sides, swapped, are in the proportion of the images', within 5 %; of
-    images that are nearly square it cannot be said.
+    images that are nearly square exactly.
     """
     images, slug = competition.image_size, competition.slug
     # another slug over Severstal's description has none: its images may have any size
@@ -166,9 +166,8 @@ def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None
     if not (size and images and described):
         return
     other_way = (size[0] - size[1]) * (images[0] - images[1]) < 0  # one wide, the other high
-    if max(images) < 1.1 * min(images):
-        return
-    if other_way and math.isclose(size[0] * images[0], size[1] * images[1], rel_tol=0.05):
+    tolerance = 0.05 if max(images) > 1.1 * min(images) else 0.0
+    if other_way and math.isclose(size[0] * images[0], size[1] * images[1], rel_tol=tolerance):
         raise ValueError(
             f"image_size {list(size)}: the images of {slug} are {list(images)}, "
             f"[height, width]: write {list(size[::-1])}"

@@ -163,6 +163,8 @@ def test_values_at_the_edge_of_a_rule_are_read(tmp_path: Path) -> None:
         ((1400, 2100), (512, 512), True),
         ((101, 101), (101, 101), True),
         ((100, 104), (104, 104), True),
+        ((1000, 1024), (544, 512), True),
+        ((1000, 1024), (512, 500), False),
         ((1918, 1280), (640, 960), False),  # images that are high
     ],
 )

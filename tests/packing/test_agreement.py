@@ -183,6 +183,13 @@ def test_what_a_header_says_of_the_weights_is_said_by_the_entry_too(
     save_file(network.state_dict(), path, {"member": json.dumps(entry)})
     own = MemberSpec(**entry | {"mask_shift": 0.0})  # which is calibrated
     check_source(path, read_checkpoint(path), own, 8)
+    if key == "channels":  # all of them in order, as where nothing is said
+        in_order = tiny_entry("m", MODEL) | {key: list(range(MODEL["classes"]))}
+        save_file(
+            network.state_dict(), tmp_path / "all.safetensors", {"member": json.dumps(in_order)}
+        )
+        found = read_checkpoint(tmp_path / "all.safetensors")
+        check_source(tmp_path / "all.safetensors", found, replace(own, channels=None), 8)
     with pytest.raises(ValueError, match=rf"{key} is .*m\.safetensors's header says .*correct it"):
         check_source(path, read_checkpoint(path), replace(own, **{key: declared}), 8)
     del entry[key]  # as one was packed that did not know

@@ -245,6 +245,9 @@ def test_the_report_of_a_dry_run_outlives_the_builds_after_it_as_one_of_before(
             assert not (built / "report").exists()
             (built / "report").mkdir()  # of a run that fails
             assert (built / "report-before" / "ensemble.json").read_text() == proposal
+    (built / "report" / "report.json").touch()  # of a quick run, without a proposal
+    build(tiny_weights, built, None)
+    assert (built / "report-before" / "ensemble.json").read_text() == proposal
 
 
 def test_a_folder_that_holds_more_than_a_bundle_is_not_swapped_away(tmp_path: Path) -> None:
