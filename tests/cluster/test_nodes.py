@@ -215,6 +215,7 @@ def test_a_store_that_is_away_for_more_than_eight_parts_stops_the_run(
         engine.connect(cluster.address)
         try:
             assert engine.predict_parts(images, 2, one, {}, output).images == 24
+            engine.connect_anew(cluster.address)  # a worker of the first run may still be there
             for name in names[16:18]:
                 (tmp_path / "images" / name).unlink()
             with pytest.raises(RayError) as stopped:
