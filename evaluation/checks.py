@@ -85,14 +85,15 @@ def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
     folder, dataset = bundle / "kernel", bundle / "dataset" / DATASET_METADATA.name
     path = folder / KERNEL_METADATA.name
     code_file = NOTEBOOK if (folder / NOTEBOOK).is_file() else SCRIPT.name
+    on_gpu = has_gpu(bundle)
     try:
         meta = read_json(path)
-        if not has_gpu(bundle):
+        if not on_gpu:
             meta |= {"enable_gpu": True, "machine_shape": MACHINE_SHAPE}
         check_kernel(meta, read_json(dataset)["id"], competition.slug, code_file)
     except ValueError as error:
         return [Check(False, f"{path}: {error}")]
-    checks = [] if has_gpu(bundle) else [Check(None, "enable_gpu is false: judged on Kaggle's CPU")]
+    checks = [] if on_gpu else [Check(None, "enable_gpu is false: judged on Kaggle's CPU")]
     if str(meta["id"]).startswith(f"{PLACEHOLDER}/"):
         words = f"the owner is still {PLACEHOLDER}: build again with --owner NAME"
         checks.append(Check(None, words))

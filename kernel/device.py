@@ -50,9 +50,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def gpu_supported() -> bool:
-    """Whether PyTorch has code for the first GPU, which it has not for a P100; nothing runs on it.
+    """Whether PyTorch has code for the first GPU, as it has none for a P100, by what it lists.
 
-    Where only running would tell, as on ROCm, it is False.
+    Nothing runs on the GPU; where only that would tell, as on ROCm, it is False.
     """
     try:
         major, minor = torch.cuda.get_device_capability()

@@ -47,7 +47,7 @@ def read_ahead(
                 return strip.result(timeout=READ_S)
             except TimeoutError:
                 if deadline:
-                    deadline.last = deadline.clock()
+                    deadline.last = deadline.clock()  # no strip took this time
                 if strip.running():
                     return Strip(name, None, f"was not read in {READ_S:.0f} s")
                 if deadline and deadline.over:  # all that read hang

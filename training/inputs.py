@@ -104,10 +104,7 @@ def check_options(
     if args.taught_gates and not (gated and args.unlabelled):
         raise ValueError("--taught-gates needs a --teacher with a presence head, and --unlabelled")
     if config.moved_share:
-        try:
-            check_movable(competition)
-        except ValueError as error:
-            raise ValueError(f"{error}; leave out --moved-share") from error
+        check_movable(competition, "--moved-share")
     if not config.crops and not cuda:
         raise ValueError("--crops auto needs a GPU, whose memory it fills")
     if args.minutes and not (0 < args.minutes < math.inf and config.steps):

@@ -48,10 +48,13 @@ class Patch:
         return Patch(*turned, np.flip(self.masks, axis + 1), tuple(edges))  # type: ignore[arg-type]
 
 
-def check_movable(competition: Competition) -> None:
-    """Raise ValueError where defects of a competition's images cannot be moved."""
+def check_movable(competition: Competition, option: str) -> None:
+    """Raise ValueError, naming the option, where a competition's defects cannot be moved."""
     if (competition.channels, competition.bits) != (1, 8):
-        raise ValueError(f"{competition.slug}: defects can be moved between 8-bit grey images only")
+        raise ValueError(
+            f"{option}: defects can be moved between 8-bit grey images only, which those of "
+            f"{competition.slug} are not"
+        )
 
 
 # --- cutting out ----------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def draw_sheet(args: argparse.Namespace) -> int:
     """Write the contact sheet."""
     competition = read_competition(args)
-    check_movable(competition)
+    check_movable(competition, "--competition")
     strips, rng = read_strips(args.data, competition), np.random.default_rng(args.seed)
     if not any(strips.truth.values()):
         raise ValueError(f"{args.data}: no strip has a defect")
