@@ -154,16 +154,24 @@ def _check_member(member: MemberSpec, manifest: Manifest) -> None:
     _check_padding(member)
 
 
+def described_size(competition: Competition) -> tuple[int, int] | None:
+    """Return the (H, W) of most images, where a description of the competition's own says it.
+
+    Under another slug Severstal's stands for want of one, and the images may have any size.
+    """
+    slug = competition.slug
+    own = slug == SEVERSTAL.slug or competition != replace(SEVERSTAL, slug=slug)
+    return competition.image_size if own else None
+
+
 def _check_sides(size: tuple[int, int] | None, competition: Competition) -> None:
     """Width and height the wrong way round would squeeze every strip, and nothing would fail.
 
     A size is so where its sides, swapped, are in the proportion of the images', within 5 %; of
     images that are nearly square exactly.
     """
-    images, slug = competition.image_size, competition.slug
-    # another slug over Severstal's description has none: its images may have any size
-    described = slug == SEVERSTAL.slug or competition != replace(SEVERSTAL, slug=slug)
-    if not (size and images and described):
+    images, slug = described_size(competition), competition.slug
+    if not (size and images):
         return
     other_way = (size[0] - size[1]) * (images[0] - images[1]) < 0  # one wide, the other high
     tolerance = 0.05 if max(images) > 1.1 * min(images) else 0.0

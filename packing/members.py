@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernel.engines import load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
-from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec
+from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec, described_size
 from kernel.members import Member, load_member
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
 from kernel.stages import Stages
@@ -184,16 +185,35 @@ def _check_statistics(network: nn.Module, path: Path) -> None:
             )
 
 
+def _notes_of_images(spec: MemberSpec, manifest: Manifest) -> list[str]:
+    """What the images are made into for a member, where it may not be what it was trained on."""
+    notes, competition = list[str](), manifest.competition
+    if competition.channels == 1 and len(spec.mean) == 3:
+        notes.append(
+            "its three channels get the same grey: right where it was trained so, wrong for one of "
+            "neighbouring slices (2.5D)"
+        )
+    if competition.bits == 16 and not any(spec.mean) and set(spec.std) == {1}:
+        notes.append(
+            "mean 0 and std 1: it gets pixels divided by 65,535, wrong where it was trained on "
+            "images divided by their own maximum; train it with fixed numbers"
+        )
+    height, width = spec.image_size or manifest.image_size or (0, 0)
+    rows, columns = described_size(competition) or (0, 0)
+    if not math.isclose(height * columns, width * rows, rel_tol=0.05):
+        notes.append(
+            f"images of {rows}×{columns} are squeezed to image_size {[height, width]}: right where "
+            "it was trained so; for a member trained on crops of them leave image_size out"
+        )
+    return notes
+
+
 def _pack(
     source: Path, spec: MemberSpec, manifest: Manifest, folder: Path, openvino: bool
 ) -> PackedMember:
     channels, checkpoint = manifest.competition.channels, read_checkpoint(source)
     check_source(source, checkpoint, spec, manifest.competition.bits)
-    if channels == 1 and len(spec.mean) == 3:
-        checkpoint.notes.append(
-            "its three channels get the same grey: right where it was trained so, wrong for one of "
-            "neighbouring slices (2.5D)"
-        )
+    checkpoint.notes.extend(_notes_of_images(spec, manifest))
     network = load_into_model(checkpoint, spec.model)
     _check_statistics(network, checkpoint.path)
     spec = _write_member(folder, spec, network, checkpoint.path)

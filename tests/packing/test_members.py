@@ -217,7 +217,7 @@ def test_an_efficientnet_whose_smp_nothing_tells_is_asked_about(tmp_path: Path) 
         if name == "pretrained":
             saved = {"_model_class": "FPN", **model}
             (folder / "config.json").write_text(json.dumps(saved))
-        return pack(folder, entry | changes).notes
+        return pack(folder, entry | changes, image_size=[32, 200]).notes
 
     [note] = notes_of("plain")
     assert note.startswith("efficientnet-b1: trained with SMP before 0.3? ")
@@ -239,6 +239,42 @@ def test_three_channels_that_get_one_grey_are_noted(
     assert [note.startswith("its three channels get the same grey") for note in notes] == (
         [True] if (images, channels) == (1, 3) else []
     )
+
+
+@pytest.mark.parametrize(
+    ("bits", "mean", "noted"), [(16, [0.0], True), (16, [0.3], False), (8, [0.0], False)]
+)
+def test_an_image_divided_by_its_own_maximum_is_asked_about_where_it_has_16_bits(
+    bits: int, mean: list[float], noted: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "competition.json").write_text(json.dumps({"slug": "mine", "bits": bits}))
+    entry = save_member(tmp_path, tiny_model(), mean=mean, std=[1])
+    notes = pack(tmp_path, entry, competition="mine").notes
+    assert ["divided by their own maximum" in note for note in notes] == [True] * noted
+
+
+@pytest.mark.parametrize(
+    ("slug", "size", "own", "noted"),
+    [
+        ("mine", [64, 104], None, "[64, 104]"),  # a crop of a strip
+        ("mine", [64, 400], None, ""),
+        ("mine", [62, 400], None, ""),  # rounded to a stride
+        ("mine", [64, 400], [64, 104], "[64, 104]"),
+        ("mine", [64, 104], [64, 400], ""),
+        ("mine", None, None, ""),
+        ("undescribed", [64, 104], None, ""),
+    ],
+)
+def test_a_size_of_other_proportions_than_the_images_is_noted(
+    slug: str, size: list[int] | None, own: list[int] | None, noted: str, tmp_path: Path
+) -> None:
+    if slug == "mine":
+        described = {"slug": slug, "image_size": [128, 800]}
+        (tmp_path / "competition.json").write_text(json.dumps(described))
+    entry = save_member(tmp_path, tiny_model(), image_size=own)
+    notes = pack(tmp_path, entry, image_size=size, competition=slug).notes
+    words = f"images of 128×800 are squeezed to image_size {noted}: "
+    assert [note.startswith(words) for note in notes] == [True] * bool(noted)
 
 
 class Stem(nn.Module):
