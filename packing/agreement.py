@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernel.faults import short
 from kernel.manifest import MemberSpec
-from packing.checkpoints import Checkpoint, is_outside_layer, is_plain
+from packing.checkpoints import MAX_LISTED, Checkpoint, is_outside_layer, is_plain
 from packing.models import (
     FITTING,
     class_of,
@@ -215,47 +215,91 @@ def _check_normalisation(
         )
 
 
+AS_IMAGES = ((1, 1, 1, 1), (1, 3, 1, 1))  # shapes of a number a channel, beside (B, C, H, W)
+
+
+def _note_range(checkpoint: Checkpoint, spec: MemberSpec, bits: int) -> None:
+    """Note a std that agrees, in the form in which SMP's Lightning examples register it.
+
+    They take it, of [0, 1], from pixels of 0-255 (SMP's issue 1224), and no tensor tells.
+    """
+    for name, tensor in checkpoint.left_out.items():
+        if normalisation_of(name) != "std" or tuple(tensor.shape) not in AS_IMAGES:
+            continue
+        if is_plain(tensor) and 1 in _fitting_scales(tensor.flatten().tolist(), spec.std, bits):
+            most = 2**bits - 1
+            checkpoint.notes.append(
+                f"{name}, as the entry's std: trained on pixels of 0-{most}, as by SMP's Lightning "
+                f"examples? Then divide the entry's mean and std by {most}"
+            )
+            return
+
+
 # --- layers around the network --------------------------------------------------------------------
 
+NARROWEST = 16  # channels of a feature of SMP's decoders; what takes fewer takes an image or masks
 
-def _place_of(
-    name: str, weight: Tensor, others: Container[str], channels: int, classes: int
-) -> str:
+
+def _is_norm(name: str, weight: Tensor, others: Container[str]) -> bool:
+    """A norm's weight has a bias or a mean beside it, which a loss's or an activation's has not."""
+    beside = (f"{name.rpartition('.')[0]}.{each}" for each in ("bias", "running_mean"))
+    return weight.ndim == 1 and any(each in others for each in beside)
+
+
+def _place_of(weight: Tensor, takes_image: bool, channels: int, classes: int) -> str:
     """Where a convolution, in groups too, or a norm fits the network; nothing for other layers.
 
-    A norm's weight has a bias or a mean beside it, which a loss's or an activation's has not.
+    A convolution stands before the input only where one `takes_image`: a head has few outputs too.
     """
     before = behind = False
     if weight.ndim == 4:
         out, taken = weight.shape[:2]
-        before = out == channels
+        before = takes_image and out == channels
         behind = taken == classes or (out == classes and classes % taken == 0)
     elif weight.ndim == 1:
-        beside = (f"{name.rpartition('.')[0]}.{each}" for each in ("bias", "running_mean"))
-        is_norm = any(each in others for each in beside)
-        before, behind = (is_norm and len(weight) == size for size in (channels, classes))
+        before, behind = (len(weight) == size for size in (channels, classes))
     return "before its input" if before else "behind its masks" if behind else ""
+
+
+def _listed(layers: Iterable[str]) -> str:
+    """The modules that layers' weights belong to, a list of them once: `attention, edge.conv`."""
+    modules = (name.rpartition(".")[0] for name in layers)
+    names = list(dict.fromkeys(re.split(r"\.\d+(?:\.|$)", each)[0] for each in modules))
+    more = [f"and {len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
+    return ", ".join(names[:MAX_LISTED] + more)
 
 
 def _check_layers(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """Refuse a trained layer outside the network that fits before its input or behind its masks.
 
     A stem, or a layer that refines the masks, changes the answer, and the kernel has none. Others
-    are named in the build's table.
+    are noted: whether they are heads or stand between encoder and decoder no tensor tells.
 
     Raises:
         ValueError: the first such layer, by its name.
     """
     channels, classes = model.get("in_channels", 3), model.get("classes", 1)  # SMP's defaults
-    for name, weight in checkpoint.left_out.items():
-        place = _place_of(name, weight, checkpoint.left_out, channels, classes)
-        if is_outside_layer(name) and place:
+    layers = {
+        name: weight
+        for name, weight in checkpoint.left_out.items()
+        if is_outside_layer(name)
+        and (weight.ndim > 1 or _is_norm(name, weight, checkpoint.left_out))
+    }
+    takes_image = any(each.ndim == 4 and each.shape[1] < NARROWEST for each in layers.values())
+    for name, weight in layers.items():
+        place = _place_of(weight, takes_image, channels, classes)
+        if place:
             raise ValueError(
                 f"{checkpoint.path}: {name}, as {tuple(weight.shape)}, is a layer outside the "
                 f"network that fits {place}: what it does would be lost; train without it, or save "
                 "the network alone where its output does not need it: "
                 "torch.save(network.state_dict(), 'member.pt')"
             )
+    if layers:
+        checkpoint.notes.append(
+            f"trained, yet left out: {_listed(layers)}; if these are heads of their own, all is "
+            "well; if the masks went through them, this member is wrong"
+        )
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -275,5 +319,6 @@ def check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: i
         _check_config(config, spec.model, where, spec.softmax)
     _check_header(checkpoint, spec)
     _check_normalisation(checkpoint, spec, configs, bits)
+    _note_range(checkpoint, spec, bits)
     _check_layers(checkpoint, spec.model)
     _note_padding(checkpoint, spec, configs)

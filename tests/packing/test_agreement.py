@@ -294,6 +294,25 @@ def test_a_mean_of_16_bits_is_held_against_the_manifests() -> None:
         check_source(PATH, saved, GREY, 8)
 
 
+def shaped(values: list[float], *shape: int) -> Any:
+    return np.reshape(values, shape).tolist()
+
+
+def test_buffers_as_smps_examples_register_them_are_asked_about() -> None:
+    """They normalise pixels of 0-255 with a mean and std of [0, 1]."""
+    buffers = {"mean": shaped(RGB.mean, 1, 3, 1, 1), "std": shaped(RGB.std, 1, 3, 1, 1)}
+    saved = with_buffers(**buffers)
+    check_source(PATH, saved, RGB, 8)
+    [note] = saved.notes
+    assert note.startswith("std, as the entry's std: trained on pixels of 0-255, ")
+    assert note.endswith("Then divide the entry's mean and std by 255")
+    divided = replace(RGB, mean=[m / 255 for m in RGB.mean], std=[s / 255 for s in RGB.std])
+    other = with_buffers(mean=shaped(RGB.mean, 3, 1, 1), std=shaped(RGB.std, 3, 1, 1))
+    for saved, spec in ((with_buffers(**buffers), divided), (other, RGB)):
+        check_source(PATH, saved, spec, 8)
+        assert saved.notes == []
+
+
 SAID = {
     "a tuple": ({"mean": (0.5,), "std": (0.13,)}, "mean"),
     "an array": ({"mean": np.array([0.5]), "std": np.array([0.13])}, "mean"),
@@ -378,7 +397,6 @@ def with_layer(name: str, *shape: int) -> Checkpoint:
     ("name", "shape", "place"),
     [
         ("state_dict.stem.weight", (3, 1, 1, 1), "before its input"),
-        ("adapter.2.weight", (3, 16, 3, 3), "before its input"),
         ("stem.weight_v", (3, 1, 1, 1), "before its input"),
         ("stem.weight_orig", (3, 1, 1, 1), "before its input"),
         ("stem.parametrizations.weight.original", (3, 1, 1, 1), "before its input"),
@@ -394,6 +412,15 @@ def test_a_layer_around_the_network_is_refused(
     words = rf"member\.pt: {name}, as .*outside the network that fits {place}: .*train without it"
     with pytest.raises(ValueError, match=words):
         check_source(PATH, with_layer(name, *shape), RGB, 8)
+
+
+def test_a_chain_of_layers_before_the_input_is_refused() -> None:
+    chain = {
+        "adapter.0.weight": torch.ones(16, 3, 3, 3),
+        "adapter.2.weight": torch.ones(3, 16, 3, 3),
+    }
+    with pytest.raises(ValueError, match=r"adapter\.2\.weight, as .* fits before its input"):
+        check_source(PATH, Checkpoint(PATH, {}, [], chain), RGB, 8)
 
 
 LAYERS: dict[str, tuple[nn.Module, str]] = {  # around a network of 3 channels and 4 classes
@@ -441,6 +468,30 @@ def test_a_layer_in_a_wrapper_that_fits_neither_end_is_named_only(
     found = read_checkpoint(tmp_path / "member.pt")
     assert "left out: extra" in found.notes[0]
     check_source(PATH, found, spec, 8)
+
+
+@pytest.mark.parametrize("spec", [GREY, RGB], ids=["grey", "RGB"])
+def test_trained_layers_that_the_masks_may_have_gone_through_are_noted_once(
+    spec: MemberSpec, network: nn.Module, tmp_path: Path
+) -> None:
+    extra: dict[str, nn.Module] = {
+        "attention": nn.ModuleList([nn.Conv2d(64, 64, 1), nn.Conv2d(32, 32, 1)]),
+        "norm": nn.BatchNorm2d(64),
+        "edge": nn.Sequential(nn.Conv2d(16, 1, 1)),  # a head of as many outputs as grey channels
+        "aux": nn.Conv2d(64, 3, 1),  # or as RGB
+        "head": nn.Linear(64, 1),
+        "loss": nn.CrossEntropyLoss(torch.ones(4)),
+        "ce": nn.CrossEntropyLoss(torch.ones(4)),
+        "act": nn.PReLU(),
+    }
+    wrapper = nn.ModuleDict({"net": network, **extra})
+    torch.save(wrapper.state_dict(), tmp_path / "member.pt")
+    found = read_checkpoint(tmp_path / "member.pt")
+    check_source(PATH, found, spec, 8)
+    assert found.notes[1:] == [
+        "trained, yet left out: attention, norm, edge, and 2 more; if these are heads of their "
+        "own, all is well; if the masks went through them, this member is wrong"
+    ]
 
 
 @pytest.mark.parametrize(
