@@ -14,7 +14,7 @@ from kernel.faults import one_line, short
 from kernel.members import build_network
 from packing.checkpoints import Checkpoint
 from packing.likely_model import likely_model
-from packing.old_names import rename_old, widen_head
+from packing.old_names import rename_bare, rename_old, widen_head
 from packing.reading import weights_file
 
 NEAREST = 3  # names that a message gives
@@ -219,10 +219,11 @@ def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict
             f'"aux_params": {{"classes": {classes}, "pooling": "avg" or "max"}} as it was trained, '
             "or save the network without it"
         )
-    if all(".attention.cSE." in key or ".attention.sSE." in key for key in unexpected):
+    others = [key for key in unexpected if key not in head]  # it is asked for next
+    if others and all(".attention.cSE." in k or ".attention.sSE." in k for k in others):
         return (
-            f"{faults[0]}: an attention was trained, and model declares none; write "
-            '"decoder_attention_type": "scse"'
+            f"has the unexpected {others[0]}: an attention was trained, and model declares none; "
+            'write "decoder_attention_type": "scse"'
         )
     return (
         f"{faults[0]}; SMP's {model['arch']} has all its weights there and no layer of that "
@@ -234,8 +235,9 @@ def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict
 def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     """Return the declared network with the checkpoint's weights in it.
 
-    Old names become today's: those of SMP 0.0.x here, later ones by SMP's own loading. Counters of
-    batch norm that old or EMA checkpoints lack are added as zero: nothing reads them.
+    Other names become today's: those of SMP 0.0.x and of a bare encoder or head here, later ones by
+    SMP's own loading. Counters of batch norm that old or EMA checkpoints lack are added as zero:
+    nothing reads them.
 
     Raises:
         ValueError: SMP builds no such model, or a key is missing, unexpected or of another shape;
@@ -244,14 +246,18 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     path, weights = checkpoint.path, checkpoint.weights
     try:
         network = _build_declared(model)
-        renamed = rename_old(weights)
+        todays = rename_old(weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    wanted = network.state_dict()
-    old = "names of SMP 0.0.x (2019), taken as today's" if renamed.keys() != weights.keys() else ""
-    if old:
+    wanted, notes = network.state_dict(), []
+    if todays.keys() != weights.keys():
+        notes.append("names of SMP 0.0.x (2019), taken as today's")
+    renamed = rename_bare(todays, wanted)
+    if renamed.keys() != todays.keys():
+        notes.append("names of a timm encoder or a head outside SMP, taken as SMP's")
+    if notes:
         widen_head(renamed, wanted)
-        checkpoint.notes.append(old)
+    checkpoint.notes.extend(notes)
     for key, value in wanted.items():
         if key.endswith("num_batches_tracked"):
             renamed.setdefault(key, torch.zeros_like(value))
@@ -261,7 +267,6 @@ def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     try:
         network.load_state_dict(renamed, strict=True)  # renames in place what SMP renamed
     except RuntimeError as error:
-        fault = _fault(renamed, wanted, model)
-        fault = f"{old}: {fault}" if old else fault
+        fault = ": ".join([*notes, _fault(renamed, wanted, model)])
         raise ValueError(f"{path}: {fault}") from error
     return network

@@ -1,8 +1,8 @@
-"""Names of SMP 0.0.x, of 2019 → today's, for networks whose layers stayed the same.
+"""Other names of a network's layers → SMP's today: those of 2019, of a bare encoder or head.
 
-Checked against SMP 0.0.3 itself: the same weights give the same logits, those of an
-`efficientnet-b…` encoder where the member's `efficientnet_pytorch` says how it was padded. What
-later versions of SMP renamed, its own `load_state_dict` renames.
+Those of SMP 0.0.x are checked against SMP 0.0.3 itself: the same weights give the same logits,
+those of an `efficientnet-b…` encoder where the member's `efficientnet_pytorch` says how it was
+padded. What later versions of SMP renamed, its own `load_state_dict` renames.
 """
 
 import re
@@ -59,6 +59,12 @@ def rename_old(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: the network has layers that today's SMP has not.
     """
+    for name in weights:
+        if name.startswith("decoder.fpn_stages."):
+            raise ValueError(
+                f"{name}: the UPerNet of SMP 0.4, whose layers are not those of today's; train it "
+                "again with today's, or leave the member out"
+            )
     renames = [rename for mark, rename in DECODERS.items() if mark in weights]
     if not renames:
         return dict(weights)
@@ -78,8 +84,34 @@ def rename_old(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+BARE = {  # where SMP has a part → where it is in a network that was put together by hand
+    "encoder.model.": "encoder.",  # timm's own, of SMP's tu-
+    "segmentation_head.0.": "segmentation_head.",  # a convolution
+}
+
+
+def rename_bare(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of a bare timm encoder, or of a convolution as head, under SMP's names.
+
+    Others as they are, and all where the encoder is not the wanted one.
+    """
+    bare = {
+        name.replace(inner, outer, 1): name
+        for inner, outer in BARE.items()
+        for name in wanted
+        if name.startswith(inner)
+    }
+    renamed = {bare.get(name, name): tensor for name, tensor in weights.items()}
+    fits = all(
+        name in renamed or name.endswith("num_batches_tracked")
+        for name in wanted
+        if name.startswith("encoder.")
+    )
+    return renamed if fits and len(renamed) == len(weights) else dict(weights)
+
+
 def widen_head(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Put the 1×1 convolution that ended SMP 0.0.x's Unet into today's 3×3: the same output."""
+    """Put a 1×1 convolution, as ended SMP 0.0.x's Unet, into today's 3×3: the same output."""
     if HEAD in weights and HEAD in wanted:
         head, sides = weights[HEAD], wanted[HEAD].shape[2:]
         if head.shape[2:] == (1, 1) and sides == (3, 3):

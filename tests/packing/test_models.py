@@ -169,6 +169,19 @@ def test_an_undeclared_attention_names_the_option() -> None:
         load_into_model(Checkpoint(Path("member.pt"), trained, []), declared)
 
 
+def test_an_attention_and_a_presence_head_are_asked_for_one_after_the_other() -> None:
+    declared = tiny_model(presence=False) | {"decoder_channels": [16] * 5}
+    attended = declared | {"decoder_attention_type": "scse"}
+    trained = attended | {"aux_params": {"classes": 4, "pooling": "max"}}
+    weights = random_network(trained, seed=3).state_dict()
+    checkpoint = Checkpoint(Path("member.pt"), dict(reversed(weights.items())), [])
+    with pytest.raises(ValueError, match=r"unexpected decoder\.\S+: an attention was trained"):
+        load_into_model(checkpoint, declared)
+    with pytest.raises(ValueError, match="a presence head was trained"):
+        load_into_model(checkpoint, attended)
+    load_into_model(checkpoint, trained)
+
+
 def test_weights_that_are_whole_numbers_are_refused(network: nn.Module) -> None:
     """A program that quantizes leaves such, and their scale elsewhere."""
     weights = dict(network.state_dict())
@@ -301,6 +314,45 @@ def test_the_attention_of_2019_is_named_for_what_it_is() -> None:
     for declared in (model, model | {"decoder_attention_type": "scse"}):
         with pytest.raises(ValueError, match=words + "train it again"):
             load_into_model(Checkpoint(Path("member.pt"), weights, []), declared)
+
+
+def test_the_upernet_of_smp_0_4_is_named_for_what_it_is() -> None:
+    model = {"arch": "UPerNet", "encoder_name": "resnet18", "in_channels": 3, "classes": 4}
+    stage = {"decoder.fpn_stages.0.skip_conv.0.weight": torch.ones(256, 256, 1, 1)}
+    weights = dict(build_network(model).state_dict()) | stage
+    words = r"member\.pt: decoder\.fpn_stages\.0.*: the UPerNet of SMP 0\.4, .*train it again"
+    with pytest.raises(ValueError, match=words):
+        load_into_model(Checkpoint(Path("member.pt"), weights, []), model)
+
+
+# --- parts put together by hand -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_timm_encoder_and_a_convolution_as_head_give_their_logits(size: int) -> None:
+    model = tiny_model(presence=False)
+    parts: Any = random_network(model, seed=3)
+    head = nn.Conv2d(8, 4, size, padding=size // 2)
+    mine = {"encoder": parts.encoder.model, "decoder": parts.decoder, "segmentation_head": head}
+    weights = dict(nn.ModuleDict(mine).state_dict())
+    checkpoint = Checkpoint(Path("member.pt"), weights, [])
+    found = load_into_model(checkpoint, model).eval()
+    assert checkpoint.notes == ["names of a timm encoder or a head outside SMP, taken as SMP's"]
+    images = torch.rand(1, 1, 64, 96)
+    with torch.inference_mode():
+        expected = head(parts.decoder([images, *parts.encoder.model(images)]))
+        assert expected.std() > 0.01
+        torch.testing.assert_close(found(images), expected, atol=1e-5, rtol=0)
+    more = weights | {"encoder.last.weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"SMP's: has the unexpected encoder\.last\.weight; SMP's"):
+        load_into_model(Checkpoint(Path("member.pt"), more, []), model)
+
+
+def test_another_encoder_keeps_its_names() -> None:
+    right = {"arch": "Unet", "encoder_name": "resnet18", "in_channels": 1, "classes": 4}
+    declared = right | {"encoder_name": "tu-resnet50"}
+    with pytest.raises(ValueError, match=r"^member\.pt: lacks encoder\.model.*encoder resnet18"):
+        load_into_model(checkpoint_of(right), declared)
 
 
 # --- options --------------------------------------------------------------------------------------
