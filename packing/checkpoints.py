@@ -115,15 +115,17 @@ def _prefixes(name: str) -> Iterator[tuple[str, str]]:
 def _find_networks(tree: _Tree, path: Path) -> dict[str, Names]:
     """SMP networks by the wrapper's prefix: `state_dict.module.`, `model.`, `ema.`, or none.
 
-    A prefix has encoder and segmentation head; where none has both, it is the first that has any.
-    A tensor belongs to the longest prefix that it starts with, so that what stands beside the
-    network (a loss's weights, a counter) is left out and what stands in it is kept.
+    A prefix has encoder and segmentation head; where none has both, it is the first that has any
+    but an encoder alone, which other libraries' networks have too. A tensor belongs to the longest
+    prefix that it starts with, so that what stands beside the network (a loss's weights, a counter)
+    is left out and what stands in it is kept.
     """
     parts: dict[str, set[str]] = {}
     for name in tree.tensors:
         for prefix, part in _prefixes(name):
             parts.setdefault(prefix, set()).add(part)
     firsts = [found[0][0] for name in tree.tensors if (found := list(_prefixes(name)))]
+    firsts = [prefix for prefix in firsts if parts[prefix] != {"encoder"}]
     whole = [prefix for prefix, has in parts.items() if {"encoder", "segmentation_head"} <= has]
     networks: dict[str, Names] = {prefix: {} for prefix in whole or firsts}
     for name, tensor in tree.tensors.items():
@@ -247,8 +249,9 @@ def _no_network(tree: _Tree, path: Path) -> str:
             "ema.copy_to(network.parameters()), then torch.save(network.state_dict(), 'member.pt')"
         )
     return (
-        f"{path}: no SMP network in it, expected names like encoder.conv1.weight, found {names}; "
-        "train the member with segmentation_models_pytorch"
+        f"{path}: no SMP network in it, expected names like encoder.conv1.weight and "
+        f"segmentation_head.0.weight, found {names}; train the member with "
+        "segmentation_models_pytorch"
     )
 
 

@@ -315,11 +315,11 @@ def test_a_mean_is_named_whatever_else_is_left_out_around_it(
     ("tree", "words"),
     [
         ({"a": {"b": torch.ones(2)}, "a.b": torch.ones(2)}, r"two tensors are named a\.b"),
-        ({"encoder.w": torch.ones(2).to_sparse()}, r"encoder\.w is sparse"),
-        ({"encoder.w": torch.ones(2, dtype=torch.complex64)}, r"encoder\.w is .*complex"),
+        ({"decoder.w": torch.ones(2).to_sparse()}, r"decoder\.w is sparse"),
+        ({"decoder.w": torch.ones(2, dtype=torch.complex64)}, r"decoder\.w is .*complex"),
         (
-            {"encoder.w": torch.ones(2), "encoder._orig_mod.w": torch.ones(2)},
-            r"encoder\._orig_mod\.w is there twice",
+            {"decoder.w": torch.ones(2), "decoder._orig_mod.w": torch.ones(2)},
+            r"decoder\._orig_mod\.w is there twice",
         ),
     ],
 )
@@ -378,9 +378,18 @@ def test_two_networks_without_an_ema_are_ambiguous(network: nn.Module, tmp_path:
         read_checkpoint(tmp_path / "member.pt")
 
 
-def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
-    torch.save({"layer.weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no SMP network in it, expected names like"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["layer.weight"],
+        ["segformer.encoder.block.0.0.mlp.dense1.weight", "decode_head.classifier.weight"],
+        ["encoder.conv1.weight"],  # of a backbone by itself
+    ],
+)
+def test_a_checkpoint_of_something_else_is_named(names: list[str], tmp_path: Path) -> None:
+    torch.save({name: torch.ones(3) for name in names}, tmp_path / "other.pth")
+    words = rf"no SMP network in it, expected names like .*, found {', '.join(names)}; train"
+    with pytest.raises(ValueError, match=words):
         read_checkpoint(tmp_path / "other.pth")
 
 
