@@ -205,4 +205,9 @@ def build(
         if report.is_dir():
             shutil.copytree(report, bundle / LAST_REPORT)
         _swap_in(bundle, out, scratch / "previous")
+    if ended and report.name == LAST_REPORT:
+        print(
+            f"{out / REPORT}: of a run without an ablation, not kept; {LAST_REPORT} stays the "
+            "ablation's, of an earlier bundle"
+        )
     return metadata, packed

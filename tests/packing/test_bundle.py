@@ -233,7 +233,7 @@ def test_a_second_build_replaces_all_but_the_calibration_and_the_fit_kernel(
 
 
 def test_the_report_of_a_dry_run_outlives_the_builds_after_it_as_one_of_before(
-    built: Path, tiny_weights: Path
+    built: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its proposal may be hours of work."""
     for proposal in ("first", "second"):
@@ -246,7 +246,10 @@ def test_the_report_of_a_dry_run_outlives_the_builds_after_it_as_one_of_before(
             (built / "report").mkdir()  # of a run that fails
             assert (built / "report-before" / "ensemble.json").read_text() == proposal
     (built / "report" / "report.json").touch()  # of a quick run, without a proposal
+    said = f"{built / 'report'}: of a run without an ablation, not kept; report-before stays"
+    assert said not in capsys.readouterr().out
     build(tiny_weights, built, None)
+    assert said in capsys.readouterr().out
     assert (built / "report-before" / "ensemble.json").read_text() == proposal
 
 
