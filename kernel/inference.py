@@ -153,7 +153,7 @@ def run(options: Options) -> RunRecord:
     context = RunContext(options, bundle, manifest, submission, stages, start)
     with watchdog(submission, context.left_s()):
         try:
-            task = unpack_images(task, competition)
+            task = unpack_images(task)
             log_kinds(task)
             outcome = predict(context, task)
         finally:  # interrupted too: what is done stays
@@ -175,7 +175,7 @@ def draw_found(arguments: Sequence[str] | None = None) -> Picture:
     """Draw what the run with these arguments found, for the notebook's last cell."""
     options = parse_options(arguments)
     competition = load_competition(find_bundle(options))
-    task = unpack_images(find_task(options, competition), competition)
+    task = unpack_images(find_task(options, competition))
     return draw_submission(options.output, task.images, competition)
 
 

@@ -1,18 +1,19 @@
 """Mounts: finding the bundle, the sample and its images."""
 
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from kernel.competition import Competition
 from kernel.image_folders import image_paths, link_images, walk_folders
 from kernel.logs import log
-from kernel.rows import fits_header
-from kernel.zips import Loose, list_zip, unzip_csv
+from kernel.rows import fits_header, read_rows
+from kernel.zips import InZip, list_zip, unzip_csv
 
 SAMPLE = "sample_submission.csv"
 CSV = re.compile(r"\.csv(\.zip)?$", re.IGNORECASE)
 SHOWN_CSVS = 6  # names in a message
+DATASETS = "datasets"  # the folder below which Kaggle mounts these
 TEST_SET = re.compile("(?<![a-z])test")  # in the path of a test set's images
 
 
@@ -38,153 +39,105 @@ def find_one(root: Path, name: str, what: str, option: str) -> Path:
     """
     found = find_folders(root, name)
     if not found:
-        there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
-        raise ValueError(
-            f"no {name} under {root}, where there is {there}: add {what} to the kernel's sources, "
-            f"or give {option}"
-        )
+        raise ValueError(_none_fault(root, name, what, option))
     if len(found) > 1:
-        listed = ", ".join(map(str, found))
-        raise ValueError(
-            f"more than one {name}: {listed}; remove one from the kernel's sources, "
-            f"or choose with {option}"
-        )
+        raise ValueError(_several_fault(found, name, option))
     return found[0]
 
 
-# --- the sample -----------------------------------------------------------------------------------
+def _none_fault(root: Path, name: str, what: str, option: str) -> str:
+    there = ", ".join(sorted(path.name for path in root.glob("*"))) or "nothing"
+    return (
+        f"no {name} under {root}, where there is {there}: add {what} to the kernel's sources, "
+        f"or give {option}"
+    )
 
 
-def find_sample(root: Path, competition: Competition) -> Path:
-    """Find the sample under `root`, or unpack the zip of it; the competition's own before a copy.
-
-    For the scored run Kaggle changes the competition's own files, not those of a dataset that holds
-    copies of them.
-
-    Raises:
-        ValueError: there is none, or two differ; the message says what to add or to name.
-    """
-    what = f"the competition {competition.slug}"
-    for top in (root / "competitions" / competition.slug, root / competition.slug, root):
-        if sample := _sample_below(top, root, what, competition):
-            return sample
-    if seen := _list_csvs(root):
-        names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
-        header = " or ".join(",".join(layout) for layout in competition.layouts)
-        raise ValueError(
-            f"no {SAMPLE} under {root}, and no csv there is called one and has the header {header}:"
-            f" {names}; add {what} to the kernel's sources, or give --sample"
-        )
-    return find_one(root, SAMPLE, what, "--sample") / SAMPLE
+def _several_fault(found: Iterable[Path], name: str, option: str) -> str:
+    listed = ", ".join(map(str, found))
+    return (
+        f"more than one {name}: {listed}; remove one from the kernel's sources, "
+        f"or choose with {option}"
+    )
 
 
-def _sample_below(top: Path, root: Path, what: str, competition: Competition) -> Path | None:
-    """The sample below a folder, None where there is none.
+# --- images ---------------------------------------------------------------------------------------
 
-    Where none has the usual name, it is the csv that is called a sample, or a submission, and has
-    the competition's header; of several none, if one elsewhere below `root` has the usual name.
-    """
-    zipped = f"{SAMPLE}.zip"
-    if folders_with(top, SAMPLE):
-        return find_one(top, SAMPLE, what, "--sample") / SAMPLE
-    if folders_with(top, zipped):
-        archive = find_one(top, zipped, what, "--sample") / zipped
-        if sample := unzip_csv(archive):
-            return sample
-        raise ValueError(f"{archive}: no {SAMPLE} in it; give --sample")
-    for word in ("sample", "submission"):
-        named = sorted(path for path in _list_csvs(top) if word in path.name.lower())
-        fitting = _fitting(named, competition)
-        if len(fitting) > 1 and folders_with(root, SAMPLE):
-            return None
-        if len(fitting) > 1:
-            listed = ", ".join(map(str, fitting))
-            raise ValueError(f"more than one csv may be the sample: {listed}; choose with --sample")
-        if fitting:
-            return fitting[0]
-    return None
-
-
-def _list_csvs(root: Path) -> list[Path]:
-    """Every csv below a folder, zipped or not."""
-    return [
-        below / file for below, files in walk_folders(root) for file in files if CSV.search(file)
-    ]
-
-
-def _fitting(paths: Iterable[Path], competition: Competition) -> list[Path]:
-    """Those of some csv files, unpacked, that have a competition's header; copies count as one."""
-    opened = [unzip_csv(path) if path.suffix == ".zip" else path for path in paths]
-    fitting = (path for path in opened if path and fits_header(path, competition))
-    return sorted({path.read_bytes(): path for path in fitting}.values())
-
-
-# --- its images -----------------------------------------------------------------------------------
+Place = Path | InZip  # of an image
 
 
 def find_images(
-    sample: Path, names: set[str], root: Path, competition: Competition
-) -> tuple[Path, Loose]:
-    """Find a sample's images: a folder of them, or a zip and those that lie loose.
+    names: Set[str], home: Path, root: Path, competition: Competition
+) -> tuple[Path, dict[str, InZip]]:
+    """Find a sample's images: a folder of those that lie loose, and name → place of zipped ones.
 
-    Each is looked for below the sample's own folder, then below `root`, then in the zip there that
-    holds most: a loose one may replace a damaged one of a zip. Where they lie in several folders,
-    or under other names than the csv's, the folder is a new one, of links.
+    They are looked for below `home`, the sample's folder, then below `root`. Where some are zipped,
+    or lie in several folders or under other names than the csv's, the folder is a new one, of
+    links.
 
     Raises:
         ValueError: there is none of them.
     """
-    found: dict[str, Path] = {}
-    for top in (sample.parent, root):
-        if len(found) < len(names):
-            found = _find_loose(top, names, competition) | found
+    found = _find_below((home, root), names, competition)
     missing = names - found.keys()
-    zips = _list_zips(root, missing, competition) if missing else {}
-    archive, zipped = next(iter(zips.items()), (None, frozenset[str]()))
-    missing -= zipped
     if missing == names:
         raise ValueError(
-            f"no folder below {sample.parent} or {root} holds the images of {sample.name}, such as "
-            f"{min(names, default='')!r}; name theirs with --images, or correct `suffix`; of "
+            f"no folder or zip below {home} or {root} holds the images that the sample names, such "
+            f"as {min(names, default='')!r}; name theirs with --images, or correct `suffix`; of "
             "images in folders of their own `image_path` says the names (docs/competitions.md)"
         )
     if missing:
         log.warning(
-            "%s: holds %d of the %d images that %s names, and no %r: the rows of the others stay "
-            "empty; of images in folders of their own `image_path` says the names",
+            "%s: holds %d of the %d images that the sample names, and no %r: the rows of the "
+            "others stay empty; of images in folders of their own `image_path` says the names",
             root,
-            len(names) - len(missing),
+            len(found),
             len(names),
-            sample.name,
             min(missing),
         )
-    if archive:
-        return archive, tuple(sorted(found.items()))
-    folders = {path.parent for path in found.values()}
-    one = len(folders) == 1 and not competition.image_path
-    return folders.pop() if one else link_images(found), ()
+    loose = {name: place for name, place in found.items() if isinstance(place, Path)}
+    zipped = {name: place for name, place in found.items() if isinstance(place, InZip)}
+    folders = {path.parent for path in loose.values()}
+    as_named = all(path.name == name for name, path in loose.items())
+    whole = len(folders) == 1 and as_named and not zipped
+    return folders.pop() if whole else link_images(loose), zipped
 
 
-def _find_loose(top: Path, names: set[str], competition: Competition) -> dict[str, Path]:
-    """Name → path of a sample's images below a folder, each from the folder that holds most."""
+def _find_below(
+    tops: Iterable[Path], names: Set[str], competition: Competition
+) -> dict[str, Place]:
+    """Name → place of some images below folders, of one that is in several the first's.
+
+    In each a loose image goes before a zipped one, which may be damaged.
+    """
+    steps = [(find, top) for top in tops for find in (_find_loose, _find_zipped)]
+    found: dict[str, Place] = {}
+    for find, top in steps:
+        if missing := names - found.keys():
+            found |= find(top, missing, competition)
+    return found
+
+
+def _find_loose(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
+    """Those of some images that lie loose, each from the folder that holds most."""
     if competition.image_path:
         paths = image_paths(top, competition, names)
         return {name: paths[name] for name in paths.keys() & names}
-    held = _most_first({folder: names.intersection(files) for folder, files in walk_folders(top)})
+    held = _most_first({folder: names & set(files) for folder, files in walk_folders(top)})
     return {name: folder / name for folder in reversed(held) for name in held[folder]}
 
 
-def _list_zips(root: Path, names: Set[str], competition: Competition) -> dict[Path, Set[str]]:
-    """The zips below a folder that hold some of a sample's images, and which; most first."""
-    zips = [
-        below / file
-        for below, files in walk_folders(root)
-        for file in files
-        if file.endswith(".zip")
-    ]
-    return _most_first(
-        {each: dict(list_zip(each, names, competition.name_of_file)).keys() for each in zips}
-    )
+def _find_zipped(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
+    """Those of some images that are in zips, each from the zip that holds most."""
+    zips = [path for path in _list_files(top) if path.suffix == ".zip"]
+    listed = {archive: list_zip(archive, names, competition.name_of_file) for archive in zips}
+    held = _most_first({archive: found.keys() for archive, found in listed.items()})
+    return {name: InZip(each, listed[each][name]) for each in reversed(held) for name in held[each]}
+
+
+def _list_files(top: Path) -> Iterator[Path]:
+    for below, files in walk_folders(top):
+        yield from (below / file for file in files)
 
 
 def _most_first(held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:
@@ -204,3 +157,116 @@ def _most_first(held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:
             min(both),
         )
     return {place: held[place] for place in ranked}
+
+
+# --- the sample -----------------------------------------------------------------------------------
+
+
+def find_sample(root: Path, competition: Competition) -> tuple[Path, Path]:
+    """Find the sample under `root`, unpacked, and the folder whose images go before others'.
+
+    The competition's own sample goes before a copy: for the scored run Kaggle changes the
+    competition's files, not those of a dataset that holds copies of them.
+
+    Raises:
+        ValueError: there is none, or two differ; the message says what to add or to name.
+    """
+    for top in (*_own_folders(root, competition.slug), root):
+        if found := _sample_below(top, root, competition):
+            place, sample = found
+            return sample, place.parent if top == root else top
+    what = f"the competition {competition.slug}"
+    if seen := _list_csvs(root):
+        names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
+        header = " or ".join(",".join(layout) for layout in competition.layouts)
+        raise ValueError(
+            f"no {SAMPLE} under {root}, and no csv there is called one and has the header {header}:"
+            f" {names}; add {what} to the kernel's sources, or give --sample"
+        )
+    raise ValueError(_none_fault(root, SAMPLE, what, "--sample"))
+
+
+def _own_folders(root: Path, slug: str) -> list[Path]:
+    """Where Kaggle mounts a competition, then other folders of its name that are in no dataset."""
+    usual = [root / "competitions" / slug, root / slug]
+    named = {folder for folder, _ in walk_folders(root) if folder.name == slug}
+    others = {folder for folder in named if root / DATASETS not in folder.parents}
+    return usual + sorted(others.difference(usual), key=lambda folder: (len(folder.parts), folder))
+
+
+def _sample_below(top: Path, root: Path, competition: Competition) -> tuple[Path, Path] | None:
+    """The sample below a folder, where it lies and unpacked; None where there is none.
+
+    Where none has the usual name, it is the csv that is called a sample, or a submission, and has
+    the competition's header; of several none, if one elsewhere below `root` has the usual name.
+    """
+    csvs = _list_csvs(top)
+    if usual := [path for path in csvs if path.name in (SAMPLE, f"{SAMPLE}.zip")]:
+        samples = _unpack_csvs(usual)
+        if not samples:
+            raise ValueError(f"{usual[0]}: no {SAMPLE} in it; give --sample")
+        if chosen := _choose_sample(samples, competition):
+            return chosen
+        raise ValueError(_several_fault(samples, SAMPLE, "--sample"))
+    for word in ("sample", "submission"):
+        named = _unpack_csvs(path for path in csvs if word in path.name.lower())
+        fitting = {place: csv for place, csv in named.items() if fits_header(csv, competition)}
+        if _differ(fitting.values()) and folders_with(root, SAMPLE):
+            return None
+        if chosen := _choose_sample(fitting, competition):
+            return chosen
+        if fitting:
+            listed = ", ".join(map(str, fitting))
+            raise ValueError(f"more than one csv may be the sample: {listed}; choose with --sample")
+    return None
+
+
+def _list_csvs(root: Path) -> list[Path]:
+    """Every csv below a folder, zipped or not, sorted; not the zip beside one."""
+    csvs = {path for path in _list_files(root) if CSV.search(path.name)}
+    return sorted(
+        path for path in csvs if path.suffix != ".zip" or path.with_suffix("") not in csvs
+    )
+
+
+def _unpack_csvs(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Unpack csv files, place → csv; those that are not in their zip are left out."""
+    unpacked = ((path, unzip_csv(path) if path.suffix == ".zip" else path) for path in paths)
+    return {path: csv for path, csv in unpacked if csv}
+
+
+def _differ(csvs: Iterable[Path]) -> bool:
+    return len({csv.read_bytes() for csv in csvs}) > 1
+
+
+def _choose_sample(
+    samples: Mapping[Path, Path], competition: Competition
+) -> tuple[Path, Path] | None:
+    """Choose the sample, of place → csv, that has images beside or below it; copies count as one.
+
+    Of copies too: the scored run, where they differ, then chooses the same. None where those that
+    have images, or all of them, differ.
+    """
+    if len(samples) > 1:
+        kept = {p: csv for p, csv in samples.items() if _has_images(p.parent, csv, competition)}
+        samples = kept or samples
+    if not samples or _differ(samples.values()):
+        return None
+    chosen, *others = sorted(samples)
+    if others:
+        log.warning(
+            "%s and %s are the same sample: the first is taken; remove one from the kernel's "
+            "sources, or choose with --sample: in the scored run they may differ",
+            chosen,
+            others[0],
+        )
+    return chosen, samples[chosen]
+
+
+def _has_images(folder: Path, sample: Path, competition: Competition) -> bool:
+    """Whether most of the images that a sample names lie in a folder or below it."""
+    try:
+        names = {name for name, _, _ in read_rows(sample, competition).rows}
+    except ValueError:  # another competition's
+        return False
+    return 2 * len(_find_below([folder], names, competition)) > len(names)

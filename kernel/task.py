@@ -2,26 +2,27 @@
 
 from collections import Counter
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.competition import Competition
+from kernel.faults import one_line
 from kernel.image_folders import link_images, list_images, no_images_fault, one_folder
 from kernel.logs import log
 from kernel.mounts import find_images, find_sample
 from kernel.options import Options
 from kernel.rows import Layout, Row, RowKey, layouts_of, read_rows
-from kernel.zips import Loose, list_zip, unzip
+from kernel.zips import InZip, unzip
 
 
 @dataclass(frozen=True)
 class Task:
     """The images to predict and the rows to write."""
 
-    images: Path  # a folder, or a zip for `unpack_images`
+    images: Path  # the folder of all but the zipped
     layout: Layout
     pairs: list[RowKey]  # of every row, in order
-    loose: Loose = ()  # images that lie beside the zip
+    zipped: dict[str, InZip] = field(default_factory=dict)  # by name, until `unpack_images`
 
     @property
     def names(self) -> list[str]:
@@ -102,35 +103,43 @@ def find_task(options: Options, competition: Competition) -> Task:
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)
     else:
-        sample = sample or find_sample(options.input, competition)
+        given = (sample, sample.parent) if sample else None
+        sample, home = given or find_sample(options.input, competition)
         layout, pairs = read_sample(sample, competition, options.layout)
         known = {name for name, _ in pairs}
         if not known:
             log.warning("%s: names no image: the submission is its header alone", sample)
             return Task(images or sample.parent, layout, [])
-        loose: Loose = ()
+        zipped: dict[str, InZip] = {}
         if not images:
-            images, loose = find_images(sample, known, options.input, competition)
-        task = Task(images, layout, pairs, loose)
+            images, zipped = find_images(known, home, options.input, competition)
+        task = Task(images, layout, pairs, zipped)
     if not task.pairs:
         raise ValueError(no_images_fault(task.images, competition.suffix))
-    there = list_images(task.images) if task.images.is_dir() else []
-    others = set(there) - set(task.names)
+    others = set(list_images(task.images)) - set(task.names)
     if others and not options.worker:  # they are other workers'
         log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))
     return task
 
 
-def unpack_images(task: Task, competition: Competition) -> Task:
-    """Return a task whose images lie in a folder: those of a zip are unpacked."""
-    if task.images.is_dir():
+def unpack_images(task: Task) -> Task:
+    """Return a task whose images all lie in its folder, those of zips unpacked.
+
+    Raises:
+        ValueError, OSError: no zip can be unpacked, and no image lies loose.
+    """
+    if not task.zipped:
         return task
-    loose = dict(task.loose)
-    members = list_zip(task.images, set(task.names) - loose.keys(), competition.name_of_file)
-    try:
-        return replace(task, images=unzip(task.images, members, task.loose))
-    except (ValueError, OSError) as error:
-        if not loose:
-            raise
-        log.warning("%s: the rows of its %d images stay empty", error, len(members))
-        return replace(task, images=link_images(loose))
+    folders, faults = [task.images], list[Exception]()
+    for archive in sorted({place.archive for place in task.zipped.values()}):
+        members = ((name, at.path) for name, at in task.zipped.items() if at.archive == archive)
+        try:
+            folders.append(unzip(archive, tuple(members)))
+        except (ValueError, OSError) as error:
+            faults.append(error)
+    paths = {path.name: path for folder in folders for path in folder.iterdir()}
+    if not paths:
+        raise faults[0]
+    for fault in faults:
+        log.warning("%s; the rows of its images stay empty", one_line(fault))
+    return replace(task, images=link_images(paths), zipped={})

@@ -1,5 +1,6 @@
 """What Kaggle mounts where: the kernel finds bundle, sample and images by what they are."""
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -135,9 +136,8 @@ def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
-    sample = tmp_path / "sample_submission.csv"
-    found = find_images(sample, {"a.jpg", "b.jpg"}, tmp_path / "not-there", SEVERSTAL)
-    assert found == (tmp_path / "test_images", ())
+    found = find_images({"a.jpg", "b.jpg"}, tmp_path, tmp_path / "not-there", SEVERSTAL)
+    assert found == (tmp_path / "test_images", {})
 
 
 @pytest.mark.parametrize("folders", [[], ["train_images"]])
@@ -147,8 +147,8 @@ def test_no_images_beside_the_sample_asks_for_their_folder(
     for folder in folders:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
-    with pytest.raises(ValueError, match=r"no folder below .* holds the images.*--images"):
-        find_images(tmp_path / "sample_submission.csv", {"a.jpg"}, tmp_path, SEVERSTAL)
+    with pytest.raises(ValueError, match=r"no folder or zip below .* holds the images.*--images"):
+        find_images({"a.jpg"}, tmp_path, tmp_path, SEVERSTAL)
 
 
 def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_run_that_lacks_images_says_how_many_before_it(
     mount_test_set(tmp_path, "images/a.jpg")
     assert find_task(Options(input=tmp_path), SEVERSTAL).images == tmp_path / COMPETITION / "images"
     [line] = caplog.messages
-    said = f"holds 1 of the 2 images that {SAMPLE} names, and no 'b.jpg': the rows of the others"
+    said = "holds 1 of the 2 images that the sample names, and no 'b.jpg': the rows of the others"
     assert said in line and "`image_path` says the names" in line
 
 
@@ -295,6 +295,60 @@ def test_the_competitions_own_sample_is_taken_where_a_dataset_has_another(
     assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg"]
 
 
+def test_a_folder_of_the_competitions_name_at_any_depth_is_its_own(tmp_path: Path) -> None:
+    for folder, image in ((f"v2/deep/{COMPETITION}", "a.jpg"), ("a-copy", "x.jpg")):
+        write(tmp_path / folder / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{image},1 1,0\n")
+        write(tmp_path / folder / image)
+    write(tmp_path / "datasets" / "me" / COMPETITION / SAMPLE, "")
+    assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg"]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("name", [SAMPLE, f"{SAMPLE}.zip", "sample_v2.csv"])
+@pytest.mark.parametrize("images", ["test/", "test.zip"])
+def test_of_two_samples_the_one_with_images_is_taken_in_the_scored_run_and_before(
+    images: str, name: str, scored: bool, tmp_path: Path
+) -> None:
+    """The competition has another folder name, and a dataset a copy of its public sample."""
+    hidden = ["h.jpg", "i.jpg"] if scored else ["a.jpg", "b.jpg"]
+    for folder, names in (("steel", hidden), ("a-copy", ["a.jpg", "b.jpg"])):
+        lines = "".join(f"{image},1 1,0\n" for image in names)
+        sample, text = tmp_path / folder / name, f"ImageId,EncodedPixels,ClassId\n{lines}"
+        if sample.suffix == ".zip":
+            write_zip(sample, {SAMPLE: text})
+        else:
+            write(sample, text)
+    write(tmp_path / "a-copy" / "example" / "a.jpg", "not the competition's")  # too few
+    if images.endswith(".zip"):
+        write_zip(tmp_path / "steel" / images, dict.fromkeys(hidden, "own"))
+    else:
+        for image in hidden:
+            write(tmp_path / "steel" / images / image, "own")
+    task = unpacked(tmp_path)
+    assert task.names == hidden
+    assert contents(task.images) == dict.fromkeys(hidden, "own")
+
+
+def test_samples_that_differ_are_refused_and_equal_ones_named_where_images_do_not_decide(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = tmp_path / "one" / SAMPLE, tmp_path / "two" / SAMPLE
+    for sample in (one, two):
+        write(sample, "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\n")
+        write(sample.with_name("a.jpg"), sample.parent.name)
+    task = find_task(Options(input=tmp_path), SEVERSTAL)
+    assert contents(task.images)["a.jpg"] == "one"
+    assert f"{one} and {two} are the same sample: the first is taken; remove one" in caplog.text
+    write(two, "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\nb.jpg,1 1,0\n")
+    write(two.with_name("b.jpg"))
+    with pytest.raises(ValueError) as error:
+        find_task(Options(input=tmp_path), SEVERSTAL)
+    assert str(error.value) == (
+        f"more than one {SAMPLE}: {one}, {two}; "
+        "remove one from the kernel's sources, or choose with --sample"
+    )
+
+
 # --- zips -----------------------------------------------------------------------------------------
 
 
@@ -318,7 +372,7 @@ def mount_zips(root: Path, sample_too: bool, below: str) -> None:
 
 
 def unpacked(root: Path, competition: Competition = SEVERSTAL) -> Task:
-    return unpack_images(find_task(Options(input=root), competition), competition)
+    return unpack_images(find_task(Options(input=root), competition))
 
 
 @pytest.mark.parametrize("below", ["", "images/", "test/deeper/"])
@@ -332,7 +386,8 @@ def test_a_competition_that_is_mounted_as_zips_is_unpacked(
     task = unpacked(tmp_path)
     assert task.names == ["a.jpg", "b.jpg"]
     assert contents(task.images) == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
-    assert unpacked(tmp_path) == task  # once, for the notebook's last cell too
+    again = unpacked(tmp_path).images / "a.jpg"  # by the notebook's last cell
+    assert again.samefile(task.images / "a.jpg")
 
 
 def test_an_image_that_lies_beside_the_zip_of_all_takes_the_place_of_the_one_in_it(
@@ -342,8 +397,38 @@ def test_an_image_that_lies_beside_the_zip_of_all_takes_the_place_of_the_one_in_
     write(tmp_path / COMPETITION / "b.jpg", "a corrected b")
     task = unpacked(tmp_path)
     assert contents(task.images) == {"a.jpg": "pixels of a", "b.jpg": "a corrected b"}
-    assert unpacked(tmp_path) == task
     assert not [record for record in caplog.records if "stay empty" in record.message]
+
+
+def test_images_of_several_zips_are_all_predicted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_test_set(tmp_path, "b.jpg")
+    names = "abcdefg"
+    rows = "".join(f"{name}.jpg,1 1,0\n" for name in names)
+    write(tmp_path / COMPETITION / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{rows}")
+    for number, held in ((1, "ab"), (2, "cde"), (3, "fg")):
+        files = {f"{name}.jpg": f"{name} of {number}" for name in held}
+        write_zip(tmp_path / COMPETITION / f"test_{number}.zip", files)
+    found = contents(unpacked(tmp_path).images)
+    parts = {"a": "a of 1", "b": "b.jpg", "c": "c of 2", "d": "d of 2", "e": "e of 2"}
+    parts |= {"f": "f of 3", "g": "g of 3"}
+    assert found == {f"{name}.jpg": text for name, text in parts.items()}
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("sample_too", [False, True])
+@pytest.mark.parametrize("place", [COMPETITION, f"competitions/{COMPETITION}", "steel"])
+def test_the_competitions_zip_goes_before_a_datasets_loose_copies(
+    place: str, sample_too: bool, tmp_path: Path
+) -> None:
+    mount_zips(tmp_path, sample_too, below="test/")
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / COMPETITION).rename(tmp_path / place)
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / "datasets" / "me" / "small" / name, "128x128")
+    task = unpacked(tmp_path)
+    assert contents(task.images) == {"a.jpg": "pixels of a", "b.jpg": "pixels of b"}
 
 
 def test_of_two_zips_of_the_same_images_both_are_named(
@@ -384,7 +469,9 @@ def test_a_zip_that_breaks_off_is_named(
     archive.with_name("train.zip").unlink()
     with pytest.raises(ValueError, match="holds the images"):
         unpacked(tmp_path)
-    assert f"{archive} is no whole zip" in caplog.text
+    [line] = [line for line in caplog.messages if "whole zip" in line]
+    assert line.startswith(f"{archive} is no whole zip, nothing of it is read: ")
+    assert line.endswith("; fetch it again, or unpack it")
 
 
 def test_a_sample_that_its_zip_lacks_is_asked_for(tmp_path: Path) -> None:
@@ -393,25 +480,68 @@ def test_a_sample_that_its_zip_lacks_is_asked_for(tmp_path: Path) -> None:
         unpacked(tmp_path)
 
 
-def test_a_zip_that_is_damaged_or_has_no_room_is_named(
+def test_a_zip_that_has_no_room_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     mount_zips(tmp_path, sample_too=False, below="test/")
-    archive = tmp_path / COMPETITION / "test.zip"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     with pytest.raises(ValueError, match=r"test\.zip: 0\.0 GB to unpack"):
         unpacked(tmp_path)
-    monkeypatch.undo()
-    data = bytearray(archive.read_bytes())
-    start = data.index(b"test/a.jpg") + len(b"test/a.jpg")
-    data[start : start + 4] = bytes(4)
-    archive.write_bytes(data)
-    with pytest.raises(ValueError, match=r"test\.zip: .*; fetch it again"):
-        unpacked(tmp_path)
-    caplog.clear()
     write(tmp_path / COMPETITION / "b.jpg", "a loose b")  # which it must not cost
     assert contents(unpacked(tmp_path).images) == {"b.jpg": "a loose b"}
-    assert "test.zip: " in caplog.text and "the rows of its 1 images stay empty" in caplog.text
+    assert re.search(r"test\.zip: 0\.0 GB .*; the rows of its images stay empty", caplog.text)
+
+
+def damage(archive: Path, name: str, part: str) -> None:
+    """Overwrite a member of a zip: the header before its data, or these."""
+    with zipfile.ZipFile(archive) as opened:
+        member = opened.getinfo(name)
+    data, start = bytearray(archive.read_bytes()), member.header_offset
+    if part == "data":
+        start += 30 + len(name)
+    data[start : start + 8] = b"\xff" * 8
+    archive.write_bytes(data)
+
+
+DAMAGES = {
+    "header": ("header", zipfile.ZIP_DEFLATED),
+    "deflated": ("data", zipfile.ZIP_DEFLATED),
+    "lzma": ("data", zipfile.ZIP_LZMA),
+    "bzip2": ("data", zipfile.ZIP_BZIP2),
+    "stored": ("data", zipfile.ZIP_STORED),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_image_of_a_zip_costs_its_own_rows_alone(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    part, method = DAMAGES[case]
+    mount_zips(tmp_path, sample_too=False, below="test/")
+    archive = tmp_path / COMPETITION / "test.zip"
+    with zipfile.ZipFile(archive, "w", method) as opened:
+        for name in "ab":
+            opened.writestr(f"test/{name}.jpg", f"pixels of {name}")
+    damage(archive, "test/a.jpg", part)
+    assert contents(unpacked(tmp_path).images) == {"b.jpg": "pixels of b"}
+    assert f"{archive}: 1 of 2 files cannot be unpacked, such as test/a.jpg: " in caplog.text
+    assert "; fetch it again, or unpack it" in caplog.text
+
+
+def test_a_zip_of_damaged_images_is_refused_by_name_and_costs_no_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount_zips(tmp_path, sample_too=False, below="test/")
+    archive = tmp_path / COMPETITION / "test.zip"
+    for name in "ab":
+        damage(archive, f"test/{name}.jpg", "header")
+    with pytest.raises(ValueError, match=r"test\.zip: 2 of 2 files .*; fetch it again, or unpack"):
+        unpacked(tmp_path)
+    rows = "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\nb.jpg,1 1,0\nd.jpg,1 1,0\n"
+    write(tmp_path / COMPETITION / SAMPLE, rows)
+    write_zip(tmp_path / COMPETITION / "test_2.zip", {"d.jpg": "pixels of d"})
+    assert contents(unpacked(tmp_path).images) == {"d.jpg": "pixels of d"}
+    assert re.search(r"test\.zip: 2 of 2 .*; the rows of its images stay empty", caplog.text)
 
 
 def test_rows_stand_before_images_are_unpacked(
