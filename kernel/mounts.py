@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kernel.competition import Competition
-from kernel.image_folders import image_paths, link_images, walk_folders
+from kernel.image_folders import IMAGE_SUFFIXES, image_paths, link_images, walk_folders
 from kernel.logs import log
 from kernel.rows import fits_header, read_rows
-from kernel.zips import InZip, list_zip, unzip_csv
+from kernel.zips import InZip, list_zip, paths_in_zip, unzip_csv
 
 SAMPLE = "sample_submission.csv"
 CSV = re.compile(r"\.csv(\.zip)?$", re.IGNORECASE)
@@ -108,9 +108,11 @@ def _find_below(
 ) -> dict[str, Place]:
     """Name → place of some images below folders, of one that is in several the first's.
 
-    In each a loose image goes before a zipped one, which may be damaged.
+    In each a loose image goes before a zipped one, which may be damaged; those that are nowhere are
+    looked for under other suffixes.
     """
     steps = [(find, top) for top in tops for find in (_find_loose, _find_zipped)]
+    steps += [(_find_other_suffix, top) for top in tops]
     found: dict[str, Place] = {}
     for find, top in steps:
         if missing := names - found.keys():
@@ -135,9 +137,40 @@ def _find_zipped(top: Path, names: Set[str], competition: Competition) -> dict[s
     return {name: InZip(each, listed[each][name]) for each in reversed(held) for name in held[each]}
 
 
+def _find_other_suffix(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
+    """Those of some images that have another suffix; where several files have one's stem, none."""
+    suffixes = {PurePosixPath(name).suffix for name in names}
+    suffixes = {suffix for suffix in suffixes if suffix.lower() in IMAGE_SUFFIXES}
+    places: dict[str, list[Place]] = {}
+    for path, place in _list_contents(top):
+        for suffix in suffixes if path.suffix.lower() in IMAGE_SUFFIXES else ():
+            name = competition.name_of_file(str(path.with_suffix(suffix)))
+            if name in names:
+                places.setdefault(name, []).append(place)
+    found = {name: each[0] for name, each in places.items() if len(each) == 1}
+    if found:
+        log.warning(
+            "%s: %d images have another suffix than the sample and the description say, such as %s "
+            "for %r: they are predicted",
+            top,
+            len(found),
+            found[min(found)],
+            min(found),
+        )
+    return found
+
+
 def _list_files(top: Path) -> Iterator[Path]:
     for below, files in walk_folders(top):
         yield from (below / file for file in files)
+
+
+def _list_contents(top: Path) -> Iterator[tuple[PurePosixPath, Place]]:
+    """Every file below a folder, then what is in it if it is a zip: a path there, and its place."""
+    for file in _list_files(top):
+        yield PurePosixPath(file.relative_to(top).as_posix()), file
+        for path in paths_in_zip(file) if file.suffix == ".zip" else ():
+            yield PurePosixPath(path), InZip(file, path)
 
 
 def _most_first(held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:

@@ -294,7 +294,7 @@ def test_a_suffix_that_no_image_has_is_what_the_message_speaks_of(tmp_path: Path
     sample = tmp_path / "input" / "sample_submission.csv"
     sample.write_text("id,rle_mask\na,\n")
     salt = find_competition("salt")
-    with pytest.raises(ValueError, match=r"such as 'a\.png'; .* or correct `suffix`"):
-        find_task(Options(input=tmp_path), salt)
+    with pytest.raises(ValueError, match=r"such as 'a\.dcm'; .* or correct `suffix`"):
+        find_task(Options(input=tmp_path), replace(salt, suffix=".dcm"))
     task = find_task(Options(input=tmp_path), replace(salt, suffix=".tif"))
     assert (task.images, task.names) == (sample.parent / "images", ["a.tif"])

@@ -11,6 +11,7 @@ import pytest
 from helpers import read_submission, save_strips, write_sample
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.images import read_image
 from kernel.inference import run
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE, find_images, find_one
@@ -347,6 +348,55 @@ def test_samples_that_differ_are_refused_and_equal_ones_named_where_images_do_no
         f"more than one {SAMPLE}: {one}, {two}; "
         "remove one from the kernel's sources, or choose with --sample"
     )
+
+
+# --- other suffixes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_images_with_another_suffix_than_the_csvs_names_are_predicted(
+    zipped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a.png", "slice_1.50.png", "c.png", "d.png"]
+    rows = "".join(f"{name},1 1,0\n" for name in names)
+    write(tmp_path / COMPETITION / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{rows}")
+    held = ["a.jpeg", "slice_1.50.PNG", "c.png", "c.jpg", "d.txt", "x.jpeg"]
+    files = {f"test/{file}": file for file in held}
+    if zipped:
+        write_zip(tmp_path / COMPETITION / "test.zip", files)
+    else:
+        for place, text in files.items():
+            write(tmp_path / COMPETITION / place, text)
+    found = contents(unpacked(tmp_path).images)
+    assert found == {"a.png": "a.jpeg", "slice_1.50.png": "slice_1.50.PNG", "c.png": "c.png"}
+    [line] = [line for line in caplog.messages if "another suffix" in line]
+    assert ": 2 images have another suffix than the sample" in line
+    assert line.endswith("a.jpeg for 'a.png': they are predicted")
+
+
+def test_of_two_images_of_a_stem_none_is_taken(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "images/a.png", "masks/a.bmp", "images/b.png")
+    assert contents(find_task(Options(input=tmp_path), SEVERSTAL).images) == {
+        "b.jpg": "images/b.png"
+    }
+
+
+def test_image_path_names_images_with_another_suffix_too(tmp_path: Path) -> None:
+    write(tmp_path / SAMPLE, "ImageId,EncodedPixels,ClassId\ncase1_2,1 1,0\n")
+    write(tmp_path / "test" / "case1" / "2_266.JPG", "pixels")
+    nested = replace(SEVERSTAL, suffix=".png", image_path=r"(case\d+)/(\d+)_.*\.png")
+    task = find_task(Options(input=tmp_path), nested)
+    assert contents(task.images) == {"case1_2.png": "pixels"}
+
+
+def test_an_image_that_is_named_with_another_suffix_is_decoded(tmp_path: Path) -> None:
+    mount_test_set(tmp_path)
+    save_strips(tmp_path / COMPETITION / "test", ["a.png", "b.bmp"])
+    images = find_task(Options(input=tmp_path), SEVERSTAL).images
+    for name, file in (("a.jpg", "a.png"), ("b.jpg", "b.bmp")):
+        read = read_image(images / name, SEVERSTAL)
+        stored = read_image(tmp_path / COMPETITION / "test" / file, SEVERSTAL)
+        assert read.std() > 0 and (read == stored).all()
 
 
 # --- zips -----------------------------------------------------------------------------------------
