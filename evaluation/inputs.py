@@ -13,6 +13,7 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.image_folders import open_images
 from kernel.images import first_image
 from kernel.manifest import Manifest
+from kernel.predict import read_ahead
 from kernel.stages import Stages
 
 
@@ -52,5 +53,5 @@ def load_for_images(
     Raises:
         ValueError: as `load_ensemble`.
     """
-    image = first_image(folder, names, manifest.competition)
+    image = first_image(read_ahead(folder, names, 0, manifest.competition))
     return load_ensemble(bundle, manifest, pick_device(), Stages(), image)

@@ -14,7 +14,7 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, first_image, size_of
 from kernel.logs import log
 from kernel.outcome import Outcome
-from kernel.predict import EngineFails, note_names, predict_task
+from kernel.predict import EngineFails, note_names, predict_task, read_ahead
 from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
 from kernel.task import Task
@@ -45,7 +45,7 @@ def predict_on(
     options, on_gpu = context.options, device.type == "cuda"
     outcome.device = str(device)
     deadline, names = context.new_deadline(), note_names(task.names, context.last_image)
-    image = first_image(task.images, names, task.layout.competition)
+    image = first_image(read_ahead(task.images, names, 0, task.layout.competition, deadline))
     try:
         ensemble = load_ensemble(
             context.bundle,
@@ -64,8 +64,7 @@ def predict_on(
         scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
         log.info("%d images of %s on %s", len(task.names), task.images, device)
         patience = math.inf if plain else MAX_FAILURES
-        submission, last_image = context.submission, context.last_image
-        predict_task(scheduler, task, submission, outcome, patience, last_image)
+        predict_task(scheduler, task, context.submission, outcome, patience, context.last_image)
     except RuntimeError as error:
         if not on_gpu or isinstance(error, DeviceLost):
             raise

@@ -207,9 +207,8 @@ def read_strip(folder: Path, name: str, competition: Competition) -> Strip:
         return Strip(name, None, str(error) or repr(error))  # MemoryError says nothing
 
 
-def first_image(folder: Path, names: Iterable[str], competition: Competition) -> Image | None:
-    """Return the first of a folder's images that can be read: engines are checked on it."""
-    strips = (read_strip(folder, name, competition) for name in names)
+def first_image(strips: Iterable[Strip]) -> Image | None:
+    """Return the image of the first strip that could be read: engines are checked on it."""
     return next((strip.image for strip in strips if strip.image is not None), None)
 
 

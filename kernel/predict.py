@@ -1,10 +1,11 @@
 """Prediction: the images of a task through a scheduler and into the submission."""
 
 import math
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kernel.submission import Submission
 from kernel.task import Task
 
 READ_S = 300.0  # that a file may take: what takes longer hangs
+LAST_READS_S = 5.0  # that those under way may take once no strip is asked for any more
 
 
 def read_ahead(
@@ -29,38 +31,46 @@ def read_ahead(
     ahead: int,
     competition: Competition,
     deadline: Deadline | None = None,
-) -> Iterator[Strip]:
+) -> Generator[Strip, None, None]:
     """Yield strips in order, up to `ahead` of them read beside the networks.
 
-    Once a deadline is over no file is read any more: what is left would take its reserve. One whose
-    read hangs costs its own strip, and no other's time; only at the end it is waited for.
+    Once a deadline is over no file is read any more: what is left would take its reserve. Each is
+    read in a thread of its own, which the process does not wait for at its end: a read that hangs
+    costs its own strip, and no other's time.
     """
+    limit = deadline or Deadline(math.inf, time.monotonic())
 
-    def read(name: str) -> Strip:
-        if deadline and deadline.over:
-            return Strip(name, None, TOO_LATE)
-        return read_strip(folder, name, competition)
+    def begin(name: str) -> tuple[str, Future[Strip], float]:
+        """Begin to read a file; until the time returned it is waited for."""
+        strip = Future[Strip]()
 
-    def result(name: str, strip: Future[Strip]) -> Strip:
-        while True:
-            try:
-                return strip.result(timeout=READ_S)
-            except TimeoutError:
-                if deadline:
-                    deadline.last = deadline.clock()  # no strip took this time
-                if strip.running():
-                    return Strip(name, None, f"was not read in {READ_S:.0f} s")
-                if deadline and deadline.over:  # all that read hang
-                    return Strip(name, None, TOO_LATE)
+        def read() -> None:
+            strip.set_result(read_strip(folder, name, competition))
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        waiting: list[tuple[str, Future[Strip]]] = []
+        if limit.over:
+            strip.set_result(Strip(name, None, TOO_LATE))
+        else:
+            threading.Thread(target=read, daemon=True).start()
+        return name, strip, min(limit.clock() + READ_S, limit.end)
+
+    def result(name: str, strip: Future[Strip], until: float) -> Strip:
+        try:
+            return strip.result(until - limit.clock())
+        except TimeoutError:
+            limit.last = limit.clock()  # no strip took this time
+            late = until == limit.end
+            return Strip(name, None, TOO_LATE if late else f"was not read in {READ_S:.0f} s")
+
+    reads = deque[tuple[str, Future[Strip], float]]()
+    try:
         for name in names:
-            waiting.append((name, pool.submit(read, name)))
-            if len(waiting) > ahead:
-                yield result(*waiting.pop(0))
-        for each in waiting:
-            yield result(*each)
+            reads.append(begin(name))
+            if len(reads) > ahead:
+                yield result(*reads.popleft())
+        while reads:
+            yield result(*reads.popleft())
+    finally:  # not all were asked for: a thread that is in OpenCV at the process's end aborts it
+        wait([strip for _, strip, _ in reads], LAST_READS_S)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
@@ -134,7 +144,7 @@ def predict_task(
     stages.share_among(scheduler.threads)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(competition.image_size)
-    with progress(task.names, "strips", "strip") as bar, closing(states):
+    with closing(strips), progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
             in_a_row = in_a_row + state.failed if state.fault else 0
             if state.fault:

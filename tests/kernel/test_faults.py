@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
-from kernel.images import Image, Mask, Strip, read_strip
+from kernel.images import Image, Mask, Strip, read_image, read_strip
 from kernel.manifest import MemberSpec
 from kernel.members import Member
 from kernel.outcome import Outcome
@@ -55,7 +57,7 @@ from kernel.predict import read_ahead
 from kernel.rle import encode_rle
 from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
-from kernel.strip_state import StripState
+from kernel.strip_state import TOO_LATE, StripState
 from kernel.submission import Submission
 from kernel.tta import Pass
 
@@ -216,49 +218,113 @@ def test_an_engine_is_given_up_at_once_after_eight_images_in_a_row(
     assert re.match(said, line)
 
 
-def test_a_read_that_hangs_costs_its_own_strip(
-    images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Others are read beside it."""
-    answers = threading.Event()
+@pytest.fixture
+def hang_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Lets the reads of these images hang until the test ends."""
+    answers, unanswered = threading.Event(), list[Path]()
 
-    def read(folder: Path, name: str, *rules: Any) -> Strip:
-        if name == NAMES[1]:
-            answers.wait(timeout=60)
-        return read_strip(folder, name, *rules)
+    def hang(*names: str, read_s: float = 1.0) -> None:
+        def read(path: Path, *rules: Any) -> Image:
+            if path.name in names and not answers.wait(timeout=30):
+                unanswered.append(path)
+            return read_image(path, *rules)
 
-    monkeypatch.setattr("kernel.predict.read_strip", read)
-    monkeypatch.setattr("kernel.predict.READ_S", 1.0)
-    coming = read_ahead(images, NAMES, ahead=1, competition=SEVERSTAL)
-    strips = [next(coming) for _ in NAMES]
+        monkeypatch.setattr("kernel.images.read_image", read)
+        monkeypatch.setattr("kernel.predict.READ_S", read_s)
+
+    yield hang
     answers.set()
-    assert next(coming, None) is None
+    assert not unanswered, "were waited for"
+
+
+def test_reads_that_hang_cost_their_own_strips_and_no_time_of_others(
+    images: Path, hang_reads: Callable[..., None]
+) -> None:
+    """Others are read beside them, and at the end they are not waited for."""
+    hang_reads(*NAMES[:3], NAMES[5])
+    deadline = Deadline(3600, time.monotonic())
+    deadline.last = before = deadline.clock()
+    strips = list(read_ahead(images, NAMES, 1, SEVERSTAL, deadline))
     assert [strip.name for strip in strips] == NAMES
     faults = {strip.name: strip.fault for strip in strips if strip.image is None}
-    assert faults == {NAMES[1]: "was not read in 1 s"}
+    assert faults == dict.fromkeys([*NAMES[:3], NAMES[5]], "was not read in 1 s")
+    assert deadline.last > before
 
 
-def test_strips_behind_reads_that_hang_are_waited_for_and_take_no_time_of_others(
-    images: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_read_that_hangs_is_not_waited_for_once_the_deadline_is_over(
+    images: Path, hang_reads: Callable[..., None]
 ) -> None:
-    """Both that read hang; what has not begun to be read is no strip's fault."""
-    answers, deadline = threading.Event(), Deadline(3600, time.monotonic())
-    deadline.last = before = deadline.clock()
+    hang_reads(NAMES[0], read_s=300.0)
+    deadline = Deadline(3600, time.monotonic())
+    deadline.end = deadline.clock() + 1.0
+    strips = list(read_ahead(images, NAMES[:2], 0, SEVERSTAL, deadline))
+    assert [strip.fault for strip in strips] == [TOO_LATE] * 2
 
-    def read(folder: Path, name: str, *rules: Any) -> Strip:
-        if name in NAMES[:2]:
-            answers.wait(timeout=60)
+
+def test_engines_are_checked_on_another_image_where_the_read_of_the_first_hangs(
+    session_light: Path, images: Path, hang_reads: Callable[..., None]
+) -> None:
+    hang_reads(NAMES[0])
+    record = predict(session_light, images, images.parent / "submission.csv")
+    assert record["faults"] == {NAMES[0]: "was not read in 1 s"}
+    assert record["work"].keys() == set(NAMES[1:])
+
+
+ENDS = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import inference as kernel
+kernel.READ_S = 0.1
+names = ["0.jpg", "hangs.jpg"]
+strips = kernel.read_ahead(pathlib.Path(sys.argv[2]), names, 1, kernel.SEVERSTAL)
+print([strip.name for strip in strips if strip.name == "0.jpg" or strip.fault])
+"""
+
+
+def test_a_process_ends_whatever_reads_hang(session_light: Path, images: Path) -> None:
+    """What stands for such a file is a pipe that nobody writes to."""
+    os.mkfifo(images / "hangs.jpg")
+    command = [sys.executable, "-c", ENDS, str(session_light), str(images)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "['0.jpg', 'hangs.jpg']\n"
+
+
+def test_reads_under_way_end_before_an_interrupted_run(
+    session_light: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that is in OpenCV when the process ends would abort it."""
+    waited, read = threading.Event(), list[str]()
+
+    def read_last(folder: Path, name: str, *rules: Any) -> Strip:
+        if name == NAMES[2]:
+            assert waited.wait(timeout=30)
+        read.append(name)
         return read_strip(folder, name, *rules)
 
-    monkeypatch.setattr("kernel.predict.read_strip", read)
-    monkeypatch.setattr("kernel.predict.READ_S", 0.3)
-    coming = read_ahead(images, NAMES, ahead=3, competition=SEVERSTAL, deadline=deadline)
-    strips = [next(coming), next(coming)]
-    assert deadline.last > before
-    threading.Timer(1.0, answers.set).start()
-    strips += coming
-    assert [strip.name for strip in strips] == NAMES
-    assert [strip.image is None for strip in strips] == [name in NAMES[:2] for name in NAMES]
+    def wait(reads: Sequence[futures.Future[Strip]], seconds: float) -> None:
+        if reads:  # not where the image that engines are checked on was read
+            waited.set()
+        futures.wait(reads, seconds)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kernel.predict.wait", wait)
+    monkeypatch.setattr("kernel.predict.read_strip", read_last)
+    monkeypatch.setattr("kernel.predict.encode_rle", interrupt)
+    with pytest.raises(KeyboardInterrupt) as raised:  # keeps all frames
+        predict(session_light, images, images.parent / "submission.csv")
+    assert NAMES[2] in read, raised
+
+
+def test_reads_that_hang_do_not_hold_up_an_interrupted_run(
+    images: Path, hang_reads: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang_reads(NAMES[1])
+    monkeypatch.setattr("kernel.predict.LAST_READS_S", 0.1)
+    coming = read_ahead(images, NAMES, 1, SEVERSTAL)
+    assert next(coming).name == NAMES[0]
+    coming.close()
 
 
 def test_an_error_after_strips_that_are_done_ends_nothing(
