@@ -44,7 +44,7 @@ def predict_on(
     """
     options, on_gpu = context.options, device.type == "cuda"
     outcome.device = str(device)
-    deadline, names = context.new_deadline(), note_names(task.names, context.last_image)
+    deadline, names = context.new_deadline(), note_names(task.names, options.last_image)
     image = first_image(read_ahead(task.images, names, 0, task.layout.competition, deadline))
     try:
         ensemble = load_ensemble(
@@ -64,7 +64,7 @@ def predict_on(
         scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
         log.info("%d images of %s on %s", len(task.names), task.images, device)
         patience = math.inf if plain else MAX_FAILURES
-        predict_task(scheduler, task, context.submission, outcome, patience, context.last_image)
+        predict_task(scheduler, task, context.submission, outcome, patience, options.last_image)
     except RuntimeError as error:
         if not on_gpu or isinstance(error, DeviceLost):
             raise

@@ -143,7 +143,7 @@ def run(options: Options) -> RunRecord:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
         KeyboardInterrupt: as it came, when the submission holds what was done.
     """
-    start, stages, bundle = time.monotonic(), Stages(), find_bundle(options)
+    start, stages, bundle = time.monotonic(), Stages(options.last_image), find_bundle(options)
     manifest = load_manifest(bundle)
     if not options.worker:
         log_members(manifest)

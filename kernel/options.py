@@ -11,6 +11,8 @@ from kernel.command import new_parser
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE
 
+LAST = ".last"  # beside a worker's csv: the image that it began last
+
 
 @dataclass(frozen=True)
 class Options:
@@ -37,6 +39,11 @@ class Options:
     def record(self) -> Path:
         """Where the run record goes."""
         return self.report or self.output.with_name("run.json")
+
+    @property
+    def last_image(self) -> Path | None:
+        """The file in which a worker notes the image that it began last; touched while it works."""
+        return self.output.with_suffix(LAST) if self.worker else None
 
     def for_worker(self, **own: Any) -> "Options":
         """Return a worker's: the same, but for its `own` and what the first process alone reads."""

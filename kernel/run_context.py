@@ -15,8 +15,6 @@ from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task
 
-LAST = ".last"  # beside a worker's csv: the image that it began last
-
 
 @dataclass(frozen=True)
 class RunContext:
@@ -50,11 +48,6 @@ class RunContext:
     def over(self) -> bool:
         """Whether there is no time left for anything but the end."""
         return self.new_deadline().over
-
-    @property
-    def last_image(self) -> Path | None:
-        """The file in which a worker notes the image that it began last."""
-        return self.submission.path.with_suffix(LAST) if self.options.worker else None
 
     def n_workers(self, task: Task) -> int:
         """Processes that share a task: one a GPU, or as many as were asked for."""

@@ -4,7 +4,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from kernel.tta import Half
@@ -13,9 +14,13 @@ K = TypeVar("K")
 
 
 class Stages:
-    """Seconds spent per named stage, and per member and half in the networks."""
+    """Seconds spent per named stage, and per member and half in the networks.
 
-    def __init__(self) -> None:
+    Where a stage ends, as one does with each step of the networks, the file `alive` is touched.
+    """
+
+    def __init__(self, alive: Path | None = None) -> None:
+        self.alive = alive
         self.threads = 1  # that work at once
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.networks: defaultdict[tuple[str, Half], float] = defaultdict(float)
@@ -29,6 +34,9 @@ class Stages:
         """Add the time inside to stage `name`."""
         with _timed(self.seconds, name, self.threads):
             yield
+        if self.alive:
+            with suppress(OSError):  # a disk that is full costs no strip
+                self.alive.touch()
 
     @contextmanager
     def network(self, member: str, half: Half) -> Iterator[None]:

@@ -5,14 +5,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel.budget import worker_budget_s
 from kernel.command import BAD_INPUT
-from kernel.options import arguments_of
+from kernel.options import LAST, arguments_of
 from kernel.rows import csv_line, read_rows
-from kernel.run_context import LAST, RunContext
+from kernel.run_context import RunContext
 from kernel.submission import Submission
 from kernel.task import Task
 
@@ -34,6 +34,8 @@ class WorkerProcess:
     ended_unasked: bool = False
     stalled: bool = False  # and was killed for it
     taken_ns: int = 0  # when the csv was written that was taken over last
+    seen_ns: tuple[int, ...] = ()  # when its files were written, by the disk's clock
+    seen_s: float = field(default_factory=time.monotonic)  # when that was last seen to change
 
     @property
     def record(self) -> Path:
@@ -57,7 +59,9 @@ class WorkerProcess:
 
     def collect(self, submission: Submission) -> None:
         """Take over what it has written so far; its csv has the images that are done."""
-        written_ns = self.csv.stat().st_mtime_ns if self.csv.is_file() else 0
+        written_ns, noted_ns = map(_written_ns, (self.csv, self.csv.with_suffix(LAST)))
+        if (written_ns, noted_ns) != self.seen_ns:
+            self.seen_ns, self.seen_s = (written_ns, noted_ns), time.monotonic()
         if written_ns == self.taken_ns:
             return
         self.taken_ns, competition = written_ns, submission.layout.competition
@@ -66,9 +70,8 @@ class WorkerProcess:
             submission.set_masks(image, {label: rle})
 
     def idle_s(self) -> float:
-        """Seconds since it was started, began an image or saved one."""
-        paths = [self.csv.with_suffix(suffix) for suffix in (".sample", ".csv", LAST)]
-        return time.time() - max(path.stat().st_mtime for path in paths if path.is_file())
+        """Seconds since `collect` first saw its last sign of life, or since it was started."""
+        return time.monotonic() - self.seen_s
 
     def last_image(self) -> str:
         """The image that it began last, by what `note_names` writes beside its csv."""
@@ -90,6 +93,10 @@ class WorkerProcess:
             self.process.kill()
             with suppress(subprocess.TimeoutExpired):  # it is stuck in the system
                 self.process.wait(patience_s)
+
+
+def _written_ns(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def start_worker(

@@ -26,7 +26,7 @@ from kernel.worker import NO_GPU, REFUSALS, WorkerProcess, start_worker
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 ENDING_S = 30.0  # that an interrupted worker has for its last save, and a killed one to end
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
-STALLED_S = 600.0  # without a strip that begins or ends, where another worker has done its own
+STALLED_S = 600.0  # without a sign of life; one step takes less, also of a large image on the CPU
 MAX_FRUITLESS_ROUNDS = 3  # on the CPU in a row, that give no image
 
 
@@ -117,9 +117,7 @@ def _collect(workers: Iterable[WorkerProcess], submission: Submission) -> None:
 
 
 def _kill_stalled(workers: Sequence[WorkerProcess]) -> None:
-    """Kill workers that hang where another has ended with a record: what they leave has a place."""
-    if not any(worker.record.is_file() for worker in workers):
-        return
+    """Kill workers that hang: what they leave runs in others."""
     for worker in workers:
         if not (worker.ended or worker.stalled) and worker.idle_s() > STALLED_S:
             log.warning("worker %d has done nothing for %.0f s: killed", worker.number, STALLED_S)

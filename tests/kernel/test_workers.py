@@ -1,6 +1,7 @@
 """Several processes: the same submission as one, also where one of them dies."""
 
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from kernel.outcome import Outcome
 from kernel.rows import read_rows
 from kernel.run_context import RunContext
 from kernel.run_record import write_run_record
+from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task
@@ -37,7 +39,6 @@ from kernel.tta import Half
 from kernel.worker import WorkerProcess, start_worker
 from kernel.workers import (
     Round,
-    _kill_stalled,
     _read_round,
     first_plan,
     gpus_of,
@@ -845,65 +846,156 @@ def test_a_worker_that_hangs_is_killed_before_the_hour_ends(
     assert context.left_s() > 0
 
 
-@pytest.mark.parametrize("writes", [False, True])
-def test_a_worker_that_hangs_is_killed_when_another_has_done_its_own(
-    writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# --- workers that hang ----------------------------------------------------------------------------
+
+
+def looks_every(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, then: Callable[[], object] = lambda: None
 ) -> None:
-    """What it leaves goes to the other's GPU; not while it still saves strips."""
-    workers, sleep = list[WorkerProcess](), time.sleep
+    """Let so many seconds pass between two looks at the workers, which take none here."""
+    passed = [0.0]
 
-    def start(command: list[str], **_: object) -> Any:
-        code = "import time; time.sleep(60)" if commands else ""
-        commands.append(command)
-        return popen([sys.executable, "-c", code])
+    def wait(_: float) -> None:
+        passed[0] += seconds
+        assert passed[0] < 100 * seconds, "is never killed"
+        then()
 
-    def started_worker(*given: Any) -> WorkerProcess:
-        worker = start_worker(*given)
-        workers.append(worker)
-        if len(workers) == 1:
-            worker.process.wait()
-            worker.record.touch()
-        long_ago = time.time() - 700
-        for path in worker.csv.parent.iterdir():
-            os.utime(path, (long_ago, long_ago))
-        return worker
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0])
+    monkeypatch.setattr("kernel.worker.time", clock)
+    monkeypatch.setattr("kernel.workers.time", SimpleNamespace(sleep=wait))
 
-    def wait(seconds: float) -> None:
-        sleep(seconds)
-        if writes:
-            workers[1].csv.with_suffix(".last").touch()
-            workers[1].process.terminate()  # at last
 
-    popen, commands = subprocess.Popen, list[list[str]]()
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr("kernel.workers.start_worker", started_worker)
-    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.01)
-    monkeypatch.setattr(time, "sleep", wait)
+class Hangs:
+    """A process that does nothing until it is killed."""
+
+    def __init__(self) -> None:
+        self.returncode: int | None = None
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+    def terminate(self) -> None:
+        self.returncode = self.returncode or -15
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        return self.returncode
+
+
+def note(worker: WorkerProcess, name: str) -> None:
+    """Write what a worker does that begins an image."""
+    worker.csv.with_suffix(".last").write_text(name, encoding="utf-8")
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_a_worker_is_killed_when_it_has_shown_no_sign_of_life_for_ten_minutes(
+    lives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another has done its own images: what this one leaves goes to that one's GPU."""
+    workers, looks = list[WorkerProcess](), itertools.count(1)
+
+    def start(
+        _: object, shard: Task, folder: Path, number: int, count: int, gpu: str
+    ) -> WorkerProcess:
+        process: Any = ended() if number == 1 else Hangs()
+        workers.append(WorkerProcess(number, gpu, shard, folder / f"{number}.csv", process))
+        if number == 1:
+            write_run_record(workers[0].record, a_record())
+        return workers[-1]
+
+    def show() -> None:
+        if lives:
+            note(workers[1], "b.jpg")
+            os.utime(workers[1].csv.with_suffix(".last"), (0, look := next(looks)))
+            if look == 5:
+                workers[1].process.terminate()  # at last
+
+    monkeypatch.setattr("kernel.workers.start_worker", start)
+    looks_every(400, monkeypatch, show)
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
     submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
     begin = time.monotonic()
     run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
-    found = run_workers(run, task, ["0", "1"], again=not writes)
-    assert len(commands) == 2 and found.exit_codes[2] == (-15 if writes else -9)
-    assert found.lost >= {"1"} and workers[1].stalled != writes
+    found = run_workers(run, task, ["0", "1"], again=not lives)
+    assert len(workers) == 2 and found.exit_codes[2] == (-15 if lives else -9)
+    assert found.lost == {"1"} and workers[1].stalled != lives
 
 
-@pytest.mark.parametrize(("idle_s", "stalled"), [(400, False), (620, True)])
-def test_a_worker_hangs_when_it_has_done_nothing_for_ten_minutes(
-    idle_s: float, stalled: bool, tmp_path: Path
+def test_what_hangs_the_only_gpu_runs_on_the_cpu_and_the_rest_on_that_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Less than that a large image may take."""
-    killed, workers = list[int](), list[WorkerProcess]()
-    for number in (1, 2):
-        process: Any = SimpleNamespace(poll=lambda: None, kill=lambda n=number: killed.append(n))
-        task, csv = Task(Path(), LAYOUTS["two-column"], []), tmp_path / f"{number}.csv"
-        workers.append(WorkerProcess(number, "", task, csv, process))
-        csv.with_suffix(".sample").touch()
-    workers[0].record.touch()
-    begun = time.time() - idle_s
-    os.utime(tmp_path / "2.sample", (begun, begun))
-    _kill_stalled(workers)
-    assert killed == [2] * stalled and workers[1].stalled == stalled
+    """No other worker outlives the one that hangs: without a kill the hour would be over."""
+    runs = list[tuple[str, list[str]]]()
+
+    def start(
+        _: object, task: Task, folder: Path, number: int, count: int, gpu: str
+    ) -> WorkerProcess:
+        process: Any = ended() if runs else Hangs()
+        runs.append((gpu, task.names))
+        worker = WorkerProcess(number, gpu, task, folder / f"{len(runs)}.csv", process)
+        done = task.names if len(runs) > 1 else ["a.jpg"]
+        made = Submission(worker.csv, task.layout, task.pairs, whole=False)
+        for name in done:
+            made.set_masks(name, {1: "1 1"})
+        made.save()
+        if len(runs) > 1:
+            write_run_record(worker.record, a_record())
+        note(worker, "b.jpg")
+        return worker
+
+    monkeypatch.setattr("kernel.workers.start_worker", start)
+    monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["0"])
+    looks_every(400, monkeypatch)
+    task = Task(Path("strips"), LAYOUTS["two-column"], [(f"{name}.jpg", 1) for name in "abc"])
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    begin = time.monotonic()
+    run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), begin)
+    predict_by_workers(run, task, 1)
+    assert runs == [("0", task.names), ("", ["b.jpg"]), ("0", ["c.jpg"])]
+    assert submission.done == set(task.names)
+
+
+@pytest.mark.parametrize("shift_s", [-3600, 0, 3600])
+def test_a_clock_that_is_set_makes_no_worker_hang(shift_s: float, tmp_path: Path) -> None:
+    """What counts is when a change was seen, not the time that a file has."""
+    task, process = Task(Path(), LAYOUTS["two-column"], [("a.jpg", 1)]), ended()
+    worker = WorkerProcess(1, "0", task, tmp_path / "1.csv", process)
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    for shown in range(2):
+        note(worker, "a.jpg")
+        written = time.time() + shift_s + shown
+        os.utime(tmp_path / "1.last", (written, written))
+        worker.collect(submission)
+        assert 0 <= worker.idle_s() < 300
+        worker.seen_s -= 700
+        worker.collect(submission)
+        assert worker.idle_s() >= 700
+
+
+def test_a_worker_shows_a_sign_of_life_with_each_step(
+    session_light: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large image may take an hour, one step of it does not."""
+    last, written, run_step = tmp_path / "1.last", list[int](), Scheduler._run_step
+
+    def run_and_look(*given: Any) -> None:
+        os.utime(last, ns=(0, 0))
+        run_step(*given)
+        written.append(last.stat().st_mtime_ns)
+
+    monkeypatch.setattr(Scheduler, "_run_step", run_and_look)
+    predict(session_light, images, tmp_path / "1.csv", worker=True)
+    assert len(written) > len(NAMES) and all(written)
+    assert last.read_text(encoding="utf-8") == NAMES[-1]
+
+
+def test_a_sign_of_life_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    stages = Stages(tmp_path / "gone" / "1.last")
+    with stages("load"):
+        pass
+    assert stages.seconds.keys() == {"load"}
 
 
 class Stuck:
@@ -938,15 +1030,13 @@ def test_a_worker_that_no_kill_ends_is_not_waited_for(
     ) -> WorkerProcess:
         process: Any = ended() if number == 1 else Stuck()
         worker = WorkerProcess(number, gpu, shard, folder / f"{number}.csv", process)
-        last, long_ago = worker.csv.with_suffix(".last"), time.time() - 700
-        last.write_text(shard.names[0], encoding="utf-8")
-        os.utime(last, (long_ago, long_ago))
+        note(worker, shard.names[0])
         if number == 1:
             write_run_record(worker.record, a_record())
         return worker
 
     monkeypatch.setattr("kernel.workers.start_worker", start)
-    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.01)
+    looks_every(320, monkeypatch)
     task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1), ("b.jpg", 1)])
     submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
     begin = time.monotonic()
@@ -954,6 +1044,8 @@ def test_a_worker_that_no_kill_ends_is_not_waited_for(
     found = run_workers(run, task, ["0", "1"], again=True)
     assert (found.exit_codes, found.lost, found.suspects) == ({2: -9}, {"1"}, {"b.jpg"})
 
+
+# --- the end of a round ---------------------------------------------------------------------------
 
 WORKS = """
 import pathlib, signal, sys, time
