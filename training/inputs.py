@@ -151,11 +151,36 @@ def read_machine(args: argparse.Namespace, device: torch.device) -> Machine:
     return Machine(device, workers, save_every, args.runs)
 
 
+NOT_FITTED = ("softmax", "channels", "efficientnet_pytorch")  # of a packed member, of no fit here
+
+
+def _check_start(entry: dict[str, Any], config: Config, path: Path) -> None:
+    """Log where a member to start from was trained otherwise than this fit trains.
+
+    `entry` is what its header says.
+
+    Raises:
+        ValueError: it was, and no step adapts the network.
+    """
+    own = {"mean": config.spec.mean, "std": config.spec.std}
+    given = {key: entry[key] for key in own if key in entry}
+    lacking = {key: entry[key] for key in NOT_FITTED if entry.get(key)}
+    faults = list[tuple[str, str]]()
+    if any(set(given[key]) != set(own[key]) for key in given):  # of one channel or three
+        faults.append((f"was fitted with {given}, this fit has {own}", "give its --mean and --std"))
+    if lacking:
+        faults.append((f"was trained with {lacking}, without which this fit goes on", "give steps"))
+    for fault, remedy in faults:
+        if not config.steps:
+            raise ValueError(f"--start-from {path}: {fault}: {remedy}")
+        log.warning("--start-from %s: %s", path, fault)
+
+
 def read_start(path: Path | None, config: Config) -> tuple[dict[str, Tensor], str]:
     """Return the weights to start from and their file's hash; nothing of no file.
 
     Raises:
-        ValueError: it is no safetensors file, or without steps one of another mean or std.
+        ValueError: it is no safetensors file, or as `_check_start` raises.
     """
     if path is None:
         return {}, ""
@@ -163,15 +188,10 @@ def read_start(path: Path | None, config: Config) -> tuple[dict[str, Tensor], st
         weights = load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"--start-from {path}: no safetensors file: {error}") from error
-    entry, own = dict[str, Any](), {"mean": config.spec.mean, "std": config.spec.std}
+    entry = dict[str, Any]()
     with suppress(ValueError):  # a file of another program's has none
         entry = read_entry(path)
-    given = {key: entry[key] for key in own if key in entry}
-    if any(set(given[key]) != set(own[key]) for key in given):  # of one channel or three
-        fault = f"--start-from {path}: was fitted with {given}, this fit has {own}"
-        if not config.steps:
-            raise ValueError(f"{fault}: give its --mean and --std")
-        log.warning("%s", fault)
+    _check_start(entry, config, path)
     return weights, hash_file(path)
 
 

@@ -1,14 +1,17 @@
 """What a fit begins with: which strips, on which device, under which mean."""
 
+import json
 import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL, draw_image, save_image
+from safetensors.torch import save_file
 
 from kernel.competition import SEVERSTAL
 from training import inputs, train
@@ -98,6 +101,40 @@ def test_the_experiment_is_what_the_options_say(strips: Strips) -> None:
         precision="bf16-mixed", encoder_weights="imagenet",
     )  # fmt: skip
     assert found == expected
+
+
+# --- the weights to start from --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ({"mean": [0.5], "std": [0.13]}, r"fitted with {'mean': \[0\.5\], .*: give its --mean and"),
+        (
+            {"efficientnet_pytorch": "0.6.3"},
+            r"with {'efficientnet_pytorch': '0\.6\.3'}, .*give steps",
+        ),
+        ({"softmax": True, "channels": [1, 2, 3, 4]}, r"with {'softmax': True, 'channels': \[1, 2"),
+    ],
+)
+def test_a_member_that_was_trained_otherwise_is_told_and_refused_where_no_step_adapts_it(
+    said: dict[str, Any],
+    shown: str,
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, still = tmp_path / "a.safetensors", replace(config, crop_steps=0, whole_steps=0)
+    save_file({"weight": torch.zeros(1)}, path, {"member": json.dumps(said)})
+    with pytest.raises(ValueError, match=f"--start-from {path}: was .*{shown}"):
+        inputs.read_start(path, still)
+    assert not caplog.messages
+    assert set(inputs.read_start(path, config)[0]) == {"weight"}
+    [told] = caplog.messages
+    assert told.startswith(f"--start-from {path}: was ") and str(min(said)) in told
+    unsaid = {"mean": [0.34], "softmax": False, "channels": None, "efficientnet_pytorch": ""}
+    save_file({"weight": torch.zeros(1)}, path, {"member": json.dumps(unsaid)})
+    inputs.read_start(path, still)
 
 
 # --- the machine and the mean ---------------------------------------------------------------------
