@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from kernel.checks import read_json
 from kernel.ensemble import Ensemble
@@ -55,13 +56,21 @@ def score_held_out(
     return scores
 
 
+def _half_of(key: str, value: Tensor) -> Tensor:
+    half = value.half() if value.is_floating_point() else value
+    held = key.endswith(("running_mean", "running_var")) and not half.isfinite().all()
+    return value if held else half
+
+
 def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
     """Write the weights in half precision; their header carries the member's own manifest entry.
+
+    Statistics of batch norm that half precision cannot hold stay as they are, as in a build.
 
     Raises:
         ValueError: a weight is no number, or too large for half precision; names the first.
     """
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    weights = {key: _half_of(key, value) for key, value in network.state_dict().items()}
     weights = {key: value.cpu().contiguous().clone() for key, value in weights.items()}
     for key, value in weights.items():
         if not value.isfinite().all():
@@ -75,15 +84,42 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
         save_file(weights, part, header)
 
 
-def warn_of_shifts(path: Path) -> None:
-    """Warn where the manifest beside a new checkpoint shifts its logits, as another fit needed."""
-    manifest = path.with_name(MANIFEST)
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint; nothing of none, or of a damaged one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return {}
+
+
+SHIFTED = {  # parts of an SMP network whose output each shift is added to
+    "mask_shift": {"encoder", "decoder", "segmentation_head"},
+    "gate_shift": {"encoder", "classification_head"},
+}
+
+
+def _outdated_shifts(before: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the shifts that belong to the weights of before: those of what is another now."""
+    changed = {
+        key.split(".")[0]
+        for key, value in weights.items()
+        if key not in before or not torch.equal(before[key].float(), value.float())
+    }
+    return [name for name, parts in SHIFTED.items() if parts & changed]
+
+
+def warn_of_shifts(path: Path, before: Mapping[str, Tensor]) -> None:
+    """Warn where the manifest beside a new checkpoint shifts its logits, as another fit needed.
+
+    `before` are the weights that were there before it.
+    """
+    outdated, manifest = _outdated_shifts(before, read_weights(path)), path.with_name(MANIFEST)
     try:
         entries = [entry for entry in read_json(manifest)["members"] if entry["file"] == path.name]
     except (ValueError, OSError, KeyError, TypeError):
         return  # none is there, or the build will say what is wrong with it
     for entry in entries:
-        shifts = [name for name in ("mask_shift", "gate_shift") if np.any(entry.get(name, 0))]
+        shifts = [name for name in outdated if np.any(entry.get(name, 0))]
         if shifts:
             log.warning(
                 "%s has a %s for %s, of another fit: set it to 0, and calibrate the gates anew, "

@@ -35,6 +35,7 @@ from training.pace import choose_steps
 from training.results import (
     SCORES,
     add_experiment,
+    read_weights,
     score_held_out,
     warn_of_shifts,
     write_checkpoint,
@@ -87,17 +88,15 @@ def train(args: argparse.Namespace) -> int:
     taught_on = inputs.unlabelled[0] if args.taught_gates else None
     refit_heads(module, inputs.pairs, args.present_weight, taught_on)
     checkpoint = args.out / f"{config.name}.safetensors"
-    before = hash_file(checkpoint) if checkpoint.is_file() else ""
+    before = read_weights(checkpoint)
     write_checkpoint(network, config, checkpoint)
     log.info("%s: written", checkpoint)
-    sha256 = hash_file(checkpoint)
     scores = score_held_out(network, config, inputs.scored, machine.device)
     add_experiment(args.out / "experiments.csv", config, scores, seconds, args.comment)
-    fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": sha256}
+    fit = {"folds": config.folds, "data": inputs.hashes[0], "sha256": hash_file(checkpoint)}
     write_scores(machine.folder(config) / SCORES, config, scores, fit)
     print(json_text(scores.summary()), end="")
-    if sha256 != before:
-        warn_of_shifts(checkpoint)
+    warn_of_shifts(checkpoint, before)
     return 0
 
 

@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, SMALL
+from helpers import CPU, SMALL, tiny_entry, write_manifest
+from safetensors.torch import load_file
 
 from kernel.manifest import MemberSpec
 from kernel.members import load_member
 from training.config import NO_FOLD, Config
 from training.metrics import Scores
 from training.module import new_network
-from training.results import add_experiment, score_held_out, write_checkpoint, write_scores
+from training.results import (
+    add_experiment,
+    read_weights,
+    score_held_out,
+    warn_of_shifts,
+    write_checkpoint,
+    write_scores,
+)
 from training.strips import Strips
 
 
@@ -103,6 +111,60 @@ def test_weights_that_no_half_can_hold_are_not_written(
     with pytest.raises(ValueError, match=r"tiny: segmentation_head\.0\.bias holds NaN, or more"):
         write_checkpoint(network, config, tmp_path / "tiny.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_batch_norm_statistics_that_no_half_can_hold_stay_as_they_are(
+    name: str, network: Any, config: Config, tmp_path: Path
+) -> None:
+    """As in a build: GPU hours are lost with a checkpoint that is not written."""
+    getattr(network.encoder.model.bn1, name)[0] = 1e5
+    write_checkpoint(network, config, tmp_path / "tiny.safetensors")
+    weights = load_file(tmp_path / "tiny.safetensors")
+    held = f"encoder.model.bn1.{name}"
+    assert torch.equal(weights[held], network.state_dict()[held])
+    assert {key for key, value in weights.items() if value.dtype == torch.float32} == {held}
+    load_member(tmp_path, config.spec, CPU)
+    getattr(network.encoder.model.bn1, name)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"bn1.{name} holds NaN"):
+        write_checkpoint(network, config, tmp_path / "tiny.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changed", "outdated"),
+    [
+        ("classification_head.3.bias", "a gate_shift for"),
+        ("segmentation_head.0.bias", "a mask_shift for"),
+        ("encoder.model.bn1.bias", "a mask_shift and a gate_shift for"),
+        (None, ""),
+    ],
+)
+def test_only_a_shift_of_what_another_fit_changed_is_told(
+    changed: str | None,
+    outdated: str,
+    network: Any,
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Gates that are taught anew leave the masks as they were, and their shift belongs to them."""
+    path, shifts = tmp_path / "tiny.safetensors", {"mask_shift": 1.5, "gate_shift": [0, -8.5, 0, 0]}
+    write_checkpoint(network, config, path)
+    write_manifest(tmp_path, [tiny_entry("tiny", config.spec.model) | shifts])
+    before = read_weights(path)
+    if changed:
+        network.state_dict()[changed] += 1
+    write_checkpoint(network, config, path)
+    warn_of_shifts(path, before)
+    assert [outdated in message for message in caplog.messages] == [True] * bool(changed)
+    assert ("mask_shift" in caplog.text) == ("mask_shift" in outdated)
+    caplog.clear()
+    path.write_bytes(b"torn")
+    torn = read_weights(path)
+    assert torn == read_weights(tmp_path / "gone") == {}
+    write_checkpoint(network, config, path)
+    warn_of_shifts(path, torn)
+    assert "has a mask_shift and a gate_shift for tiny, of another fit" in caplog.text
 
 
 def test_a_strip_that_it_cannot_answer_counts_as_an_empty_answer(
