@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from kernel.command import needs
 with needs("training"):  # before the modules of this room that import it too
     import lightning as L
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
     from lightning.pytorch.loggers import CSVLogger
 
 from kernel.competition import Competition
@@ -269,7 +270,9 @@ def new_trainer(
 ) -> L.Trainer:
     """Return the Trainer of one part."""
     device, cuda = machine.device, machine.device.type == "cuda"
-    average = EMAWeightAveraging(device=device, decay=EMA_DECAY)
+    # EMAWeightAveraging's function takes one tensor at a time: thousands of GPU kernels a step
+    move_all = get_ema_multi_avg_fn(EMA_DECAY)  # type: ignore[no-untyped-call]
+    average = WeightAveraging(device=device, multi_avg_fn=move_all)
     states = ModelCheckpoint(machine.folder(config), part.name, save_on_train_epoch_end=True,
                              enable_version_counter=False)  # fmt: skip
     return L.Trainer(
