@@ -27,7 +27,8 @@ from training.strips import Strips
 
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
 WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes start
-MEASURED_STEPS = 20
+PREFETCHED = 2  # batches that each loader process makes beforehand, by PyTorch's default
+MEASURED_STEPS = {"cpu": 20, "cuda": 60}
 PACE_STATISTICS_STRIPS = 4  # enough to keep a deep network in fp16's range
 USED_SHARE = 0.9  # of the minutes: a machine has slower hours
 
@@ -42,6 +43,11 @@ class Pace:
     state: float  # that is saved
 
 
+def _warm_up_steps(machine: Machine) -> int:
+    """Return how many steps are not measured: the slow first ones, then as many as were loaded."""
+    return WARM_UP_STEPS + PREFETCHED * machine.workers
+
+
 def seconds_a_step(
     network: Any, sources: Sequence[Strips], config: Config, part: Part, machine: Machine
 ) -> tuple[float, float]:
@@ -49,7 +55,7 @@ def seconds_a_step(
     timer = StepTimer()
     callbacks = [timer, ProgressBar(config, part)]  # no StopOnNonFinite: the network is thrown away
     take_steps(network, sources, config, part, machine, callbacks)
-    ends = timer.ends[WARM_UP_STEPS - 1 :]
+    ends = timer.ends[_warm_up_steps(machine) - 1 :]
     return (ends[-1] - ends[0]) / (len(ends) - 1), timer.saved - ends[-1]
 
 
@@ -69,7 +75,7 @@ def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) ->
     A fit draws many crops of each strip, and hardly a whole one twice: for the crops all strips
     count as read before, without the checks of a first read.
     """
-    count = WARM_UP_STEPS + MEASURED_STEPS
+    count = _warm_up_steps(machine) + MEASURED_STEPS[machine.device.type]
     some = [sources[0].folder / name for name in sources[0].names[:PACE_STATISTICS_STRIPS]]
     tried = replace(config, crop_steps=count, whole_steps=count, encoder_weights="")
     known = [replace(each, whole=set(each.names)) for each in sources]

@@ -1,5 +1,6 @@
 """The pace of a fit, and the steps that fill some minutes."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from training import fit, pace
 from training.batches import Batches
-from training.config import Config
+from training.config import Config, Part
 from training.fit import Machine
 from training.module import MemberModule
 from training.pace import Pace, choose_steps, fill_minutes, measure_pace
@@ -57,7 +58,7 @@ def test_the_pace_is_that_of_the_steps_after_the_first_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that a step moves on: ten seconds the first ones, then two on crops, three."""
-    monkeypatch.setattr(pace, "MEASURED_STEPS", 4)
+    monkeypatch.setattr(pace, "MEASURED_STEPS", {"cpu": 4})
     taken: list[str] = []
     batch_loss = Batches.__getitem__
 
@@ -74,6 +75,38 @@ def test_the_pace_is_that_of_the_steps_after_the_first_ones(
     assert not machine.runs.exists()
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_steps_that_use_up_what_was_loaded_beforehand_are_not_measured(
+    kind: str,
+    config: Config,
+    strips: Strips,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of three loader processes makes two batches during the slow first steps."""
+    measured = {"cpu": 20, "cuda": 60}[kind]
+    part = replace(config, crop_steps=5 + 6 + measured).crop_part
+
+    def take(_: Any, __: Any, ___: Any, part: Part, ____: Any, callbacks: list[Any]) -> None:
+        seconds = [10.0] * 5 + [1.0] * 6 + [2.0] * (part.steps - 11)
+        callbacks[0].ends = list(itertools.accumulate(seconds))
+
+    monkeypatch.setattr(pace, "take_steps", take)
+    three = replace(machine, workers=3, device=torch.device(kind))
+    assert pace.seconds_a_step(None, [], config, part, three)[0] == 2
+    tried: list[tuple[int, int]] = []
+
+    def measure(_: Any, __: Any, config: Config, *___: Any) -> tuple[float, float]:
+        tried.append((config.crop_steps, config.whole_steps))
+        return 1.0, 1.0
+
+    monkeypatch.setattr(pace, "seconds_a_step", measure)
+    monkeypatch.setattr(pace, "retake_from_strips", lambda *_: None)
+    monkeypatch.setattr(pace, "seconds_a_load", lambda *_: 0.0)
+    measure_pace([strips], config, three)
+    assert tried == [(part.steps, part.steps)] * 2
+
+
 def test_a_state_is_timed_apart_from_the_steps(
     config: Config,
     strips: Strips,
@@ -82,7 +115,7 @@ def test_a_state_is_timed_apart_from_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that only a state moves on."""
-    monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
+    monkeypatch.setattr(pace, "MEASURED_STEPS", {"cpu": 2})
 
     def save(*_: Any, **__: Any) -> None:
         clock[0] += 8.0
@@ -95,7 +128,7 @@ def test_crops_are_timed_on_strips_that_were_read_before_and_whole_strips_on_new
     config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a fit, where each strip has many crops drawn and is hardly taken whole twice."""
-    monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
+    monkeypatch.setattr(pace, "MEASURED_STEPS", {"cpu": 2})
     known: list[set[str]] = []
     take_steps = fit.take_steps
 
@@ -112,7 +145,7 @@ def test_whole_strips_are_timed_with_batch_norm_statistics_of_strips(
     config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new network's are 0 and 1: in fp16 a deep one's values overflow with them."""
-    monkeypatch.setattr(pace, "MEASURED_STEPS", 2)
+    monkeypatch.setattr(pace, "MEASURED_STEPS", {"cpu": 2})
     began: list[int] = []
     take_steps = fit.take_steps
 
@@ -132,7 +165,7 @@ def test_a_pace_needs_no_loss_that_is_a_number(
     config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its network is thrown away; the fit's own may do better."""
-    monkeypatch.setattr(pace, "MEASURED_STEPS", 6)  # 11 steps of each part
+    monkeypatch.setattr(pace, "MEASURED_STEPS", {"cpu": 6})  # 11 steps of each part
     batch_loss = MemberModule.batch_loss
     monkeypatch.setattr(MemberModule, "batch_loss", lambda *each: batch_loss(*each) * float("nan"))
     assert measure_pace([strips], config, machine).crop_step > 0
