@@ -31,7 +31,7 @@ from packing.paths import (
     REPORT,
     SCRIPT,
 )
-from packing.sources import left_out, propose_manifest, read_sources
+from packing.sources import OUT_OF_FOLD, left_out, propose_manifest, read_sources, unfinished
 from packing.wheels import OPENVINO_VERSION, OPENVINO_WHEEL, WHEELS, fetch_wheels
 
 LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
@@ -176,6 +176,11 @@ def build(
     check_not_inside(out)
     if openvino:
         _check_openvino()
+    if names := unfinished(weights):
+        print(
+            f"{weights / OUT_OF_FOLD}: not finished, so not packed: {', '.join(names)}; go on with "
+            "--fit --resume"
+        )
     if not (weights / MANIFEST).is_file():
         propose_manifest(weights / MANIFEST, competition or load_competition(weights))
     manifest, sources = read_sources(weights, competition)

@@ -17,6 +17,8 @@ from kernel.members import check_sha256
 from packing.models import read_model, with_todays_options, without_activation
 from packing.reading import SUFFIXES, no_such_checkpoint, read_header, weights_file
 
+OUT_OF_FOLD = "out_of_fold.json"  # of a fit on Kaggle: each member's scores, or null
+
 
 def _source_of(weights: Path, entry: dict[str, Any]) -> Path:
     path = Path(weights, entry["file"])
@@ -85,6 +87,19 @@ def left_out(weights: Path, sources: Iterable[Path]) -> list[str]:
         for name, file in found.items()
         if file.suffix in SUFFIXES and file.is_file() and os.path.realpath(file) not in packed
     ]
+
+
+def unfinished(weights: Path) -> list[str]:
+    """Return the members that a fit on Kaggle did not finish, by its record among the weights.
+
+    A member that another fit finished, so that its checkpoint is there, is not among them.
+    """
+    try:
+        record = read_json(weights / OUT_OF_FOLD)
+    except ValueError:
+        return []
+    names = [name for name, scores in record.items() if scores is None]
+    return [name for name in names if not (weights / f"{name}.safetensors").is_file()]
 
 
 def _check_different(sources: list[Path], members: list[MemberSpec]) -> None:

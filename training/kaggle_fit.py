@@ -36,7 +36,7 @@ from training.fit_members import Job, fit_all, last_line, list_devices, read_job
 from training.results import SCORES
 from training.strips import read_each
 
-RECORD = "out_of_fold.json"  # each finished member's scores; what an earlier output is known by
+RECORD = "out_of_fold.json"  # each member's scores, or null; what an earlier output is known by
 RUNS = Path("runs")
 SESSION_HOURS = 11.5  # of Kaggle's 12
 RESERVE = 0.03  # of a session: for installing, copying, and what is written in the end
@@ -158,8 +158,9 @@ def read_once(paths: Sequence[Path]) -> None:
 
 def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
     """Write what the finished members of a list give together; their states are not needed more."""
-    finished = {job.name: scores for job in jobs if (scores := scores_of(job))}
-    write_json(Path(RECORD), finished)
+    record = {job.name: scores_of(job) for job in jobs}
+    write_json(Path(RECORD), record)
+    finished = [name for name, scores in record.items() if scores]
     if finished:
         members = [read_entry(Path(f"{name}.safetensors")) for name in finished]
         others = {"competition": SEVERSTAL.slug, "image_size": image_size}
@@ -178,7 +179,8 @@ def check_list(jobs: Sequence[Job]) -> None:
 
     Some that the list lacks are logged: they are in what is written no more.
     """
-    earlier = set(read_json(Path(RECORD))) if Path(RECORD).is_file() else set[str]()
+    record = read_json(Path(RECORD)) if Path(RECORD).is_file() else {}
+    earlier = {name for name, scores in record.items() if scores}
     earlier |= {path.parent.name for path in RUNS.glob("*/*.ckpt")}
     names = [job.name for job in jobs]
     if earlier and earlier.isdisjoint(names):

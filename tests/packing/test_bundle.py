@@ -147,6 +147,18 @@ def test_a_build_says_which_checkpoints_beside_the_manifest_it_does_not_pack(
         assert capsys.readouterr().out.splitlines()[-1] == line
 
 
+def test_a_build_says_which_members_a_fit_on_kaggle_did_not_finish(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever else is amiss: where none is finished, there is no manifest either."""
+    (tmp_path / "out_of_fold.json").write_text('{"one": null, "two": null}')
+    with pytest.raises(ValueError, match=r"ensemble\.json: no such file"):
+        build(tmp_path, tmp_path / "dist", None)
+    [said] = capsys.readouterr().out.splitlines()
+    path = tmp_path / "out_of_fold.json"
+    assert said == f"{path}: not finished, so not packed: one, two; go on with --fit --resume"
+
+
 @pytest.mark.parametrize(
     ("here", "fits"),
     [("2026.4.1", True), ("2026.4.1-22982", True), ("2025.0.0", True), ("2026.10.0", False)],

@@ -176,6 +176,7 @@ def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) ->
     assert ended.returncode == 1
     line = error_of(ended.stderr)
     assert line.startswith("pip cannot install no-such-package==1.0: turn the kernel's internet on")
+    assert not ended.stdout
 
 
 def test_where_pip_fails_an_earlier_sessions_output_is_this_ones(tmp_path: Path) -> None:
@@ -194,6 +195,7 @@ def test_where_pip_fails_an_earlier_sessions_output_is_this_ones(tmp_path: Path)
     ended = run_script(tmp_path / "fit.py", cwd=tmp_path)
     assert ended.returncode == 0
     assert error_of(ended.stderr).startswith("pip cannot install no-such-package==1.0")
+    assert ended.stdout.startswith("nothing was fitted: ") and "push again" in ended.stdout
     assert all_bytes(working) == all_bytes(earlier)
     assert (working / "a.safetensors").stat().st_mode & 0o200  # what goes on writes over it
 

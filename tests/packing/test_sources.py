@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, parse_manifest
-from packing.sources import left_out, propose_manifest, read_sources
+from packing.sources import left_out, propose_manifest, read_sources, unfinished
 from training.config import with_classes
 
 
@@ -243,6 +243,20 @@ def test_checkpoints_in_the_folder_that_are_no_members_are_left_out(tmp_path: Pa
     write_manifest(tmp_path, [member(), member(name="saved", file="saved")])
     _, sources = read_sources(tmp_path)
     assert left_out(tmp_path, sources) == ["mine.pth", "other", "two.safetensors"]
+
+
+def test_members_that_a_fit_on_kaggle_left_unfinished_are_known_by_its_record(
+    tmp_path: Path,
+) -> None:
+    """One whose checkpoint is there was fitted elsewhere; a record that is none says nothing."""
+    assert unfinished(tmp_path) == []
+    scores = {"fold": 0, "dice": None}
+    record = {"one": scores, "two": None, "three": None, "four": None}
+    (tmp_path / "out_of_fold.json").write_text(json.dumps(record))
+    (tmp_path / "three.safetensors").touch()
+    assert unfinished(tmp_path) == ["two", "four"]
+    (tmp_path / "out_of_fold.json").write_text("{")
+    assert unfinished(tmp_path) == []
 
 
 def test_a_name_becomes_a_flat_file_and_the_source_stays_what_it_was(tmp_path: Path) -> None:

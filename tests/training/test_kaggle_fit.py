@@ -15,6 +15,7 @@ from helpers import SMALL, draw_image, error_of, exit_code, save_image
 
 from kernel.files import write_json
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED
+from packing.sources import unfinished
 from training import fit_members, kaggle_fit, train
 from training.config import Config
 from training.fit_members import Job, read_jobs
@@ -130,7 +131,9 @@ def test_a_session_ends_in_time_and_the_next_one_fits_what_is_left(
     assert "not finished: slow, b; build with --fit --resume" in caplog.text
     assert "failed" not in caplog.text
     assert Path("a.safetensors").is_file() and Path("runs/slow/strips.ckpt").is_file()
-    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a"}
+    record = json.loads(Path("out_of_fold.json").read_text())
+    assert record == {"a": {"fold": 1, "dice": 0.5}, "slow": None, "b": None}
+    assert unfinished(Path()) == ["slow", "b"]
     Path().resolve().rename(tmp_path / "input" / "earlier")
     for path in (tmp_path / "input" / "earlier").rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)  # as Kaggle mounts it
@@ -139,7 +142,8 @@ def test_a_session_ends_in_time_and_the_next_one_fits_what_is_left(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path / "working")
         assert session("a", "slow", "b") == 0
-        assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a", "slow", "b"}
+        assert all(json.loads(Path("out_of_fold.json").read_text()).values())
+        assert unfinished(Path()) == []
         assert Path("runs/a/train.log").read_text() == "begun\n"
         assert Path("runs/slow/train.log").read_text() == "begun\nbegun\n"
 
@@ -149,7 +153,8 @@ def test_a_member_that_fails_costs_neither_the_others_nor_the_output(
 ) -> None:
     assert session("bad", "good") == 0
     assert "bad failed with exit code 2: error: no such luck" in caplog.text
-    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"good"}
+    record = json.loads(Path("out_of_fold.json").read_text())
+    assert record == {"bad": None, "good": {"fold": 1, "dice": 0.5}}
 
 
 def test_where_nothing_came_of_it_the_kernel_fails(session: Session, tmp_path: Path) -> None:
@@ -247,7 +252,7 @@ def test_a_session_that_breaks_off_keeps_the_members_that_it_finished(
     """As where the disk is full: Kaggle keeps no output of a version that fails."""
 
     def full(path: Path, entries: Any, **options: Any) -> None:
-        if path.name == "out_of_fold.json" and entries:
+        if path.name == "out_of_fold.json" and any(entries.values()):
             raise OSError(28, "No space left on device")
         write_json(path, entries, **options)
 
@@ -271,6 +276,16 @@ def test_a_list_of_other_members_does_not_take_an_earlier_outputs_place(
         for name in ("a.safetensors", "out_of_fold.json", "ensemble.json"):
             assert Path(name).read_bytes() == (earlier / name).read_bytes()
         assert not Path("b.safetensors").exists()
+
+
+def test_members_of_which_nothing_was_fitted_bind_no_later_list(
+    session: Session, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "input" / "earlier"
+    earlier.mkdir()
+    (earlier / "out_of_fold.json").write_text('{"a": null}')
+    assert session("b") == 0
+    assert set(json.loads(Path("out_of_fold.json").read_text())) == {"b"}
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_session(
