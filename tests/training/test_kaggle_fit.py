@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import SMALL, draw_image, error_of, exit_code, save_image
 
+from kernel.competition import SEVERSTAL
 from kernel.files import write_json
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED
 from packing.sources import unfinished
@@ -101,6 +102,13 @@ def test_a_gate_of_kaggles_fit_opens_where_its_class_is_as_likely_there_as_not()
     assert opens_at == {0.5}
 
 
+def test_the_heads_of_kaggles_fit_see_half_of_a_fold() -> None:
+    """The other half is scored. Of 800 strips only 16 have the rarest class, one in fifty."""
+    counts = {train.parse_args(job.options).presence_strips for job in plan(shipped(), 2, 600)}
+    n_strips, folds = SEVERSTAL.n_training_images, Config.folds
+    assert n_strips and counts == {n_strips // folds // 2}
+
+
 def test_the_manual_has_the_settings_of_kaggles_fit_for_gpus_of_ones_own() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     [command] = [each for each in manual.split("```") if "members.txt -- --data severstal" in each]
@@ -115,6 +123,7 @@ def test_a_finished_session_leaves_what_a_build_packs_and_no_state(session: Sess
     assert session("a", "b") == 0
     manifest = json.loads(Path("ensemble.json").read_text())
     assert manifest["image_size"] == list(SMALL)
+    assert manifest["min_area"] == 256
     assert [set(m) for m in manifest["members"]] == [{"name", "file", "model", "mean", "std"}] * 2
     record = {"fold": 1, "dice": 0.5}
     assert json.loads(Path("out_of_fold.json").read_text()) == {"a": record, "b": record}
