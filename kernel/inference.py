@@ -16,6 +16,7 @@ from kernel.competition import load_competition
 from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
+from kernel.hangs import within
 from kernel.images import check_kinds
 from kernel.kaggle import enter_working_folder
 from kernel.logs import log
@@ -33,6 +34,7 @@ from kernel.watchdog import watchdog
 from kernel.workers import predict_by_workers
 
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
+KINDS_S = 10.0  # seconds that the look at some images may take: it only logs
 CHECK_S = 0.02  # seconds that the validator may take for an image; 0.007 were measured
 
 
@@ -69,10 +71,16 @@ def save_last(submission: Submission, empty_rows: bool) -> None:
 
 def log_kinds(task: Task) -> None:
     """Log an image of another colour or depth than the competition says; it is predicted too."""
-    try:
-        check_kinds(task.images, task.names, task.layout.competition)
-    except Exception as error:  # whatever is wrong with one costs its own rows alone
-        log.warning("%s; read all the same", one_line(error))
+
+    def look() -> bool:
+        try:
+            check_kinds(task.images, task.names, task.layout.competition)
+        except Exception as error:  # whatever is wrong with one costs its own rows alone
+            log.warning("%s; read all the same", one_line(error))
+        return True
+
+    if not within(KINDS_S, look):
+        log.warning("%s: some images take over %.0f s to read: going on", task.images, KINDS_S)
 
 
 def predict(context: RunContext, task: Task) -> Outcome:
@@ -154,7 +162,8 @@ def run(options: Options) -> RunRecord:
     with watchdog(submission, context.left_s()):
         try:
             task = unpack_images(task)
-            log_kinds(task)
+            if not options.worker:
+                log_kinds(task)
             outcome = predict(context, task)
         finally:  # interrupted too: what is done stays
             with stages("write"):
