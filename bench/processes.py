@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kernel.competition import SEVERSTAL
-from kernel.kaggle import KAGGLE_RUN
+from kernel.kaggle import KAGGLE_VARIABLES
 from kernel.members import build_network
 from packing.bundle import build
 
@@ -53,7 +53,9 @@ def run_script(dataset: Path, images: Path) -> Process:
         command += ["--images", str(images), "--report", "run.json"]
         start = time.time()
         quiet = subprocess.DEVNULL
-        environment = {key: value for key, value in os.environ.items() if key != KAGGLE_RUN}
+        environment = {
+            key: value for key, value in os.environ.items() if key not in KAGGLE_VARIABLES
+        }
         process = subprocess.Popen(
             command, cwd=scratch, env=environment, stdout=quiet, stderr=quiet
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from evaluation.checks import ProcessResult
 from kernel.checks import read_json
 from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder
-from kernel.kaggle import KAGGLE_RUN
+from kernel.kaggle import KAGGLE_VARIABLES
 from kernel.logs import log
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE
@@ -85,12 +85,12 @@ def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
     deny = network_denial()
     log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
-    elsewhere = {key: value for key, value in os.environ.items() if key != KAGGLE_RUN}
+    elsewhere = {key: value for key, value in os.environ.items() if key not in KAGGLE_VARIABLES}
     start = time.perf_counter()
     done = subprocess.run(
         [*deny, *command],
         cwd=root / "working",
-        env=elsewhere,  # a rehearsal in a session there stays in its own folder
+        env=elsewhere,  # a rehearsal in a session there stays in its own folder, and refuses
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
         text=True,

@@ -80,7 +80,7 @@ def load_members(
             except ValueError as error:
                 if not allow_missing:
                     raise
-                log.warning("going on without member %s: %s", spec.name, error)
+                log.error("going on without member %s: %s", spec.name, error)
                 continue
             own = spec.image_size or size
             checks[spec.name] = pool.submit(check_engine, engine, member, image, device, own)

@@ -8,17 +8,18 @@ section each, this one last.
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kernel.backends import predict_here
 from kernel.command import end_with_parent, run_command
-from kernel.competition import load_competition
+from kernel.competition import SEVERSTAL, Competition, load_competition
 from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
 from kernel.hangs import within
 from kernel.images import check_kinds
-from kernel.kaggle import enter_working_folder
+from kernel.kaggle import enter_working_folder, is_scored_run
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
@@ -26,6 +27,7 @@ from kernel.options import Options, check_options, parse_options
 from kernel.outcome import Outcome
 from kernel.run_context import RunContext
 from kernel.run_record import RunRecord, build_run_record, write_run_record
+from kernel.scored_run import write_empty_rows
 from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task, find_task, unpack_images
@@ -36,20 +38,22 @@ from kernel.workers import predict_by_workers
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
 KINDS_S = 10.0  # seconds that the look at some images may take: it only logs
 CHECK_S = 0.02  # seconds that the validator may take for an image; 0.007 were measured
+FAILURES = ValueError, OSError, RuntimeError  # of bad input
 
 
 def open_submission(options: Options, task: Task) -> Submission:
     """Write a complete, empty submission, before anything else is done.
 
     Raises:
-        ValueError: the disk is all but full.
+        ValueError: the disk is all but full, except in the scored run, which may have enough.
         OSError: the folder is read-only.
     """
     free = shutil.disk_usage(options.output.absolute().parent).free
     if free < MIN_FREE_BYTES:
-        raise ValueError(
-            f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
-        )
+        fault = f"{options.output}: {free / 1e6:.0f} MB free, {MIN_FREE_BYTES / 1e6:.0f} needed"
+        if not is_scored_run():
+            raise ValueError(fault)
+        log.warning("%s; going on all the same", fault)
     submission = Submission(options.output, task.layout, task.pairs, whole=not options.worker)
     submission.save()
     return submission
@@ -188,6 +192,15 @@ def draw_found(arguments: Sequence[str] | None = None) -> Picture:
     return draw_submission(options.output, task.images, competition)
 
 
+def _competition_of(options: Options) -> Competition:
+    """The bundle's description; Severstal's where no bundle or no description can be read."""
+    try:
+        return load_competition(find_bundle(options))
+    except Exception as error:  # the run says it again
+        log.warning("%s", one_line(error))
+        return SEVERSTAL
+
+
 def run_options(options: Options) -> int:
     """Run, and write the run record; return the exit code."""
     if options.worker:
@@ -207,11 +220,37 @@ def run_options(options: Options) -> int:
     return 0
 
 
+def run_scored(options: Options) -> int:
+    """Run so that whatever stops it costs no row; return the exit code.
+
+    What would be refused elsewhere is an error in the log: the submission is worth more. A member
+    that cannot be used leaves the others.
+
+    Raises:
+        Exception: as `run_options`, where there was no sample to write the rows of.
+    """
+    rows_stand = write_empty_rows(options, _competition_of(options))
+    try:
+        return run_options(replace(options, allow_missing_members=True))
+    except Exception as error:
+        if not rows_stand:
+            raise
+        bug = not isinstance(error, FAILURES)
+        what = "%s; the run ends here, and the rows in %s stand"
+        log.error(what, one_line(error), options.output, exc_info=bug)
+        return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    failures = ValueError, OSError, RuntimeError
+
+    def run_parsed() -> int:
+        options = parse_options(arguments)
+        scored = is_scored_run() and not options.worker  # what stops a worker is the first's to see
+        return run_scored(options) if scored else run_options(options)
+
     enter_working_folder()
-    run_command(lambda: run_options(parse_options(arguments)), failures)
+    run_command(run_parsed, FAILURES)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,15 @@ import os
 from pathlib import Path
 
 KAGGLE_RUN = "KAGGLE_KERNEL_RUN_TYPE"  # set where Kaggle runs it
+SCORED_RUN = "KAGGLE_IS_COMPETITION_RERUN"  # set where Kaggle scores what it leaves, and only there
+KAGGLE_VARIABLES = {KAGGLE_RUN, SCORED_RUN}
 UNATTENDED = "Batch"  # its value where nobody looks on; else Interactive
 WORKING = Path("/kaggle/working")  # what is left there is the run's output
+
+
+def is_scored_run() -> bool:
+    """Whether this is the run that Kaggle scores, on the hidden images."""
+    return bool(os.environ.get(SCORED_RUN))
 
 
 def enter_working_folder() -> None:

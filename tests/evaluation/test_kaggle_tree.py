@@ -87,12 +87,13 @@ def test_a_rehearsal_in_an_unattended_session_on_kaggle_stays_in_its_own_folder(
     """There the kernel would go where Kaggle takes the session's own output from."""
     (tmp_path / "working").mkdir()
     script = tmp_path / "script.py"
-    script.write_text("import os\nprint(os.environ.get('KAGGLE_KERNEL_RUN_TYPE'))\nexit(3)\n")
+    script.write_text("import os\nprint([n for n in os.environ if 'KAGGLE' in n])\nexit(3)\n")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")  # there nothing would be refused
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert run_kernel(tmp_path, script, quiet=True).exit_code == 3
-    assert printed.getvalue().strip() == "None"
+    assert printed.getvalue().strip() == "[]"
 
 
 # --- the whole path -------------------------------------------------------------------------------

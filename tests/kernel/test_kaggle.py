@@ -6,7 +6,7 @@ import pytest
 from helpers import exit_code
 
 from kernel import inference
-from kernel.kaggle import KAGGLE_RUN, UNATTENDED
+from kernel.kaggle import KAGGLE_RUN, SCORED_RUN, UNATTENDED, is_scored_run
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,13 @@ def test_a_folder_below_that_of_the_output_is_not_left(
     monkeypatch.chdir(tmp_path / "working" / "clone")
     assert exit_code(inference.main, "--help") == 0
     assert Path.cwd() == tmp_path / "working" / "clone"
+
+
+@pytest.mark.parametrize(("value", "scored"), [("1", True), ("True", True), ("", False)])
+def test_any_value_but_an_empty_one_marks_the_scored_run(
+    value: str, scored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SCORED_RUN, raising=False)
+    assert not is_scored_run()
+    monkeypatch.setenv(SCORED_RUN, value)
+    assert is_scored_run() == scored

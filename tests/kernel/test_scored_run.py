@@ -1,0 +1,259 @@
+"""The scored run: complete rows and exit code 0, whatever would be refused elsewhere."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    LABELS,
+    error_of,
+    exit_code,
+    read_submission,
+    run_script,
+    sample_text,
+    save_strips,
+    write_sample,
+)
+
+from kernel import inference
+from kernel.competition import SEVERSTAL
+from kernel.mounts import SAMPLE
+from kernel.run_context import RunContext
+from kernel.task import Task
+
+SCORED = "KAGGLE_IS_COMPETITION_RERUN"
+NAMES = ["b.png", "a.png"]
+EMPTY = {(name, label): "" for name in NAMES for label in LABELS}
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Path:
+    """The competition's folder below /kaggle/input: a sample and its strips."""
+    folder = tmp_path / "input" / "competitions" / SEVERSTAL.slug
+    save_strips(folder / "test_images", NAMES)
+    write_sample(folder / SAMPLE, NAMES)
+    return folder
+
+
+def words_of(bundle: Path, mounted: Path) -> list[object]:
+    """The command line; its output is out.csv beside the mounted folder's root."""
+    root = mounted.parent.parent
+    return ["--bundle", bundle, "--input", root, "--output", root.parent / "out.csv"]
+
+
+def output_of(mounted: Path) -> Path:
+    return mounted.parents[2] / "out.csv"
+
+
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno == logging.ERROR]
+
+
+# --- samples that the description does not fit ----------------------------------------------------
+
+DESCRIPTION: dict[str, Any] = {
+    "layouts": [{"id": "{image}_{class}", "rle": "{mask}", "set": "public"}],
+    "empty": "-1",
+}
+ODD_SAMPLES = {  # sample → submission
+    "a class that is not known": (
+        "id,rle,set\na.png_1,1 6144,public\na.png_5,1 6144,public\n",
+        "id,rle,set\na.png_1,-1,public\na.png_5,-1,public\n",
+    ),
+    "one more column": (
+        'id,rle,set,note\na.png_1,1 6144,public,"a, b"\n',
+        'id,rle,set,note\na.png_1,-1,public,"a, b"\n',
+    ),
+    "a cell too many": (
+        "id,rle,set\na.png_1,1 6144,public,\n",
+        "id,rle,set\na.png_1,-1,public,\n",
+    ),
+    "a header without the mask's": ("id,codes\na.png_1,1 6144\n", "id,codes\na.png_1,1 6144\n"),
+    "an open quote": (
+        'id,rle,set\n"a.png_1,1 6144,public\n',
+        'id,rle,set\n"a.png_1,1 6144,public\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_SAMPLES)
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_sample_that_does_not_fit_gives_its_own_lines_without_masks(
+    case: str,
+    scored: bool,
+    light_bundle: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(SCORED, "1" if scored else "")
+    (light_bundle / "competition.json").write_text(json.dumps(DESCRIPTION))
+    sample, expected = ODD_SAMPLES[case]
+    (mounted / SAMPLE).write_text(sample)
+    code = exit_code(inference.main, *words_of(light_bundle, mounted))
+    if not scored:
+        assert code == 2
+        assert f"{mounted / SAMPLE}: line " in error_of(capsys.readouterr().err)
+        assert not output_of(mounted).exists()
+        return
+    assert code == 0
+    assert output_of(mounted).read_text() == expected
+    [error] = errors_in(caplog)
+    assert f"{mounted / SAMPLE}: line " in error.getMessage()
+    assert not error.exc_info
+
+
+# --- images, bundle and options -------------------------------------------------------------------
+
+
+Refused = tuple[Callable[[Path], object], tuple[str, ...], str]
+REFUSED: dict[str, Refused] = {  # what is changed, words → what the error says
+    "no images": (lambda mounted: shutil.rmtree(mounted / "test_images"), (), "no folder below"),
+    "no bundle": (lambda _: None, ("--bundle", "nowhere"), "nowhere/ensemble.json: no such file"),
+    "an option": (lambda _: None, ("--batch-size", "-1"), "--batch-size -1"),
+    "a layout": (lambda _: None, ("--layout", "ten-column"), "--layout 'ten-column'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_elsewhere_leaves_the_empty_rows(
+    case: str,
+    session_light: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    change, words, reason = REFUSED[case]
+    change(mounted)
+    command = *words_of(session_light, mounted), *words
+    assert exit_code(inference.main, *command) == 2
+    assert reason in error_of(capsys.readouterr().err)
+    output_of(mounted).unlink(missing_ok=True)
+    caplog.clear()
+    monkeypatch.setenv(SCORED, "1")
+    assert exit_code(inference.main, *command) == 0
+    if case == "a layout":  # none to write by: the sample's own lines
+        assert output_of(mounted).read_text() == sample_text(NAMES).replace("1 6144", "")
+    else:
+        assert read_submission(output_of(mounted)) == EMPTY
+    [error] = errors_in(caplog)
+    assert reason in error.getMessage()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_without_a_description_that_can_be_read_the_rows_are_severstals(
+    named: bool, light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SCORED, "1")
+    (light_bundle / "competition.json").write_text("{")
+    words = words_of(light_bundle, mounted)
+    assert exit_code(inference.main, *(words if named else words[2:])) == 0
+    assert read_submission(output_of(mounted)) == EMPTY
+
+
+def test_without_a_sample_there_is_nothing_to_write_and_the_run_is_refused(
+    session_light: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(SCORED, "1")
+    (mounted / SAMPLE).unlink()
+    assert exit_code(inference.main, *words_of(session_light, mounted)) == 2
+    assert f"no {SAMPLE} under" in error_of(capsys.readouterr().err)
+    assert not output_of(mounted).exists()
+
+
+def test_a_worker_refuses_what_it_always_refuses(
+    session_light: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process sees by its exit code that another would not help."""
+    monkeypatch.setenv(SCORED, "1")
+    monkeypatch.setattr(inference, "end_with_parent", lambda: None)
+    shutil.rmtree(mounted / "test_images")
+    assert exit_code(inference.main, *words_of(session_light, mounted), "--worker") == 2
+    assert not output_of(mounted).exists()
+
+
+def test_a_disk_that_is_almost_full_may_have_room_for_the_rows(
+    session_light: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Usage:
+        free = 49_000_000
+
+    monkeypatch.setenv(SCORED, "1")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    assert exit_code(inference.main, *words_of(session_light, mounted)) == 0
+    rows = read_submission(output_of(mounted))
+    assert rows.keys() == EMPTY.keys()
+    assert any(rows.values())
+    assert any("49 MB free, 50 needed" in line for line in caplog.messages)
+
+
+# --- errors and bugs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [("find_task", TypeError("a bug")), ("unpack_images", ValueError("the zip is damaged"))],
+)
+def test_an_error_before_the_first_strip_leaves_the_empty_rows_and_a_bug_its_traceback(
+    step: str,
+    error: Exception,
+    session_light: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> Task:
+        raise error
+
+    monkeypatch.setattr(inference, step, fail)
+    with pytest.raises((TypeError, SystemExit)):
+        inference.main([str(word) for word in words_of(session_light, mounted)])
+    output_of(mounted).unlink(missing_ok=True)
+    monkeypatch.setenv(SCORED, "1")
+    assert exit_code(inference.main, *words_of(session_light, mounted)) == 0
+    assert read_submission(output_of(mounted)) == EMPTY
+    [logged] = errors_in(caplog)
+    assert str(error) in logged.getMessage()
+    assert bool(logged.exc_info) == isinstance(error, TypeError)
+
+
+def test_a_bug_among_the_strips_leaves_those_that_are_done(
+    session_light: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predict_half(context: RunContext, _: Task) -> None:
+        context.submission.set_masks("a.png", {2: "1 3"})
+        raise TypeError("a bug")
+
+    monkeypatch.setenv(SCORED, "1")
+    monkeypatch.setattr(inference, "predict", predict_half)
+    assert exit_code(inference.main, *words_of(session_light, mounted)) == 0
+    assert read_submission(output_of(mounted)) == EMPTY | {("a.png", 2): "1 3"}
+
+
+# --- the script as Kaggle runs it -----------------------------------------------------------------
+
+
+def test_workers_too_leave_out_a_member_that_cannot_be_used(dataset: Path, mounted: Path) -> None:
+    (dataset / "unet-a.safetensors").write_bytes(b"cut")
+    words = *words_of(dataset, mounted), "--workers", "2"
+    done = run_script(dataset / "inference.py", *words, KAGGLE_IS_COMPETITION_RERUN="1")
+    assert done.returncode == 0
+    assert done.stdout.count("ERROR going on without member unet-a") == 2
+    record = json.loads(output_of(mounted).with_name("run.json").read_text())
+    assert {each["member"] for each in record["passes"]} == {"fpn-b", "unet-c"}
+    assert (record["workers"], record["faults"]) == (2, {})
+    rows = read_submission(output_of(mounted))
+    assert rows.keys() == EMPTY.keys()
+    assert any(rows.values())
