@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 from kernel.competition import SLOT, Competition
 from kernel.faults import short
+from kernel.kaggle import is_scored_run
 from kernel.shipped import find_competition, shipped_names
+
+RowKey = tuple[str, int]  # image, class
 
 
 def csv_line(cells: Iterable[str]) -> str:
@@ -31,6 +34,8 @@ class Layout:
     cells: dict[str, str]  # column → template
     competition: Competition
     header: tuple[str, ...] = field(default=(), compare=False)  # as the file has it
+    # Row → column → its cell, where that is not the template's; class 0 stands for all classes.
+    own: dict[RowKey, dict[str, str]] = field(default_factory=dict, compare=False)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,9 +57,12 @@ class Layout:
             "class": competition.name_of(label),
             "mask": rle or competition.empty or "",
         }
-        return csv_line(
-            SLOT.sub(lambda slot: values[slot[1]], template) for template in self.cells.values()
-        )
+        filled = {
+            column: SLOT.sub(lambda slot: values[slot[1]], template)
+            for column, template in self.cells.items()
+        }
+        own = self.own.get((image, label)) or self.own.get((image, 0), {})
+        return csv_line((filled | own).values())
 
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -78,7 +86,6 @@ NO_CSV = {  # first bytes, as they are kept, → what to do
     "\x1f\udc8b": "compressed by gzip, name it .csv.gz",
 }
 
-RowKey = tuple[str, int]  # image, class
 Row = tuple[str, int, str]  # image, class, RLE
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row
 
@@ -110,7 +117,8 @@ def read_rows(
     An image is named as its file is, suffix and all. A row for every class of its image has class
     0. An index column is ignored. Bytes that are not UTF-8 are kept as they are. A mask of
     `SPREADSHEET_CELL` characters is what a spreadsheet has left of a longer one, but in a file
-    `from_kernel`, which none has saved.
+    `from_kernel`, which none has saved. In the scored run a cell of a template without a slot may
+    be any: the layout keeps the row's own.
 
     Raises:
         ValueError: it is no csv, the header is no layout's, a row has another number of cells or
@@ -174,8 +182,12 @@ def _parse_header(
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} cells, the header has {len(header)}: {_short(cells)}")
         row, values = dict(zip(columns, cells, strict=True)), {"class": competition.classes[0]}
+        own = dict[str, str]()
         for column, pattern in patterns.items():
             match = pattern.fullmatch(row[column])
+            if not match and not pattern.groups and is_scored_run():
+                own[column] = row[column]
+                continue
             if not match:
                 raise ValueError(_cell_fault(row[column], known[0][column], cells, competition))
             values |= match.groupdict()
@@ -187,7 +199,10 @@ def _parse_header(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
                 f"file that no spreadsheet has saved: {_short(cells)}"
             )
-        return values["image"] + competition.suffix, competition.class_of(values["class"]), rle
+        image, label = values["image"] + competition.suffix, competition.class_of(values["class"])
+        if own:
+            layout.own[image, label] = own
+        return image, label, rle
 
     return layout, parse
 

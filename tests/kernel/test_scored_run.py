@@ -20,10 +20,11 @@ from helpers import (
 )
 
 from kernel import inference
-from kernel.competition import SEVERSTAL
+from kernel.competition import SEVERSTAL, Competition
 from kernel.mounts import SAMPLE
 from kernel.run_context import RunContext
-from kernel.task import Task
+from kernel.task import Task, read_sample
+from kernel.worker import write_rows
 
 SCORED = "KAGGLE_IS_COMPETITION_RERUN"
 NAMES = ["b.png", "a.png"]
@@ -106,6 +107,35 @@ def test_a_sample_that_does_not_fit_gives_its_own_lines_without_masks(
     [error] = errors_in(caplog)
     assert f"{mounted / SAMPLE}: line " in error.getMessage()
     assert not error.exc_info
+
+
+def test_a_constant_cell_that_differs_stays_the_rows_own(
+    light_bundle: Path, mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    description = DESCRIPTION | {"any_class": "all"}
+    (light_bundle / "competition.json").write_text(json.dumps(description))
+    (mounted / SAMPLE).write_text("id,rle,set\na.png_1,-1,public\na.png_2,-1,\nb.png_all,-1,new\n")
+    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 2
+    monkeypatch.setenv(SCORED, "1")
+    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
+    rows = [line.split(",") for line in output_of(mounted).read_text().splitlines()[1:]]
+    public, new = [["a.png_1", "public"], ["a.png_2", ""]], [f"b.png_{label}" for label in LABELS]
+    assert [[row[0], row[2]] for row in rows] == [*public, *([name, "new"] for name in new)]
+    assert len({row[1] for row in rows}) > 1  # masks
+
+
+def test_a_rows_own_cell_goes_through_a_workers_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SCORED, "1")
+    competition = Competition(layouts=tuple(DESCRIPTION["layouts"]))
+    sample, shard = tmp_path / "sample.csv", tmp_path / "1.sample"
+    sample.write_text("id,rle,set\na.png_1,,public\na.png_2,,private\n")
+    layout, pairs = read_sample(sample, competition)
+    write_rows(shard, Task(tmp_path, layout, pairs))
+    assert shard.read_text() == sample.read_text()
+    given, _ = read_sample(shard, competition)
+    assert given.line("a.png", 2, "1 3") == "a.png_2,1 3,private\n"
 
 
 # --- images, bundle and options -------------------------------------------------------------------
