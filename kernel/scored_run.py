@@ -41,7 +41,7 @@ def write_empty_rows(options: Options, competition: Competition) -> bool:
     without their masks; where it is no csv, a copy of it.
     """
     try:
-        sample = options.sample or find_sample(options.input, competition)
+        sample = options.sample or find_sample(options.input, competition)[0]
     except Exception as error:  # the run may find its rows elsewhere
         log.warning("no rows to write before the run: %s", one_line(error))
         return False

@@ -143,7 +143,11 @@ def test_a_rows_own_cell_goes_through_a_workers_files(
 
 Refused = tuple[Callable[[Path], object], tuple[str, ...], str]
 REFUSED: dict[str, Refused] = {  # what is changed, words → what the error says
-    "no images": (lambda mounted: shutil.rmtree(mounted / "test_images"), (), "no folder below"),
+    "no images": (
+        lambda mounted: shutil.rmtree(mounted / "test_images"),
+        (),
+        "no folder or zip below",
+    ),
     "no bundle": (lambda _: None, ("--bundle", "nowhere"), "nowhere/ensemble.json: no such file"),
     "an option": (lambda _: None, ("--batch-size", "-1"), "--batch-size -1"),
     "a layout": (lambda _: None, ("--layout", "ten-column"), "--layout 'ten-column'"),
