@@ -33,10 +33,20 @@ T = TypeVar("T")
 class NotFetched(OSError):
     """An image's bytes cannot be had: it is missing, or its store cannot be reached."""
 
+    @property
+    def missing(self) -> bool:
+        """Whether its store says so; what else a store says may be its own fault."""
+        return isinstance(self.__cause__, FileNotFoundError)
+
 
 def is_local(fs: Any) -> bool:
     """Whether a file system is that of this machine."""
     return isinstance(fs, fsspec.get_filesystem_class("file"))
+
+
+def store_of(name: str) -> str:
+    """Return what an image's own address says of its store, such as s3://mill; else ""."""
+    return "/".join(name.split("/", 3)[:3]) if "://" in name else ""
 
 
 def reach(address: str, look: Callable[[Any, str], T]) -> T:

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet
 from fsspec.core import url_to_fs
@@ -34,7 +35,7 @@ ROWS = pa.schema(
         "class": pa.int32(),  # from 1
         "rle": pa.large_string(),
         "pixels": pa.int64(),  # of the mask
-        "fault": pa.string(),  # why the image's masks are empty; else empty
+        "fault": pa.string(),  # why the masks are empty; else ""; null: left out, not written
         "seconds": pa.float64(),  # since the image before
         "share": pa.float64(),  # of the passes' work that ran
     }
@@ -177,9 +178,14 @@ class Output:
         return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
 
     def write_part(self, rows: pa.Table) -> Totals:
-        """Write rows as one file, named after its images: a second try writes it again."""
-        names = "\n".join(rows["image"].to_pylist()).encode()
+        """Write rows as one file, named after its images: a second try writes it again.
+
+        Rows of images that were left out, whose fault is null, count for the name alone: another
+        try may leave out others.
+        """
+        names = "\n".join(rows["image"].unique().to_pylist()).encode()
         name = f"part-{hashlib.sha256(names).hexdigest()[:24]}.parquet"
+        rows = rows.filter(pc.is_valid(rows["fault"]))
         data = pa.BufferOutputStream()
         pyarrow.parquet.write_table(rows, data, compression="zstd")
         write_whole(self.fs, posixpath.join(self.path, name), data.getvalue().to_pybytes())

@@ -9,7 +9,7 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,15 @@ with needs("cluster"):
     from ray.exceptions import RayError
 
     from cluster.engine import MAX_LOST, connect, connect_anew, plan_workers, predict_parts
-    from cluster.images import ImageSet, NotFetched, absolute, find_images, open_local
+    from cluster.images import ImageSet, NotFetched, absolute, find_images, open_local, store_of
     from cluster.output import Output, Totals, fault_rows
     from cluster.report import Run, write_page
     from cluster.worker import manifest_hash
 
 FIRST_IMAGES = 100  # that are tried for one that can be read
+FIRST_S = 60  # after which no other is: a store may let each wait for minutes
 PredictNames = Callable[[list[str]], Totals]
-DEADLY = "its part failed, and so did the image alone: the log says why"  # a fault
+DEADLY = "it failed in its part and alone: the log says why"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
 
@@ -55,12 +56,14 @@ def first_image(images: ImageSet) -> Image:
     Raises:
         ValueError: none of the first can.
     """
-    faults = []
+    faults, start = list[str](), time.monotonic()
     for name in itertools.islice(images.names, FIRST_IMAGES):
         try:
             return images.load(name)
         except Exception as error:  # a bad one, as `read` has it, or one that cannot be fetched
             faults.append(str(error) or repr(error))
+        if time.monotonic() - start > FIRST_S:
+            break
     raise ValueError(
         f"{images.root}: none of the first {len(faults)} images can be read: {faults[0]}"
     )
@@ -100,11 +103,21 @@ def check_sample(pairs: Iterable[RowKey], images: ImageSet) -> None:
         log.warning("%d images of the sample are missing, such as %r", len(lacking), min(lacking))
 
 
-def check_store(images: ImageSet, lost: Sequence[str]) -> None:
-    """Raise RuntimeError where some lost images cannot be fetched, though not for being missing."""
-    faults = [_fetch_fault(images, name) for name in lost[:MAX_LOST]]
-    if all(faults):
-        raise RuntimeError(f"the store is away: {faults[0]}; start it again to continue")
+def check_store(images: ImageSet, lost: Sequence[str], done: Collection[str]) -> None:
+    """Raise RuntimeError where a store gives neither a lost image nor others that it should have.
+
+    A lost image alone may be one that cannot be read: the others tell, first those with rows.
+    """
+    for name in lost[:MAX_LOST]:
+        if fault := _fetch_fault(images, name):
+            known = (other for other in itertools.chain(done, lost) if other != name)
+            of_store = (other for other in known if store_of(other) == store_of(name))
+            others = list(itertools.islice(of_store, MAX_LOST))
+            if others and all(_fetch_fault(images, other) for other in others):
+                raise RuntimeError(
+                    f"{name} and others of its store cannot be fetched: {fault}; start the run "
+                    "again once they can"
+                )
 
 
 def _fetch_fault(images: ImageSet, name: str) -> str:
@@ -112,7 +125,7 @@ def _fetch_fault(images: ImageSet, name: str) -> str:
     try:
         images.load(name)
     except NotFetched as error:
-        return "" if isinstance(error.__cause__, FileNotFoundError) else str(error)
+        return "" if error.missing else str(error)
     except ValueError:  # it is no image
         pass
     return ""
@@ -121,11 +134,13 @@ def _fetch_fault(images: ImageSet, name: str) -> str:
 def predict_lost(
     lost: list[str], names: list[str], output: Output, images: ImageSet, predict: PredictNames
 ) -> Totals:
-    """Predict images whose parts failed, each alone; where that fails too: a fault.
+    """Predict images that have no rows, each alone; where that fails too: a fault.
 
     Where none of this run's `names` has rows it is no image's fault, and they are left without.
     """
-    log.warning("%d images have no rows, since their parts failed: each is tried alone", len(lost))
+    log.warning(
+        "%d images could not be fetched, or their parts failed: each is tried alone", len(lost)
+    )
     totals, done = predict(lost), output.done()
     bad = [name for name in lost if name not in done]
     if bad and not done.isdisjoint(names):
@@ -162,7 +177,7 @@ def predict_rest(
     try:
         totals, done = predict(names, per_part), output.done()
         if lost := [name for name in names if name not in done]:
-            check_store(images, lost)
+            check_store(images, lost, done)
             connect_anew(args.address)
             totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
     except RayError as error:

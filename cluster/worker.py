@@ -48,13 +48,16 @@ STRIPS = pa.schema(
         "shape": pa.list_(pa.int32()),  # (H, W) or (H, W, 3)
         "dtype": pa.string(),
         "pixels": pa.large_binary(),  # none of a bad image
-        "fault": pa.string(),
+        "fault": pa.string(),  # null: the image was left out
     }
 )
 
 
 def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
     """Read and decode the images of a part; runs beside the workers.
+
+    Of several images, one that its store does not give, though not for being missing, is left out:
+    the run tries it again, alone.
 
     Raises:
         UserCodeException: there are several, and not one can be fetched: no image's own fault.
@@ -67,6 +70,9 @@ def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
         except NotFetched as error:
             strip = Strip(name, None, str(error))
             not_fetched.append(strip.fault)
+            if len(names) > 1 and not error.missing:
+                rows.append((name, None, None, None, None))
+                continue
         image = strip.image
         pixels = (None,) * 3 if image is None else (image.shape, image.dtype.name, image.tobytes())
         rows.append((strip.name, *pixels, strip.fault))
@@ -81,9 +87,11 @@ def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
 
 
 def unpack_strips(strips: pa.Table) -> Iterator[Strip]:
-    """Yield the strips of `read_strips`."""
+    """Yield the strips of `read_strips` that are not left out."""
     for row in strips.to_batches(max_chunksize=1):  # one at a time is in memory twice
         (strip,) = row.to_pylist()
+        if strip["fault"] is None:
+            continue
         image = None
         if strip["pixels"] is not None:
             flat = np.frombuffer(bytearray(strip["pixels"]), strip["dtype"])
@@ -153,8 +161,13 @@ class Worker:
         return Scheduler(ensemble, batch_size, self.early_exit)
 
     def __call__(self, strips: pa.Table) -> pa.Table:
-        """Return the rows of a part: every class of every image, in the part's order."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        """Return the rows of a part: every class of every image, in the part's order.
+
+        Of an image that was left out it is one row, which is not written.
+        """
+        left_out = strips["image"].filter(pc.is_null(strips["fault"])).to_pylist()
+        found: dict[str, list[dict[str, Any]]]
+        found = {name: [{"image": name, "fault": None}] for name in left_out}
         try:
             self._predict(self.scheduler, unpack_strips(strips), found)
         except DeviceLost as error:

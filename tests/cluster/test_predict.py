@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from helpers import (
     LABELS,
     ROOT,
@@ -42,9 +41,9 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[clust
 from ray.exceptions import UserCodeException
 
 from cluster.engine import Workers, connect
-from cluster.images import ImageSet
+from cluster.images import ImageSet, NotFetched
 from cluster.output import Output, Totals, fault_rows
-from cluster.predict import check_store, main
+from cluster.predict import check_store, first_image, main
 from kernel.competition import SEVERSTAL, load_competition
 from kernel.images import read_image
 from kernel.shipped import find_competition
@@ -205,7 +204,7 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
     assert exit_code(main, *words) == (2 if all_dead else 0)
     assert calls == [(names, 2), "anew", (names if all_dead else names[:2], 1)]
     output = Output(str(tmp_path / "out"))
-    fault = "its part failed, and so did the image alone: the log says why"
+    fault = "it failed in its part and alone: the log says why"
     assert output.done() == (set() if all_dead else set(names))
     assert output.faults(9) == ({} if all_dead else {"b.jpg": fault})
     assert (f"b.jpg stays empty: {fault}" in caplog.messages) == (not all_dead)
@@ -214,25 +213,46 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
 
 
 @pytest.mark.parametrize(
-    ("fault", "away"),
-    [(ConnectionError("no such host"), True), (FileNotFoundError("b"), False), (None, False)],
+    ("given", "lost", "done", "away"),
+    [
+        ("", ["a", "b"], [], True),
+        ("", ["a"], ["c"], True),
+        ("c", ["a", "b"], ["c"], False),  # these alone cannot be read
+        ("b", ["a", "b"], [], False),
+        ("", ["gone"], ["a"], False),
+        ("", ["a"], ["gone"], False),  # the store says so
+        ("", ["a"], [], False),  # nothing tells
+        ("http://there/c", ["http://away/a"], ["http://there/c", "http://away/b"], True),
+        ("http://there/c", ["http://away/a"], ["http://there/c"], False),
+    ],
 )
 def test_lost_images_are_not_tried_alone_while_their_store_is_away(
-    fault: Exception | None, away: bool, monkeypatch: pytest.MonkeyPatch
+    given: str, lost: list[str], done: list[str], away: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As faults they would never be tried again."""
 
-    def fetch(fs: object, path: str) -> bytes:
-        if fault:
-            raise fault
-        return b"no image"
+    def load(_: object, name: str) -> None:
+        fault = FileNotFoundError() if name == "gone" else PermissionError()
+        if name != given:
+            raise NotFetched("no such host") from fault
+        raise ValueError("no image")
 
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch)
+    monkeypatch.setattr(ImageSet, "load", load)
     images = ImageSet("memory://strips", [], "memory://strips")
     if not away:
-        return check_store(images, ["b.jpg", "a.jpg"])
-    with pytest.raises(RuntimeError, match="the store is away: no such host; start it again"):
-        check_store(images, ["b.jpg", "a.jpg"])
+        return check_store(images, lost, done)
+    with pytest.raises(RuntimeError, match=r"a and others .* cannot be fetched: no such host; st"):
+        check_store(images, lost, done)
+
+
+@pytest.mark.parametrize(("patience_s", "tried"), [(60, 100), (-1, 1)])
+def test_a_store_that_lets_each_image_wait_is_not_tried_a_hundred_times(
+    patience_s: int, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.predict.FIRST_S", patience_s)
+    images = ImageSet("memory://away", [f"{index}.jpg" for index in range(200)], "memory://away")
+    with pytest.raises(ValueError, match=f"none of the first {tried} images can be read"):
+        first_image(images)
 
 
 def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(

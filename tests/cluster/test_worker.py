@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers import (
     CPU,
     LABELS,
@@ -31,6 +33,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[clust
 from ray.exceptions import UserCodeException
 
 from cluster.images import ImageSet
+from cluster.output import Output
 from cluster.worker import (
     FOLDERS,
     Worker,
@@ -264,6 +267,41 @@ def test_a_part_of_which_nothing_can_be_fetched_fails_and_an_image_alone_says_wh
     (tmp_path / NAMES[2]).write_bytes(b"no image")  # but it is there
     faults = part_of(tmp_path, NAMES)["fault"].to_pylist()
     assert ["No such file" in fault for fault in faults] == [name != NAMES[2] for name in NAMES]
+
+
+def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a fault it would never be tried again; read again, the part may have others left out."""
+    save_strips(tmp_path, NAMES)
+    throttled, output = set[str](), Output(str(tmp_path / "out"))
+    output.fs.makedirs(output.path)
+
+    def fetch(_: object, path: str) -> bytes:
+        name = Path(path).name
+        if name in throttled:
+            raise PermissionError("ExpiredToken") if name == NAMES[1] else OSError("SlowDown")
+        if name == NAMES[2]:
+            raise FileNotFoundError(name)
+        return (tmp_path / name).read_bytes()
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch)
+    images, worker = ImageSet("memory://mill", [], "memory://mill"), None
+    for lost in ({NAMES[1], NAMES[4]}, {NAMES[0]}, set[str]()):
+        throttled.clear()
+        throttled.update(lost)
+        strips = read_strips(pa.table({"image": NAMES}), images)
+        worker = worker or make_worker(session_light, tmp_path)
+        assert output.write_part(worker(strips)).images == len(NAMES) - len(lost)
+        (part,) = (tmp_path / "out").glob("part-*.parquet")  # in the place of the one before
+        rows = pq.read_table(part).to_pylist()
+        assert [row["image"] for row in rows] == [
+            name for name in NAMES if name not in lost for _ in LABELS
+        ]
+        assert {row["image"] for row in rows if row["fault"] != ""} == {NAMES[2]}
+    throttled.add(NAMES[0])
+    alone = read_strips(pa.table({"image": NAMES[:1]}), images)
+    assert alone["fault"].to_pylist() == ["SlowDown"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
