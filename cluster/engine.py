@@ -120,14 +120,16 @@ def predict_parts(
     context.raise_original_map_exception = True  # its message is what the run ends with
     context.target_max_block_size = None  # a part is not to be cut between an image's rows
     names = images.names
-    parts = [  # each of its own: a slice of one array is pickled with all of it
-        pa.table({"image": pa.array(names[start : start + per_part], pa.string())})
-        for start in range(0, len(names), per_part)
-    ]
+    parts = ray.data.from_blocks(  # `from_arrow` runs a task for each, and keeps ten times as much
+        [  # each of its own: a slice of one array is pickled with all of it
+            pa.table({"image": pa.array(names[start : start + per_part], pa.string())})
+            for start in range(0, len(names), per_part)
+        ]
+    )
     readers = TaskPoolStrategy(READERS * workers.count)
     sink = Parts(output)
     waiting = 2 if workers.gpus else 1  # parts a worker has: one that waits may end the run late
-    ray.data.from_arrow(parts).map_batches(
+    parts.map_batches(
         partial(read_strips, images=replace(images, names=[])),
         batch_size=None,
         batch_format="pyarrow",

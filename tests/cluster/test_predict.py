@@ -38,9 +38,10 @@ from helpers import (
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
+import ray
 from ray.exceptions import UserCodeException
 
-from cluster.engine import Workers, connect
+from cluster.engine import Workers, connect, predict_parts
 from cluster.images import ImageSet, NotFetched
 from cluster.output import Output, Totals, fault_rows
 from cluster.predict import check_store, first_image, main
@@ -291,6 +292,27 @@ def test_a_signal_is_answered_beside_ray_as_before(monkeypatch: pytest.MonkeyPat
         assert signal.getsignal(signal.SIGTERM) is before
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+def test_parts_are_handed_over_without_a_task_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tens of thousands of tasks would run before the first image is read."""
+    parts, written = list[list[str]](), list[object]()
+
+    def put(part: Any) -> ray.ObjectRef[Any]:
+        parts.append(part["image"].to_pylist())
+        return ray.ObjectRef.from_random()
+
+    monkeypatch.setattr("ray.put", put)
+    no_task = lambda *_, **__: pytest.fail("a task")  # noqa: E731
+    monkeypatch.setattr("ray.remote_function.RemoteFunction._remote", no_task)
+    monkeypatch.setattr("ray.data.Dataset.write_datasink", lambda *_, **__: written.append(1))
+    images, one = ImageSet("memory://mill", NAMES, "memory://mill"), Workers(1, cpus=1)
+    assert predict_parts(images, 4, one, {}, Output(str(tmp_path))) == Totals()
+    assert parts == [NAMES[:4], NAMES[4:8], NAMES[8:]]
+    assert written
 
 
 # --- refused before any work ----------------------------------------------------------------------
