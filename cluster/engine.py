@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.images import ImageSet
@@ -53,7 +54,7 @@ def connect(address: str | None) -> None:
         _knock(address)
         dashboard = False if address == "local" else None  # one that is joined has its own
         ray.init(address, logging_level=logging.WARNING, include_dashboard=dashboard)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ValueError(f"--address {address}: no cluster answers: {error}") from error
     signal.signal(signal.SIGTERM, before)  # Ray's handler ends the process without a word
 

@@ -39,7 +39,7 @@ from helpers import (
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
 import ray
-from ray.exceptions import UserCodeException
+from ray.exceptions import AuthenticationError, UserCodeException
 
 from cluster.engine import Workers, connect, predict_parts
 from cluster.images import ImageSet, NotFetched
@@ -313,6 +313,17 @@ def test_parts_are_handed_over_without_a_task_for_each(
     assert predict_parts(images, 4, one, {}, Output(str(tmp_path))) == Totals()
     assert parts == [NAMES[:4], NAMES[4:8], NAMES[8:]]
     assert written
+
+
+def test_a_cluster_that_wants_a_token_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AuthenticationError("no authentication token was found")
+
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(ValueError, match="--address auto: no cluster answers: no authentication"):
+        connect("auto")
 
 
 # --- refused before any work ----------------------------------------------------------------------
