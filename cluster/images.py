@@ -96,6 +96,8 @@ class ImageSet:
             if "://" in name:
                 fs, path = url_to_fs(name)
             data = fs.cat_file(path)
+        except FileNotFoundError as error:  # of which some stores say no more than where
+            raise NotFetched(f"{path}: no such file") from error
         except Exception as error:  # each store raises its own
             raise NotFetched(str(error) or repr(error)) from error
         return decode_image(data, path, self.competition)

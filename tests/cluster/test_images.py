@@ -171,6 +171,11 @@ def test_an_image_that_is_none_is_told_from_one_that_is_missing(tmp_path: Path) 
     bad = images.read("bad.jpg")
     assert bad.image is None
     assert bad.fault == f"{tmp_path}/bad.jpg: 8 bytes that are no image"  # the kernel's words
-    for name in ("gone.jpg", "teapot://gone.jpg"):
-        with pytest.raises(NotFetched, match=r"No such file|Protocol not known"):
+    for name, words in (
+        ("gone.jpg", f"{tmp_path}/gone.jpg: no such file"),
+        ("memory://mill/gone.jpg", "/mill/gone.jpg: no such file"),  # says no more than where
+        ("teapot://gone.jpg", "Protocol not known: teapot"),
+    ):
+        with pytest.raises(NotFetched) as refused:
             images.read(name)
+        assert str(refused.value) == words

@@ -261,12 +261,12 @@ def test_a_part_of_which_nothing_can_be_fetched_fails_and_an_image_alone_says_wh
     tmp_path: Path,
 ) -> None:
     """The store is away, or this machine lacks a folder that others have."""
-    with pytest.raises(UserCodeException, match=r"none of the 7 images .* fetched: .*No such file"):
+    with pytest.raises(UserCodeException, match=r"none of the 7 images .* fetched: .*no such file"):
         part_of(tmp_path, NAMES)
-    assert "No such file" in part_of(tmp_path, NAMES[:1])["fault"][0].as_py()
+    assert "no such file" in part_of(tmp_path, NAMES[:1])["fault"][0].as_py()
     (tmp_path / NAMES[2]).write_bytes(b"no image")  # but it is there
     faults = part_of(tmp_path, NAMES)["fault"].to_pylist()
-    assert ["No such file" in fault for fault in faults] == [name != NAMES[2] for name in NAMES]
+    assert ["no such file" in fault for fault in faults] == [name != NAMES[2] for name in NAMES]
 
 
 def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
