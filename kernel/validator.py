@@ -72,6 +72,7 @@ def row_faults(layout: Layout, rows: Sequence[Row], pairs: list[RowKey]) -> list
 # --- the masks ------------------------------------------------------------------------------------
 
 DARK = 12  # grey levels; JPEG's noise on black is below
+ANY_SIZE = 2**62  # pixels, of an image whose size is not known
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,13 @@ def check_image(
         size = competition.size_of_mask(size_of(image))
         if competition.dark_outside and size == size_of(image):
             black = planes_of(image).max(axis=0) < DARK
-    n_pixels = size[0] * size[1] if size else 2**62
+    n_pixels = size[0] * size[1] if size else ANY_SIZE
     faults = {label: rle_fault(rle, n_pixels, competition) for label, rle in rles.items()}
+    if size and not images and not competition.mask_size:
+        usual = f", the usual {size[0]}×{size[1]}: give --images with this image"
+        for label, fault in faults.items():
+            if fault and not rle_fault(rles[label], ANY_SIZE, competition):  # it is of the size
+                faults[label] = fault + usual
     row = {label: describe_row((name, label), competition) for label in rles}
     words = [f"row {row[label]}: {fault}" for label, fault in faults.items() if fault]
     if size is None:
@@ -257,7 +263,8 @@ def check_submission(
             f"{len(lacking):,} images with a mask are not in {images}, such as {lacking[0]!r}: "
             "their masks are not checked against them"
         )
-    if not errors and (masks or not rles):  # of masks of no known size nothing is measured
+    measured = masks or not rles  # of masks of no known size nothing is
+    if pairs and measured and not errors:
         unlikely += unlikely_counts(masks, count, competition)
         unlikely += [*unlikely_areas(masks, competition), *unlikely_masks(masks, competition)]
     return Findings(errors, unlikely, class_table(masks, labels, count, competition))

@@ -189,6 +189,29 @@ def test_each_mask_is_held_against_its_own_image(tmp_path: Path) -> None:
     assert len(errors) == 2
 
 
+LEAVES_USUAL = "leaves an image of 409600 pixels, the usual 256×1600: give --images with this image"
+
+
+def test_only_where_the_size_is_assumed_is_it_said_to_be() -> None:
+    small = replace(SEVERSTAL, mask_size=(8, 3))  # of every mask
+    for rle, competition, fault in (
+        ("409600 2", SEVERSTAL, f"run 409600 2 {LEAVES_USUAL}"),
+        ("24 2", small, "run 24 2 leaves an image of 24 pixels"),
+        ("5 0", SEVERSTAL, "run 5 0 has no pixel"),
+    ):
+        faults, _ = check_image(None, "a.png", {1: rle}, competition)
+        assert faults == [f"row a.png, class 1: {fault}"]
+
+
+def test_a_submission_of_a_sample_without_rows_is_not_said_to_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "submission.csv"
+    for pairs, warned in (([], False), ([("a.png", 1)], True)):
+        path.write_text(csv_of(filled({}, pairs), "two-column"))
+        found = check_submission(path, LAYOUTS["two-column"].columns, pairs, SEVERSTAL)
+        assert found.errors == []
+        assert any("did the run fail?" in line for line in found.warnings) == warned
+
+
 def test_the_mask_of_an_image_that_is_not_there_is_held_against_the_usual_size(
     tmp_path: Path,
 ) -> None:
@@ -197,7 +220,7 @@ def test_the_mask_of_an_image_that_is_not_there_is_held_against_the_usual_size(
     pairs, path = [("a.png", 1), ("gone.png", 1)], tmp_path / "submission.csv"
     for run, errors in {
         "1 6": [],
-        "409600 2": ["row gone.png, class 1: run 409600 2 leaves an image of 409600 pixels"],
+        "409600 2": [f"row gone.png, class 1: run 409600 2 {LEAVES_USUAL}"],
     }.items():
         rles = {("a.png", 1): "1 6", ("gone.png", 1): run}
         path.write_text(csv_of(filled(rles, pairs), "two-column"))
@@ -510,8 +533,6 @@ def test_what_is_black_beside_the_steel_is_darker_than_12(tmp_path: Path) -> Non
         assert stats.label == 3 and stats.area == 2
         assert np.isnan(stats.black) if expected is None else stats.black == expected
     assert check_image(None, "a.png", {1: "5 1"}, Competition()) == ([], [])  # of no known size
-    faults, _ = check_image(None, "a.png", {1: "409600 2"}, SEVERSTAL)
-    assert faults == ["row a.png, class 1: run 409600 2 leaves an image of 409600 pixels"]
 
 
 # --- the end of a run -----------------------------------------------------------------------------
