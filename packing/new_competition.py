@@ -69,6 +69,11 @@ def propose(sample: Path, images: Path) -> Proposal:
         raise ValueError(fault)
     count = len({image for image, *_ in found_rows})
     unsure = _list_unsure(competition, count, len(rows))
+    if not any(word in sample.name.lower() for word in ("sample", "submission")):
+        unsure.append(
+            f"layouts: {sample.name}'s alone; where the sample has another header, add one for it, "
+            "last: the last is written"
+        )
     if unread:
         unsure.append(
             f"images: {len(unread)} of those looked at cannot be read, {unread[0]}; "

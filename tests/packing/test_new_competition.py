@@ -80,6 +80,22 @@ def test_the_command_writes_a_description_that_is_read_and_never_writes_over_one
     assert "is there already" in error_of(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("train.csv", True), ("sample_submission.csv.gz", False), ("stage1_Sample.csv", False)],
+)
+def test_the_header_of_what_is_no_sample_may_be_another(
+    name: str, asked: bool, tmp_path: Path
+) -> None:
+    sample, images = draw(tmp_path, "salt")
+    text = sample.read_bytes()
+    given = sample.with_name(name)
+    given.write_bytes(gzip.compress(text) if given.suffix == ".gz" else text)
+    asks = [line for line in propose(given, images).unsure if line.startswith("layouts: ")]
+    words = f"layouts: {name}'s alone; where the sample has another header, add one for it, last: "
+    assert asks == [f"{words}the last is written"] * asked
+
+
 def test_of_two_images_that_a_cell_may_name_it_is_the_longer_one(tmp_path: Path) -> None:
     sample, images = draw(tmp_path, "salt")
     for name in ("case1.png", "case1_2.png"):
