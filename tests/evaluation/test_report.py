@@ -17,6 +17,7 @@ from evaluation.drawing import AnnotatedStrip
 from evaluation.report import Report, as_page, build_report, list_stages
 from evaluation.report_text import ablation_table, as_lines
 from kernel.files import json_text
+from kernel.shipped import find_competition
 from kernel.strip_state import TOO_LATE
 
 RESULT = ProcessResult(exit_code=0, seconds=20.0, network_denied=True, peak_bytes=2_500_000_000)
@@ -322,6 +323,20 @@ def test_a_failed_strip_is_named_with_its_reason_whatever_that_holds() -> None:
     text = as_page(a_report(faults={"4.jpg": "<b>no</b> image"}), [])
     assert "4.jpg" in Page(text).said("td")
     assert "<b>no</b> image" in Page(text).said("td")
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "classes"),
+    [
+        ("clouds", 2, ["class Fish", "class Flower", "class Gravel", "class Sugar"]),
+        ("salt", 1, ["class salt"]),
+    ],
+)
+def test_masks_are_called_as_their_classes_are(name: str, found: int, classes: list[str]) -> None:
+    competition = find_competition(name)
+    picture = replace(a_picture(), classes=[found], competition=competition)
+    said = Page(as_page(a_report(dice=None), [picture])).said("span")
+    assert [text for text in said if text.startswith("class ")] == [*classes, classes[found - 1]]
 
 
 def test_the_picture_in_the_page_is_the_one_drawn() -> None:
