@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kernel.checks import read_json
 from kernel.competition import Competition
-from kernel.rows import read_rows
+from kernel.rows import Layout, layouts_of, read_rows
 from kernel.run_record import RunRecord
 from kernel.strip_state import TOO_LATE
 from kernel.task import read_sample
@@ -61,16 +61,32 @@ def check_process(result: ProcessResult) -> list[Check]:
 def check_answer(
     submission: Path, sample: Path, images: Path, competition: Competition
 ) -> list[Check]:
-    """Return the validator's verdict, then its warnings; its table stands in the kernel's log."""
+    """Return the validator's verdict, then its warnings; its table stands in the kernel's log.
+
+    Another layout of the competition than the sample's is one that a notebook asks for.
+    """
     layout, pairs = read_sample(sample, competition)
+    asked, warnings = _asked_layout(submission, layout, competition), list[str]()
     found = check_submission(
-        submission, layout.columns, pairs, competition, images, from_kernel=True
+        submission, asked.columns, pairs, competition, images, from_kernel=True
     )
     if found.errors:
         return [Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")]
+    if asked.columns != layout.columns:
+        columns, others = ",".join(asked.columns), ",".join(layout.columns)
+        warnings.append(f"its header is {columns}, as --layout may ask, the sample's is {others}")
     rows = read_rows(submission, competition, from_kernel=True).rows
     valid = Check(True, f"{submission.name} is valid: {len(rows):,} rows")
-    return [valid, *(Check(None, warning) for warning in found.warnings)]
+    return [valid, *(Check(None, warning) for warning in [*warnings, *found.warnings])]
+
+
+def _asked_layout(submission: Path, layout: Layout, competition: Competition) -> Layout:
+    """The layout of a submission, where it is one of the competition's; else the sample's."""
+    with suppress(OSError, ValueError):  # what cannot be read the validator names
+        columns = read_rows(submission, competition, from_kernel=True).layout.columns
+        known = [each for each in layouts_of(competition).values() if each.columns == columns]
+        return known[0] if known else layout
+    return layout
 
 
 def has_gpu(bundle: Path) -> bool:

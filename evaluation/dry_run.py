@@ -67,7 +67,7 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path, name: str) -> Check
     one.symlink_to(images.resolve() / name)
     log.info("one image once more, without OpenVINO, as where there is a GPU")
     make_kaggle_tree(root, bundle, root / "one", shutil.ignore_patterns(*OPENVINO_FILES))
-    code = run_kernel(root, find_script(bundle), quiet=True).exit_code
+    code = run_kernel(root, find_script(bundle, root), quiet=True).exit_code
     without = "without OpenVINO, as where there is a GPU,"
     if code:
         return Check(None if code == KILLED else False, f"{without} it {how_it_ended(code)}")
@@ -285,7 +285,8 @@ def _run_bundle(
     _clear(run)
     log.info("running the kernel in a Kaggle-like tree")
     sample = make_kaggle_tree(root, run.bundle, mounted)
-    return _conclude(run, root / "working", run_kernel(root, find_script(run.bundle)), sample)
+    result = run_kernel(root, find_script(run.bundle, root))
+    return _conclude(run, root / "working", result, sample)
 
 
 def dry_run(args: argparse.Namespace) -> int:

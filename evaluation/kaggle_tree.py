@@ -15,9 +15,14 @@ from kernel.kaggle import KAGGLE_VARIABLES
 from kernel.logs import log
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE
+from packing.notebook import PICTURE_CELL
+from packing.paths import NOTEBOOK, SCRIPT
 from training.competition_files import write_sample
 
 IMAGES = "test_images"  # the competition's folder of them
+ADD_ARGUMENTS = """\
+import sys as _sys
+main = lambda given=None, run=main: run([*(given or []), *_sys.argv[1:]])"""
 
 # --- the tree -------------------------------------------------------------------------------------
 
@@ -54,6 +59,38 @@ def make_kaggle_tree(
     return sample
 
 
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+def join_cells(notebook: Path) -> str:
+    """Return the code cells of a notebook as a script whose own arguments come behind its cells'.
+
+    The cell that shows the masks is left out: it must not, and cannot, cost the submission.
+
+    Raises:
+        ValueError: the file is no notebook.
+    """
+    try:
+        cells = [each for each in read_json(notebook)["cells"] if each["cell_type"] == "code"]
+        code = ["".join(each["source"]) for each in cells]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{notebook}: no notebook: build the bundle again") from error
+    joined = list[str]()
+    for cell in code:
+        if cell != PICTURE_CELL:
+            joined += [cell, ADD_ARGUMENTS] if "\ndef main(" in cell else [cell]
+    return "\n\n\n".join(joined) + "\n"
+
+
+def find_script(bundle: Path, root: Path) -> Path:
+    """Return the packed kernel; one that is a notebook as a script, which is written to `root`."""
+    notebook, script = bundle / "kernel" / NOTEBOOK, bundle / "kernel" / SCRIPT.name
+    if notebook.is_file():
+        script = root / "notebook.py"
+        script.write_text(join_cells(notebook), encoding="utf-8")
+    return script
+
+
 # --- the process ----------------------------------------------------------------------------------
 
 
@@ -72,12 +109,6 @@ def _peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def find_script(bundle: Path) -> Path:
-    """The packed kernel; where that is a notebook the dataset's script, of the same code."""
-    script = bundle / "kernel" / "inference.py"
-    return script if script.is_file() else bundle / "dataset" / "inference.py"
 
 
 def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:

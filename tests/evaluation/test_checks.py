@@ -27,6 +27,27 @@ def test_a_valid_answer_is_named_with_the_rows_it_has(layout: str, tmp_path: Pat
     assert valid == Check(True, f"submission.csv is valid: {len(rows)} rows")
 
 
+def test_another_layout_than_the_sample_s_is_one_that_was_asked_for(tmp_path: Path) -> None:
+    """But what is no layout of the competition Kaggle refuses."""
+    save_strips(tmp_path / "test_images", ["a.jpg"])
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "three-column")
+    answer = tmp_path / "submission.csv"
+    rows = [f"a.jpg_{label},1 3" for label in LABELS]
+    answer.write_text("\n".join(["ImageId_ClassId,EncodedPixels", *rows, ""]))
+    found = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
+    assert found[:2] == [
+        Check(True, "submission.csv is valid: 4 rows"),
+        Check(
+            None,
+            "its header is ImageId_ClassId,EncodedPixels, as --layout may ask, the sample's is "
+            "ImageId,EncodedPixels,ClassId",
+        ),
+    ]
+    answer.write_text("ImageId,ClassId,EncodedPixels\na.jpg,1,1 3\n")  # the columns moved
+    [refused] = check_answer(answer, sample, tmp_path / "test_images", SEVERSTAL)
+    assert refused.ok is False and "header ImageId,ClassId,EncodedPixels, not " in refused.words
+
+
 def test_masks_that_are_valid_but_unlikely_are_named_and_decide_nothing(tmp_path: Path) -> None:
     save_strips(tmp_path / "test_images", ["a.jpg"])
     sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "three-column")

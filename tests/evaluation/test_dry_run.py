@@ -39,7 +39,8 @@ from kernel.image_folders import list_images
 from kernel.manifest import Manifest, load_manifest
 from kernel.rows import SPREADSHEET_CELL
 from packing.metadata import PLACEHOLDER, read_metadata
-from packing.paths import DATASET_METADATA, KERNEL_METADATA
+from packing.notebook import build_notebook
+from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from training.synthetic import Drawing, write_competition
 
 
@@ -473,6 +474,32 @@ def test_a_kernel_that_fails_is_not_ready(
     assert "== Not ready for Kaggle: the kernel ended with exit code 2" in captured.out
     assert "Traceback" not in captured.err + captured.out
     assert not list((bundle / "report").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--layout two-column"], 1, "Not ready for Kaggle: the kernel ended with exit code 2"),
+        (["--layout", "two-column"], 0, "its header is ImageId_ClassId,EncodedPixels, as --layout"),
+    ],
+    ids=["one word", "two words"],
+)
+def test_a_notebook_is_run_with_the_arguments_in_it(
+    arguments: list[str], code: int, words: str, bundle: Path, strips: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    script = bundle / "kernel" / SCRIPT.name
+    text = json.dumps(build_notebook(script.read_text(encoding="utf-8")))
+    given = json.dumps(json.dumps(arguments))[1:-1]
+    notebook = text.replace("ARGUMENTS: list[str] = []", f"ARGUMENTS: list[str] = {given}")
+    script.unlink()
+    (bundle / "kernel" / NOTEBOOK).write_text(notebook, encoding="utf-8")
+    path = bundle / "kernel" / KERNEL_METADATA.name
+    entries = {"code_file": NOTEBOOK, "kernel_type": "notebook"}
+    write_json(path, json.loads(path.read_text()) | entries)
+    images = strips / "test_images"
+    assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == code
+    assert words in capfd.readouterr().out
 
 
 def test_a_run_that_its_watchdog_ended_is_not_ready(

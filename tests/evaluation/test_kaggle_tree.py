@@ -13,9 +13,18 @@ from pathlib import Path
 import pytest
 from helpers import UNSHARE, may_deny_network, read_table, save_strips, site_without_smp
 
-from evaluation.kaggle_tree import make_kaggle_tree, network_denial, run_kernel
+from evaluation.kaggle_tree import (
+    find_script,
+    join_cells,
+    make_kaggle_tree,
+    network_denial,
+    run_kernel,
+)
 from kernel.competition import COMPETITION
 from kernel.manifest import load_manifest
+from packing.joining import GUARD
+from packing.notebook import build_notebook
+from packing.paths import NOTEBOOK
 
 # --- the tree -------------------------------------------------------------------------------------
 
@@ -56,6 +65,43 @@ def test_what_lies_beside_the_images_is_not_mounted(
     made = make_kaggle_tree(tmp_path, tiny_bundle, images)
     found = [path.name for path in (made.parent / "test_images").iterdir()]
     assert len(found) == 2 and not {"sample_submission.csv", "ensemble.json"} & set(found)
+
+
+# --- a notebook -----------------------------------------------------------------------------------
+
+KERNEL = '"""Kernel."""\n\n# --- a.py ---\n\nx = 1\n\n\n# --- b.py ---\n\ndef main(given=None):\n'
+KERNEL += "    print(x, given)\n    raise SystemExit(3)\n" + GUARD
+
+
+@pytest.mark.parametrize("as_jupyter_saves_it", [False, True])
+def test_a_notebook_runs_with_its_own_arguments_and_the_input_of_the_tree(
+    as_jupyter_saves_it: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = build_notebook(KERNEL)
+    run_cell = notebook["cells"][-2]
+    run_cell["source"] = run_cell["source"].replace("= []", '= ["--layout two-column"]')
+    if as_jupyter_saves_it:
+        for cell in notebook["cells"]:
+            cell["source"] = cell["source"].splitlines(keepends=True)
+    for name in ("kernel", "working"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kernel" / NOTEBOOK).write_text(json.dumps(notebook))
+    script = find_script(tmp_path, tmp_path)
+    assert "IPython" not in script.read_text() and "# Severstal" not in script.read_text()
+    assert run_kernel(tmp_path, script, quiet=True).exit_code == 3
+    given = ["--layout two-column", "--input", str(tmp_path / "input")]
+    assert capsys.readouterr().out == f"1 {given}\n"
+
+
+def test_the_kernel_is_the_script_that_was_packed(tmp_path: Path) -> None:
+    assert find_script(tmp_path / "dist", tmp_path) == tmp_path / "dist/kernel/inference.py"
+
+
+@pytest.mark.parametrize("text", ["{}", '{"cells": [7]}', '{"cells": [{"cell_type": "code"}]}'])
+def test_what_is_no_notebook_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / NOTEBOOK).write_text(text)
+    with pytest.raises(ValueError, match=rf"{NOTEBOOK}: no notebook: build the bundle again"):
+        join_cells(tmp_path / NOTEBOOK)
 
 
 # --- the network ----------------------------------------------------------------------------------
