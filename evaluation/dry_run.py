@@ -33,6 +33,7 @@ from evaluation.checks import (
     is_clean,
 )
 from evaluation.drawing import AnnotatedStrip, draw_predictions, write_sheet
+from evaluation.image_sizes import check_sizes, count_again, usual_size
 from evaluation.kaggle_tree import find_script, make_kaggle_tree, run_kernel
 from evaluation.machines import keep_rate, read_rates
 from evaluation.measured import MeasuredRun
@@ -43,7 +44,7 @@ from kernel.competition import IMAGE_SIZE, Competition
 from kernel.files import write_json
 from kernel.image_folders import list_images, one_folder, open_images
 from kernel.logs import log
-from kernel.manifest import MANIFEST, load_manifest
+from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.run_record import RunRecord, read_run_record
 from kernel.shipped import add_competition_option, find_competition
 from packing.paths import DATASET_METADATA, LAST_REPORT, REPORT
@@ -87,11 +88,16 @@ class DryRun:
     """What was run: a bundle on a folder of strips."""
 
     bundle: Path
-    competition: Competition  # the bundle's
+    manifest: Manifest  # the bundle's
     images: Path
     truth: Truth | None  # where it is known
     budget_s: float | None  # None: the competition's limit
     drawn: bool  # the strips are synthetic, and no truth is a user's
+
+    @property
+    def competition(self) -> Competition:
+        """The bundle's."""
+        return self.manifest.competition
 
     @property
     def dataset(self) -> Path:
@@ -114,8 +120,13 @@ def _build_report(
 ) -> Report:
     """Build the report of a run that left the masks `rles`; with a known truth by `scores`."""
     defective = np.array([bool(rles.get(name)) for name in record.work], np.bool_)
-    measured, competition = MeasuredRun(record, run.competition.n_images), run.competition
-    calibration = read_rates(run.bundle)
+    competition, calibration = run.competition, read_rates(run.bundle)
+    known = competition.image_size or not run.drawn  # else nobody says how large images are
+    size = usual_size(run.images, list(record.work)) if known else None
+    counted_again = count_again(run.dataset, run.manifest, size) if size else {}
+    measured = MeasuredRun(record, competition.n_images, counted_again)
+    if size:
+        checks = [*checks, *check_sizes(run.manifest, size, counted_again)]
     report = build_report(
         measured,
         result,
@@ -191,7 +202,10 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     checks += check_metadata(run.bundle, run.competition)
     record = read_run_record(working / "run.json")
     if run.drawn:
-        words = f"these {record.strips} strips were drawn: real ones differ in Dice and early exit"
+        what = "Dice and early exit"
+        if run.competition.image_size is None:
+            what = f"size (the description has no image_size), {what}"
+        words = f"these {record.strips} strips were drawn: real ones differ in {what}"
         checks.append(Check(None, f"{words}; give --images of yours"))
     whole = next(iter(record.work), None)  # an image that did not fail
     if whole and record.device == "cpu" and any(run.dataset.glob("*.xml")):
@@ -205,8 +219,8 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
 # --- the input ------------------------------------------------------------------------------------
 
 
-def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
-    """Return the bundle's competition, and the folder of the images; None: some are to be drawn.
+def check_args(args: argparse.Namespace) -> tuple[Manifest, Path | None]:
+    """Return the bundle's manifest, and the folder of the images; None: some are to be drawn.
 
     Raises:
         ValueError: a file or folder is missing or not what it should be.
@@ -221,13 +235,14 @@ def check_args(args: argparse.Namespace) -> tuple[Competition, Path | None]:
         raise ValueError(f"{args.bundle}: the dataset of a bundle; name the folder above it")
     if not (args.bundle / "dataset" / MANIFEST).exists():
         raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
-    competition = load_manifest(args.bundle / "dataset").competition
+    manifest = load_manifest(args.bundle / "dataset")
+    competition = manifest.competition
     if args.competition and find_competition(args.competition) != competition:
         raise ValueError(
             f"--competition {args.competition}: {args.bundle} was built for {competition.slug}, or "
             "of another description of it; build it again with the same --competition"
         )
-    return competition, open_images(args.images, competition)[0] if args.images else None
+    return manifest, open_images(args.images, competition)[0] if args.images else None
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -265,10 +280,10 @@ def _clear(run: DryRun) -> None:
 
 
 def _run_bundle(
-    args: argparse.Namespace, competition: Competition, images: Path | None, root: Path
+    args: argparse.Namespace, manifest: Manifest, images: Path | None, root: Path
 ) -> int:
     """One dry run in the scratch folder `root`; without `images`, of strips that are drawn."""
-    mounted, truth_csv = args.images, args.ground_truth
+    mounted, truth_csv, competition = args.images, args.ground_truth, manifest.competition
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
         size = competition.image_size or IMAGE_SIZE
@@ -281,7 +296,7 @@ def _run_bundle(
         names = list_images(images)
         check_names(truth, names, truth_csv, mounted)
         check_masks(truth, names, truth_csv, images, competition)
-    run = DryRun(args.bundle, competition, images, truth, args.budget_s, not args.images)
+    run = DryRun(args.bundle, manifest, images, truth, args.budget_s, not args.images)
     _clear(run)
     log.info("running the kernel in a Kaggle-like tree")
     sample = make_kaggle_tree(root, run.bundle, mounted)
@@ -299,12 +314,12 @@ def dry_run(args: argparse.Namespace) -> int:
         raise ValueError(
             "the dry run lays links, which Windows keeps from most users: run it in WSL"
         )
-    competition, images = check_args(args)
+    manifest, images = check_args(args)
     if args.calibrate:
         machine = keep_rate(args.bundle, args.calibrate)
         log.info("the verdict is of %s from now on, at the rate of %s", machine, args.calibrate)
     with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
-        return _run_bundle(args, competition, images, Path(root))
+        return _run_bundle(args, manifest, images, Path(root))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun
+from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun, spread_of_mean
 from kernel.checks import read_json
 from kernel.files import write_json
 from kernel.run_record import RunRecord, read_run_record
 from packing.paths import CALIBRATION, LAST_REPORT, REPORT
+from training.metrics import Floats
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,23 @@ class Estimate:
     machine: str
     workers: int  # that share the strips
     seconds: float
+    low_s: float | None  # with `high_s`: 95 % interval of `seconds` over other strips of the same
+    high_s: float | None  # kind, at the same rate; None: of one strip there is none
     calibrated: bool  # by the rate of a run there; else estimated from assumptions
     how: str  # that in words
     basis: str  # where the rate comes from
+
+
+Seconds = tuple[float, float | None, float | None]  # with their interval
+
+
+def _seconds(other_s: float, flops: Floats, flop_s: float) -> Seconds:
+    """Seconds of which `other_s` are not the networks'; `flops` (strips,), each for `flop_s`."""
+    seconds = other_s + float(flops.sum()) / max(flops.size, 1) * flop_s
+    spread = spread_of_mean(flops)
+    if spread is None:
+        return seconds, None, None
+    return seconds, seconds + spread[0] * flop_s, seconds + spread[1] * flop_s
 
 
 def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
@@ -69,11 +84,13 @@ def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
 
     What no stage counts is left out: most of it is memory that the CPU's engine gives back.
     """
-    strip_s = run.full_flops / (machine.peak * machine.attained) + run.beside_s(machine.gpu)
-    seconds = run.fixed_s + run.n_images * strip_s / machine.units
+    images = run.n_images / machine.units  # for each
+    other_s = run.fixed_s + images * run.beside_s(machine.gpu)
+    flop_s = images / (machine.peak * machine.attained)
+    seconds = _seconds(other_s, run.full_flops(run.flops_here), flop_s)
     basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
     basis += machine.source
-    return Estimate(machine.name, machine.workers, seconds, False, "estimated", basis)
+    return Estimate(machine.name, machine.workers, *seconds, False, "estimated", basis)
 
 
 def _machine_of(record: RunRecord) -> str:
@@ -141,13 +158,14 @@ def list_estimates(run: MeasuredRun, calibration: dict[str, Any]) -> list[Estima
     for machine in MACHINES:
         estimate, known = _estimate_assumed(machine, run), calibration.get(machine.name)
         if known:
-            seconds = known["fixed_s"] + run.n_images * run.full_flops / known["rate"]
+            flop_s = run.n_images / known["rate"]
+            seconds = _seconds(known["fixed_s"], run.full_flops(run.flops), flop_s)
             how, basis = "calibrated", f"{known['rate'] / 1e9:,.0f} GFLOP/s"
             basis += f" in a run of {known['strips']} strips"
             members = _members_of(run.record)
             if known.get("members", members) != members:
                 how += " by other members"
                 basis += " by other members: calibrate it with a run of these"
-            estimate = Estimate(machine.name, machine.workers, seconds, True, how, basis)
+            estimate = Estimate(machine.name, machine.workers, *seconds, True, how, basis)
         found.append(estimate)
     return found

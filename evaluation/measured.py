@@ -1,7 +1,7 @@
 """A run by its run.json: what it says of the seconds of another."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,12 +16,27 @@ DEVICE_STAGES = {"prepare", "tally"}  # on the networks' device; on a GPU next t
 MIN_GPU_STRIPS = 100  # of fewer, a GPU's start, which is in no stage, is most of the seconds
 
 
+def spread_of_mean(values: Floats, resamples: int = 2000) -> tuple[float, float] | None:
+    """Return how far below and above their mean that of other such values lies, in 95 % of cases.
+
+    By the bootstrap; None of fewer than two values (values,).
+    """
+    if values.size < 2:
+        return None
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(values, values.size).mean() for _ in range(resamples)]
+    low, high = np.quantile(drawn, (0.025, 0.975)) - values.mean()
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class MeasuredRun:
     """A run's record, and what it says of the seconds of another."""
 
     record: RunRecord
     n_images: int = SEVERSTAL.n_images  # of the scored run
+    # member → flops of its halves at the images' size, where the record's are of another
+    counted_again: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -77,8 +92,15 @@ class MeasuredRun:
 
     @property
     def flops(self) -> Floats:
-        """Flops of each half of each pass, (passes, 2)."""
+        """Flops of each half of each pass, (passes, 2), as the build counted them for any run."""
         return np.array([each.flops for each in self.record.passes], np.float64).reshape(-1, 2)
+
+    @property
+    def flops_here(self) -> Floats:
+        """The same, at the size of this run's images."""
+        passes = self.record.passes
+        rows = [self.counted_again.get(each.member, each.flops) for each in passes]
+        return np.array(rows, np.float64).reshape(-1, 2)
 
     @property
     def counts(self) -> Ints:
@@ -139,10 +161,17 @@ class MeasuredRun:
         """Mean flops of a strip, of what ran."""
         return float((self.counts * self.flops).sum() / self.begun)
 
-    @property
-    def full_flops(self) -> float:
-        """Mean flops of a strip if no pass is dropped."""
-        return float((self.full_counts * self.flops).sum())
+    def full_flops(self, flops: Floats) -> Floats:
+        """Return the flops of a strip if no pass is dropped, by each of the `full_work`, (strips,).
+
+        `flops` (passes, 2) are those of the halves. Their mean is over all strips that were begun,
+        those that failed among them, which have none.
+        """
+        ran = [
+            flops[list(work.encoders), 0].sum() + flops[list(work.decoders), 1].sum()
+            for work in self.full_work
+        ]
+        return np.array(ran, np.float64) * (len(self.work) / self.begun)
 
     @property
     def per_strip_dropped_s(self) -> float:

@@ -5,9 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from evaluation.measured import MeasuredRun
+from evaluation.measured import MeasuredRun, spread_of_mean
 from kernel.budget import margin_s, planned_s, worker_budget_s
 
 # --- this machine ---------------------------------------------------------------------------------
@@ -35,16 +33,14 @@ def usable_s(budget_s: float, workers: int = 0) -> float:
     return planned_s(budget_s)
 
 
-def project(run: MeasuredRun, resamples: int = 2000) -> Projection:
+def project(run: MeasuredRun) -> Projection:
     """Project to the scored run on this machine, with a bootstrap interval over the strips."""
     mean_s = run.per_strip_s + run.per_strip_dropped_s
     total_s = run.fixed_s + run.n_images * mean_s
-    if run.strip_s.size < 2:
+    spread = spread_of_mean(run.strip_s / run.record.workers)
+    if spread is None:
         return Projection(run.fixed_s, mean_s, total_s, None, None, run.n_images)
-    strip_s, rng = run.strip_s / run.record.workers, np.random.default_rng(0)
-    drawn = [rng.choice(strip_s, strip_s.size).mean() for _ in range(resamples)]
-    low, high = np.quantile(drawn, (0.025, 0.975)) - strip_s.mean()
-    low_s, high_s = (float(total_s + run.n_images * offset) for offset in (low, high))
+    low_s, high_s = (total_s + run.n_images * offset for offset in spread)
     return Projection(run.fixed_s, mean_s, total_s, low_s, high_s, run.n_images)
 
 

@@ -39,6 +39,7 @@ class KaggleTime(Estimate):
 
     usable_s: float  # what the kernel plans with there
     fits: bool  # it would run every pass in time
+    sure: bool  # other strips of the same kind would hardly say otherwise
     words: str
 
 
@@ -120,22 +121,38 @@ class Report:
 # --- is there time for it? ------------------------------------------------------------------------
 
 
+def _interval(low_s: float | None, high_s: float | None) -> str:
+    """The interval behind seconds, where there is one that shows."""
+    if low_s is None or f"{low_s:,.0f}" == f"{high_s:,.0f}":
+        return ""
+    return f" ({low_s:,.0f}–{high_s:,.0f} s)"
+
+
 def time_on_kaggle(
     estimate: Estimate, budget_s: float, competition: Competition = SEVERSTAL
 ) -> KaggleTime:
     """Say whether the scored run has time for every pass on a machine of Kaggle's."""
-    limit_s = competition.time_limit_s
+    limit_s, low_s, high_s = competition.time_limit_s, estimate.low_s, estimate.high_s
     limit = "the hour" if limit_s == 3600 else "the limit"
-    budget = limit if budget_s == limit_s else "the budget"
     plan_s = usable_s(budget_s, estimate.workers)
     fits = estimate.seconds <= plan_s
-    words = (
-        f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s; "
-        f"the kernel plans with {plan_s:,.0f} s of {budget}'s {budget_s:,.0f} s"
-    )
+    sure = low_s is None or high_s is None or not low_s < plan_s < high_s
+    words = f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s"
+    words += f"{_interval(low_s, high_s)}; "
+    if budget_s == limit_s:
+        words += f"the kernel plans with {plan_s:,.0f} s of {limit}'s {budget_s:,.0f} s"
+    else:
+        words += f"of the budget's {budget_s:,.0f} s it would plan with {plan_s:,.0f} s"
     if not fits:
         words += ", so it would drop passes there to end in time"
-    return KaggleTime(**vars(estimate), usable_s=plan_s, fits=fits, words=words)
+    if not sure:
+        words += f"; {plan_s:,.0f} s lies within the interval: give more --images to be sure"
+    if budget_s != limit_s:
+        words += (
+            f"; the kernel as built plans with the description's time_limit_s, {limit_s:,.0f} s: "
+            "to change that set it there and build again"
+        )
+    return KaggleTime(**vars(estimate), usable_s=plan_s, fits=fits, sure=sure, words=words)
 
 
 def time_here(run: MeasuredRun, plan_s: float) -> HereTime:
@@ -144,9 +161,7 @@ def time_here(run: MeasuredRun, plan_s: float) -> HereTime:
     `plan_s` is what the kernel plans with here.
     """
     projection = project(run)
-    total_s, interval = projection.total_s, ""
-    if projection.low_s is not None:
-        interval = f" ({projection.low_s:,.0f}–{projection.high_s:,.0f} s)"
+    total_s, interval = projection.total_s, _interval(projection.low_s, projection.high_s)
     fits = total_s <= plan_s and not run.dropped
     outcome = "which is time for every pass"
     if run.dropped:
@@ -159,14 +174,21 @@ def time_here(run: MeasuredRun, plan_s: float) -> HereTime:
     return HereTime(**vars(projection), usable_s=plan_s, fits=fits, words=words)
 
 
-def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float) -> str:
+def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float, run: MeasuredRun) -> str:
     if not clean:
         return "Not ready for Kaggle: the run was not clean"
     seconds = f"{kaggle.seconds:,.0f} s of {budget_s:,.0f} s"
     time = f"{kaggle.machine} would take {seconds} ({kaggle.how})"
     if kaggle.fits:
-        return f"Ready for Kaggle: the run was clean, and {time}"
-    return f"Not ready for Kaggle: the run was clean, but {time} and drop passes"
+        verdict = f"Ready for Kaggle: the run was clean, and {time}"
+    else:
+        verdict = f"Not ready for Kaggle: the run was clean, but {time} and drop passes"
+    if len(run.late) > run.begun:
+        strips = f"{run.begun:,} of {run.record.strips:,} strips"
+        verdict += f"; judged by {strips} alone: no time was left here for the others"
+    elif not kaggle.sure:
+        verdict += f"; {len(run.full_work):,} strips are too few to be sure"
+    return verdict
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -257,7 +279,7 @@ def build_report(
     clean, here = is_clean(checks), time_here(run, plan_s)
     dropped = drop_to_fit(run, here.total_s, plan_s)
     return Report(
-        verdict=_verdict(clean, kaggle, budget_s),
+        verdict=_verdict(clean, kaggle, budget_s, run),
         ready=clean and kaggle.fits,
         clean=Cleanness(clean, checks),
         kaggle=kaggle,

@@ -28,7 +28,8 @@ def _answer_lines(report: Report) -> list[str]:
     return [
         f"== {report.verdict}",
         "\n".join([f"   The run was {'clean' if clean.ok else 'NOT clean'}", *checks]),
-        f"   On Kaggle's {machine}, {kaggle.how}\n   {MARKS[kaggle.fits]:<4}{kaggle.words}",
+        f"   On Kaggle's {machine}, {kaggle.how}\n"
+        f"   {MARKS[kaggle.fits and (kaggle.sure or None)]:<4}{kaggle.words}",
         f"   On this machine, projected\n   {MARKS[here.fits or None]:<4}{here.words}",
     ]
 

@@ -36,7 +36,7 @@ from kernel.competition import SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.files import write_json
 from kernel.image_folders import list_images
-from kernel.manifest import Manifest, load_manifest
+from kernel.manifest import Manifest, MemberSpec, load_manifest
 from kernel.rows import SPREADSHEET_CELL
 from packing.metadata import PLACEHOLDER, read_metadata
 from packing.notebook import build_notebook
@@ -184,7 +184,7 @@ def has_truth(strips: Path, name: str) -> bool:
 
 def test_a_mask_as_long_as_a_spreadsheets_cell_is_in_the_report(tmp_path: Path) -> None:
     save_strips(tmp_path / "images", ["a.jpg"])
-    run = dry_run.DryRun(tmp_path, SEVERSTAL, tmp_path / "images", None, None, False)
+    run = dry_run.DryRun(tmp_path, Manifest([]), tmp_path / "images", None, None, False)
     run.out.mkdir()
     rows = f"ImageId,EncodedPixels,ClassId\na.jpg,{'1 3'.ljust(SPREADSHEET_CELL)},1\n"
     (run.out / "submission.csv").write_text(rows)
@@ -262,7 +262,7 @@ def concluded(folder: Path) -> tuple[dry_run.DryRun, Path, Path]:
     names = [f"{index}.jpg" for index in range(1, 5)]
     save_strips(folder / "test_images", names)
     sample = write_sample(folder / "sample.csv", names, "three-column")
-    run = dry_run.DryRun(folder, SEVERSTAL, folder / "test_images", None, None, False)
+    run = dry_run.DryRun(folder, Manifest([]), folder / "test_images", None, None, False)
     working = folder / "working"
     for each in (run.dataset, run.out, working):
         each.mkdir()
@@ -334,6 +334,27 @@ def test_the_kernel_s_metadata_is_rehearsed_too(
     assert report["kaggle"]["machine"] == judged
 
 
+def test_flops_of_another_size_are_counted_again_and_odd_proportions_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, sample, working = concluded(tmp_path)
+    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    a, b = (MemberSpec(name, f"{name}.safetensors", {}, [0.5], [0.5]) for name in "ab")
+    run = replace(run, manifest=Manifest([a, replace(b, image_size=(64, 24))]))
+    counts = {"a": [0, 0]}, {"a": [10**13, 10**13]}
+    seconds = []
+    for counted in counts:
+        monkeypatch.setattr(dry_run, "count_again", lambda *given, to=counted: given and to)
+        assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) in (0, 1)
+        report = json.loads((run.out / "report.json").read_text())
+        seconds.append(report["machines"][1]["seconds"])
+    # a's halves ran 6 and 4 times for 4 strips; 0.5 of this size's flops a second
+    assert seconds[1] - seconds[0] == pytest.approx(5506 * 10 / 4 * 10**13 / (65e12 * 0.15))
+    out = capsys.readouterr().out
+    assert "   –   images are resized from 64×96 to 64×24, out of proportion: for a member" in out
+    assert "   –   most images are 64×96, the build counted flops at 256×1600: they were" in out
+
+
 def test_the_seconds_that_only_the_process_had_are_its_start(tmp_path: Path) -> None:
     run, sample, working = concluded(tmp_path)
     (working / "run.json").write_text(json.dumps(run_json(faults={}, seconds=20.0)))
@@ -369,6 +390,22 @@ def test_strips_that_were_drawn_are_called_that_and_propose_nothing(
         assert json.loads((run.out / "report.json").read_text())["drawn"] is drawn
         page = Page((run.out / "index.html").read_text())
         assert ("mean Dice, drawn strips" in page.said("dt")) == drawn
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_size_of_strips_that_are_drawn_without_one_says_nothing(
+    drawn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "count_again", lambda *_: {})
+    run, sample, working = concluded(tmp_path)
+    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    member = MemberSpec("a", "a.safetensors", {}, [0.5], [0.5], image_size=(64, 24))
+    other = replace(SEVERSTAL, image_size=None)
+    run = replace(run, manifest=Manifest([member], competition=other), drawn=drawn)
+    assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 0
+    out = capsys.readouterr().out
+    assert ("out of proportion" in out) is not drawn
+    assert ("differ in size (the description has no image_size), Dice" in out) is drawn
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from run_records import PASSES, TRUNCATED, a_run, repeat, run_json, strip_work
+from run_records import PASSES, TRUNCATED, a_record, a_run, repeat, run_json, strip_work
 
 from evaluation.machines import keep_rate, list_estimates, read_rates
+from evaluation.measured import MeasuredRun
 
 STRIPS = 5506
 
@@ -30,6 +31,42 @@ def test_what_was_dropped_here_is_in_the_flops_of_kaggle_s_machines() -> None:
     assert found["one T4"] == pytest.approx(8 + STRIPS * full_flops / 1e3)
     added = STRIPS * full_flops / (18.7e12 * 0.2)
     assert found["P100"] == pytest.approx(8 + STRIPS * 0.5 / 3 + added, abs=1e-9)
+
+
+def test_the_interval_is_that_of_other_strips_of_the_same_kind() -> None:
+    """Of many strips the normal one, by hand; what is not the networks has none."""
+    one, two = strip_work([0], []), strip_work([0], [0])  # 10 flops, and 10 + 20
+    work = {f"{i}.jpg": one if i % 4 else two for i in range(400)}
+    known = {"one T4": {"rate": 1e3, "fixed_s": 8.0, "strips": 9}}
+    run = a_run(work=work, strips=400, faults={}, strip_s={})
+    half = 1.96 * 20 * (0.25 * 0.75 / 400) ** 0.5  # flops
+    for found in list_estimates(run, known):
+        flop_s = STRIPS / 1e3
+        if found.machine != "one T4":
+            flop_s = STRIPS / {"2×T4": 2 * 65e12 * 0.15, "P100": 18.7e12 * 0.2}.get(
+                found.machine, 141e9 * 0.5
+            )
+        assert found.low_s is not None and found.high_s is not None
+        assert (found.seconds - found.low_s) / flop_s == pytest.approx(half, rel=0.15)
+        assert (found.high_s - found.seconds) / flop_s == pytest.approx(half, rel=0.15)
+
+
+def test_of_one_strip_there_is_no_interval() -> None:
+    for found in list_estimates(a_run(**TRUNCATED), {}):
+        assert (found.low_s, found.high_s) == (None, None)
+
+
+def test_flops_are_those_of_the_images_size_but_for_a_rate_that_was_measured_by_others() -> None:
+    """A run on Kaggle has images of that size too, and flops as the build counted them."""
+    known = {"one T4": {"rate": 1e3, "fixed_s": 8.0, "strips": 9}}
+    record, beside = a_record(), 0.5 / 4
+    run = MeasuredRun(record, STRIPS, {"b": [40 * 30, 40 * 40]})
+    flops = 6 * 10 + 4 * 20 + 40 * (5 * 30 + 3 * 40)
+    found = {each.machine: each for each in list_estimates(run, known)}
+    as_built = {each.machine: each for each in list_estimates(MeasuredRun(record), known)}
+    assert found["one T4"] == as_built["one T4"]
+    added = STRIPS * flops / 4 / (141e9 * 0.5)
+    assert found["Kaggle's CPU"].seconds - 8 - STRIPS * beside == pytest.approx(added, rel=1e-3)
 
 
 def test_an_assumed_machine_takes_its_flops_and_the_stages_beside_the_networks() -> None:

@@ -80,6 +80,7 @@ def test_the_page_begins_with_the_verdict_and_its_parts() -> None:
 
 READY_FOR = "Ready for Kaggle: the run was clean, and 2×T4 would take {} ({})"
 READY = READY_FOR.format("572 s of 3,600 s", "calibrated")
+FEW = "; 3 strips are too few to be sure"
 TOO_LONG = "Not ready for Kaggle: the run was clean, but 2×T4 would take {} ({}) and drop passes"
 NOT_CLEAN = "Not ready for Kaggle: the run was not clean"
 
@@ -107,17 +108,18 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
             True, "✓✓✓✓✓–", id="no run on Kaggle is known",
         ),
         pytest.param(
-            {"seconds": 10.0, "budget_s": 500.0}, TOO_LONG.format("572 s of 500 s", "calibrated"),
+            {"seconds": 10.0, "budget_s": 500.0},
+            TOO_LONG.format("572 s of 500 s", "calibrated") + FEW,
             False, "✓✓✓✓✗–", id="beyond the budget there",
         ),
         pytest.param(
             {"seconds": 10.0, "calibration": SLOW},
-            TOO_LONG.format("5,652 s of 3,600 s", "calibrated"),
+            TOO_LONG.format("5,652 s of 3,600 s", "calibrated") + FEW,
             False, "✓✓✓✓✗✓", id="too long there only",
         ),
         pytest.param(
             {"seconds": 10.0, "calibration": SLOW, "budget_s": 1e9},
-            TOO_LONG.format("5,652 s of 3,600 s", "calibrated"),
+            TOO_LONG.format("5,652 s of 3,600 s", "calibrated") + FEW,
             False, "✓✓✓✓✗✓", id="the hour counts, whatever the budget",
         ),
         pytest.param(
@@ -143,6 +145,22 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
             {"seconds": 10.0, "faults": {"4.jpg": TOO_LATE}},
             READY_FOR.format("760 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
             id="no time was left here for a strip",
+        ),
+        pytest.param(
+            {"calibration": {"2×T4": FAST["2×T4"] | {"rate": 220.0}}},
+            READY_FOR.format("2,573 s of 3,600 s", "calibrated") + FEW, True, "✓✓✓✓––",
+            id="in time there, but other strips may not be",
+        ),
+        pytest.param(
+            {"seconds": 10.0, "strips": 8, "faults": dict.fromkeys("4567", TOO_LATE)},
+            READY_FOR.format("572 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
+            id="no time was left here for half of the strips",
+        ),
+        pytest.param(
+            {"seconds": 10.0, "strips": 9, "faults": dict.fromkeys("45678", TOO_LATE)},
+            READY_FOR.format("572 s of 3,600 s", "calibrated")
+            + "; judged by 4 of 9 strips alone: no time was left here for the others",
+            True, "✓✓✓–✓✓–", id="no time was left here for most strips",
         ),
         pytest.param(
             {"faults": {"4.jpg": TOO_LATE, "5.jpg": "no image"}}, NOT_CLEAN, False, "✓✓✗–✓✓–",
@@ -174,7 +192,8 @@ def test_run_kaggle_and_this_machine_are_kept_apart_with_the_hour_beside() -> No
     report = a_report()
     page, head = Page(as_page(report, [])), as_lines(report).split("stage")[0].splitlines()
     assert report.kaggle.words == (
-        "5,506 strips would take 572 s; the kernel plans with 3,324 s of the hour's 3,600 s"
+        "5,506 strips would take 572 s (214–834 s); "
+        "the kernel plans with 3,324 s of the hour's 3,600 s"
     )
     assert report.here.words.startswith("5,506 strips would take 16,526 s (")
     assert report.here.words.endswith(
@@ -191,7 +210,7 @@ def test_the_verdict_is_of_the_machine_that_was_calibrated_last() -> None:
     """Whatever is assumed of another: a user may have no GPU left, or Kaggle gave none."""
     slow = {"rate": 1e2, "fixed_s": 8.0, "strips": 9}
     report = a_report(calibration=FAST | {"Kaggle's CPU": slow})
-    expected = "5,652 s of 3,600 s (calibrated) and drop passes"
+    expected = f"5,652 s of 3,600 s (calibrated) and drop passes{FEW}"
     assert report.verdict.endswith(f"but Kaggle's CPU would take {expected}")
     assert not report.ready
     assert "   On Kaggle's CPU, calibrated\n" in as_lines(report)
@@ -212,8 +231,35 @@ def test_of_few_strips_on_a_gpu_its_start_is_named(device: str, strips: int, few
     assert words.endswith("; of so few strips a GPU's start is most: give --images of 100") == few
 
 
-def test_a_budget_is_named_as_one() -> None:
-    assert "1,830 s of the budget's 2,000 s" in as_lines(a_report(budget_s=2000.0))
+EVERY_PASS = {f"{i}.jpg": strip_work([0, 1, 2, 3], [0, 1, 2, 3]) for i in range(3)}  # 834 s
+
+
+def test_a_budget_is_named_as_one_that_the_pushed_kernel_does_not_know() -> None:
+    drops = ", so it would drop passes there to end in time"
+    for budget_s, outcome in ((2000.0, ""), (500.0, drops)):
+        kaggle = a_report(budget_s=budget_s, work=EVERY_PASS).kaggle
+        assert kaggle.words.endswith(
+            f"; of the budget's {budget_s:,.0f} s it would plan with {kaggle.usable_s:,.0f} s"
+            f"{outcome}; the kernel as built plans with the description's time_limit_s, 3,600 s: "
+            "to change that set it there and build again"
+        )
+    assert "time_limit_s" not in a_report(budget_s=3600.0).kaggle.words
+
+
+def test_an_interval_that_the_plan_lies_in_leaves_open_whether_there_is_time() -> None:
+    near, far = FAST["2×T4"] | {"rate": 220.0}, FAST["2×T4"]
+    for rate, sure in ((near, False), (far, True)):
+        kaggle = a_report(calibration={"2×T4": rate}).kaggle
+        assert (kaggle.fits, kaggle.sure) == (True, sure)
+        said = kaggle.words.endswith(
+            "; 3,324 s lies within the interval: give more --images to be sure"
+        )
+        assert said is not sure
+
+
+def test_an_interval_without_width_is_not_shown() -> None:
+    words = a_report(work=EVERY_PASS).kaggle.words
+    assert words.startswith("5,506 strips would take 834 s; the kernel plans")
 
 
 @pytest.mark.parametrize(
