@@ -15,8 +15,9 @@ from kernel.competition import SLOT, Competition, check_competition
 from kernel.files import json_text, write_text
 from kernel.image_folders import list_images, no_images_fault
 from kernel.images import check_header, is_coloured
+from kernel.mounts import SAMPLE
 from kernel.rle import is_empty_mark, number_fault
-from kernel.rows import Row, no_csv_fault, read_lines, read_rows
+from kernel.rows import Row, fits_header, no_csv_fault, read_lines, read_rows
 from kernel.shipped import check_scoring
 from kernel.task import instances_fault
 
@@ -69,7 +70,8 @@ def propose(sample: Path, images: Path) -> Proposal:
         raise ValueError(fault)
     count = len({image for image, *_ in found_rows})
     unsure = _list_unsure(competition, count, len(rows))
-    if not any(word in sample.name.lower() for word in ("sample", "submission")):
+    named = any(word in sample.name.lower() for word in ("sample", "submission"))
+    if not named and not fits_header(sample.with_name(SAMPLE), competition):
         unsure.append(
             f"layouts: {sample.name}'s alone; where the sample has another header, add one for it, "
             "last: the last is written"

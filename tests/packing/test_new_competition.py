@@ -90,10 +90,22 @@ def test_the_header_of_what_is_no_sample_may_be_another(
     sample, images = draw(tmp_path, "salt")
     text = sample.read_bytes()
     given = sample.with_name(name)
+    sample.unlink()
     given.write_bytes(gzip.compress(text) if given.suffix == ".gz" else text)
     asks = [line for line in propose(given, images).unsure if line.startswith("layouts: ")]
     words = f"layouts: {name}'s alone; where the sample has another header, add one for it, last: "
     assert asks == [f"{words}the last is written"] * asked
+
+
+@pytest.mark.parametrize(("header", "asked"), [("id,predicted", True), ("id,rle_mask", False)])
+def test_a_sample_without_rows_beside_it_shows_the_header(
+    header: str, asked: bool, tmp_path: Path
+) -> None:
+    sample, images = draw(tmp_path, "salt")
+    train = sample.rename(sample.with_name("train.csv"))
+    sample.write_text(f"{header}\n")
+    unsure = propose(train, images).unsure
+    assert any(line.startswith("layouts: train.csv's alone") for line in unsure) == asked
 
 
 def test_of_two_images_that_a_cell_may_name_it_is_the_longer_one(tmp_path: Path) -> None:
