@@ -148,14 +148,17 @@ def find_bundle(options: Options) -> Path:
     return options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
 
 
-def run(options: Options) -> RunRecord:
+def run(options: Options, start: float | None = None) -> RunRecord:
     """Predict and write the submission; return the run record.
+
+    `start` is when the time began that it has, by time.monotonic(); None: now.
 
     Raises:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
         KeyboardInterrupt: as it came, when the submission holds what was done.
     """
-    start, stages, bundle = time.monotonic(), Stages(options.last_image), find_bundle(options)
+    start = time.monotonic() if start is None else start
+    stages, bundle = Stages(options.last_image), find_bundle(options)
     manifest = load_manifest(bundle)
     if not options.worker:
         log_members(manifest)
@@ -201,13 +204,13 @@ def _competition_of(options: Options) -> Competition:
         return SEVERSTAL
 
 
-def run_options(options: Options) -> int:
-    """Run, and write the run record; return the exit code."""
+def run_options(options: Options, start: float | None = None) -> int:
+    """Run, as `run` does, and write the run record; return the exit code."""
     if options.worker:
         end_with_parent()
     check_options(options)
     try:
-        record = run(options)
+        record = run(options, start)
     except DeviceLost as error:  # in a worker alone
         log.error("%s", one_line(error))
         return GPU_LOST
@@ -224,14 +227,15 @@ def run_scored(options: Options) -> int:
     """Run so that whatever stops it costs no row; return the exit code.
 
     What would be refused elsewhere is an error in the log: the submission is worth more. A member
-    that cannot be used leaves the others.
+    that cannot be used leaves the others, and --strict means nothing.
 
     Raises:
         Exception: as `run_options`, where there was no sample to write the rows of.
     """
+    start = time.monotonic()
     rows_stand = write_empty_rows(options, _competition_of(options))
     try:
-        return run_options(replace(options, allow_missing_members=True))
+        return run_options(replace(options, allow_missing_members=True, strict=False), start)
     except Exception as error:
         if not rows_stand:
             raise

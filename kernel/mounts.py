@@ -1,10 +1,11 @@
 """Mounts: finding the bundle, the sample and its images."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 
 from kernel.competition import Competition
+from kernel.faults import one_line
 from kernel.image_folders import IMAGE_SUFFIXES, image_paths, link_images, walk_folders
 from kernel.logs import log
 from kernel.rows import fits_header, read_rows
@@ -67,24 +68,24 @@ Place = Path | InZip  # of an image
 
 
 def find_images(
-    names: Set[str], home: Path, root: Path, competition: Competition
+    names: Set[str], homes: Sequence[Path], root: Path, competition: Competition
 ) -> tuple[Path, dict[str, InZip]]:
     """Find a sample's images: a folder of those that lie loose, and name → place of zipped ones.
 
-    They are looked for below `home`, the sample's folder, then below `root`. Where some are zipped,
-    or lie in several folders or under other names than the csv's, the folder is a new one, of
-    links.
+    They are looked for below `homes`, the sample's folder and its competition's, then below `root`.
+    Where some are zipped, or lie in several folders or under other names than the csv's, the folder
+    is a new one, of links.
 
     Raises:
         ValueError: there is none of them.
     """
-    found = _find_below((home, root), names, competition)
+    found = _find_below((*homes, root), names, competition)
     missing = names - found.keys()
     if missing == names:
         raise ValueError(
-            f"no folder or zip below {home} or {root} holds the images that the sample names, such "
-            f"as {min(names, default='')!r}; name theirs with --images, or correct `suffix`; of "
-            "images in folders of their own `image_path` says the names (docs/competitions.md)"
+            f"no folder or zip below {homes[0]} or {root} holds the images that the sample names, "
+            f"such as {min(names, default='')!r}; name theirs with --images, or correct `suffix`; "
+            "of images in folders of their own `image_path` says the names (docs/competitions.md)"
         )
     if missing:
         log.warning(
@@ -97,6 +98,9 @@ def find_images(
         )
     loose = {name: place for name, place in found.items() if isinstance(place, Path)}
     zipped = {name: place for name, place in found.items() if isinstance(place, InZip)}
+    if zipped:
+        copies = _find_loose(root, zipped.keys(), competition)
+        zipped = {name: place._replace(copy=copies.get(name)) for name, place in zipped.items()}
     folders = {path.parent for path in loose.values()}
     as_named = all(path.name == name for name, path in loose.items())
     whole = len(folders) == 1 and as_named and not zipped
@@ -195,8 +199,8 @@ def _most_first(held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:
 # --- the sample -----------------------------------------------------------------------------------
 
 
-def find_sample(root: Path, competition: Competition) -> tuple[Path, Path]:
-    """Find the sample under `root`, unpacked, and the folder whose images go before others'.
+def find_sample(root: Path, competition: Competition) -> tuple[Path, list[Path]]:
+    """Find the sample under `root`, unpacked, and the folders whose images go before others'.
 
     The competition's own sample goes before a copy: for the scored run Kaggle changes the
     competition's files, not those of a dataset that holds copies of them.
@@ -207,7 +211,7 @@ def find_sample(root: Path, competition: Competition) -> tuple[Path, Path]:
     for top in (*_own_folders(root, competition.slug), root):
         if found := _sample_below(top, root, competition):
             place, sample = found
-            return sample, place.parent if top == root else top
+            return sample, [place.parent, *([top] if top != root else [])]
     what = f"the competition {competition.slug}"
     if seen := _list_csvs(root):
         names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
@@ -238,7 +242,7 @@ def _sample_below(top: Path, root: Path, competition: Competition) -> tuple[Path
         samples = _unpack_csvs(usual)
         if not samples:
             raise ValueError(f"{usual[0]}: no {SAMPLE} in it; give --sample")
-        if chosen := _choose_sample(samples, competition):
+        if chosen := _choose_sample(samples, root, competition):
             return chosen
         raise ValueError(_several_fault(samples, SAMPLE, "--sample"))
     for word in ("sample", "submission"):
@@ -246,7 +250,7 @@ def _sample_below(top: Path, root: Path, competition: Competition) -> tuple[Path
         fitting = {place: csv for place, csv in named.items() if fits_header(csv, competition)}
         if _differ(fitting.values()) and folders_with(root, SAMPLE):
             return None
-        if chosen := _choose_sample(fitting, competition):
+        if chosen := _choose_sample(fitting, root, competition):
             return chosen
         if fitting:
             listed = ", ".join(map(str, fitting))
@@ -263,9 +267,23 @@ def _list_csvs(root: Path) -> list[Path]:
 
 
 def _unpack_csvs(paths: Iterable[Path]) -> dict[Path, Path]:
-    """Unpack csv files, place → csv; those that are not in their zip are left out."""
-    unpacked = ((path, unzip_csv(path) if path.suffix == ".zip" else path) for path in paths)
-    return {path: csv for path, csv in unpacked if csv}
+    """Unpack csv files, place → csv; those that are not in their zip are left out.
+
+    Raises:
+        ValueError, OSError: as `unzip`, where that leaves none.
+    """
+    unpacked, faults = dict[Path, Path](), list[Exception]()
+    for path in paths:
+        try:
+            if csv := unzip_csv(path) if path.suffix == ".zip" else path:
+                unpacked[path] = csv
+        except (ValueError, OSError) as error:
+            faults.append(error)
+    if faults and not unpacked:
+        raise faults[0]
+    for fault in faults:
+        log.warning("%s; not taken for the sample", one_line(fault))
+    return unpacked
 
 
 def _differ(csvs: Iterable[Path]) -> bool:
@@ -273,15 +291,17 @@ def _differ(csvs: Iterable[Path]) -> bool:
 
 
 def _choose_sample(
-    samples: Mapping[Path, Path], competition: Competition
+    samples: Mapping[Path, Path], root: Path, competition: Competition
 ) -> tuple[Path, Path] | None:
     """Choose the sample, of place → csv, that has images beside or below it; copies count as one.
 
-    Of copies too: the scored run, where they differ, then chooses the same. None where those that
-    have images, or all of them, differ.
+    Of several one that is in no dataset. So of copies too: the scored run, where they differ, then
+    chooses the same. None where those that are left differ.
     """
     if len(samples) > 1:
         kept = {p: csv for p, csv in samples.items() if _has_images(p.parent, csv, competition)}
+        samples = kept or samples
+        kept = {p: csv for p, csv in samples.items() if root / DATASETS not in p.parents}
         samples = kept or samples
     if not samples or _differ(samples.values()):
         return None

@@ -36,7 +36,8 @@ def read_ahead(
 
     Once a deadline is over no file is read any more: what is left would take its reserve. Each is
     read in a thread of its own, which the process does not wait for at its end: a read that hangs
-    costs its own strip, and no other's time.
+    costs its own strip, while those behind it are read. Where they hang too it may be the disk,
+    which has as long again.
     """
     limit = deadline or Deadline(math.inf, time.monotonic())
 
@@ -49,17 +50,23 @@ def read_ahead(
 
         if limit.over:
             strip.set_result(Strip(name, None, TOO_LATE))
-        else:
+            return name, strip, limit.clock()
+        try:
             threading.Thread(target=read, daemon=True).start()
-        return name, strip, min(limit.clock() + READ_S, limit.end)
+        except RuntimeError:  # the system has no other thread
+            read()
+        return name, strip, limit.clock() + READ_S
 
     def result(name: str, strip: Future[Strip], until: float) -> Strip:
-        try:
-            return strip.result(until - limit.clock())
-        except TimeoutError:
+        for patience_s in (0.0, READ_S):
+            with suppress(TimeoutError):
+                return strip.result(min(until + patience_s, limit.end) - limit.clock())
             limit.last = limit.clock()  # no strip took this time
-            late = until == limit.end
-            return Strip(name, None, TOO_LATE if late else f"was not read in {READ_S:.0f} s")
+            if limit.over:
+                return Strip(name, None, TOO_LATE)
+            if not reads or any(other.done() for _, other, _ in reads):
+                break
+        return Strip(name, None, f"was not read in {READ_S:.0f} s")
 
     reads = deque[tuple[str, Future[Strip], float]]()
     try:

@@ -103,8 +103,8 @@ def find_task(options: Options, competition: Competition) -> Task:
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)
     else:
-        given = (sample, sample.parent) if sample else None
-        sample, home = given or find_sample(options.input, competition)
+        given = (sample, [sample.parent]) if sample else None
+        sample, homes = given or find_sample(options.input, competition)
         layout, pairs = read_sample(sample, competition, options.layout)
         known = {name for name, _ in pairs}
         if not known:
@@ -112,7 +112,7 @@ def find_task(options: Options, competition: Competition) -> Task:
             return Task(images or sample.parent, layout, [])
         zipped: dict[str, InZip] = {}
         if not images:
-            images, zipped = find_images(known, home, options.input, competition)
+            images, zipped = find_images(known, homes, options.input, competition)
         task = Task(images, layout, pairs, zipped)
     if not task.pairs:
         raise ValueError(no_images_fault(task.images, competition.suffix))
@@ -125,8 +125,10 @@ def find_task(options: Options, competition: Competition) -> Task:
 def unpack_images(task: Task) -> Task:
     """Return a task whose images all lie in its folder, those of zips unpacked.
 
+    For one that cannot be unpacked a copy is taken that lies loose.
+
     Raises:
-        ValueError, OSError: no zip can be unpacked, and no image lies loose.
+        ValueError, OSError: no zip can be unpacked, and no image, nor a copy of one, lies loose.
     """
     if not task.zipped:
         return task
@@ -138,8 +140,18 @@ def unpack_images(task: Task) -> Task:
         except (ValueError, OSError) as error:
             faults.append(error)
     paths = {path.name: path for folder in folders for path in folder.iterdir()}
+    damaged = task.zipped.keys() - paths.keys()
+    copies = {name: copy for name in damaged if (copy := task.zipped[name].copy)}
+    paths |= copies
     if not paths:
         raise faults[0]
     for fault in faults:
-        log.warning("%s; the rows of its images stay empty", one_line(fault))
+        log.warning("%s", one_line(fault))
+    if damaged:
+        log.warning(
+            "%d images cannot be unpacked: loose copies of %d are taken, the rows of the others "
+            "stay empty",
+            len(damaged),
+            len(copies),
+        )
     return replace(task, images=link_images(paths), zipped={})

@@ -26,7 +26,7 @@ from kernel.worker import NO_GPU, REFUSALS, WorkerProcess, start_worker
 COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 ENDING_S = 30.0  # that an interrupted worker has for its last save, and a killed one to end
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
-STALLED_S = 600.0  # without a sign of life; one step takes less, also of a large image on the CPU
+STALLED_S = 900.0  # without a sign of life: more than a file's read or one step may take
 MAX_FRUITLESS_ROUNDS = 3  # on the CPU in a row, that give no image
 
 
@@ -43,6 +43,7 @@ class Round:
     suspects: set[str] = field(default_factory=set)  # what those that died had begun
     gpus: set[str] = field(default_factory=set)  # on which something was done
     lost: set[str] = field(default_factory=set)  # on which the last worker died by itself
+    stalled: set[str] = field(default_factory=set)  # on which one hung
 
     @property
     def refused(self) -> bool:
@@ -87,7 +88,8 @@ def _watch(context: RunContext, workers: list[WorkerProcess], folder: Path, agai
         time.sleep(COLLECT_S)
         running = not all(worker.ended for worker in workers)
         _collect(workers, context.submission)
-        _kill_stalled(workers)
+        _kill_stalled(workers)  # before a save, which may take long
+        context.submission.save_throttled()
         if any(_is_stuck(worker) for worker in workers):
             return
         if context.over:
@@ -113,7 +115,6 @@ def _watch(context: RunContext, workers: list[WorkerProcess], folder: Path, agai
 def _collect(workers: Iterable[WorkerProcess], submission: Submission) -> None:
     for worker in workers:
         worker.collect(submission)
-    submission.save_throttled()
 
 
 def _kill_stalled(workers: Sequence[WorkerProcess]) -> None:
@@ -159,6 +160,7 @@ def _end_all(context: RunContext, workers: Sequence[WorkerProcess]) -> None:
         worker.end(min(ENDING_S, max(context.until_watchdog_s() / 2, 1.0)))
         worker.taken_ns = 0  # a clock may tick too slowly for two saves
     _collect(workers, context.submission)
+    context.submission.save_throttled()
 
 
 def _read_round(done: Set[str], workers: Sequence[WorkerProcess]) -> Round:
@@ -181,6 +183,7 @@ def _read_round(done: Set[str], workers: Sequence[WorkerProcess]) -> Round:
     final = {worker.number: worker for worker in replaced_first}
     died = (final[number] for number in found.exit_codes)
     found.lost = {worker.gpu for worker in died if worker.ended_unasked or worker.stalled}
+    found.stalled = {worker.gpu for worker in workers if worker.stalled}
     return found
 
 
@@ -216,6 +219,7 @@ class Plan:
     first: bool = False
     worked: Set[str] = frozenset()  # GPUs
     lost: Set[str] = frozenset()
+    stalled: Set[str] = frozenset()
     fruitless: int = 0  # rounds on the CPU in a row
 
     @property
@@ -242,7 +246,8 @@ class Plan:
             stuck = not died
         if stuck:
             return None
-        worked, lost = self.worked | found.gpus, self.lost | found.lost
+        hung_once = found.stalled - self.stalled  # on the disk, maybe: they are tried again
+        worked, lost = self.worked | found.gpus, self.lost | (found.lost - hung_once)
         if self.rescue:  # what crashes the GPUs is found, or did not crash the CPU
             gpus = [gpu for gpu in self.all_gpus if gpu not in lost - worked]
         else:
@@ -254,6 +259,7 @@ class Plan:
             all_gpus=self.all_gpus,
             worked=worked,
             lost=lost,
+            stalled=self.stalled | found.stalled,
             fruitless=fruitless,
         )
 

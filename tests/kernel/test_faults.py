@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -49,7 +50,7 @@ from kernel.deadline import Deadline
 from kernel.device import DeviceLost, device_usable, pick_device
 from kernel.engines import check_engine
 from kernel.ensemble import Ensemble
-from kernel.images import Image, Mask, Strip, read_image, read_strip
+from kernel.images import Image, Mask, Strip, read_strip
 from kernel.manifest import MemberSpec
 from kernel.members import Member
 from kernel.outcome import Outcome
@@ -221,15 +222,15 @@ def test_an_engine_is_given_up_at_once_after_eight_images_in_a_row(
 @pytest.fixture
 def hang_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Lets the reads of these images hang until the test ends."""
-    answers, unanswered = threading.Event(), list[Path]()
+    answers, unanswered, read_bytes = threading.Event(), list[Path](), Path.read_bytes
 
     def hang(*names: str, read_s: float = 1.0) -> None:
-        def read(path: Path, *rules: Any) -> Image:
+        def read(path: Path) -> bytes:
             if path.name in names and not answers.wait(timeout=30):
                 unanswered.append(path)
-            return read_image(path, *rules)
+            return read_bytes(path)
 
-        monkeypatch.setattr("kernel.images.read_image", read)
+        monkeypatch.setattr(Path, "read_bytes", read)
         monkeypatch.setattr("kernel.predict.READ_S", read_s)
 
     yield hang
@@ -249,6 +250,43 @@ def test_reads_that_hang_cost_their_own_strips_and_no_time_of_others(
     faults = {strip.name: strip.fault for strip in strips if strip.image is None}
     assert faults == dict.fromkeys([*NAMES[:3], NAMES[5]], "was not read in 1 s")
     assert deadline.last > before
+
+
+def test_a_disk_that_hangs_for_a_while_costs_no_strip(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers once the first read has been waited for."""
+    answers, read_bytes, begin = threading.Event(), Path.read_bytes, time.monotonic()
+
+    class Answered(Deadline):
+        def __setattr__(self, name: str, value: float) -> None:
+            super().__setattr__(name, value)
+            if name == "last" and value > begin:
+                answers.set()
+
+    def read(path: Path) -> bytes:
+        assert answers.wait(timeout=30)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr("kernel.predict.READ_S", 1.0)
+    strips = list(read_ahead(images, NAMES, 5, SEVERSTAL, Answered(3600, begin)))
+    assert answers.is_set() and not any(strip.fault for strip in strips)
+
+
+def test_where_no_thread_can_be_started_files_are_read_all_the_same(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoThread:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("kernel.predict.threading", SimpleNamespace(Thread=NoThread))
+    strips = list(read_ahead(images, NAMES, 2, SEVERSTAL))
+    assert [strip.name for strip in strips if not strip.fault] == NAMES
 
 
 def test_a_read_that_hangs_is_not_waited_for_once_the_deadline_is_over(

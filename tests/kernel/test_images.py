@@ -1,6 +1,9 @@
 """Images: any file of a strip becomes the same grey pixels, or is refused by its name."""
 
+import contextlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -132,8 +135,29 @@ def test_a_decoder_that_runs_out_of_memory_leaves_a_reason_too(
     def decode(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("kernel.images.read_image", decode)
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr("kernel.images.decode_image", decode)
     assert read_strip(tmp_path, "a.jpg", SEVERSTAL).fault == "MemoryError()"
+
+
+def test_two_files_are_decoded_at_once_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are read at once: large ones would take the memory."""
+    three = threading.Barrier(3)
+
+    def decode(*_: object) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            three.wait(timeout=0.3)
+            raise MemoryError("three at once")
+
+    monkeypatch.setattr("kernel.images.decode_image", decode)
+    names = [f"{number}.jpg" for number in range(6)]
+    for name in names:
+        (tmp_path / name).touch()
+    with ThreadPoolExecutor(len(names)) as pool:
+        strips = pool.map(lambda name: read_strip(tmp_path, name, SEVERSTAL), names)
+    assert not any(strip.fault for strip in strips)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp"])

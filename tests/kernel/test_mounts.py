@@ -1,6 +1,5 @@
 """What Kaggle mounts where: the kernel finds bundle, sample and images by what they are."""
 
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -137,7 +136,7 @@ def test_the_images_folder_is_the_one_that_holds_the_samples_images(tmp_path: Pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
-    found = find_images({"a.jpg", "b.jpg"}, tmp_path, tmp_path / "not-there", SEVERSTAL)
+    found = find_images({"a.jpg", "b.jpg"}, [tmp_path], tmp_path / "not-there", SEVERSTAL)
     assert found == (tmp_path / "test_images", {})
 
 
@@ -149,7 +148,7 @@ def test_no_images_beside_the_sample_asks_for_their_folder(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
     with pytest.raises(ValueError, match=r"no folder or zip below .* holds the images.*--images"):
-        find_images({"a.jpg"}, tmp_path, tmp_path, SEVERSTAL)
+        find_images({"a.jpg"}, [tmp_path], tmp_path, SEVERSTAL)
 
 
 def test_linked_folders_are_searched_and_a_circle_ends(tmp_path: Path) -> None:
@@ -350,6 +349,42 @@ def test_samples_that_differ_are_refused_and_equal_ones_named_where_images_do_no
     )
 
 
+def test_images_beside_the_sample_go_before_others_of_the_competition(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "stage1/test/a.jpg", "stage1/test/b.jpg")
+    (tmp_path / COMPETITION / "stage2").mkdir()
+    (tmp_path / COMPETITION / SAMPLE).rename(tmp_path / COMPETITION / "stage2" / SAMPLE)
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / COMPETITION / "stage2" / "test" / name, "stage 2")
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
+    assert found == {"a.jpg": "stage 2", "b.jpg": "stage 2"}
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_of_two_samples_with_images_the_one_that_is_in_no_dataset_is_taken(
+    scored: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("datasets/me/all", "steel"):
+        name = "h.jpg" if scored and folder == "steel" else "a.jpg"
+        write(tmp_path / folder / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{name},1 1,0\n")
+        write(tmp_path / folder / name, folder)
+    task = find_task(Options(input=tmp_path), SEVERSTAL)
+    assert task.images == tmp_path / "steel" and not caplog.messages
+
+
+def test_a_damaged_zip_of_a_sample_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\n"
+    write_zip(tmp_path / "x" / f"{SAMPLE}.zip", {SAMPLE: rows})
+    damage(tmp_path / "x" / f"{SAMPLE}.zip", SAMPLE, "header")
+    with pytest.raises(ValueError, match=r"csv\.zip: 1 of 1 files cannot be unpacked"):
+        find_task(Options(input=tmp_path), SEVERSTAL)
+    write(tmp_path / "steel" / SAMPLE, rows)
+    write(tmp_path / "steel" / "a.jpg")
+    assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg"]
+    assert "; not taken for the sample" in caplog.text
+
+
 # --- other suffixes -------------------------------------------------------------------------------
 
 
@@ -539,7 +574,8 @@ def test_a_zip_that_has_no_room_is_named(
         unpacked(tmp_path)
     write(tmp_path / COMPETITION / "b.jpg", "a loose b")  # which it must not cost
     assert contents(unpacked(tmp_path).images) == {"b.jpg": "a loose b"}
-    assert re.search(r"test\.zip: 0\.0 GB .*; the rows of its images stay empty", caplog.text)
+    assert "test.zip: 0.0 GB to unpack" in caplog.text
+    assert "1 images cannot be unpacked: loose copies of 0 are taken, the rows of" in caplog.text
 
 
 def damage(archive: Path, name: str, part: str) -> None:
@@ -591,7 +627,24 @@ def test_a_zip_of_damaged_images_is_refused_by_name_and_costs_no_others(
     write(tmp_path / COMPETITION / SAMPLE, rows)
     write_zip(tmp_path / COMPETITION / "test_2.zip", {"d.jpg": "pixels of d"})
     assert contents(unpacked(tmp_path).images) == {"d.jpg": "pixels of d"}
-    assert re.search(r"test\.zip: 2 of 2 .*; the rows of its images stay empty", caplog.text)
+    assert "test.zip: 2 of 2 files cannot be unpacked" in caplog.text
+    assert "2 images cannot be unpacked: loose copies of 0 are taken, the rows of" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["a", "ab"])
+def test_a_loose_copy_anywhere_stands_in_for_an_image_that_cannot_be_unpacked(
+    damaged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a dataset that was attached because the zip is damaged."""
+    mount_zips(tmp_path, sample_too=False, below="test/")
+    for name in damaged:
+        damage(tmp_path / COMPETITION / "test.zip", f"test/{name}.jpg", "header")
+    for name in "ab":
+        write(tmp_path / "datasets" / "me" / "unpacked" / f"{name}.jpg", f"copy of {name}")
+    expected = {f"{name}.jpg": f"pixels of {name}" for name in "ab"}
+    expected |= {f"{name}.jpg": f"copy of {name}" for name in damaged}
+    assert contents(unpacked(tmp_path).images) == expected
+    assert f"loose copies of {len(damaged)} are taken" in caplog.text
 
 
 def test_rows_stand_before_images_are_unpacked(

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,3 +292,36 @@ def test_workers_too_leave_out_a_member_that_cannot_be_used(dataset: Path, mount
     rows = read_submission(output_of(mounted))
     assert rows.keys() == EMPTY.keys()
     assert any(rows.values())
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_strip_that_fails_ends_no_scored_run_with_an_error(
+    scored: bool, light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever --strict says: Kaggle takes no output then."""
+    monkeypatch.setenv(SCORED, "1" if scored else "")
+    (mounted / "test_images" / NAMES[0]).write_bytes(b"x")
+    words = [*words_of(light_bundle, mounted), "--strict"]
+    assert exit_code(inference.main, *words) == (0 if scored else 1)
+
+
+def test_the_time_in_which_the_rows_are_written_is_the_runs(
+    light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow mount the first look for the sample takes long."""
+    now, starts = [1000.0], list[float | None]()
+
+    def write_slowly(*_: object) -> bool:
+        now[0] += 90
+        return True
+
+    def run(_: object, start: float | None) -> None:
+        starts.append(start)
+        raise ValueError
+
+    monkeypatch.setenv(SCORED, "1")
+    monkeypatch.setattr(inference, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(inference, "write_empty_rows", write_slowly)
+    monkeypatch.setattr(inference, "run", run)
+    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
+    assert starts == [1000.0]
