@@ -124,7 +124,7 @@ def _find_below(
     return found
 
 
-def _find_loose(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
+def _find_loose(top: Path, names: Set[str], competition: Competition) -> dict[str, Path]:
     """Those of some images that lie loose, each from the folder that holds most."""
     if competition.image_path:
         paths = image_paths(top, competition, names)

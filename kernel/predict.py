@@ -40,42 +40,47 @@ def read_ahead(
     which has as long again.
     """
     limit = deadline or Deadline(math.inf, time.monotonic())
+    reads = deque[tuple[str, Future[Strip], float]]()
 
-    def begin(name: str) -> tuple[str, Future[Strip], float]:
-        """Begin to read a file; until the time returned it is waited for."""
+    def begin(name: str) -> None:
+        """Begin to read a file, and note until when it is waited for."""
         strip = Future[Strip]()
+        reads.append((name, strip, limit.clock() + READ_S))  # first: its start may be interrupted
 
         def read() -> None:
             strip.set_result(read_strip(folder, name, competition))
 
         if limit.over:
             strip.set_result(Strip(name, None, TOO_LATE))
-            return name, strip, limit.clock()
+            return
         try:
             threading.Thread(target=read, daemon=True).start()
         except RuntimeError:  # the system has no other thread
             read()
-        return name, strip, limit.clock() + READ_S
 
-    def result(name: str, strip: Future[Strip], until: float) -> Strip:
+    def wait_for(name: str, strip: Future[Strip], until: float) -> Strip:
         for patience_s in (0.0, READ_S):
             with suppress(TimeoutError):
                 return strip.result(min(until + patience_s, limit.end) - limit.clock())
             limit.last = limit.clock()  # no strip took this time
             if limit.over:
                 return Strip(name, None, TOO_LATE)
-            if not reads or any(other.done() for _, other, _ in reads):
+            if len(reads) == 1 or any(other.done() for _, other, _ in reads):
                 break
         return Strip(name, None, f"was not read in {READ_S:.0f} s")
 
-    reads = deque[tuple[str, Future[Strip], float]]()
+    def take() -> Strip:
+        strip = wait_for(*reads[0])  # which stays among the reads until then
+        reads.popleft()
+        return strip
+
     try:
         for name in names:
-            reads.append(begin(name))
+            begin(name)
             if len(reads) > ahead:
-                yield result(*reads.popleft())
+                yield take()
         while reads:
-            yield result(*reads.popleft())
+            yield take()
     finally:  # not all were asked for: a thread that is in OpenCV at the process's end aborts it
         wait([strip for _, strip, _ in reads], LAST_READS_S)
 

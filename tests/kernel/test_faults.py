@@ -355,6 +355,30 @@ def test_reads_under_way_end_before_an_interrupted_run(
     assert NAMES[2] in read, raised
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_interrupted_wait_for_a_read_or_start_of_one_leaves_it_to_the_end(
+    begun: bool, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited, start = list[int](), threading.Thread.start
+
+    def interrupt(thread: threading.Thread, *_: object) -> None:
+        if not begun:
+            start(thread)
+        raise KeyboardInterrupt
+
+    def wait(reads: Sequence[futures.Future[Strip]], _: float) -> None:
+        waited.append(len(reads))
+
+    monkeypatch.setattr("kernel.predict.wait", wait)
+    if begun:
+        monkeypatch.setattr(futures.Future, "result", interrupt)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(read_ahead(images, NAMES, 2, SEVERSTAL))
+    assert waited == [3 if begun else 1]
+
+
 def test_reads_that_hang_do_not_hold_up_an_interrupted_run(
     images: Path, hang_reads: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
