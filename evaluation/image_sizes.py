@@ -9,7 +9,9 @@ import PIL.Image
 import torch
 
 from evaluation.checks import Check
+from kernel.faults import one_line
 from kernel.images import Size
+from kernel.logs import log
 from kernel.manifest import Manifest
 from kernel.members import load_member
 from packing.members import count_flops, size_of_trial
@@ -30,14 +32,23 @@ def usual_size(folder: Path, names: Sequence[str]) -> Size | None:
 def count_again(bundle: Path, manifest: Manifest, size: Size) -> dict[str, list[int]]:
     """Return member → flops of its halves for an image of `size`, where the build's are of another.
 
-    A member with an image_size sees every image in that, and is not in it.
+    A member with an image_size sees every image in that, and is not in it; nor is one that does
+    not load or does not take the size: that is logged.
     """
     found = dict[str, list[int]]()
     for spec in manifest.members:
         resized = spec.image_size or manifest.image_size
         if not resized and size_of_trial(spec, manifest) != size:
-            member = load_member(bundle, spec, torch.device("cpu"))
-            found[spec.name] = count_flops(member, size, manifest.competition.channels)
+            try:
+                member = load_member(bundle, spec, torch.device("cpu"))
+                found[spec.name] = count_flops(member, size, manifest.competition.channels)
+            except Exception as error:  # a network raises whatever it likes
+                log.warning(
+                    "%s: its flops at %s cannot be counted, those of the build stay: %s",
+                    spec.name,
+                    _text(size),
+                    one_line(error),
+                )
     return found
 
 
