@@ -20,9 +20,16 @@ from packing.paths import NOTEBOOK, SCRIPT
 from training.competition_files import write_sample
 
 IMAGES = "test_images"  # the competition's folder of them
+NO_FILE = "del __file__  # a notebook has none: workers run the dataset's inference.py"
 ADD_ARGUMENTS = """\
+import re as _re
 import sys as _sys
-main = lambda given=None, run=main: run([*(given or []), *_sys.argv[1:]])"""
+
+def _in_tree(word, mounted="/kaggle/input"):
+    found = _re.fullmatch(f"(--[a-z-]+=)?{mounted}(/.*)?", word)
+    return f"{found[1] or ''}{_sys.argv[2]}{found[2] or ''}" if found else word
+
+main = lambda given=None, run=main: run([*map(_in_tree, given or []), *_sys.argv[1:]])"""
 
 # --- the tree -------------------------------------------------------------------------------------
 
@@ -63,9 +70,11 @@ def make_kaggle_tree(
 
 
 def join_cells(notebook: Path) -> str:
-    """Return the code cells of a notebook as a script whose own arguments come behind its cells'.
+    """Return the code cells of a notebook as a script that runs as they do.
 
-    The cell that shows the masks is left out: it must not, and cannot, cost the submission.
+    Its arguments, `--input` first, come behind those in the cells, where `/kaggle/input` becomes
+    that input. The cell that shows the masks is left out: it must not, and cannot, cost the
+    submission.
 
     Raises:
         ValueError: the file is no notebook.
@@ -75,7 +84,7 @@ def join_cells(notebook: Path) -> str:
         code = ["".join(each["source"]) for each in cells]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{notebook}: no notebook: build the bundle again") from error
-    joined = list[str]()
+    joined = [NO_FILE]
     for cell in code:
         if cell != PICTURE_CELL:
             joined += [cell, ADD_ARGUMENTS] if "\ndef main(" in cell else [cell]

@@ -1,6 +1,7 @@
 """The Kaggle-like tree, and the kernel's process in it: without SMP, without a network."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from evaluation.kaggle_tree import (
 )
 from kernel.competition import COMPETITION
 from kernel.manifest import load_manifest
+from kernel.worker import find_script as script_of_workers
 from packing.joining import GUARD
 from packing.notebook import build_notebook
 from packing.paths import NOTEBOOK
@@ -73,24 +75,52 @@ KERNEL = '"""Kernel."""\n\n# --- a.py ---\n\nx = 1\n\n\n# --- b.py ---\n\ndef ma
 KERNEL += "    print(x, given)\n    raise SystemExit(3)\n" + GUARD
 
 
-@pytest.mark.parametrize("as_jupyter_saves_it", [False, True])
-def test_a_notebook_runs_with_its_own_arguments_and_the_input_of_the_tree(
-    as_jupyter_saves_it: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    notebook = build_notebook(KERNEL)
+def write_notebook(
+    bundle: Path, code: str, arguments: list[str], as_jupyter_saves_it: bool = False
+) -> Path:
+    """Write a kernel as a notebook; return it as the script that a rehearsal in `bundle` runs."""
+    notebook = build_notebook(code)
     run_cell = notebook["cells"][-2]
-    run_cell["source"] = run_cell["source"].replace("= []", '= ["--layout two-column"]')
+    run_cell["source"] = run_cell["source"].replace("= []", f"= {arguments!r}")
     if as_jupyter_saves_it:
         for cell in notebook["cells"]:
             cell["source"] = cell["source"].splitlines(keepends=True)
     for name in ("kernel", "working"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "kernel" / NOTEBOOK).write_text(json.dumps(notebook))
-    script = find_script(tmp_path, tmp_path)
+        (bundle / name).mkdir()
+    (bundle / "kernel" / NOTEBOOK).write_text(json.dumps(notebook))
+    return find_script(bundle, bundle)
+
+
+@pytest.mark.parametrize("as_jupyter_saves_it", [False, True])
+def test_a_notebook_runs_with_its_own_arguments_and_the_input_of_the_tree(
+    as_jupyter_saves_it: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = write_notebook(tmp_path, KERNEL, ["--layout two-column"], as_jupyter_saves_it)
     assert "IPython" not in script.read_text() and "# Severstal" not in script.read_text()
     assert run_kernel(tmp_path, script, quiet=True).exit_code == 3
     given = ["--layout two-column", "--input", str(tmp_path / "input")]
     assert capsys.readouterr().out == f"1 {given}\n"
+
+
+def test_a_notebooks_paths_below_kaggle_input_are_those_of_the_tree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--sample", "/kaggle/input/a b/s.csv", "--bundle=/kaggle/input/b", "/kaggle/inputs"]
+    script = write_notebook(tmp_path, KERNEL, [*given, "/kaggle/input"])
+    assert run_kernel(tmp_path, script, quiet=True).exit_code == 3
+    root = str(tmp_path / "input")
+    there = ["--sample", f"{root}/a b/s.csv", f"--bundle={root}/b", "/kaggle/inputs", root]
+    assert capsys.readouterr().out == f"1 {[*there, '--input', root]}\n"
+
+
+def test_a_notebooks_workers_run_the_datasets_script_as_on_kaggle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = f"from pathlib import Path\n\n\n{inspect.getsource(script_of_workers)}"
+    code = KERNEL.replace("x = 1\n", f"{worker}\n\nx = find_script(Path('bundle'))\n")
+    script = write_notebook(tmp_path, code, [])
+    assert run_kernel(tmp_path, script, quiet=True).exit_code == 3
+    assert capsys.readouterr().out.startswith("bundle/inference.py ")
 
 
 def test_the_kernel_is_the_script_that_was_packed(tmp_path: Path) -> None:
