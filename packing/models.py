@@ -235,26 +235,26 @@ def _fault(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], model: dict
 def load_into_model(checkpoint: Checkpoint, model: dict[str, Any]) -> nn.Module:
     """Return the declared network with the checkpoint's weights in it.
 
-    Other names become today's: those of SMP 0.0.x and of a bare encoder or head here, later ones by
+    Other names become today's: those of SMP 0.0.x and of a bare encoder or head here, others by
     SMP's own loading. Counters of batch norm that old or EMA checkpoints lack are added as zero:
     nothing reads them.
 
     Raises:
-        ValueError: SMP builds no such model, or a key is missing, unexpected or of another shape;
-            names the likely model.
+        ValueError: SMP builds no such model, its head does more than a bare one, or a key is
+            missing, unexpected or of another shape; names the likely model.
     """
     path, weights = checkpoint.path, checkpoint.weights
     try:
         network = _build_declared(model)
         todays = rename_old(weights)
+        renamed = rename_bare(todays, network)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     wanted, notes = network.state_dict(), []
     if todays.keys() != weights.keys():
         notes.append("names of SMP 0.0.x (2019), taken as today's")
-    renamed = rename_bare(todays, wanted)
     if renamed.keys() != todays.keys():
-        notes.append("names of a timm encoder or a head outside SMP, taken as SMP's")
+        notes.append("names of timm's own encoder or of a bare head, taken as today's SMP's")
     if notes:
         widen_head(renamed, wanted)
     checkpoint.notes.extend(notes)

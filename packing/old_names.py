@@ -2,7 +2,8 @@
 
 Those of SMP 0.0.x are checked against SMP 0.0.3 itself: the same weights give the same logits,
 those of an `efficientnet-b…` encoder where the member's `efficientnet_pytorch` says how it was
-padded. What later versions of SMP renamed, its own `load_state_dict` renames.
+padded. Encoders `timm-…` of later versions, today's `tu-…`, have a bare encoder's names; what else
+those versions renamed (gernet's stages, DeepLabV3's decoder) SMP's own `load_state_dict` renames.
 """
 
 import re
@@ -90,11 +91,15 @@ BARE = {  # where SMP has a part → where it is in a network that was put toget
 }
 
 
-def rename_bare(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_bare(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Return weights of a bare timm encoder, or of a convolution as head, under SMP's names.
 
-    Others as they are, and all where the encoder is not the wanted one.
+    Others as they are, and all where the encoder is not that of `network`, which is SMP's.
+
+    Raises:
+        ValueError: the head is a convolution, and SMP's enlarges its output too.
     """
+    wanted = network.state_dict()
     bare = {
         name.replace(inner, outer, 1): name
         for inner, outer in BARE.items()
@@ -107,7 +112,23 @@ def rename_bare(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         for name in wanted
         if name.startswith("encoder.")
     )
-    return renamed if fits and len(renamed) == len(weights) else dict(weights)
+    if not fits or len(renamed) < len(weights):
+        return dict(weights)
+    if HEAD in renamed.keys() - weights.keys():
+        _check_size_stays(network)
+    return renamed
+
+
+def _check_size_stays(network: nn.Module) -> None:
+    """Raise ValueError where SMP's head enlarges its output: how another does no tensor tells."""
+    head = network.get_submodule("segmentation_head")
+    if any(isinstance(each, nn.Upsample) for each in head.modules()):
+        raise ValueError(
+            f"segmentation_head.weight: a convolution alone, where SMP's {type(network).__name__} "
+            "enlarges its output too, bilinear with corners aligned; if this network does the "
+            "same, save the head as segmentation_head.0.weight and segmentation_head.0.bias, "
+            "otherwise train it with SMP's head, or leave the member out"
+        )
 
 
 def widen_head(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -194,13 +194,27 @@ def test_weights_that_are_whole_numbers_are_refused(network: nn.Module) -> None:
 # --- old names ------------------------------------------------------------------------------------
 
 
-def test_names_that_smp_renamed_are_read_by_its_own_loading() -> None:
-    model = {"arch": "FPN", "encoder_name": "tu-resnest14d", "in_channels": 3, "classes": 4}
+BARE_NOTE = "names of timm's own encoder or of a bare head, taken as today's SMP's"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "notes"),
+    [("tu-resnest14d", [BARE_NOTE]), ("tu-gernet_s", [])],
+    ids=["timm's names", "names that SMP's own loading renames"],
+)
+def test_an_encoder_from_before_smps_tu_has_its_names_of_today(
+    encoder: str, notes: list[str]
+) -> None:
+    model = {"arch": "FPN", "encoder_name": encoder, "in_channels": 3, "classes": 4}
     trained = random_network(model, seed=3).state_dict()
-    old = {key.replace("encoder.model.", "encoder."): value for key, value in trained.items()}
+    renamed = {"encoder.model.": "encoder.", "encoder.stages_": "encoder.stages."}
+    old = dict(trained)
+    for today, before in renamed.items():
+        old = {key.replace(today, before): value for key, value in old.items()}
     assert old.keys() != trained.keys()
-    found = load_into_model(Checkpoint(Path("member.pt"), old, []), model)
-    assert_same(found.state_dict(), trained)
+    checkpoint = Checkpoint(Path("member.pt"), old, [])
+    assert_same(dict(load_into_model(checkpoint, model).state_dict()), trained)
+    assert checkpoint.notes == notes
 
 
 class OldConv(nn.Module):
@@ -337,7 +351,7 @@ def test_a_timm_encoder_and_a_convolution_as_head_give_their_logits(size: int) -
     weights = dict(nn.ModuleDict(mine).state_dict())
     checkpoint = Checkpoint(Path("member.pt"), weights, [])
     found = load_into_model(checkpoint, model).eval()
-    assert checkpoint.notes == ["names of a timm encoder or a head outside SMP, taken as SMP's"]
+    assert checkpoint.notes == [BARE_NOTE]
     images = torch.rand(1, 1, 64, 96)
     with torch.inference_mode():
         expected = head(parts.decoder([images, *parts.encoder.model(images)]))
@@ -346,6 +360,20 @@ def test_a_timm_encoder_and_a_convolution_as_head_give_their_logits(size: int) -
     more = weights | {"encoder.last.weight": torch.ones(2)}
     with pytest.raises(ValueError, match=r"SMP's: has the unexpected encoder\.last\.weight; SMP's"):
         load_into_model(Checkpoint(Path("member.pt"), more, []), model)
+
+
+@pytest.mark.parametrize("arch", ["FPN", "DeepLabV3Plus"])
+def test_a_convolution_as_head_is_refused_where_smps_enlarges_too(arch: str) -> None:
+    """A network that is put together by hand may enlarge in another way, and no tensor tells."""
+    model = tiny_model(arch, presence=False)
+    theirs = random_network(model, seed=3).state_dict()
+    bare = {name.replace("_head.0.", "_head."): tensor for name, tensor in theirs.items()}
+    words = rf"member\.pt: segmentation_head\.weight: .* SMP's {arch} enlarges .* if this network "
+    with pytest.raises(ValueError, match=words + r"does the same, save .*_head\.0\.weight and "):
+        load_into_model(Checkpoint(Path("member.pt"), bare, []), model)
+    load_into_model(checkpoint_of(model), model)
+    as_large = model | {"upsampling": 1}
+    load_into_model(Checkpoint(Path("member.pt"), bare, []), as_large)
 
 
 def test_another_encoder_keeps_its_names() -> None:
