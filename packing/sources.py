@@ -96,7 +96,7 @@ def unfinished(weights: Path) -> list[str]:
     """
     try:
         record = read_json(weights / OUT_OF_FOLD)
-    except ValueError:
+    except (ValueError, OSError):  # it says nothing, and no build needs it
         return []
     names = [name for name, scores in record.items() if scores is None]
     return [name for name in names if not (weights / f"{name}.safetensors").is_file()]

@@ -257,6 +257,7 @@ def test_members_that_a_fit_on_kaggle_left_unfinished_are_known_by_its_record(
     assert unfinished(tmp_path) == ["two", "four"]
     (tmp_path / "out_of_fold.json").write_text("{")
     assert unfinished(tmp_path) == []
+    assert unfinished(tmp_path / "three.safetensors") == []  # a file in the place of the folder
 
 
 def test_a_name_becomes_a_flat_file_and_the_source_stays_what_it_was(tmp_path: Path) -> None:
