@@ -263,7 +263,7 @@ def _place_of(weight: Tensor, takes_image: bool, channels: int, classes: int) ->
 
 def _listed(layers: Iterable[str]) -> str:
     """The modules that layers' weights belong to, a list of them once: `attention, edge.conv`."""
-    modules = (name.rpartition(".")[0] for name in layers)
+    modules = (name.rpartition(".")[0] or name for name in layers)
     names = list(dict.fromkeys(re.split(r"\.\d+(?:\.|$)", each)[0] for each in modules))
     more = [f"and {len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
     return ", ".join(names[:MAX_LISTED] + more)

@@ -494,6 +494,13 @@ def test_trained_layers_that_the_masks_may_have_gone_through_are_noted_once(
     ]
 
 
+def test_a_trained_layer_at_the_files_top_is_noted_by_its_own_name() -> None:
+    found = with_layer("weight", 64, 64, 1, 1)
+    check_source(PATH, found, RGB, 8)
+    [note] = found.notes
+    assert note.startswith("trained, yet left out: weight; ")
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
