@@ -165,6 +165,8 @@ def _check_start(entry: dict[str, Any], config: Config, path: Path) -> None:
     own = {"mean": config.spec.mean, "std": config.spec.std}
     given = {key: entry[key] for key in own if key in entry}
     lacking = {key: entry[key] for key in NOT_FITTED if entry.get(key)}
+    if lacking.get("channels") == list(range(config.classes)):  # as without
+        del lacking["channels"]
     faults = list[tuple[str, str]]()
     if any(set(given[key]) != set(own[key]) for key in given):  # of one channel or three
         faults.append((f"was fitted with {given}, this fit has {own}", "give its --mean and --std"))

@@ -135,6 +135,9 @@ def test_a_member_that_was_trained_otherwise_is_told_and_refused_where_no_step_a
     unsaid = {"mean": [0.34], "softmax": False, "channels": None, "efficientnet_pytorch": ""}
     save_file({"weight": torch.zeros(1)}, path, {"member": json.dumps(unsaid)})
     inputs.read_start(path, still)
+    same = {"channels": list(range(config.classes))}
+    save_file({"weight": torch.zeros(1)}, path, {"member": json.dumps(same)})
+    inputs.read_start(path, still)
 
 
 # --- the machine and the mean ---------------------------------------------------------------------
