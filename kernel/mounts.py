@@ -18,29 +18,24 @@ DATASETS = "datasets"  # the folder below which Kaggle mounts these
 TEST_SET = re.compile("(?<![a-z])test")  # in the path of a test set's images
 
 
-def find_folders(root: Path, name: str) -> list[Path]:
-    """Find the folders under `root`, at any depth, that hold the file `name`; copies count as one.
+def folders_with(root: Path, name: str) -> list[Path]:
+    """Return every folder under `root`, at any depth, that holds the file `name`, sorted.
 
     Linked folders are searched too.
     """
-    folders = folders_with(root, name)[::-1]
-    return sorted({(folder / name).read_bytes(): folder for folder in folders}.values())
-
-
-def folders_with(root: Path, name: str) -> list[Path]:
-    """Return every folder under `root`, at any depth, that holds the file `name`, sorted."""
     return sorted(folder for folder, files in walk_folders(root) if name in files)
 
 
 def find_one(root: Path, name: str, what: str, option: str) -> Path:
-    """Find the one folder that `find_folders` finds.
+    """Find the one folder under `root` that holds the file `name`; identical copies count as one.
 
     Raises:
         ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    found = find_folders(root, name)
-    if not found:
+    folders = folders_with(root, name)
+    if not folders:
         raise ValueError(_none_fault(root, name, what, option))
+    found = sorted({(each / name).read_bytes(): each for each in folders[::-1]}.values())
     if len(found) > 1:
         raise ValueError(_several_fault(found, name, option))
     return found[0]
@@ -98,13 +93,18 @@ def find_images(
         )
     loose = {name: place for name, place in found.items() if isinstance(place, Path)}
     zipped = {name: place for name, place in found.items() if isinstance(place, InZip)}
-    if zipped:
-        copies = _find_loose(root, zipped.keys(), competition)
-        zipped = {name: place._replace(copy=copies.get(name)) for name, place in zipped.items()}
     folders = {path.parent for path in loose.values()}
     as_named = all(path.name == name for name, path in loose.items())
     whole = len(folders) == 1 and as_named and not zipped
     return folders.pop() if whole else link_images(loose), zipped
+
+
+def find_loose(tops: Iterable[Path], names: Set[str], competition: Competition) -> dict[str, Path]:
+    """Return name → path of those of some images that lie loose below folders, the first's."""
+    found: dict[str, Path] = {}
+    for top in tops:
+        found |= _find_loose(top, names - found.keys(), competition)
+    return found
 
 
 def _find_below(
@@ -211,7 +211,7 @@ def find_sample(root: Path, competition: Competition) -> tuple[Path, list[Path]]
     for top in (*_own_folders(root, competition.slug), root):
         if found := _sample_below(top, root, competition):
             place, sample = found
-            return sample, [place.parent, *([top] if top != root else [])]
+            return sample, [place.parent, *({top} - {place.parent, root})]
     what = f"the competition {competition.slug}"
     if seen := _list_csvs(root):
         names = ", ".join(sorted({path.name for path in seen})[:SHOWN_CSVS])
@@ -295,13 +295,17 @@ def _choose_sample(
 ) -> tuple[Path, Path] | None:
     """Choose the sample, of place → csv, that has images beside or below it; copies count as one.
 
-    Of several one that is in no dataset. So of copies too: the scored run, where they differ, then
-    chooses the same. None where those that are left differ.
+    Of several one that is in no dataset goes first, of identical copies too: in the scored run they
+    may differ, and the choice must be the same. None where those that are left differ.
     """
     if len(samples) > 1:
         kept = {p: csv for p, csv in samples.items() if _has_images(p.parent, csv, competition)}
         samples = kept or samples
         kept = {p: csv for p, csv in samples.items() if root / DATASETS not in p.parents}
+        if 0 < len(kept) < len(samples):
+            log.info(
+                "%s is taken for the sample, not %s", min(kept), min(samples.keys() - kept.keys())
+            )
         samples = kept or samples
     if not samples or _differ(samples.values()):
         return None

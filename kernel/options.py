@@ -29,7 +29,7 @@ class Options:
     streams: int = 1  # strips at once on a CPU, in threads that share its cores
     workers: int = 0  # processes; 0 is one a GPU, 1 the first alone
     worker: bool = False  # one of several processes, for rows of its own
-    budget_s: float | None = None  # from the start of `run`; None: the competition's limit
+    budget_s: float | None = None  # from the start; None: the competition's limit
     strict: bool = False  # a strip that failed is an error
     plain: bool = False  # no engine but fp32 PyTorch: where one broke a GPU down
     allow_missing_members: bool = False

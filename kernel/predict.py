@@ -37,18 +37,22 @@ def read_ahead(
     Once a deadline is over no file is read any more: what is left would take its reserve. Each is
     read in a thread of its own, which the process does not wait for at its end: a read that hangs
     costs its own strip, while those behind it are read. Where they hang too it may be the disk,
-    which has as long again.
+    which has as long again; once it answers, each has its time anew.
     """
     limit = deadline or Deadline(math.inf, time.monotonic())
     reads = deque[tuple[str, Future[Strip], float]]()
+    answered = -math.inf  # when the last read of any ended
 
     def begin(name: str) -> None:
-        """Begin to read a file, and note until when it is waited for."""
+        """Begin to read a file, and note when."""
         strip = Future[Strip]()
-        reads.append((name, strip, limit.clock() + READ_S))  # first: its start may be interrupted
+        reads.append((name, strip, limit.clock()))  # first: its start may be interrupted
 
         def read() -> None:
-            strip.set_result(read_strip(folder, name, competition))
+            nonlocal answered
+            found = read_strip(folder, name, competition)
+            answered = limit.clock()
+            strip.set_result(found)
 
         if limit.over:
             strip.set_result(Strip(name, None, TOO_LATE))
@@ -58,16 +62,22 @@ def read_ahead(
         except RuntimeError:  # the system has no other thread
             read()
 
-    def wait_for(name: str, strip: Future[Strip], until: float) -> Strip:
-        for patience_s in (0.0, READ_S):
+    def left_s(begun: float, asked: float) -> float:
+        """Seconds that a read has left; more where none behind it has ended: it is the disk."""
+        patience = 2 if answered < begun and len(reads) > 1 else 1
+        until = min(max(begun, answered) + patience * READ_S, asked + 2 * READ_S, limit.end)
+        return until - limit.clock()
+
+    def wait_for(name: str, strip: Future[Strip], begun: float) -> Strip:
+        asked = limit.clock()
+        while not strip.done() and (patience_s := left_s(begun, asked)) > 0:
             with suppress(TimeoutError):
-                return strip.result(min(until + patience_s, limit.end) - limit.clock())
+                strip.result(patience_s)
+        if limit.clock() - asked >= READ_S:
             limit.last = limit.clock()  # no strip took this time
-            if limit.over:
-                return Strip(name, None, TOO_LATE)
-            if len(reads) == 1 or any(other.done() for _, other, _ in reads):
-                break
-        return Strip(name, None, f"was not read in {READ_S:.0f} s")
+        if strip.done():
+            return strip.result()
+        return Strip(name, None, TOO_LATE if limit.over else f"was not read in {READ_S:.0f} s")
 
     def take() -> Strip:
         strip = wait_for(*reads[0])  # which stays among the reads until then

@@ -9,7 +9,7 @@ from kernel.competition import Competition
 from kernel.faults import one_line
 from kernel.image_folders import link_images, list_images, no_images_fault, one_folder
 from kernel.logs import log
-from kernel.mounts import find_images, find_sample
+from kernel.mounts import find_images, find_loose, find_sample
 from kernel.options import Options
 from kernel.rows import Layout, Row, RowKey, layouts_of, read_rows
 from kernel.zips import InZip, unzip
@@ -23,6 +23,7 @@ class Task:
     layout: Layout
     pairs: list[RowKey]  # of every row, in order
     zipped: dict[str, InZip] = field(default_factory=dict)  # by name, until `unpack_images`
+    tops: tuple[Path, ...] = ()  # below which copies of damaged ones may lie loose
 
     @property
     def names(self) -> list[str]:
@@ -103,8 +104,10 @@ def find_task(options: Options, competition: Competition) -> Task:
         pairs = expand_rows([(name, 0) for name in names], len(competition.classes))
         task = Task(images, layout, pairs)
     else:
-        given = (sample, [sample.parent]) if sample else None
-        sample, homes = given or find_sample(options.input, competition)
+        if sample:
+            homes = [sample.parent]
+        else:
+            sample, homes = find_sample(options.input, competition)
         layout, pairs = read_sample(sample, competition, options.layout)
         known = {name for name, _ in pairs}
         if not known:
@@ -113,7 +116,7 @@ def find_task(options: Options, competition: Competition) -> Task:
         zipped: dict[str, InZip] = {}
         if not images:
             images, zipped = find_images(known, homes, options.input, competition)
-        task = Task(images, layout, pairs, zipped)
+        task = Task(images, layout, pairs, zipped, (*homes, options.input))
     if not task.pairs:
         raise ValueError(no_images_fault(task.images, competition.suffix))
     others = set(list_images(task.images)) - set(task.names)
@@ -141,7 +144,7 @@ def unpack_images(task: Task) -> Task:
             faults.append(error)
     paths = {path.name: path for folder in folders for path in folder.iterdir()}
     damaged = task.zipped.keys() - paths.keys()
-    copies = {name: copy for name in damaged if (copy := task.zipped[name].copy)}
+    copies = find_loose(task.tops, damaged, task.layout.competition) if damaged else {}
     paths |= copies
     if not paths:
         raise faults[0]
@@ -149,9 +152,10 @@ def unpack_images(task: Task) -> Task:
         log.warning("%s", one_line(fault))
     if damaged:
         log.warning(
-            "%d images cannot be unpacked: loose copies of %d are taken, the rows of the others "
+            "%d images cannot be unpacked: loose copies of %d are taken%s, the rows of the others "
             "stay empty",
             len(damaged),
             len(copies),
+            f", like {min(copies.values())}" if copies else "",
         )
     return replace(task, images=link_images(paths), zipped={})

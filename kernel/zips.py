@@ -21,7 +21,6 @@ class InZip(NamedTuple):
 
     archive: Path
     path: str  # in it
-    copy: Path | None = None  # that lies loose elsewhere: for one that cannot be unpacked
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.path}"

@@ -255,23 +255,32 @@ def test_reads_that_hang_cost_their_own_strips_and_no_time_of_others(
 def test_a_disk_that_hangs_for_a_while_costs_no_strip(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It answers once the first read has been waited for."""
-    answers, read_bytes, begin = threading.Event(), Path.read_bytes, time.monotonic()
-
-    class Answered(Deadline):
-        def __setattr__(self, name: str, value: float) -> None:
-            super().__setattr__(name, value)
-            if name == "last" and value > begin:
-                answers.set()
+    """It answers after 450 s, the second file after all others."""
+    now, answers, last_answer = [0.0], threading.Event(), threading.Event()
+    read_bytes, result = Path.read_bytes, futures.Future.result
 
     def read(path: Path) -> bytes:
-        assert answers.wait(timeout=30)
+        assert (last_answer if path.name == NAMES[1] else answers).wait(timeout=30)
         return read_bytes(path)
 
+    def wait(strip: futures.Future[Strip], patience_s: float = 0.0) -> Strip:
+        if strip.done():
+            return result(strip)
+        if now[0] + patience_s < 450:
+            now[0] += patience_s
+            raise TimeoutError
+        if answers.is_set():
+            last_answer.set()
+        now[0] = 450.0
+        answers.set()
+        return result(strip, 30)
+
     monkeypatch.setattr(Path, "read_bytes", read)
-    monkeypatch.setattr("kernel.predict.READ_S", 1.0)
-    strips = list(read_ahead(images, NAMES, 5, SEVERSTAL, Answered(3600, begin)))
-    assert answers.is_set() and not any(strip.fault for strip in strips)
+    monkeypatch.setattr(futures.Future, "result", wait)
+    deadline = Deadline(3600, 0.0, lambda: now[0])
+    strips = list(read_ahead(images, NAMES, 5, SEVERSTAL, deadline))
+    assert [strip.name for strip in strips if not strip.fault] == NAMES
+    assert deadline.last == 450.0
 
 
 def test_where_no_thread_can_be_started_files_are_read_all_the_same(
