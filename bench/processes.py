@@ -1,7 +1,6 @@
 """The packed script as a process: its start, its memory, and what is not spent in networks."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from evaluation.kaggle_tree import environment_elsewhere
 from kernel.competition import SEVERSTAL
-from kernel.kaggle import KAGGLE_VARIABLES
 from kernel.members import build_network
 from packing.bundle import build
 
@@ -53,11 +52,8 @@ def run_script(dataset: Path, images: Path) -> Process:
         command += ["--images", str(images), "--report", "run.json"]
         start = time.time()
         quiet = subprocess.DEVNULL
-        environment = {
-            key: value for key, value in os.environ.items() if key not in KAGGLE_VARIABLES
-        }
         process = subprocess.Popen(
-            command, cwd=scratch, env=environment, stdout=quiet, stderr=quiet
+            command, cwd=scratch, env=environment_elsewhere(), stdout=quiet, stderr=quiet
         )
         peak_kb = 0  # not getrusage's, which starts at what this process holds
         while process.poll() is None:

@@ -35,7 +35,7 @@ class NotFetched(OSError):
 
     @property
     def missing(self) -> bool:
-        """Whether its store says so; what else a store says may be its own fault."""
+        """Whether the store says that; any other error may be the store's own fault."""
         return isinstance(self.__cause__, FileNotFoundError)
 
 
@@ -96,7 +96,7 @@ class ImageSet:
             if "://" in name:
                 fs, path = url_to_fs(name)
             data = fs.cat_file(path)
-        except FileNotFoundError as error:  # of which some stores say no more than where
+        except FileNotFoundError as error:  # some stores' message is the path alone
             raise NotFetched(f"{path}: no such file") from error
         except Exception as error:  # each store raises its own
             raise NotFetched(str(error) or repr(error)) from error

@@ -35,7 +35,7 @@ with needs("cluster"):
 FIRST_IMAGES = 100  # that are tried for one that can be read
 FIRST_S = 60  # after which no other is: a store may let each wait for minutes
 PredictNames = Callable[[list[str]], Totals]
-DEADLY = "it failed in its part and alone: the log says why"  # a fault
+FAILED_TWICE = "it failed in its part and alone: the log says why"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
 
@@ -144,10 +144,10 @@ def predict_lost(
     totals, done = predict(lost), output.done()
     bad = [name for name in lost if name not in done]
     if bad and not done.isdisjoint(names):
-        rows = fault_rows(bad, len(images.competition.classes), DEADLY)
+        rows = fault_rows(bad, len(images.competition.classes), FAILED_TWICE)
         totals.add(output.write_part(rows))
         for name in bad:
-            log.warning("%s stays empty: %s", name, DEADLY)
+            log.warning("%s stays empty: %s", name, FAILED_TWICE)
     return totals
 
 
@@ -181,11 +181,11 @@ def predict_rest(
             connect_anew(args.address)
             totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
     except RayError as error:
-        missing = ", or leave missing images out of the list"
         said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
         reason = " ".join(said.split())  # without Ray's advice, which follows
         raise RuntimeError(
-            f"the run stopped: {reason}; start it again to continue{missing}"
+            f"the run stopped: {reason}; start it again to continue, or leave missing images out "
+            "of the list"
         ) from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)

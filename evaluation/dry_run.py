@@ -34,7 +34,7 @@ from evaluation.checks import (
 )
 from evaluation.drawing import AnnotatedStrip, draw_predictions, write_sheet
 from evaluation.image_sizes import check_sizes, count_again, usual_size
-from evaluation.kaggle_tree import find_script, make_kaggle_tree, run_kernel
+from evaluation.kaggle_tree import make_kaggle_tree, run_kernel, runnable_script
 from evaluation.machines import keep_rate, read_rates
 from evaluation.measured import MeasuredRun
 from evaluation.report import Report, as_page, build_report
@@ -68,7 +68,7 @@ def check_on_pytorch(root: Path, bundle: Path, images: Path, name: str) -> Check
     one.symlink_to(images.resolve() / name)
     log.info("one image once more, without OpenVINO, as where there is a GPU")
     make_kaggle_tree(root, bundle, root / "one", shutil.ignore_patterns(*OPENVINO_FILES))
-    code = run_kernel(root, find_script(bundle, root), quiet=True).exit_code
+    code = run_kernel(root, runnable_script(bundle, root), quiet=True).exit_code
     without = "without OpenVINO, as where there is a GPU,"
     if code:
         return Check(None if code == KILLED else False, f"{without} it {how_it_ended(code)}")
@@ -300,7 +300,7 @@ def _run_bundle(
     _clear(run)
     log.info("running the kernel in a Kaggle-like tree")
     sample = make_kaggle_tree(root, run.bundle, mounted)
-    result = run_kernel(root, find_script(run.bundle, root))
+    result = run_kernel(root, runnable_script(run.bundle, root))
     return _conclude(run, root / "working", result, sample)
 
 

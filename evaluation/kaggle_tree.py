@@ -11,7 +11,7 @@ from pathlib import Path
 from evaluation.checks import ProcessResult
 from kernel.checks import read_json
 from kernel.image_folders import IMAGE_SUFFIXES, list_images, one_folder
-from kernel.kaggle import KAGGLE_VARIABLES
+from kernel.kaggle import KAGGLE_RUN, SCORED_RUN
 from kernel.logs import log
 from kernel.manifest import load_manifest
 from kernel.mounts import SAMPLE
@@ -91,7 +91,7 @@ def join_cells(notebook: Path) -> str:
     return "\n\n\n".join(joined) + "\n"
 
 
-def find_script(bundle: Path, root: Path) -> Path:
+def runnable_script(bundle: Path, root: Path) -> Path:
     """Return the packed kernel; one that is a notebook as a script, which is written to `root`."""
     notebook, script = bundle / "kernel" / NOTEBOOK, bundle / "kernel" / SCRIPT.name
     if notebook.is_file():
@@ -120,17 +120,22 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def environment_elsewhere() -> dict[str, str]:
+    """Return this process's environment without what marks a run on Kaggle."""
+    marks = KAGGLE_RUN, SCORED_RUN
+    return {name: value for name, value in os.environ.items() if name not in marks}
+
+
 def run_kernel(root: Path, script: Path, quiet: bool = False) -> ProcessResult:
     """Run the kernel in `root`/working, as Kaggle does; a `quiet` one shows its log if it fails."""
     deny = network_denial()
     log.info("network %s", "denied" if deny else "NOT denied: this system does not allow it")
     command = [sys.executable, str(script.resolve()), "--input", str(root / "input")]
-    elsewhere = {key: value for key, value in os.environ.items() if key not in KAGGLE_VARIABLES}
     start = time.perf_counter()
     done = subprocess.run(
         [*deny, *command],
         cwd=root / "working",
-        env=elsewhere,  # a rehearsal in a session there stays in its own folder, and refuses
+        env=environment_elsewhere(),  # in a session there it stays in its own folder, and refuses
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
         text=True,

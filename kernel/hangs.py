@@ -1,19 +1,15 @@
-"""What may hang: the read of a file on a network's disk may never return."""
+"""An action that may hang, as a look at files on a network's disk."""
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
-
-R = TypeVar("R")
 
 
-def within(seconds: float, action: Callable[[], R]) -> R | None:
-    """Return what an action gives, which raises nothing; None where it takes longer.
+def ends_within(seconds: float, action: Callable[[], object]) -> bool:
+    """Run an action, which raises nothing; return whether it ends in time.
 
-    It goes on in a thread that keeps no process alive.
+    One that does not goes on in a thread that keeps no process alive.
     """
-    results = list[R]()
-    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)
-    return results[0] if results else None
+    return not thread.is_alive()

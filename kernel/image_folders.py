@@ -73,7 +73,8 @@ def image_paths(
             name = competition.name_of_file(place)
             if path.suffix.lower() not in IMAGE_SUFFIXES or found.setdefault(name, path) == path:
                 continue
-            if competition.matches_path(place) if names is None else name in names:
+            wanted = competition.matches_path(place) if names is None else name in names
+            if wanted:
                 log.warning("%s and %s are both %r: the first is taken", found[name], path, name)
     return found
 

@@ -17,7 +17,7 @@ from kernel.competition import SEVERSTAL, Competition, load_competition
 from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
-from kernel.hangs import within
+from kernel.hangs import ends_within
 from kernel.images import check_kinds
 from kernel.kaggle import enter_working_folder, is_scored_run
 from kernel.logs import log
@@ -76,14 +76,13 @@ def save_last(submission: Submission, empty_rows: bool) -> None:
 def log_kinds(task: Task) -> None:
     """Log an image of another colour or depth than the competition says; it is predicted too."""
 
-    def look() -> bool:
+    def look() -> None:
         try:
             check_kinds(task.images, task.names, task.layout.competition)
         except Exception as error:  # whatever is wrong with one costs its own rows alone
             log.warning("%s; read all the same", one_line(error))
-        return True
 
-    if not within(KINDS_S, look):
+    if not ends_within(KINDS_S, look):
         log.warning("%s: some images take over %.0f s to read: going on", task.images, KINDS_S)
 
 

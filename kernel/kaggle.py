@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 KAGGLE_RUN = "KAGGLE_KERNEL_RUN_TYPE"  # set where Kaggle runs it
-SCORED_RUN = "KAGGLE_IS_COMPETITION_RERUN"  # set where Kaggle scores what it leaves, and only there
-KAGGLE_VARIABLES = {KAGGLE_RUN, SCORED_RUN}
 UNATTENDED = "Batch"  # its value where nobody looks on; else Interactive
+SCORED_RUN = "KAGGLE_IS_COMPETITION_RERUN"  # set only where Kaggle scores what the run leaves
 WORKING = Path("/kaggle/working")  # what is left there is the run's output
 
 

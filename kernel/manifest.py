@@ -123,7 +123,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _one_file(name: str) -> str:
-    """The same for names that are one on a file system that ignores case, or how é is written."""
+    """A key, equal for names that a file system may take for one: by case, or by how é is coded."""
     return normalize("NFC", name).casefold()
 
 
@@ -260,9 +260,10 @@ def _check_normalisation(member: MemberSpec, bits: int) -> None:
 
 
 def _check_range(member: MemberSpec, bits: int) -> None:
-    """Both of 0-255, or of 16 bits, are told at once: a std of 1 would pass beside a divided mean.
+    """Refuse mean and std together where both are of 0-255, or of 16 bits.
 
-    Numbers of 0-255 are that of 16-bit images too: the network began with ImageNet's.
+    Corrected one at a time, a std of 1 would pass beside a divided mean. Numbers up to 255 are of
+    0-255 for 16-bit images too: they are ImageNet's, with which the network began.
     """
     most = 255 if max(member.mean + member.std) <= 255 else 2**bits - 1
     said = {"mean": member.mean, "std": member.std}
@@ -329,26 +330,30 @@ def parse_manifest(entries: dict[str, Any], path: Path, competition: Competition
 
 
 def _with_slug(competition: Competition, slug: str) -> Competition:
-    """The competition under the manifest's slug, which only a description's own may be.
+    """The competition under the manifest's slug."""
+    if slug != competition.slug:
+        _check_other_slug(competition, slug)
+    renamed = replace(competition, slug=slug)
+    check_competition(renamed)
+    return renamed
 
-    Under another slug Severstal's layouts, classes and limits hold.
-    """
-    if slug != competition.slug and slug in shipped_names():
+
+def _check_other_slug(competition: Competition, slug: str) -> None:
+    """Under another slug than its own only Severstal's description holds, where none ships."""
+    shipped = shipped_names()
+    if slug in shipped:
         raise ValueError(
             f"competition {slug} is a name for --competition; its slug is "
             f"{find_competition(slug).slug}: write that"
         )
-    if slug != competition.slug and competition != SEVERSTAL:
+    if competition != SEVERSTAL:
         raise ValueError(
             f"competition {short(slug)}, its description is of {short(competition.slug)}: "
             "make them agree"
         )
-    for name in shipped_names() if slug != competition.slug else []:
+    for name in shipped:
         if find_competition(name).slug == slug:
             raise ValueError(f"competition {slug} has a description: give --competition {name}")
-    renamed = replace(competition, slug=slug)
-    check_competition(renamed)
-    return renamed
 
 
 def manifest_entries(manifest: Manifest) -> dict[str, Any]:

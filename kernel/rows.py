@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The header."""
+        """The names of the columns; `header` is the file's own line, an index and blanks too."""
         return tuple(self.cells)
 
     @property
@@ -180,7 +180,9 @@ def _parse_header(
 
     def parse(cells: list[str]) -> Row:
         if len(cells) != len(header):
-            raise ValueError(f"{len(cells)} cells, the header has {len(header)}: {_short(cells)}")
+            raise ValueError(
+                f"{len(cells)} cells, the header has {len(header)}: {_short_line(cells)}"
+            )
         row, values = dict(zip(columns, cells, strict=True)), {"class": competition.classes[0]}
         own = dict[str, str]()
         for column, pattern in patterns.items():
@@ -192,12 +194,12 @@ def _parse_header(
                 raise ValueError(_cell_fault(row[column], known[0][column], cells, competition))
             values |= match.groupdict()
         if not values["image"]:
-            raise ValueError(f"names no image: {_short(cells)}")
+            raise ValueError(f"names no image: {_short_line(cells)}")
         rle = "" if values["mask"].strip() == empty else values["mask"]
         if len(rle) == SPREADSHEET_CELL and not from_kernel:
             raise ValueError(
                 f"a mask of {len(rle)} characters, where spreadsheets cut a cell off: take the "
-                f"file that no spreadsheet has saved: {_short(cells)}"
+                f"file that no spreadsheet has saved: {_short_line(cells)}"
             )
         image, label = values["image"] + competition.suffix, competition.class_of(values["class"])
         if own:
@@ -238,7 +240,7 @@ def _header_fault(header: list[str], competition: Competition) -> str:
     separator = next((each for each in ";\t|" if each in text), "")
     remedy = f": save the file with commas in the place of {separator!r}" if separator else ""
     remedy = remedy or f"; {_nearest_description(header, competition)}"
-    return f"header {_short(header)}, expected {expected}{remedy}"
+    return f"header {_short_line(header)}, expected {expected}{remedy}"
 
 
 def _nearest_description(header: list[str], competition: Competition) -> str:
@@ -261,11 +263,11 @@ def _nearest_description(header: list[str], competition: Competition) -> str:
 def _cell_fault(cell: str, template: str, cells: list[str], competition: Competition) -> str:
     """What a cell that does not fit its template lacks."""
     if "{class}" not in template:
-        return f"{short(cell)} does not fit {template!r}: {_short(cells)}"
+        return f"{short(cell)} does not fit {template!r}: {_short_line(cells)}"
     wanted = ", ".join(competition.classes)
-    return f"names no class: {_short(cells)}; expected one of {wanted} as in {template!r}"
+    return f"names no class: {_short_line(cells)}; expected one of {wanted} as in {template!r}"
 
 
-def _short(cells: list[str]) -> str:
+def _short_line(cells: list[str]) -> str:
     text = ",".join(cells)
     return text if len(text) <= 60 else f"{text[:60]}…"

@@ -15,7 +15,7 @@ from kernel.tta import Half
 
 Step = tuple[Half, ...]  # the halves of a pass that run at once
 ENCODE, DECODE, WHOLE = (Half.ENCODER,), (Half.DECODER,), (Half.ENCODER, Half.DECODER)
-TOO_LATE = "no time was left for it"  # the one fault that no other engine could mend
+TOO_LATE = "no time was left for it"  # no fault of the networks: no other engine could mend it
 
 
 @dataclass(eq=False)

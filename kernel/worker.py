@@ -138,7 +138,7 @@ def start_worker(
 
 
 def find_script(bundle: Path) -> Path:
-    """Return the file that this code runs from, of a notebook, which has none, the bundle's own."""
+    """Return the file that this code runs from; in a notebook, which has none, the bundle's own."""
     here = Path(globals().get("__file__", "")).resolve()
     if __name__ != "__main__":  # a module of it
         here = here.with_name("inference.py")

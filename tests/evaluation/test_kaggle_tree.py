@@ -15,15 +15,15 @@ import pytest
 from helpers import UNSHARE, may_deny_network, read_table, save_strips, site_without_smp
 
 from evaluation.kaggle_tree import (
-    find_script,
     join_cells,
     make_kaggle_tree,
     network_denial,
     run_kernel,
+    runnable_script,
 )
 from kernel.competition import COMPETITION
 from kernel.manifest import load_manifest
-from kernel.worker import find_script as script_of_workers
+from kernel.worker import find_script
 from packing.joining import GUARD
 from packing.notebook import build_notebook
 from packing.paths import NOTEBOOK
@@ -88,7 +88,7 @@ def write_notebook(
     for name in ("kernel", "working"):
         (bundle / name).mkdir()
     (bundle / "kernel" / NOTEBOOK).write_text(json.dumps(notebook))
-    return find_script(bundle, bundle)
+    return runnable_script(bundle, bundle)
 
 
 @pytest.mark.parametrize("as_jupyter_saves_it", [False, True])
@@ -116,7 +116,7 @@ def test_a_notebooks_paths_below_kaggle_input_are_those_of_the_tree(
 def test_a_notebooks_workers_run_the_datasets_script_as_on_kaggle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    worker = f"from pathlib import Path\n\n\n{inspect.getsource(script_of_workers)}"
+    worker = f"from pathlib import Path\n\n\n{inspect.getsource(find_script)}"
     code = KERNEL.replace("x = 1\n", f"{worker}\n\nx = find_script(Path('bundle'))\n")
     script = write_notebook(tmp_path, code, [])
     assert run_kernel(tmp_path, script, quiet=True).exit_code == 3
@@ -124,7 +124,7 @@ def test_a_notebooks_workers_run_the_datasets_script_as_on_kaggle(
 
 
 def test_the_kernel_is_the_script_that_was_packed(tmp_path: Path) -> None:
-    assert find_script(tmp_path / "dist", tmp_path) == tmp_path / "dist/kernel/inference.py"
+    assert runnable_script(tmp_path / "dist", tmp_path) == tmp_path / "dist/kernel/inference.py"
 
 
 @pytest.mark.parametrize("text", ["{}", '{"cells": [7]}', '{"cells": [{"cell_type": "code"}]}'])
