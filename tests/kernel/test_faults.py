@@ -700,7 +700,7 @@ def test_a_read_only_output_is_an_error_before_the_first_strip(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The system's own read-only tree: permissions do not stop root."""
-    monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
+    monkeypatch.setattr(inference, "predict", lambda *_: pytest.fail("predicts"))
     words = ("--bundle", bundle, "--images", images, "--output", "/proc/submission.csv")
     assert exit_code(inference.main, *words) == 2
     assert "/proc" in error_of(capsys.readouterr().err)
@@ -716,7 +716,7 @@ def test_a_full_disk_is_an_error_before_the_first_strip(
         free = 49_000_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    monkeypatch.setattr("kernel.images.read_image", lambda *_: pytest.fail("read a strip"))
+    monkeypatch.setattr(inference, "predict", lambda *_: pytest.fail("predicts"))
     output = images.parent / "out.csv"
     words = ("--bundle", bundle, "--images", images, "--output", output)
     assert exit_code(inference.main, *words) == 2
