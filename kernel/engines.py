@@ -1,6 +1,7 @@
 """Engines: the fastest correct way to run a member here, checked against plain PyTorch."""
 
 import copy
+import functools
 import itertools
 import os
 import threading
@@ -119,14 +120,24 @@ def openvino_files(file: str) -> list[str]:
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """Return the one core of this process.
+
+    A core gives its thread a stack for signals. Of several that end in the order in which they
+    began the last leaves one that is gone, and Python's next signal handler crashes on it.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def load_openvino(folder: Path, spec: MemberSpec, stride: int, streams: int = 1) -> Member:
     """Load a member that `build_kernel.py --openvino` packed, in halves and in one piece.
 
     PyTorch builds no network, which would know the `stride`.
     """
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     models = [core.read_model(folder / name) for name in openvino_files(spec.file)]
     joined = _join_halves(*(model.clone() for model in models))  # of the same weights
     encoder, decoder, whole = (OpenVino(core, model, streams) for model in (*models, joined))

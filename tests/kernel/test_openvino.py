@@ -94,6 +94,30 @@ def test_a_network_is_bound_to_no_core_for_another_process_may_choose_the_same(
     assert request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
 
 
+HANDLES = """
+import gc, pathlib, signal, sys
+import torch
+from kernel.engines import load_openvino
+from kernel.manifest import load_manifest
+folder = pathlib.Path(sys.argv[1])
+members = [load_openvino(folder, spec, 32) for spec in load_manifest(folder).members * 2]
+for member in members:
+    member.encoder(torch.zeros(1, 1, 32, 64))
+del member
+while members:
+    del members[0]
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("heard"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_members_are_gone(packed: Path) -> None:
+    command = [sys.executable, "-c", HANDLES, str(packed)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "heard\n"), ran.stderr
+
+
 # --- the answers ----------------------------------------------------------------------------------
 
 
