@@ -25,7 +25,7 @@ from kernel.images import Image, Size, image_to_tensor, read_image, size_of
 from kernel.logs import progress
 from kernel.manifest import Manifest, load_manifest
 from kernel.members import Member, load_member
-from kernel.predict import read_ahead
+from kernel.read_ahead import read_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages

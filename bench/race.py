@@ -32,7 +32,7 @@ from kernel.images import read_image
 from kernel.logs import progress
 from kernel.manifest import load_manifest
 from kernel.options import Options
-from kernel.predict import read_ahead
+from kernel.read_ahead import read_ahead
 from training import synthetic
 from training.metrics import Masks, dice
 

@@ -13,7 +13,7 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.image_folders import open_images
 from kernel.images import first_image
 from kernel.manifest import Manifest
-from kernel.predict import read_ahead
+from kernel.read_ahead import read_ahead
 from kernel.stages import Stages
 
 

@@ -14,7 +14,8 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, first_image, size_of
 from kernel.logs import log
 from kernel.outcome import Outcome
-from kernel.predict import EngineFails, note_names, predict_task, read_ahead
+from kernel.predict import EngineFails, note_names, predict_task
+from kernel.read_ahead import read_ahead
 from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
 from kernel.task import Task

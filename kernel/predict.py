@@ -1,98 +1,22 @@
 """Prediction: the images of a task through a scheduler and into the submission."""
 
 import math
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, wait
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
-from kernel.competition import Competition
-from kernel.deadline import Deadline
-from kernel.images import Size, Strip, read_strip
+from kernel.images import Size, Strip
 from kernel.logs import log, progress
 from kernel.outcome import Outcome
+from kernel.read_ahead import read_ahead
 from kernel.rle import encode_rle
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.strip_state import TOO_LATE, StripState
 from kernel.submission import Submission
 from kernel.task import Task
-
-READ_S = 300.0  # that a file may take: what takes longer hangs
-LAST_READS_S = 5.0  # that those under way may take once no strip is asked for any more
-
-
-def read_ahead(
-    folder: Path,
-    names: Iterable[str],
-    ahead: int,
-    competition: Competition,
-    deadline: Deadline | None = None,
-) -> Generator[Strip, None, None]:
-    """Yield strips in order, up to `ahead` of them read beside the networks.
-
-    Once a deadline is over no file is read any more: what is left would take its reserve. Each is
-    read in a thread of its own, which the process does not wait for at its end: a read that hangs
-    costs its own strip, while those behind it are read. Where they hang too it may be the disk,
-    which has as long again; once it answers, each has its time anew.
-    """
-    limit = deadline or Deadline(math.inf, time.monotonic())
-    reads = deque[tuple[str, Future[Strip], float]]()
-    answered = -math.inf  # when the last read of any ended
-
-    def begin(name: str) -> None:
-        """Begin to read a file, and note when."""
-        strip = Future[Strip]()
-        reads.append((name, strip, limit.clock()))  # first: its start may be interrupted
-
-        def read() -> None:
-            nonlocal answered
-            found = read_strip(folder, name, competition)
-            answered = limit.clock()
-            strip.set_result(found)
-
-        if limit.over:
-            strip.set_result(Strip(name, None, TOO_LATE))
-            return
-        try:
-            threading.Thread(target=read, daemon=True).start()
-        except RuntimeError:  # the system has no other thread
-            read()
-
-    def left_s(begun: float, asked: float) -> float:
-        """Seconds that a read has left; more where none behind it has ended: it is the disk."""
-        patience = 2 if answered < begun and len(reads) > 1 else 1
-        until = min(max(begun, answered) + patience * READ_S, asked + 2 * READ_S, limit.end)
-        return until - limit.clock()
-
-    def wait_for(name: str, strip: Future[Strip], begun: float) -> Strip:
-        asked = limit.clock()
-        while not strip.done() and (patience_s := left_s(begun, asked)) > 0:
-            with suppress(TimeoutError):
-                strip.result(patience_s)
-        if limit.clock() - asked >= READ_S:
-            limit.last = limit.clock()  # no strip took this time
-        if strip.done():
-            return strip.result()
-        return Strip(name, None, TOO_LATE if limit.over else f"was not read in {READ_S:.0f} s")
-
-    def take() -> Strip:
-        strip = wait_for(*reads[0])  # which stays among the reads until then
-        reads.popleft()
-        return strip
-
-    try:
-        for name in names:
-            begin(name)
-            if len(reads) > ahead:
-                yield take()
-        while reads:
-            yield take()
-    finally:  # not all were asked for: a thread that is in OpenCV at the process's end aborts it
-        wait([strip for _, strip, _ in reads], LAST_READS_S)
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:

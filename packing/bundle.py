@@ -158,6 +158,24 @@ def _check_openvino() -> None:
         )
 
 
+def _keep_earlier(out: Path, bundle: Path) -> bool:
+    """Copy into a bundle what the one before it, at `out`, leaves: its rate, its fit, a report.
+
+    Return whether its last report is not the one that is kept: an ablation's, which took hours,
+    goes before a later run's.
+    """
+    if (out / CALIBRATION).is_file():
+        shutil.copy(out / CALIBRATION, bundle)
+    if (out / FIT).is_dir():
+        shutil.copytree(out / FIT, bundle / FIT)
+    ended = (out / REPORT / "report.json").is_file()  # a run that failed leaves none
+    ablated = [name for name in (REPORT, LAST_REPORT) if (out / name / MANIFEST).is_file()]
+    report = out / next(iter(ablated), REPORT if ended else LAST_REPORT)
+    if report.is_dir():
+        shutil.copytree(report, bundle / LAST_REPORT)
+    return ended and report.name == LAST_REPORT
+
+
 def build(
     weights: Path,
     out: Path,
@@ -200,17 +218,9 @@ def build(
         _stage_kernel(kernel, dataset / SCRIPT.name, notebook, manifest.competition.title)
         write_json(dataset / DATASET_METADATA.name, metadata.dataset, sort_keys=True)
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel, sort_keys=True)
-        if (out / CALIBRATION).is_file():
-            shutil.copy(out / CALIBRATION, bundle)
-        if (out / FIT).is_dir():
-            shutil.copytree(out / FIT, bundle / FIT)
-        ended = (out / REPORT / "report.json").is_file()  # a run that failed leaves none
-        ablated = [name for name in (REPORT, LAST_REPORT) if (out / name / MANIFEST).is_file()]
-        report = out / next(iter(ablated), REPORT if ended else LAST_REPORT)  # it took hours
-        if report.is_dir():
-            shutil.copytree(report, bundle / LAST_REPORT)
+        not_kept = _keep_earlier(out, bundle)
         _swap_in(bundle, out, scratch / "previous")
-    if ended and report.name == LAST_REPORT:
+    if not_kept:
         print(
             f"{out / REPORT}: of a run without an ablation, not kept; {LAST_REPORT} stays the "
             "ablation's, of an earlier bundle"

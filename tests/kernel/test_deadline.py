@@ -257,7 +257,7 @@ def test_strips_for_which_there_is_no_time_are_named_and_keep_their_rows(
         decoded.append(name)
         return read_strip(folder, name, *rules)
 
-    monkeypatch.setattr("kernel.predict.read_strip", decode)
+    monkeypatch.setattr("kernel.read_ahead.read_strip", decode)
     save_strips(tmp_path / "strips", names)
     output = tmp_path / "submission.csv"
     record = predict(tiny_bundle / "dataset", tmp_path / "strips", output)

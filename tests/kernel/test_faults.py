@@ -54,7 +54,7 @@ from kernel.images import Image, Mask, Strip, read_strip
 from kernel.manifest import MemberSpec
 from kernel.members import Member
 from kernel.outcome import Outcome
-from kernel.predict import read_ahead
+from kernel.read_ahead import read_ahead
 from kernel.rle import encode_rle
 from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
@@ -231,7 +231,7 @@ def hang_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]
             return read_bytes(path)
 
         monkeypatch.setattr(Path, "read_bytes", read)
-        monkeypatch.setattr("kernel.predict.READ_S", read_s)
+        monkeypatch.setattr("kernel.read_ahead.READ_S", read_s)
 
     yield hang
     answers.set()
@@ -293,7 +293,7 @@ def test_where_no_thread_can_be_started_files_are_read_all_the_same(
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("kernel.predict.threading", SimpleNamespace(Thread=NoThread))
+    monkeypatch.setattr("kernel.read_ahead.threading", SimpleNamespace(Thread=NoThread))
     strips = list(read_ahead(images, NAMES, 2, SEVERSTAL))
     assert [strip.name for strip in strips if not strip.fault] == NAMES
 
@@ -356,8 +356,8 @@ def test_reads_under_way_end_before_an_interrupted_run(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kernel.predict.wait", wait)
-    monkeypatch.setattr("kernel.predict.read_strip", read_last)
+    monkeypatch.setattr("kernel.read_ahead.wait", wait)
+    monkeypatch.setattr("kernel.read_ahead.read_strip", read_last)
     monkeypatch.setattr("kernel.predict.encode_rle", interrupt)
     with pytest.raises(KeyboardInterrupt) as raised:  # keeps all frames
         predict(session_light, images, images.parent / "submission.csv")
@@ -378,7 +378,7 @@ def test_an_interrupted_wait_for_a_read_or_start_of_one_leaves_it_to_the_end(
     def wait(reads: Sequence[futures.Future[Strip]], _: float) -> None:
         waited.append(len(reads))
 
-    monkeypatch.setattr("kernel.predict.wait", wait)
+    monkeypatch.setattr("kernel.read_ahead.wait", wait)
     if begun:
         monkeypatch.setattr(futures.Future, "result", interrupt)
     else:
@@ -392,7 +392,7 @@ def test_reads_that_hang_do_not_hold_up_an_interrupted_run(
     images: Path, hang_reads: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hang_reads(NAMES[1])
-    monkeypatch.setattr("kernel.predict.LAST_READS_S", 0.1)
+    monkeypatch.setattr("kernel.read_ahead.LAST_READS_S", 0.1)
     coming = read_ahead(images, NAMES, 1, SEVERSTAL)
     assert next(coming).name == NAMES[0]
     coming.close()
@@ -878,7 +878,10 @@ def test_out_of_memory_halves_the_batch_and_costs_no_strip(
 def test_an_interrupted_run_ends_with_a_line_and_what_it_has_done(
     number: signal.Signals, workers: int, session_light: Path, tmp_path: Path
 ) -> None:
-    images, names = tmp_path / "images", [f"{index}.jpg" for index in range(1000)]
+    images, names = (
+        tmp_path / "images",
+        [f"{index}.jpg" for index in range(5000)],
+    )  # more than end before a save
     save_strips(images, names[:1])
     for name in names[1:]:
         (images / name).symlink_to(names[0])

@@ -148,7 +148,7 @@ def test_strips_of_mixed_sizes_in_batches_get_what_they_get_one_by_one(
 
 
 @pytest.mark.parametrize(
-    ("module", "moment"), [("backends", "load_ensemble"), ("predict", "read_strip")]
+    ("module", "moment"), [("backends", "load_ensemble"), ("read_ahead", "read_strip")]
 )
 def test_a_complete_empty_submission_stands_before(
     module: str,
