@@ -83,16 +83,16 @@ def as_public_kernels(bundle: Path) -> Predict:
     return run
 
 
-def load_scheduler(bundle: Path, image: Image, early_exit: bool, streams: int) -> Scheduler:
+def load_scheduler(bundle: Path, image: Image, early_exit: bool) -> Scheduler:
     """This project's own loading and scheduling, its engines checked on an image."""
     manifest = load_manifest(bundle)
-    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), image, streams=streams)
-    return Scheduler(ensemble, early_exit=early_exit, threads=streams)
+    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), image)
+    return Scheduler(ensemble, early_exit=early_exit)
 
 
-def ours(bundle: Path, image: Image, early_exit: bool, streams: int) -> Predict:
+def ours(bundle: Path, image: Image, early_exit: bool) -> Predict:
     """The kernel's way: strip by strip, from the file to its run lengths."""
-    scheduler = load_scheduler(bundle, image, early_exit, streams)
+    scheduler = load_scheduler(bundle, image, early_exit)
 
     def run(paths: Sequence[Path]) -> dict[str, Masks]:
         strips = read_ahead(
@@ -263,15 +263,15 @@ EAGER = "(a) eager, as public kernels"
 EVERY, EARLY = "(e) ours, every pass", "(e) ours, early exit"
 
 
-def candidates(bundle: Path, image: Image, streams: int) -> list[Candidate]:
-    """All of them, for strips like `image`; ours on so many streams."""
+def candidates(bundle: Path, image: Image) -> list[Candidate]:
+    """All of them, for strips like `image`."""
     size = size_of(image)
     loads = {
         EAGER: partial(as_public_kernels, bundle),
         "(b) traced": partial(exported, bundle, traced, size),
         "(c) OpenVINO": partial(exported, bundle, openvino, size),
         "(d) ONNX Runtime": partial(exported, bundle, onnx_runtime, size),
-        EVERY: partial(ours, bundle, image, False, streams),
-        EARLY: partial(ours, bundle, image, True, streams),
+        EVERY: partial(ours, bundle, image, False),
+        EARLY: partial(ours, bundle, image, True),
     }
     return [Candidate(name, load) for name, load in loads.items()]

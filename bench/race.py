@@ -31,7 +31,6 @@ from kernel.competition import SEVERSTAL
 from kernel.images import read_image
 from kernel.logs import progress
 from kernel.manifest import load_manifest
-from kernel.options import Options
 from kernel.read_ahead import read_ahead
 from training import synthetic
 from training.metrics import Masks, dice
@@ -61,7 +60,7 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
 
 def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over the clean strips and over all."""
-    scheduler = load_scheduler(bundle, read_image(paths[0], SEVERSTAL), early_exit=True, streams=1)
+    scheduler = load_scheduler(bundle, read_image(paths[0], SEVERSTAL), early_exit=True)
     strips = read_ahead(
         paths[0].parent, [path.name for path in paths], ahead=4, competition=SEVERSTAL
     )
@@ -123,12 +122,10 @@ def summarise(
     }
 
 
-def measure_race(
-    dataset: Path, paths: list[Path], rounds: int, real: list[Path], streams: int
-) -> dict[str, Any]:
+def measure_race(dataset: Path, paths: list[Path], rounds: int, real: list[Path]) -> dict[str, Any]:
     """What all candidates must run for, in turns; of the drawn strips every other one is clean."""
     manifest = load_manifest(dataset)
-    runners = candidates(dataset, read_image(paths[0], SEVERSTAL), streams)
+    runners = candidates(dataset, read_image(paths[0], SEVERSTAL))
     result = race(runners, paths, rounds)
     flops = len(manifest.flips) * sum(sum(spec.flops) for spec in manifest.members)
     results = {
@@ -216,8 +213,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, default=Path("dist"), help="what build_kernel wrote")
     parser.add_argument("--strips", type=int, default=8, help="half of them clean")
     parser.add_argument("--rounds", type=int, default=5)
-    about = "strips at once, ours (default: the kernel's, %(default)s)"
-    parser.add_argument("--streams", type=int, default=Options.streams, help=about)
     about = "a folder of real strips: as many are drawn, for a second race"
     parser.add_argument("--real", type=Path, help=about)
     parser.add_argument("--seed", type=int, default=2020, help="of that draw")
@@ -239,7 +234,7 @@ def measure(args: argparse.Namespace) -> int:
             results = json.loads(kept.read_text(encoding="utf-8"))
         else:
             real = sample_strips(args.real, args.strips, args.seed) if args.real else []
-            results = measure_race(dataset, paths, args.rounds, real, args.streams)
+            results = measure_race(dataset, paths, args.rounds, real)
             write_results(results, args.out)  # a quarter of an hour, which --keep-race goes on from
         results |= measure_processes(dataset, paths, Path(scratch))
     write_results(results, args.out)

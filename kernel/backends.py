@@ -55,14 +55,12 @@ def predict_on(
             context.stages,
             allow_missing=options.allow_missing_members,
             image=image,
-            streams=1 if on_gpu else options.streams,
             plain=plain,
         )
         outcome.passes = list(ensemble.passes)
         log_resizing(ensemble, image)
         batch_size = options.batch_size or default_batch_size(device)
-        threads, early_exit = ensemble.streams, options.early_exit
-        scheduler = Scheduler(ensemble, batch_size, early_exit, deadline, threads=threads)
+        scheduler = Scheduler(ensemble, batch_size, options.early_exit, deadline)
         log.info("%d images of %s on %s", len(task.names), task.images, device)
         patience = math.inf if plain else MAX_FAILURES
         predict_task(scheduler, task, context.submission, outcome, patience, options.last_image)

@@ -31,12 +31,12 @@ class BatchLimits:
     def batch_size_of(self, shape: torch.Size) -> int:
         """How many images of a shape run at once: no more than of one that is no larger."""
         values = shape.numel()
-        known = [n for other, n in list(self.smaller.items()) if other.numel() <= values]
+        known = [n for other, n in self.smaller.items() if other.numel() <= values]
         return min(known, default=self.batch_size)
 
     def halve(self, shape: torch.Size) -> None:
         """Halve the batches of a shape, for which memory was too small, and of larger ones."""
-        self.smaller[shape] = max(self.batch_size_of(shape) // 2, 1)  # another thread may have, too
+        self.smaller[shape] = max(self.batch_size_of(shape) // 2, 1)
         if self.kept > self.room / 4:  # else it is the step's own memory
             self.room /= 2
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import itertools
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +35,16 @@ class OpenVino:
     """A network on OpenVINO's CPU device, compiled once for every input shape.
 
     A compiled shape keeps its working memory: the oldest of `MAX_CACHED_SHAPES` is dropped. All
-    cores, or as many as OMP_NUM_THREADS says, work on one batch; with more `streams` as many
-    threads may call at once, and share them.
+    cores, or as many as OMP_NUM_THREADS says, work on one batch.
     """
 
-    def __init__(self, core: Any, model: Any, streams: int = 1) -> None:
+    def __init__(self, core: Any, model: Any) -> None:
         import openvino
 
         self.core, self.tensor, self.model = core, openvino.Tensor, model
-        self.streams, self.lock = streams, threading.Lock()
         limited = "OMP_NUM_THREADS" in os.environ  # PyTorch has as few, OpenVINO does not read it
-        self.threads = max(torch.get_num_threads(), streams) if limited else 0  # 0: all cores
-        self.requests: dict[tuple[torch.Size, ...], dict[int, Any]] = {}  # shapes → thread → one
+        self.threads = torch.get_num_threads() if limited else 0  # 0: all cores
+        self.requests: dict[tuple[torch.Size, ...], Any] = {}  # by shapes
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Return what the network returns: one tensor, or a tuple of them."""
@@ -64,16 +61,12 @@ class OpenVino:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
-        """This thread's request for these shapes, compiled when they are new."""
-        with self.lock:
-            if shapes not in self.requests and len(self.requests) == MAX_CACHED_SHAPES:
+        """The request for these shapes, compiled when they are new."""
+        if shapes not in self.requests:
+            if len(self.requests) == MAX_CACHED_SHAPES:
                 del self.requests[next(iter(self.requests))]
-            requests, thread = self.requests.get(shapes, {}), threading.get_ident()
-            if thread not in requests:
-                compiled = _compiled_of(requests) or self._compile(shapes)
-                requests[thread] = compiled.create_infer_request()
-                self.requests[shapes] = requests  # not before: a shape may fail to compile
-            return requests[thread]
+            self.requests[shapes] = self._compile(shapes).create_infer_request()
+        return self.requests[shapes]
 
     def _compile(self, shapes: tuple[torch.Size, ...]) -> Any:
         self.model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
@@ -81,8 +74,6 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,  # two processes would pin themselves to the same cores
         }
-        if self.streams > 1:
-            hints["NUM_STREAMS"] = self.streams
         if self.threads:
             hints["INFERENCE_NUM_THREADS"] = self.threads
         with lasting_memory():
@@ -90,13 +81,8 @@ class OpenVino:
 
     def release_memory(self) -> None:
         """Release the working memory; the next run allocates it again."""
-        for requests in self.requests.values():
-            _compiled_of(requests).release_memory()
-
-
-def _compiled_of(requests: dict[int, Any]) -> Any:
-    """The compiled network that requests are of; None without one."""
-    return next((request.get_compiled_model() for request in requests.values()), None)
+        for request in self.requests.values():
+            request.get_compiled_model().release_memory()
 
 
 def _share(openvino_tensor: Any, tensor: Tensor) -> Any:
@@ -132,7 +118,7 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-def load_openvino(folder: Path, spec: MemberSpec, stride: int, streams: int = 1) -> Member:
+def load_openvino(folder: Path, spec: MemberSpec, stride: int) -> Member:
     """Load a member that `build_kernel.py --openvino` packed, in halves and in one piece.
 
     PyTorch builds no network, which would know the `stride`.
@@ -140,7 +126,7 @@ def load_openvino(folder: Path, spec: MemberSpec, stride: int, streams: int = 1)
     core = openvino_core()
     models = [core.read_model(folder / name) for name in openvino_files(spec.file)]
     joined = _join_halves(*(model.clone() for model in models))  # of the same weights
-    encoder, decoder, whole = (OpenVino(core, model, streams) for model in (*models, joined))
+    encoder, decoder, whole = (OpenVino(core, model) for model in (*models, joined))
 
     def release_memory() -> None:
         for engine in (encoder, decoder, whole):
@@ -149,9 +135,7 @@ def load_openvino(folder: Path, spec: MemberSpec, stride: int, streams: int = 1)
     return Member(spec, encoder, decoder, stride, release_memory, whole)
 
 
-def load_checked_openvino(
-    folder: Path, spec: MemberSpec, channels: int, stages: Stages, streams: int = 1
-) -> Member:
+def load_checked_openvino(folder: Path, spec: MemberSpec, channels: int, stages: Stages) -> Member:
     """Load a member on OpenVINO, and hold it against its reference; images have `channels`.
 
     Raises:
@@ -159,7 +143,7 @@ def load_checked_openvino(
     """
     with stages("load"):
         reference = read_reference(folder / reference_file(spec.file))
-        member = load_openvino(folder, spec, reference.stride, streams)
+        member = load_openvino(folder, spec, reference.stride)
     with stages("check"):
         reference.check(member, channels)
     for engine in (member.encoder, member.decoder):

@@ -1,6 +1,5 @@
 """The ensemble: members × flips, each pass from an image to its gates and probabilities."""
 
-import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,18 +34,15 @@ class Ensemble:
         members: Sequence[Member],
         device: torch.device,
         stages: Stages,
-        streams: int = 1,
     ) -> None:
         self.manifest, self.device, self.stages = manifest, device, stages
         self.is_async = device.type == "cuda"
-        self.streams = streams  # threads that may run passes at once
         members = sorted(members, key=_proof_cost)
         specs = [(member.spec.name, member.spec.flops) for member in members]
         self.passes = list_passes(specs, manifest.flips)
         self.members = {member.spec.name: member for member in members}
         self.sizes = {m.spec.name: m.spec.image_size or manifest.image_size for m in members}
-        self.active: dict[int, str] = {}  # thread → the member that it runs
-        self.lock = threading.Lock()
+        self.active = ""  # the member that ran last
         self.tried = defaultdict[str, set[Shape]](set)  # by member: run in halves and in one piece
 
     def prepare(self, image: Image) -> Tensor:
@@ -77,7 +73,7 @@ class Ensemble:
         name = self.passes[pass_id].member
         tried = self.tried[name]
         known = self._shape_of(name, images) in tried
-        member, flip = self._activate(pass_id)  # after `known`: what a trial found is in it
+        member, flip = self._activate(pass_id)
         many = not known and len(tried) >= MAX_CACHED_SHAPES
         if member.whole is None or many:
             encoded = self.run_encoder(pass_id, images)
@@ -107,8 +103,7 @@ class Ensemble:
         member, flip = self._activate(pass_id)
         encoded = self.run_encoder(pass_id, images)
         halves = encoded[0], self.run_decoder(pass_id, encoded, size)
-        if len(self.active) == 1:  # else another thread may be running it
-            member.release_memory()
+        member.release_memory()
         with self.stages("check"):
             try:
                 whole = self._run_whole(member, flip, images, size)
@@ -147,11 +142,9 @@ class Ensemble:
         return probabilities
 
     def _activate(self, pass_id: int) -> tuple[Member, str]:
-        """A pass's member and flip; a member that no thread runs keeps no working memory."""
-        name, thread = self.passes[pass_id].member, threading.get_ident()
-        with self.lock:
-            before = self.active.get(thread, name)
-            self.active[thread] = name
-            if before not in self.active.values():
-                self.members[before].release_memory()
+        """A pass's member and flip; a member that ran before keeps no working memory."""
+        name = self.passes[pass_id].member
+        if self.active not in ("", name):
+            self.members[self.active].release_memory()
+        self.active = name
         return self.members[name], self.passes[pass_id].flip

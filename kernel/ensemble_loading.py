@@ -23,9 +23,7 @@ from kernel.reference import reference_file
 from kernel.stages import Stages
 
 
-def load_openvino_members(
-    bundle: Path, manifest: Manifest, stages: Stages, streams: int
-) -> dict[str, Member]:
+def load_openvino_members(bundle: Path, manifest: Manifest, stages: Stages) -> dict[str, Member]:
     """Load the members that run on OpenVINO here, by their names: packed for it, and right."""
     members, channels = dict[str, Member](), manifest.competition.channels
     for spec in progress(manifest.members, "members", "member"):
@@ -37,7 +35,7 @@ def load_openvino_members(
         except (ValueError, OSError):  # that `load_member` will say
             continue
         try:
-            members[spec.name] = load_checked_openvino(bundle, spec, channels, stages, streams)
+            members[spec.name] = load_checked_openvino(bundle, spec, channels, stages)
         except Exception as error:  # a failed engine must not cost the submission
             log.warning("%s runs on PyTorch, not on OpenVINO: %r", spec.name, error)
     return members
@@ -106,10 +104,9 @@ def load_ensemble(
     stages: Stages,
     image: Image | None,
     allow_missing: bool = False,
-    streams: int = 1,
     plain: bool = False,
 ) -> Ensemble:
-    """Load the members of a bundle, ready to run in as many threads as there are `streams`.
+    """Load the members of a bundle, ready to run.
 
     Engines are checked on an image like those to come; None where there is none to run. `plain`
     takes no engine but fp32 PyTorch, unchecked. This process is set up for them, too.
@@ -122,7 +119,7 @@ def load_ensemble(
     members = dict[str, Member]()
     if device.type == "cpu":
         share_freed_memory()  # before there are threads that take heaps of their own
-        members = {} if plain else load_openvino_members(bundle, manifest, stages, streams)
+        members = {} if plain else load_openvino_members(bundle, manifest, stages)
     if left := [spec for spec in manifest.members if spec.name not in members]:
         with stages("import"):
             import segmentation_models_pytorch  # noqa: F401 - timed apart from the members
@@ -140,4 +137,4 @@ def load_ensemble(
         raise ValueError(f"{bundle}: no member can be used")
     loaded = [members[spec.name] for spec in manifest.members if spec.name in members]
     _tune_process(loaded, device, plain)
-    return Ensemble(manifest, loaded, device, stages, streams)
+    return Ensemble(manifest, loaded, device, stages)

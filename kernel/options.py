@@ -26,7 +26,6 @@ class Options:
     layout: str | None = None
     batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
     early_exit: bool = True
-    streams: int = 1  # strips at once on a CPU, in threads that share its cores
     workers: int = 0  # processes; 0 is one a GPU, 1 the first alone
     worker: bool = False  # one of several processes, for rows of its own
     budget_s: float | None = None  # from the start; None: the competition's limit
@@ -57,8 +56,6 @@ def check_options(options: Options) -> None:
         raise ValueError(
             f"--batch-size {options.batch_size}, --workers {options.workers}: expected 0 or more"
         )
-    if options.streams < 1:
-        raise ValueError(f"--streams {options.streams}: expected 1 or more")
     if options.budget_s is not None and not 0 < options.budget_s < math.inf:
         raise ValueError(f"--budget-s {options.budget_s}: expected seconds, above 0 and finite")
     output, report = options.output, options.record
@@ -93,8 +90,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--batch-size", type=int, help="strips; default 8 on a GPU and 1 on the CPU")
     about = "run every pass; the submission is the same unless a pass is dropped or gives NaN"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
-    about = "strips at once on a CPU with OpenVINO, one thread each where there are as many cores"
-    add("--streams", type=int, help=about)
     add("--workers", type=int, help="processes; default one a GPU; 1: this one alone")
     add("--worker", action="store_true", help="as the first process starts others")
     about = "seconds until all is written; default: the competition's limit, Severstal's an hour"

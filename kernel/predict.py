@@ -87,7 +87,6 @@ def predict_task(
     ahead = 0 if alone else 4 * scheduler.limits.batch_size
     names = note_names(task.names, last_image)
     strips = read_ahead(task.images, names, ahead, competition, scheduler.deadline)
-    stages.share_among(scheduler.threads)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(competition.image_size)
     with closing(strips), progress(task.names, "strips", "strip") as bar, closing(states):

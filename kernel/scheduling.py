@@ -2,12 +2,9 @@
 
 import itertools
 import math
-import queue
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -64,26 +61,11 @@ def one_row(batch: Tensor, row: int) -> Tensor:
     return batch[row : row + 1].clone() if len(batch) > 1 else batch
 
 
-class SharedIterator:
-    """One iterator for several threads: each item goes to one of them."""
-
-    def __init__(self, items: Iterable[Strip]) -> None:
-        self.items, self.lock = iter(items), threading.Lock()
-
-    def __iter__(self) -> "SharedIterator":
-        return self
-
-    def __next__(self) -> Strip:
-        with self.lock:
-            return next(self.items)
-
-
 class Scheduler:
     """Runs the passes of strips that come one after another.
 
     Strips of one size that need the same half of the same pass go through it together. `pass_ids`
-    are the source's passes to run, in this order; all of them if it is None. With more `threads` as
-    many batches are under way at once, each strip in one thread from first to last.
+    are the source's passes to run, in this order; all of them if it is None.
     """
 
     def __init__(
@@ -93,56 +75,20 @@ class Scheduler:
         early_exit: bool = True,
         deadline: Deadline | None = None,
         pass_ids: Sequence[int] | None = None,
-        threads: int = 1,
     ) -> None:
         self.source, self.early_exit = source, early_exit
         self.limits = BatchLimits(batch_size, source.device)
-        self.threads, self.stopped = threads, False
         self.deadline = deadline or Deadline(math.inf, time.monotonic())
         self.pass_ids = list(range(len(source.passes)) if pass_ids is None else pass_ids)
 
+    @torch.inference_mode()
     def predict_strips(
         self, strips: Iterable[Strip], count: int = 1
     ) -> Generator[StripState, None, None]:
         """Yield every strip when it is done, in completion order; the deadline expects `count`."""
         self.deadline.start_strips(count)
-        self.stopped = False
-        if self.threads == 1:
-            yield from self._predict_started(strips)
-        else:
-            yield from self._predict_in_threads(strips)
-
-    def _predict_in_threads(self, strips: Iterable[Strip]) -> Generator[StripState, None, None]:
-        shared, done = SharedIterator(strips), queue.SimpleQueue[StripState | Exception | None]()
-
-        def run() -> None:
-            try:
-                for state in self._predict_started(shared):
-                    done.put(state)
-            except Exception as error:  # raised again below
-                done.put(error)
-            done.put(None)
-
-        with ThreadPoolExecutor(self.threads) as pool:
-            running = self.threads
-            for _ in range(self.threads):
-                pool.submit(run)
-            try:
-                while running:
-                    given = done.get()
-                    if isinstance(given, Exception):
-                        raise given
-                    if given is None:
-                        running -= 1
-                    else:
-                        yield given
-            finally:  # interrupted: each thread ends after the step that it is in
-                self.stopped = running > 0
-
-    @torch.inference_mode()
-    def _predict_started(self, strips: Iterable[Strip]) -> Iterator[StripState]:
         coming, states, n_ended = iter(strips), list[StripState](), 0
-        while not self.stopped:
+        while True:
             size = min(map(self._batch_size_of, states), default=self.limits.batch_size)
             most = 1 if size == 1 else 4 * size  # so that batches stay full
             room = max(most - len(states), 0)

@@ -1,6 +1,5 @@
 """What a run measures: seconds per stage, member and half."""
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,18 +20,13 @@ class Stages:
 
     def __init__(self, alive: Path | None = None) -> None:
         self.alive = alive
-        self.threads = 1  # that work at once
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.networks: defaultdict[tuple[str, Half], float] = defaultdict(float)
-
-    def share_among(self, threads: int) -> None:
-        """Count a second of one of so many threads, which work at once, by its share."""
-        self.threads = threads
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time inside to stage `name`."""
-        with _timed(self.seconds, name, self.threads):
+        with _timed(self.seconds, name):
             yield
         if self.alive:
             with suppress(OSError):  # a disk that is full costs no strip
@@ -41,14 +35,14 @@ class Stages:
     @contextmanager
     def network(self, member: str, half: Half) -> Iterator[None]:
         """Add the time inside to one half of a member."""
-        with _timed(self.networks, (member, half), self.threads):
+        with _timed(self.networks, (member, half)):
             yield
 
     @contextmanager
     def whole_pass(self, member: str, flops: Sequence[int]) -> Iterator[None]:
         """Add the time inside to both halves of a member, by their share of `flops`."""
         taken: defaultdict[str, float] = defaultdict(float)
-        with _timed(taken, member, self.threads):
+        with _timed(taken, member):
             yield
         for half, count in zip(Half, flops, strict=True):
             self.add_network(member, half, taken[member] * count / sum(flops))
@@ -79,11 +73,9 @@ class Stages:
 
 
 @contextmanager
-def _timed(table: defaultdict[K, float], key: K, threads: int) -> Iterator[None]:
+def _timed(table: defaultdict[K, float], key: K) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
     finally:
-        alone = threading.current_thread() is threading.main_thread()
-        seconds = (time.perf_counter() - start) / (1 if alone else threads)
-        table[key] += seconds  # nothing comes between its reading and its writing
+        table[key] += time.perf_counter() - start

@@ -125,7 +125,6 @@ def start_worker(
         output=csv,
         report=csv.with_suffix(".json"),
         batch_size=1 if alone else options.batch_size,
-        streams=1 if alone else options.streams,
         budget_s=worker_budget_s(context.until_watchdog_s()),
         plain=plain or options.plain,
     )

@@ -85,7 +85,7 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
     found = candidates.as_public_kernels(dataset)(paths)
     image = read_image(paths[0], SEVERSTAL)
-    expected = candidates.ours(dataset, image, early_exit=True, streams=1)(paths)
+    expected = candidates.ours(dataset, image, early_exit=True)(paths)
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()
     assert race.agreement(found, expected) > 0.999

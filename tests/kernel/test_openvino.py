@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -287,11 +286,9 @@ def test_what_an_engine_gave_stays_when_it_runs_again(openvino_dataset: Path) ->
     assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
 
 
-@pytest.mark.parametrize(("limit", "streams", "threads"), [("1", 1, 1), ("1", 2, 2), (None, 1, 0)])
+@pytest.mark.parametrize("limit", ["1", None])
 def test_an_engine_takes_no_more_threads_than_pytorch_was_given(
     limit: str | None,
-    streams: int,
-    threads: int,
     openvino_dataset: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -300,14 +297,14 @@ def test_an_engine_takes_no_more_threads_than_pytorch_was_given(
     if limit:
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     spec = specs_of(openvino_dataset)[0]
-    engine = load_checked_openvino(openvino_dataset, spec, 1, Stages(), streams).encoder
+    engine = load_checked_openvino(openvino_dataset, spec, 1, Stages()).encoder
     assert isinstance(engine, OpenVino)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # set by others, once it is loaded
     engine(greys(1, 1, 64, 96))
-    [(request, *_)] = (list(found.values()) for found in engine.requests.values())
+    [request] = engine.requests.values()
     found = request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
     default = engine.core.compile_model(engine.model, "CPU")
-    assert found == (threads or default.get_property("INFERENCE_NUM_THREADS"))
+    assert found == (1 if limit else default.get_property("INFERENCE_NUM_THREADS"))
 
 
 @pytest.mark.parametrize("failed", [False, True])
@@ -393,30 +390,6 @@ def test_a_member_that_is_packed_again_is_the_same_bytes(packed: Path, tmp_path:
         "reference",
     ]
     assert again == {name: (packed / name).read_bytes() for name in again}
-
-
-def test_two_strips_at_once_get_the_bytes_of_one_after_another(
-    openvino_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = tmp_path / "images"
-    save_strips(images, [f"{index}.png" for index in range(6)])
-    threads, request = set[int](), OpenVino._request
-
-    def noted(engine: OpenVino, shapes: Any) -> Any:
-        assert engine.streams == 2
-        threads.add(threading.get_ident())
-        return request(engine, shapes)
-
-    predict(openvino_dataset, images, tmp_path / "one.csv")
-    monkeypatch.setattr(OpenVino, "_request", noted)
-    for early_exit in (True, False):
-        threads.clear()
-        output = tmp_path / "two.csv"
-        record = predict(openvino_dataset, images, output, streams=2, early_exit=early_exit)
-        assert output.read_bytes() == (tmp_path / "one.csv").read_bytes()
-        assert len(threads - {threading.get_ident()}) >= 2
-        networks = sum(s for halves in record["networks"].values() for s in halves.values())
-        assert networks < sum(record["strip_s"].values())  # a second of two threads counts once
 
 
 # --- where it fails -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -73,7 +72,7 @@ class DrawnPasses:
         self.gates = torch.from_numpy(gates).float()  # (passes, strips, classes)
         drawn = torch.from_numpy(rng.random((N_PASSES, N_STRIPS, CLASSES, *SIZE))).float()
         self.probabilities = drawn * self.gates[..., None, None]
-        self.refused, self.takes_s = set[int](), 0.0
+        self.refused = set[int]()
         self.encoded = list[tuple[int, list[int]]]()  # (pass, numbers) of every batch
         self.decoded = list[tuple[int, list[int]]]()
 
@@ -82,7 +81,6 @@ class DrawnPasses:
 
     def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
         numbers = images[:, 0, 0, 0].long()
-        time.sleep(self.takes_s)
         self.encoded.append((pass_id, numbers.tolist()))
         if self.refused.intersection(numbers.tolist()):
             raise RuntimeError("no such strip, said the network")
@@ -250,41 +248,6 @@ def test_each_image_has_its_own_masks(source: DrawnPasses) -> None:
     images = [np.full(SIZE, number, np.uint8) for number in (5, 0, 7, 2)]
     found = predict_masks(Scheduler(source, 2), images)
     np.testing.assert_array_equal(found, np.stack([source.masks(n) for n in (5, 0, 7, 2)]))
-
-
-# --- several strips at once -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("early_exit", [True, False])
-def test_strips_in_threads_get_the_masks_that_they_get_alone(
-    early_exit: bool, source: DrawnPasses
-) -> None:
-    scheduler = Scheduler(source, early_exit=early_exit, threads=3)
-    states = list(scheduler.predict_strips(numbered(), N_STRIPS))
-    assert sorted(int(state.strip.name) for state in states) == list(range(N_STRIPS))
-    for state in states:
-        np.testing.assert_array_equal(state.masks, source.masks(int(state.strip.name)))
-    assert scheduler.deadline.strips_left == 0
-
-
-def test_threads_that_are_no_longer_wanted_end_after_their_step(source: DrawnPasses) -> None:
-    """Nor is another strip asked for: there may be thousands, each of some MB."""
-    source.takes_s, before, coming = 0.002, threading.active_count(), iter(numbered())
-    states = Scheduler(source, early_exit=False, threads=2).predict_strips(coming, N_STRIPS)
-    next(states)
-    states.close()
-    assert len(source.encoded) < N_PASSES * N_STRIPS
-    assert next(coming, None)
-    assert threading.active_count() == before
-
-
-def test_an_error_in_a_thread_is_raised_where_strips_are_taken(
-    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source.refused = {1}
-    monkeypatch.setattr("kernel.scheduling.device_usable", lambda device: device != CPU)
-    with pytest.raises(DeviceLost):
-        list(Scheduler(source, threads=2).predict_strips(numbered(), N_STRIPS))
 
 
 # --- what fails -----------------------------------------------------------------------------------

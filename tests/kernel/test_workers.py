@@ -682,7 +682,7 @@ def started(
             plain=True,
             allow_missing_members=True,
         ),
-        Options(input=Path("in"), layout="two-column", workers=3, strict=True, streams=2),
+        Options(input=Path("in"), layout="two-column", workers=3, strict=True),
     ],
     ids=["defaults", "all changed", "those of the first process alone"],
 )
@@ -713,11 +713,11 @@ def test_a_worker_gets_the_options_of_its_run(
 
 def test_on_the_cpu_a_worker_has_one_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is known at which image it dies. Not beside others, nor on a GPU."""
-    options = Options(batch_size=8, streams=2)
-    for gpu, count, expected in (("", 1, (1, 1)), ("", 2, (8, 2)), ("0", 1, (8, 2))):
+    options = Options(batch_size=8)
+    for gpu, count, expected in (("", 1, 1), ("", 2, 8), ("0", 1, 8)):
         (_, _, *words), environment = started(options, monkeypatch, gpu=gpu, count=count)
         found = parse_options(words)
-        assert (found.batch_size, found.streams) == expected
+        assert found.batch_size == expected
         assert environment["CUDA_VISIBLE_DEVICES"] == gpu
 
 
