@@ -244,26 +244,11 @@ class Scheduler:
         return (gates,), probabilities
 
     def _settle(self, states: list[StripState], found: npt.NDArray[np.float64]) -> None:
-        """End a step; masks of strips that end with it come from the device together."""
+        """End a step; copy the masks of strips that end with it."""
         for state, row in zip(states, found, strict=True):
             state.settle(row)
-        ended = [
-            state for state in states if state.done and not state.fault and state.tally.decoded
-        ]
-        if ended:
-            self._fetch_masks(ended)
-
-    def _fetch_masks(self, states: list[StripState]) -> None:
-        """Copy the masks of strips that end; where memory is short, of fewer at a time."""
-        try:
-            masks = to_host(torch.stack([state.tally.masks(state.size) for state in states]))
-        except Exception as error:
-            fault, middle = self._fault_of(error), len(states) // 2
-            if middle:
-                self._fetch_masks(states[:middle])
-                self._fetch_masks(states[middle:])
-            else:
-                states[0].fault = fault
-        else:
-            for state, mask in zip(states, masks, strict=True):
-                state.host_masks = mask
+            if state.done and not state.fault and state.tally.decoded:
+                try:
+                    state.host_masks = to_host(state.tally.masks(state.size))
+                except Exception as error:  # out of memory
+                    state.fault = self._fault_of(error)
