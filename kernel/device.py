@@ -130,21 +130,10 @@ def lasting_memory() -> Iterator[None]:
 # --- copies ---------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # PyTorch's own
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device; to a GPU from pinned memory, beside what it computes."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
-    with torch.cuda.stream(stream):
-        copied = tensor.pin_memory().to(device, non_blocking=True)
-    current.wait_stream(stream)
-    copied.record_stream(current)  # its memory is not given away while it is read
-    return copied
+    """Copy a tensor to the device; to a GPU from pinned memory, without a wait."""
+    on_gpu = device.type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 def to_host(tensor: Tensor) -> npt.NDArray[Any]:
