@@ -41,11 +41,11 @@ class Stages:
     @contextmanager
     def whole_pass(self, member: str, flops: Sequence[int]) -> Iterator[None]:
         """Add the time inside to both halves of a member, by their share of `flops`."""
-        taken: defaultdict[str, float] = defaultdict(float)
-        with _timed(taken, member):
-            yield
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
         for half, count in zip(Half, flops, strict=True):
-            self.add_network(member, half, taken[member] * count / sum(flops))
+            self.add_network(member, half, seconds * count / sum(flops))
 
     def add_network(self, member: str, half: Half, seconds: float) -> None:
         """Add seconds to one half of a member."""
