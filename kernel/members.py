@@ -134,10 +134,6 @@ class Decoder(nn.Module):
         return torch.sigmoid(logits) * gates[:, :, None, None]
 
 
-def _keep_memory() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Member:
     """A trained network, its two halves ready to run."""
@@ -146,7 +142,7 @@ class Member:
     encoder: Any  # an Encoder, or an engine's
     decoder: Any
     stride: int  # pixels; an image's sides must be multiples of it
-    release_memory: Callable[[], None] = _keep_memory  # its working memory, until it runs again
+    release_memory: Callable[[], None] = lambda: None  # its working memory, until it runs again
     whole: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # images → gates, probabilities
 
     def __call__(self, images: Tensor) -> Tensor:
