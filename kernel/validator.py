@@ -35,19 +35,6 @@ def describe_row(pair: RowKey, competition: Competition) -> str:
     return f"{image}, class {competition.name_of(label)}" if several else image
 
 
-def misplaced(
-    found: Sequence[RowKey], expected: Sequence[RowKey], competition: Competition
-) -> Iterator[str]:
-    """Yield the first row that is not in the sample's place, of rows that both have once."""
-    for row, wanted in zip(found, expected, strict=True):
-        if row != wanted:
-            yield (
-                f"row {describe_row(row, competition)} stands where the sample has "
-                f"{describe_row(wanted, competition)}: keep the sample's order"
-            )
-            return
-
-
 def row_faults(layout: Layout, rows: Sequence[Row], pairs: list[RowKey]) -> list[str]:
     """Return missing, repeated, unknown and misplaced rows; `pairs` are the sample's.
 
@@ -60,12 +47,17 @@ def row_faults(layout: Layout, rows: Sequence[Row], pairs: list[RowKey]) -> list
     def row(pair: RowKey) -> str:
         return f"row {describe_row(pair, layout.competition)}"
 
-    in_both = [pair for pair in times if pair in wanted], [pair for pair in pairs if pair in times]
+    in_both = (pair for pair in times if pair in wanted), (pair for pair in pairs if pair in times)
+    misplaced = [(here, there) for here, there in zip(*in_both, strict=True) if here != there]
     return [
         *first_few(f"{row(pair)} is missing" for pair in lacking),
         *first_few(f"{row(pair)} is there {n} times" for pair, n in times.items() if n > 1),
         *first_few(f"{row(pair)} is not in the sample" for pair in times if pair not in wanted),
-        *misplaced(*in_both, layout.competition),
+        *(
+            f"{row(here)} stands where the sample has {describe_row(there, layout.competition)}: "
+            "keep the sample's order"
+            for here, there in misplaced[:1]
+        ),
     ]
 
 
