@@ -227,11 +227,6 @@ class Plan:
         """Whether one worker on the CPU runs what crashed the others."""
         return not self.gpus
 
-    @property
-    def devices(self) -> list[str]:
-        """What each worker runs on: a GPU, or the CPU."""
-        return self.gpus or [NO_GPU]
-
     def next(self, found: Round, rest: Task, grew: bool) -> "Plan | None":
         """Plan a round for what this one left, by what it gave; None where no other would help.
 
@@ -264,11 +259,6 @@ class Plan:
         )
 
 
-def first_plan(task: Task, gpus: list[str]) -> Plan:
-    """Plan the first round: all of a task, on all GPUs."""
-    return Plan(task, gpus[: len(task.names)], gpus, first=True)
-
-
 def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     """Share a task among `count` processes; what one of them cannot finish others do.
 
@@ -280,11 +270,12 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     nothing: then it says why.
     """
     outcome, died, done, killed = Outcome(), "", context.submission.done, False
-    plan: Plan | None = first_plan(task, gpus_of(count))
+    gpus = gpus_of(count)  # no more than images
+    plan: Plan | None = Plan(task, gpus, gpus, first=True)
     while plan:
-        n_workers, n_before = len(plan.devices), len(done)
+        devices, n_before = plan.gpus or [NO_GPU], len(done)
         try:
-            found = run_workers(context, plan.task, plan.devices, again=plan.first)
+            found = run_workers(context, plan.task, devices, again=plan.first)
         except OSError as error:
             died = f"the workers cannot run: {one_line(error)}"
             if done or killed:
@@ -293,10 +284,10 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
             return predict_here(context, task)
         for record in found.records:
             outcome.add(record.outcome())
-            context.stages.add(record.stages, record.networks, 1 / n_workers)
+            context.stages.add(record.stages, record.networks, 1 / len(devices))
         if found.exit_codes:
             number, code = next(iter(found.exit_codes.items()))
-            died = f"worker {number} of {n_workers} ended with exit code {code}"
+            died = f"worker {number} of {len(devices)} ended with exit code {code}"
             log.warning("%s", died)
             if code == 0 and context.over:  # its watchdog ended it
                 died = TOO_LATE

@@ -38,9 +38,9 @@ from kernel.task import Task
 from kernel.tta import Half
 from kernel.worker import WorkerProcess, start_worker
 from kernel.workers import (
+    Plan,
     Round,
     _read_round,
-    first_plan,
     gpus_of,
     predict_by_workers,
     run_workers,
@@ -469,7 +469,7 @@ def test_images_at_which_workers_died_come_last_on_a_gpu_and_alone_on_the_cpu(
     task = Task(Path("strips"), LAYOUTS["two-column"], [(name, 1) for name in NAMES[:3]])
     lost = {"0", "1"} - set(gpus)
     found = replace(DIES, suspects={"1.png", "4.png"}, lost=lost)
-    plan = first_plan(task, ["0", "1"]).next(found, task, grew=False)
+    plan = Plan(task, ["0", "1"], ["0", "1"], first=True).next(found, task, grew=False)
     assert plan and (plan.task.names, plan.gpus) == (taken, gpus)
 
 
