@@ -50,7 +50,7 @@ from training import synthetic
 with needs("cluster"):
     import ray
 
-    from cluster.engine import READERS, Workers, predict_parts
+    from cluster.engine import Workers, predict_parts
     from cluster.images import ImageSet
     from cluster.output import Output
     from cluster.worker import Worker, manifest_hash
@@ -262,15 +262,13 @@ def run_stubs(images: StubImages, per_part: int, workers: Workers, scratch: Path
 
 
 def time_stub_alone(images: StubImages, scratch: Path) -> float:
-    """Seconds a strip of a stub worker in this process, strips decoded beside it."""
+    """Seconds a strip of a stub worker in this process."""
     torch.set_num_threads(1)
-    worker, names = StubWorker(**write_stub_bundle(scratch / "bundle"), cpus=1), images.names
-    with ThreadPoolExecutor(READERS) as pool:
-        chunks = (names[i : i + 16] for i in range(0, len(names), 16))
-        start = time.monotonic()
-        for chunk in chunks:
-            worker._predict(worker.scheduler, pool.map(images.read, chunk), {})
-        return (time.monotonic() - start) / len(names)
+    constructor = write_stub_bundle(scratch / "bundle")
+    worker = StubWorker(images, Output(str(scratch)), **constructor, cpus=1)
+    start = time.monotonic()
+    worker.predict(images.names)
+    return (time.monotonic() - start) / len(images.names)
 
 
 def measure_overhead(args: argparse.Namespace) -> Figures:

@@ -7,20 +7,18 @@ import signal
 import socket
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.images import ImageSet
-from cluster.output import Output, Parts, Totals
-from cluster.worker import Worker, read_strips
+from cluster.output import Output, Totals
+from cluster.worker import Worker
 
-READERS = 2  # of images, for each worker: as many as the kernel's
 RETRIES = 3  # of a part whose process died; Ray Data itself would try for ever
 MAX_LOST = 8  # parts that a run may go on without; more are no image's fault
 
@@ -109,9 +107,8 @@ def predict_parts(
 ) -> Totals:
     """Run the images through the workers, a part at a time, into the output.
 
-    A part is a block of Ray Data's all the way: what reads it and what writes it ask for no
-    processor, so that workers which take them all cannot starve them. Up to `MAX_LOST` parts that
-    end their processes again and again have no rows in the end.
+    A part is a block of Ray Data's. Up to `MAX_LOST` parts that end their processes again and
+    again have no rows in the end.
 
     Raises:
         RayError: there are more of them, or Ray gave up.
@@ -119,7 +116,6 @@ def predict_parts(
     context = DataContext.get_current()
     context.max_errored_blocks = MAX_LOST
     context.raise_original_map_exception = True  # its message is what the run ends with
-    context.target_max_block_size = None  # a part is not to be cut between an image's rows
     names = images.names
     parts = ray.data.from_blocks(  # `from_arrow` runs a task for each, and keeps ten times as much
         [  # each of its own: a slice of one array is pickled with all of it
@@ -127,17 +123,9 @@ def predict_parts(
             for start in range(0, len(names), per_part)
         ]
     )
-    readers = TaskPoolStrategy(READERS * workers.count)
-    sink = Parts(output)
+    given = {"images": replace(images, names=[]), "output": output, "cpus": workers.cpus}
     waiting = 2 if workers.gpus else 1  # parts a worker has: one that waits may end the run late
-    parts.map_batches(
-        partial(read_strips, images=replace(images, names=[])),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=readers,
-        num_cpus=0,
-        max_retries=RETRIES,
-    ).map_batches(
+    written = parts.map_batches(
         Worker,
         batch_size=None,
         batch_format="pyarrow",
@@ -145,10 +133,9 @@ def predict_parts(
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
         max_task_retries=RETRIES,
-        fn_constructor_kwargs=constructor | {"cpus": workers.cpus},
-    ).write_datasink(
-        sink,
-        ray_remote_args={"num_cpus": 0, "max_retries": RETRIES},
-        concurrency=readers.size,
+        fn_constructor_kwargs=constructor | given,
     )
-    return sink.totals
+    totals = Totals()
+    for row in written.iter_rows():
+        totals.add(Totals(**row))
+    return totals

@@ -14,12 +14,9 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet
 from fsspec.core import url_to_fs
-from ray.data import Datasink
-from ray.data.block import Block, BlockAccessor
 
 from cluster.images import absolute, reach
 from kernel.files import json_text
@@ -35,7 +32,7 @@ ROWS = pa.schema(
         "class": pa.int32(),  # from 1
         "rle": pa.large_string(),
         "pixels": pa.int64(),  # of the mask
-        "fault": pa.string(),  # why the masks are empty; else ""; null: left out, not written
+        "fault": pa.string(),  # why the masks are empty; else ""
         "seconds": pa.float64(),  # since the image before
         "share": pa.float64(),  # of the passes' work that ran
     }
@@ -177,15 +174,13 @@ class Output:
         ]
         return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
 
-    def write_part(self, rows: pa.Table) -> Totals:
-        """Write rows as one file, named after its images: a second try writes it again.
+    def write_part(self, names: Iterable[str], rows: pa.Table) -> Totals:
+        """Write the rows of so named images, or of those that have any, as one file.
 
-        Rows of images that were left out, whose fault is null, count for the name alone: another
-        try may leave out others.
+        It is named after all of them: a second try, which may have others' rows, takes its place.
         """
-        names = "\n".join(rows["image"].unique().to_pylist()).encode()
-        name = f"part-{hashlib.sha256(names).hexdigest()[:24]}.parquet"
-        rows = rows.filter(pc.is_valid(rows["fault"]))
+        asked = hashlib.sha256("\n".join(names).encode())
+        name = f"part-{asked.hexdigest()[:24]}.parquet"
         data = pa.BufferOutputStream()
         pyarrow.parquet.write_table(rows, data, compression="zstd")
         write_whole(self.fs, posixpath.join(self.path, name), data.getvalue().to_pybytes())
@@ -239,20 +234,3 @@ class Output:
             name = posixpath.join(self.path, submission.path.name)
             write_whole(self.fs, name, submission.path.read_bytes())
         return f"{self.address}/{submission.path.name}"
-
-
-class Parts(Datasink[Totals]):
-    """Writes each part's rows as one file."""
-
-    def __init__(self, output: Output) -> None:
-        self.output, self.totals = output, Totals()
-
-    def write(self, blocks: Iterable[Block], ctx: Any) -> Totals:
-        """Write the rows of one part."""
-        rows = pa.concat_tables(BlockAccessor.for_block(block).to_arrow() for block in blocks)
-        return self.output.write_part(rows) if rows.num_rows else Totals()
-
-    def on_write_complete(self, write_result: Any) -> None:
-        """Add up what the parts hold."""
-        for totals in write_result.write_returns:
-            self.totals.add(totals)

@@ -145,7 +145,7 @@ def predict_lost(
     bad = [name for name in lost if name not in done]
     if bad and not done.isdisjoint(names):
         rows = fault_rows(bad, len(images.competition.classes), FAILED_TWICE)
-        totals.add(output.write_part(rows))
+        totals.add(output.write_part(bad, rows))
         for name in bad:
             log.warning("%s stays empty: %s", name, FAILED_TWICE)
     return totals

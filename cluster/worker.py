@@ -1,4 +1,4 @@
-"""The worker: one process that loads the bundle once and turns images into rows.
+"""The worker: one process that loads the bundle once, and reads, predicts and writes.
 
 Ray Data calls it for one part of the images after another, on whichever machine it runs.
 """
@@ -12,18 +12,19 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from ray.exceptions import UserCodeException
 
 from cluster.images import ImageSet, NotFetched, open_local
-from cluster.output import ROWS
+from cluster.output import ROWS, Output
 from kernel.batch_limits import default_batch_size
 from kernel.competition import COMPETITION
 from kernel.device import DeviceLost, pick_device
@@ -42,61 +43,16 @@ if sys.platform != "win32":
 
 FOLDERS = "severstal-bundle-"  # start of the names of the workers' folders
 
-STRIPS = pa.schema(
-    {
-        "image": pa.string(),
-        "shape": pa.list_(pa.int32()),  # (H, W) or (H, W, 3)
-        "dtype": pa.string(),
-        "pixels": pa.large_binary(),  # none of a bad image
-        "fault": pa.string(),  # null: the image was left out
-    }
-)
+READERS = 8  # threads, and images read ahead: most of a read may be its store's answer
 
 
-def read_strips(part: pa.Table, images: ImageSet) -> pa.Table:
-    """Read and decode the images of a part; runs beside the workers.
+@dataclass
+class PartState:
+    """What is known so far of the images of a part."""
 
-    Of several images, one that its store does not give, though not for being missing, is left out:
-    the run tries it again, alone.
-
-    Raises:
-        UserCodeException: there are several, and not one can be fetched: no image's own fault.
-    """
-    rows, not_fetched = [], list[str]()
-    names = part["image"].to_pylist()
-    for name in names:
-        try:
-            strip = images.read(name)
-        except NotFetched as error:
-            strip = Strip(name, None, str(error))
-            not_fetched.append(strip.fault)
-            if len(names) > 1 and not error.missing:
-                rows.append((name, None, None, None, None))
-                continue
-        image = strip.image
-        pixels = (None,) * 3 if image is None else (image.shape, image.dtype.name, image.tobytes())
-        rows.append((strip.name, *pixels, strip.fault))
-    if len(names) == len(not_fetched) > 1:
-        raise UserCodeException(
-            f"{images.root}: none of the {len(names)} images of a part can be fetched: "
-            f"{not_fetched[0]}"
-        )
-    columns = zip(*rows, strict=True)
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, STRIPS, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=STRIPS)
-
-
-def unpack_strips(strips: pa.Table) -> Iterator[Strip]:
-    """Yield the strips of `read_strips` that are not left out."""
-    for row in strips.to_batches(max_chunksize=1):  # one at a time is in memory twice
-        (strip,) = row.to_pylist()
-        if strip["fault"] is None:
-            continue
-        image = None
-        if strip["pixels"] is not None:
-            flat = np.frombuffer(bytearray(strip["pixels"]), strip["dtype"])
-            image = flat.reshape(strip["shape"])
-        yield Strip(strip["image"], image, strip["fault"])
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of an image, by its name
+    failed: list[Strip] = field(default_factory=list)  # by the networks
+    not_fetched: dict[str, str] = field(default_factory=dict)  # image → why
 
 
 def manifest_hash(bundle: Path) -> str:
@@ -130,20 +86,30 @@ def make_folder() -> Path:
 
 
 class Worker:
-    """The bundle, loaded once; each call takes the strips of a part and returns their rows."""
+    """The bundle, loaded once; each call predicts the images of a part and writes their rows."""
 
     def __init__(
-        self, bundle: str, sha256: str, image: Image, batch_size: int, early_exit: bool, cpus: int
+        self,
+        images: ImageSet,
+        output: Output,
+        bundle: str,
+        sha256: str,
+        image: Image,
+        batch_size: int,
+        early_exit: bool,
+        cpus: int,
     ) -> None:
         if cpus:
             os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too
             torch.set_num_threads(cpus)
+        self.images, self.output = images, output
         self.bundle = Path(open_local(bundle, str(make_folder() / "bundle")))
         if manifest_hash(self.bundle) != sha256:
             raise ValueError(f"{bundle}: is not the bundle this run began with: put that one back")
         self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
         self.batch_size, self.early_exit = batch_size, early_exit
         self.threads = torch.get_num_threads()
+        self.readers = ThreadPoolExecutor(READERS)
         self.scheduler = self._load(torch.device("cpu") if cpus else pick_device())
 
     @functools.cached_property
@@ -160,52 +126,79 @@ class Worker:
         batch_size = self.batch_size or default_batch_size(device)
         return Scheduler(ensemble, batch_size, self.early_exit)
 
-    def __call__(self, strips: pa.Table) -> pa.Table:
+    def __call__(self, part: pa.Table) -> pa.Table:
+        """Predict the images that a part names and write their rows; return their totals."""
+        names = part["image"].to_pylist()
+        totals = self.output.write_part(names, self.predict(names))
+        return pa.Table.from_pylist([asdict(totals)])
+
+    def predict(self, names: list[str]) -> pa.Table:
         """Return the rows of a part: every class of every image, in the part's order.
 
-        Of an image that was left out it is one row, which is not written.
+        Of several images, one that its store does not give, though not for being missing, has no
+        rows: the run tries it again, alone.
+
+        Raises:
+            UserCodeException: there are several, and not one can be fetched: no image's own fault.
         """
-        left_out = strips["image"].filter(pc.is_null(strips["fault"])).to_pylist()
-        found: dict[str, list[dict[str, Any]]]
-        found = {name: [{"image": name, "fault": None}] for name in left_out}
+        part = PartState()
         try:
-            self._predict(self.scheduler, unpack_strips(strips), found)
+            self._predict(self.scheduler, self._read(names, part, len(names) == 1), part)
         except DeviceLost as error:
             log.warning("%s: this worker continues on the CPU", error)
             self.scheduler = self._load(torch.device("cpu"))
-            rest = (strip for strip in unpack_strips(strips) if strip.name not in found)
-            self._predict(self.scheduler, rest, found)
-        self._try_again(strips, found)
-        rows = (row for name in strips["image"].to_pylist() for row in found[name])
+            rest = [name for name in names if name not in part.rows]
+            self._predict(self.scheduler, self._read(rest, part, len(names) == 1), part)
+        if len(names) == len(part.not_fetched) > 1:
+            raise UserCodeException(
+                f"{self.images.root}: none of the {len(names)} images of a part can be fetched: "
+                f"{part.not_fetched[names[0]]}"
+            )
+        if part.failed:
+            self._try_again(part)
+        rows = (row for name in names for row in part.rows.get(name, ()))
         return pa.Table.from_pylist(list(rows), schema=ROWS)
 
-    def _try_again(self, strips: pa.Table, found: dict[str, list[dict[str, Any]]]) -> None:
-        """What the networks failed on once more, on plain PyTorch; where that fails, it stays."""
-        faults = {name: rows[0]["fault"] for name, rows in found.items() if rows[0]["fault"]}
-        read = pc.is_valid(strips["pixels"])
-        names = [name for name in strips.filter(read)["image"].to_pylist() if name in faults]
-        if not names:
-            return
-        fault, threads = faults[names[0]], torch.get_num_threads()
-        log.warning("%s; %d images run again, on plain PyTorch", fault, len(names))
-        torch.set_num_threads(self.threads)  # one where OpenVINO's members run
-        try:
-            failed = (strip for strip in unpack_strips(strips) if strip.name in names)
-            self._predict(self.plain, failed, found)
-        except Exception as error:  # short of memory for a second ensemble, for one
-            log.warning("plain PyTorch fails, too: %r", error)
-        finally:
-            torch.set_num_threads(threads)
+    def _read(self, names: list[str], part: PartState, alone: bool) -> Iterator[Strip]:
+        """Yield strips in order, the next ones read beside the networks."""
+        for name, strip in self._read_ahead(names):
+            try:
+                yield strip.result()
+            except NotFetched as error:
+                part.not_fetched[name] = str(error)
+                if alone or error.missing:
+                    yield Strip(name, None, str(error))
 
-    def _predict(
-        self, scheduler: Scheduler, strips: Iterator[Strip], found: dict[str, list[dict[str, Any]]]
-    ) -> None:
-        """Every strip through the scheduler; image → its rows go to `found`."""
+    def _read_ahead(self, names: list[str]) -> Iterator[tuple[str, Future[Strip]]]:
+        waiting = deque[tuple[str, Future[Strip]]]()
+        for name in names:
+            waiting.append((name, self.readers.submit(self.images.read, name)))
+            if len(waiting) > READERS:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _predict(self, scheduler: Scheduler, strips: Iterator[Strip], part: PartState) -> None:
+        """Every strip through the scheduler."""
         before = time.monotonic()
         for state in scheduler.predict_strips(strips):
             rows = self._rows(scheduler, state)
             before, since = time.monotonic(), before
-            found[state.strip.name] = [row | {"seconds": before - since} for row in rows]
+            part.rows[state.strip.name] = [row | {"seconds": before - since} for row in rows]
+            if state.failed:
+                part.failed.append(state.strip)
+
+    def _try_again(self, part: PartState) -> None:
+        """What the networks failed on once more, on plain PyTorch; where that fails, it stays."""
+        failed, threads = part.failed.copy(), torch.get_num_threads()
+        fault = part.rows[failed[0].name][0]["fault"]
+        log.warning("%s; %d images run again, on plain PyTorch", fault, len(failed))
+        torch.set_num_threads(self.threads)  # one where OpenVINO's members run
+        try:
+            self._predict(self.plain, iter(failed), part)
+        except Exception as error:  # short of memory for a second ensemble, for one
+            log.warning("plain PyTorch fails, too: %r", error)
+        finally:
+            torch.set_num_threads(threads)
 
     def _rows(self, scheduler: Scheduler, state: StripState) -> Iterator[dict[str, Any]]:
         """One row a class; those of a bad image are empty and say why."""
