@@ -42,7 +42,6 @@ if sys.platform != "win32":
     import fcntl
 
 FOLDERS = "severstal-bundle-"  # start of the names of the workers' folders
-
 READERS = 8  # threads, and images read ahead: most of a read may be its store's answer
 
 

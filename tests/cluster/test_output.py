@@ -10,7 +10,7 @@ from helpers import LABELS, LAYOUTS, all_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
-from cluster.output import ROWS, Output, Parts, Totals, write_whole
+from cluster.output import ROWS, Output, Totals, write_whole
 from kernel.rows import layouts_of
 from kernel.shipped import find_competition
 
@@ -36,15 +36,11 @@ def rows_of(*names: str, fault: str = "", rle: str = "1 2") -> pa.Table:
 
 
 def write(output: Output, *parts: pa.Table) -> Totals:
-    """What Ray's write tasks do, one after another."""
-    sink = Parts(output)
-    returns = [sink.write([part], None) for part in parts]
-
-    class Result:
-        write_returns = returns
-
-    sink.on_write_complete(Result())
-    return sink.totals
+    """What workers do, one after another."""
+    totals = Totals()
+    for rows in parts:
+        totals.add(output.write_part(rows["image"].unique().to_pylist(), rows))
+    return totals
 
 
 def begin(folder: Path, **changes: str) -> Output:

@@ -15,7 +15,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[clust
 
 from cluster.engine import Workers
 from cluster.images import ImageSet
-from cluster.output import ROWS, Output, Parts, Totals
+from cluster.output import ROWS, Output, Totals
 from cluster.report import MAX_FAULTS, Run, write_page
 from kernel.contact_sheet import COLOURS, MAX_STRIPS
 
@@ -40,7 +40,7 @@ def output_of(folder: Path, masks: dict[str, int], faults: dict[str, str]) -> Ou
             }
             for label in LABELS
         ]
-        Parts(output).write([pa.Table.from_pylist(rows, schema=ROWS)], None)
+        output.write_part([name], pa.Table.from_pylist(rows, schema=ROWS))
     return output
 
 

@@ -2,11 +2,9 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +21,6 @@ from helpers import (
     predict,
     read_manifest,
     read_submission,
-    save_image,
     save_strips,
 )
 from safetensors.torch import load_file, save_file
@@ -34,17 +31,10 @@ from ray.exceptions import UserCodeException
 
 from cluster.images import ImageSet
 from cluster.output import Output
-from cluster.worker import (
-    FOLDERS,
-    Worker,
-    make_folder,
-    manifest_hash,
-    read_strips,
-    unpack_strips,
-)
-from kernel.competition import SEVERSTAL, Competition
+from cluster.worker import FOLDERS, READERS, Worker, make_folder, manifest_hash
+from kernel.competition import SEVERSTAL
 from kernel.device import DeviceLost
-from kernel.images import read_image
+from kernel.images import Image, read_image
 
 NAMES = [f"{index}.jpg" for index in range(7)]
 
@@ -55,17 +45,21 @@ def threads_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def part_of(folder: Path, names: list[str], competition: Competition = SEVERSTAL) -> pa.Table:
-    """A part's strips, as the tasks beside the workers read them."""
-    return read_strips(
-        pa.table({"image": names}),
-        ImageSet(f"file://{folder}", [], f"file://{folder}", competition),
-    )
-
-
-def make_worker(bundle: Path, images: Path, batch_size: int = 0, early_exit: bool = True) -> Worker:
-    image = read_image(images / NAMES[0], SEVERSTAL)
-    return Worker(str(bundle), manifest_hash(bundle), image, batch_size, early_exit, cpus=1)
+def make_worker(
+    bundle: Path,
+    images: Path | ImageSet,
+    batch_size: int = 0,
+    early_exit: bool = True,
+    output: Path | None = None,
+    image: Image | None = None,
+) -> Worker:
+    """A worker of images in a folder, or elsewhere; it is checked on the first, or on `image`."""
+    if isinstance(images, Path):
+        image = image if image is not None else read_image(images / NAMES[0], SEVERSTAL)
+        images = ImageSet(f"file://{images}", [], f"file://{images}")
+    assert image is not None
+    given = str(bundle), manifest_hash(bundle), image, batch_size, early_exit
+    return Worker(images, Output(str(output or bundle.parent / "out")), *given, cpus=1)
 
 
 def rles_of(rows: pa.Table) -> dict[tuple[str, int], str]:
@@ -86,7 +80,7 @@ def test_rows_are_the_kernels_with_a_bad_image_among_them(
     assert any(expected.values()) and not all(expected.values())
     worker, rows = make_worker(dataset, folder, batch_size), list[dict[str, Any]]()
     for names in (NAMES[:4], NAMES[4:]):
-        part = worker(part_of(folder, names))
+        part = worker.predict(names)
         assert part["image"].to_pylist() == [name for name in names for _ in LABELS]
         rows += part.to_pylist()
     assert {(row["image"], row["class"]): row["rle"] for row in rows} == expected
@@ -100,7 +94,7 @@ def test_rows_are_the_kernels_with_a_bad_image_among_them(
 
 def test_pixels_are_those_of_the_mask(session_light: Path, tmp_path: Path) -> None:
     save_strips(tmp_path, NAMES[:2])
-    rows = make_worker(session_light, tmp_path)(part_of(tmp_path, NAMES[:2])).to_pylist()
+    rows = make_worker(session_light, tmp_path).predict(NAMES[:2]).to_pylist()
     areas = [int(decode_by_hand(row["rle"], SMALL).sum()) for row in rows]
     assert [row["pixels"] for row in rows] == areas
     assert max(areas) > 0
@@ -109,9 +103,9 @@ def test_pixels_are_those_of_the_mask(session_light: Path, tmp_path: Path) -> No
 def test_every_pass_gives_the_same_rows_as_the_early_exit(dataset: Path, tmp_path: Path) -> None:
     change_manifest(dataset, threshold=0.95)  # most pixels are surely off before the end
     save_strips(tmp_path / "images", NAMES)
-    part = part_of(tmp_path / "images", NAMES)
     early, every = (
-        make_worker(dataset, tmp_path / "images", early_exit=early)(part) for early in (True, False)
+        make_worker(dataset, tmp_path / "images", early_exit=early).predict(NAMES)
+        for early in (True, False)
     )
     assert rles_of(early) == rles_of(every)
     assert set(every["share"].to_pylist()) == {1.0}
@@ -128,7 +122,8 @@ def test_only_a_worker_without_processors_of_its_own_takes_the_gpu(
     monkeypatch.setattr(Worker, "_load", lambda _, device: devices.append(device))
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(session_light)
-    Worker(str(session_light), sha256, image, 0, True, cpus)
+    images, output = ImageSet("memory://mill", [], "memory://mill"), Output(str(tmp_path))
+    Worker(images, output, str(session_light), sha256, image, 0, True, cpus)
     assert devices == [torch.device(device)]
 
 
@@ -136,8 +131,8 @@ def test_a_device_that_is_lost_half_way_costs_no_image(
     session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_strips(tmp_path, NAMES)
-    worker, part = make_worker(session_light, tmp_path), part_of(tmp_path, NAMES)
-    expected = rles_of(worker(part))
+    worker = make_worker(session_light, tmp_path)
+    expected = rles_of(worker.predict(NAMES))
     run_encoder, calls = worker.scheduler.source.run_encoder, list[int]()
 
     def lose(pass_id: int, images: Any) -> Any:
@@ -148,7 +143,7 @@ def test_a_device_that_is_lost_half_way_costs_no_image(
 
     monkeypatch.setattr(worker.scheduler.source, "run_encoder", lose)
     monkeypatch.setattr("kernel.scheduling.device_usable", lambda _: False)
-    assert rles_of(worker(part)) == expected
+    assert rles_of(worker.predict(NAMES)) == expected
     assert len(calls) == 4
     assert worker.scheduler.source.device == CPU  # loaded anew
 
@@ -159,8 +154,8 @@ def test_what_the_networks_fail_on_runs_again_on_plain_pytorch(
     """As in the kernel; an image that could not be read does not."""
     save_strips(tmp_path, NAMES)
     (tmp_path / NAMES[3]).write_bytes(b"no image")
-    worker, part = make_worker(session_light, tmp_path), part_of(tmp_path, NAMES)
-    expected = rles_of(worker(part))
+    worker = make_worker(session_light, tmp_path)
+    expected = rles_of(worker.predict(NAMES))
     run_encoder, calls = worker.scheduler.source.run_encoder, list[int]()
 
     def fail(pass_id: int, images: Any) -> Any:
@@ -171,7 +166,7 @@ def test_what_the_networks_fail_on_runs_again_on_plain_pytorch(
 
     monkeypatch.setattr(worker.scheduler.source, "run_encoder", fail)
     assert "plain" not in vars(worker)  # loaded where it is needed
-    rows = worker(part)
+    rows = worker.predict(NAMES)
     assert rles_of(rows) == expected
     assert {row["image"] for row in rows.to_pylist() if row["fault"]} == {NAMES[3]}
     assert worker.plain.source.device == CPU
@@ -185,8 +180,8 @@ def test_where_plain_pytorch_fails_too_the_first_fault_stands(
 ) -> None:
     """As for want of memory for a second ensemble: no other image's rows are lost with it."""
     save_strips(tmp_path, NAMES)
-    worker, part = make_worker(session_light, tmp_path), part_of(tmp_path, NAMES)
-    expected = rles_of(worker(part))
+    worker = make_worker(session_light, tmp_path)
+    expected = rles_of(worker.predict(NAMES))
     run_encoder = worker.scheduler.source.run_encoder
 
     def fail(pass_id: int, images: Any) -> Any:
@@ -201,7 +196,7 @@ def test_where_plain_pytorch_fails_too_the_first_fault_stands(
     calls = list[int]()
     monkeypatch.setattr(worker.scheduler.source, "run_encoder", fail)
     monkeypatch.setattr(worker, "_load", refuse)
-    rows = worker(part)
+    rows = worker.predict(NAMES)
     assert "plain PyTorch fails, too: MemoryError()" in caplog.text
     failed = {row["image"] for row in rows.to_pylist() if row["fault"]}
     assert len(failed) == 1
@@ -228,9 +223,10 @@ def test_a_bundle_that_changed_under_way_is_refused(
 ) -> None:
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(light_bundle)
+    images, output = ImageSet("memory://mill", [], "memory://mill"), Output(str(tmp_path))
     change(light_bundle)
     with pytest.raises(ValueError, match="is not the bundle this run began with"):
-        Worker(str(light_bundle), sha256, image, 0, True, 1)
+        Worker(images, output, str(light_bundle), sha256, image, 0, True, 1)
 
 
 def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -> None:
@@ -239,10 +235,10 @@ def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -
     save_strips(tmp_path, NAMES[:1])
     store = fsspec.filesystem("memory")
     store.put(str(light_bundle), "/mill/bundle", recursive=True)
-    image = read_image(tmp_path / NAMES[0], SEVERSTAL)
-    worker = Worker("memory://mill/bundle", manifest_hash(light_bundle), image, 0, True, 1)
-    rows = rles_of(worker(part_of(tmp_path, NAMES[:1])))
-    assert rows == rles_of(make_worker(light_bundle, tmp_path)(part_of(tmp_path, NAMES[:1])))
+    here = make_worker(light_bundle, tmp_path)
+    image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(light_bundle)
+    worker = Worker(here.images, here.output, "memory://mill/bundle", sha256, image, 0, True, 1)
+    assert rles_of(worker.predict(NAMES[:1])) == rles_of(here.predict(NAMES[:1]))
 
 
 def test_folders_of_workers_that_were_killed_go_with_the_next_worker(
@@ -257,16 +253,24 @@ def test_folders_of_workers_that_were_killed_go_with_the_next_worker(
     assert sorted(tmp_path.iterdir()) == sorted([*alive, another])
 
 
+def faults_of(rows: pa.Table) -> dict[str, str]:
+    return {row["image"]: row["fault"] for row in rows.to_pylist()}
+
+
 def test_a_part_of_which_nothing_can_be_fetched_fails_and_an_image_alone_says_why(
-    tmp_path: Path,
+    session_light: Path, tmp_path: Path
 ) -> None:
     """The store is away, or this machine lacks a folder that others have."""
+    worker = make_worker(session_light, tmp_path, image=draw_image(0))
     with pytest.raises(UserCodeException, match=r"none of the 7 images .* fetched: .*no such file"):
-        part_of(tmp_path, NAMES)
-    assert "no such file" in part_of(tmp_path, NAMES[:1])["fault"][0].as_py()
+        worker.predict(NAMES)
+    assert "no such file" in faults_of(worker.predict(NAMES[:1]))[NAMES[0]]
     (tmp_path / NAMES[2]).write_bytes(b"no image")  # but it is there
-    faults = part_of(tmp_path, NAMES)["fault"].to_pylist()
-    assert ["no such file" in fault for fault in faults] == [name != NAMES[2] for name in NAMES]
+    faults = faults_of(worker.predict(NAMES))
+    assert list(faults) == NAMES
+    assert ["no such file" in fault for fault in faults.values()] == [
+        name != NAMES[2] for name in NAMES
+    ]
 
 
 def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
@@ -274,8 +278,8 @@ def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
 ) -> None:
     """As a fault it would never be tried again; read again, the part may have others left out."""
     save_strips(tmp_path, NAMES)
-    throttled, output = set[str](), Output(str(tmp_path / "out"))
-    output.fs.makedirs(output.path)
+    throttled, out = set[str](), tmp_path / "out"
+    out.mkdir()
 
     def fetch(_: object, path: str) -> bytes:
         name = Path(path).name
@@ -286,40 +290,45 @@ def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
         return (tmp_path / name).read_bytes()
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch)
-    images, worker = ImageSet("memory://mill", [], "memory://mill"), None
+    images, part = ImageSet("memory://mill", [], "memory://mill"), pa.table({"image": NAMES})
+    worker = make_worker(session_light, images, image=draw_image(0), output=out)
     for lost in ({NAMES[1], NAMES[4]}, {NAMES[0]}, set[str]()):
         throttled.clear()
         throttled.update(lost)
-        strips = read_strips(pa.table({"image": NAMES}), images)
-        worker = worker or make_worker(session_light, tmp_path)
-        assert output.write_part(worker(strips)).images == len(NAMES) - len(lost)
-        (part,) = (tmp_path / "out").glob("part-*.parquet")  # in the place of the one before
-        rows = pq.read_table(part).to_pylist()
-        assert [row["image"] for row in rows] == [
+        (totals,) = worker(part).to_pylist()
+        assert (totals["images"], totals["faults"]) == (len(NAMES) - len(lost), 1)
+        (written,) = out.glob("part-*.parquet")  # in the place of the one before
+        rows = pq.read_table(written)
+        assert rows["image"].to_pylist() == [
             name for name in NAMES if name not in lost for _ in LABELS
         ]
-        assert {row["image"] for row in rows if row["fault"] != ""} == {NAMES[2]}
+        assert [name for name, fault in faults_of(rows).items() if fault] == [NAMES[2]]
     throttled.add(NAMES[0])
-    alone = read_strips(pa.table({"image": NAMES[:1]}), images)
-    assert alone["fault"].to_pylist() == ["SlowDown"]
+    assert faults_of(worker.predict(NAMES[:1])) == {NAMES[0]: "SlowDown"}
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_an_image_reaches_the_worker_as_the_kernel_reads_it(
-    channels: int, bits: int, tmp_path: Path
+def test_few_images_are_read_ahead(
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, sizes = dict[str, Any](), (SMALL, (50, 70))
-    for seed, (name, size) in enumerate(zip(NAMES, sizes, strict=False)):
-        image: Any = np.dstack([draw_image(3 * seed + plane, size) for plane in range(channels)])
-        images[name] = (
-            image.squeeze().astype(np.uint16) * 200 + 7 if bits == 16 else image.squeeze()
-        )
-        save_image(tmp_path / name, images[name][..., ::-1] if channels == 3 else images[name])
-    competition = replace(SEVERSTAL, channels=channels, bits=bits)
-    strips = list(unpack_strips(part_of(tmp_path, list(images), competition)))
-    assert [strip.name for strip in strips] == list(images)
-    for strip in strips:
-        assert strip.image is not None and strip.image.flags.writeable
-        assert strip.image.dtype == images[strip.name].dtype
-        np.testing.assert_array_equal(strip.image, images[strip.name])
+    """A part may be larger than the memory."""
+    save_strips(tmp_path, NAMES[:1])
+    names, begun = [f"{index}.jpg" for index in range(40)], list[str]()
+
+    def fetch(_: object, path: str) -> bytes:
+        begun.append(path)
+        return (tmp_path / NAMES[0]).read_bytes()
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch)
+    worker = make_worker(
+        session_light, ImageSet("memory://mill", [], "memory://mill"), image=draw_image(0)
+    )
+    ahead, run_strips = list[int](), worker.scheduler.predict_strips
+
+    def count(strips: Any) -> Any:
+        for done, state in enumerate(run_strips(strips), 1):
+            ahead.append(len(begun) - done)
+            yield state
+
+    monkeypatch.setattr(worker.scheduler, "predict_strips", count)
+    assert list(faults_of(worker.predict(names))) == names
+    assert len(begun) == len(names) and max(ahead) == READERS
