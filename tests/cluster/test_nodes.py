@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
 from cluster import engine
-from cluster.images import find_images
+from cluster.images import ImageSet, find_images
 from cluster.output import Output, fault_rows
+from cluster.worker import PartState, Worker
+from kernel.images import Strip
 
 pytestmark = [
     pytest.mark.nodes,
@@ -164,12 +167,11 @@ def test_parts_at_which_every_worker_dies_are_left_out_in_the_end(
 ) -> None:
     """Ray itself would start worker after worker for them."""
 
-    class Mortal:  # in this function: it is pickled whole
-        def __init__(self, **_: Any) -> None:
-            pass
+    class Mortal(Worker):  # in this function: it is pickled whole
+        def __init__(self, output: Output, **_: Any) -> None:
+            self.output = output
 
-        def __call__(self, strips: Any) -> Any:
-            names = strips["image"].to_pylist()
+        def predict(self, names: list[str]) -> Any:
             if "05.jpg" in names:
                 os._exit(1)
             return fault_rows(names, len(LABELS), "")
@@ -196,12 +198,16 @@ def test_parts_at_which_every_worker_dies_are_left_out_in_the_end(
 def test_a_store_that_is_away_for_more_than_eight_parts_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stub:  # in this function: it is pickled whole
-        def __init__(self, **_: Any) -> None:
-            pass
+    class Stub(Worker):  # in this function: it is pickled whole
+        scheduler: Any = None
 
-        def __call__(self, strips: Any) -> Any:
-            return fault_rows(strips["image"].to_pylist(), len(LABELS), "")
+        def __init__(self, images: ImageSet, output: Output, **_: Any) -> None:
+            self.images, self.output = images, output
+            self.readers = ThreadPoolExecutor(1)
+
+        def _predict(self, _: Any, strips: Iterator[Strip], part: PartState) -> None:
+            for strip in strips:
+                part.rows[strip.name] = fault_rows([strip.name], len(LABELS), "").to_pylist()
 
     names = [f"{index:02}.jpg" for index in range(40)]
     save_strips(tmp_path / "images", names)
