@@ -88,8 +88,7 @@ def test_a_network_is_bound_to_no_core_for_another_process_may_choose_the_same(
     encoder = engine_of(openvino_dataset, specs_of(openvino_dataset)[0]).encoder
     assert isinstance(encoder, OpenVino)
     encoder(greys(0, 1, 32, 64))
-    [requests] = encoder.requests.values()
-    [request] = requests.values()
+    [request] = encoder.requests.values()
     assert request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
 
 
