@@ -49,6 +49,7 @@ READERS = 8  # threads, and images read ahead: most of a read may be its store's
 class PartState:
     """What is known so far of the images of a part."""
 
+    alone: bool  # one image: no other tells whether it or its store is at fault
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of an image, by its name
     failed: list[Strip] = field(default_factory=list)  # by the networks
     not_fetched: dict[str, str] = field(default_factory=dict)  # image → why
@@ -140,32 +141,32 @@ class Worker:
         Raises:
             UserCodeException: there are several, and not one can be fetched: no image's own fault.
         """
-        part = PartState()
+        found = PartState(alone=len(names) == 1)
         try:
-            self._predict(self.scheduler, self._read(names, part, len(names) == 1), part)
+            self._predict(self.scheduler, self._read(names, found), found)
         except DeviceLost as error:
             log.warning("%s: this worker continues on the CPU", error)
             self.scheduler = self._load(torch.device("cpu"))
-            rest = [name for name in names if name not in part.rows]
-            self._predict(self.scheduler, self._read(rest, part, len(names) == 1), part)
-        if len(names) == len(part.not_fetched) > 1:
+            rest = [name for name in names if name not in found.rows]
+            self._predict(self.scheduler, self._read(rest, found), found)
+        if len(names) == len(found.not_fetched) > 1:
             raise UserCodeException(
                 f"{self.images.root}: none of the {len(names)} images of a part can be fetched: "
-                f"{part.not_fetched[names[0]]}"
+                f"{found.not_fetched[names[0]]}"
             )
-        if part.failed:
-            self._try_again(part)
-        rows = (row for name in names for row in part.rows.get(name, ()))
+        if found.failed:
+            self._try_again(found)
+        rows = (row for name in names for row in found.rows.get(name, ()))
         return pa.Table.from_pylist(list(rows), schema=ROWS)
 
-    def _read(self, names: list[str], part: PartState, alone: bool) -> Iterator[Strip]:
+    def _read(self, names: list[str], found: PartState) -> Iterator[Strip]:
         """Yield strips in order, the next ones read beside the networks."""
         for name, strip in self._read_ahead(names):
             try:
                 yield strip.result()
             except NotFetched as error:
-                part.not_fetched[name] = str(error)
-                if alone or error.missing:
+                found.not_fetched[name] = str(error)
+                if found.alone or error.missing:
                     yield Strip(name, None, str(error))
 
     def _read_ahead(self, names: list[str]) -> Iterator[tuple[str, Future[Strip]]]:
@@ -176,24 +177,24 @@ class Worker:
                 yield waiting.popleft()
         yield from waiting
 
-    def _predict(self, scheduler: Scheduler, strips: Iterator[Strip], part: PartState) -> None:
+    def _predict(self, scheduler: Scheduler, strips: Iterator[Strip], found: PartState) -> None:
         """Every strip through the scheduler."""
         before = time.monotonic()
         for state in scheduler.predict_strips(strips):
             rows = self._rows(scheduler, state)
             before, since = time.monotonic(), before
-            part.rows[state.strip.name] = [row | {"seconds": before - since} for row in rows]
+            found.rows[state.strip.name] = [row | {"seconds": before - since} for row in rows]
             if state.failed:
-                part.failed.append(state.strip)
+                found.failed.append(state.strip)
 
-    def _try_again(self, part: PartState) -> None:
+    def _try_again(self, found: PartState) -> None:
         """What the networks failed on once more, on plain PyTorch; where that fails, it stays."""
-        failed, threads = part.failed.copy(), torch.get_num_threads()
-        fault = part.rows[failed[0].name][0]["fault"]
+        failed, threads = found.failed.copy(), torch.get_num_threads()
+        fault = found.rows[failed[0].name][0]["fault"]
         log.warning("%s; %d images run again, on plain PyTorch", fault, len(failed))
         torch.set_num_threads(self.threads)  # one where OpenVINO's members run
         try:
-            self._predict(self.plain, iter(failed), part)
+            self._predict(self.plain, iter(failed), found)
         except Exception as error:  # short of memory for a second ensemble, for one
             log.warning("plain PyTorch fails, too: %r", error)
         finally:
