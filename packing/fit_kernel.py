@@ -27,7 +27,6 @@ REQUIREMENTS = [
 
 OWN_OPTIONS = {  # of train.py, and what they are on Kaggle
     "--competition": "Severstal's",
-    "--classes": "Severstal's 4",
     "--data": "the competition's, as it is mounted",
     "--runs": "a folder of the kernel's output",
     "--out": "the kernel's output",

@@ -2,12 +2,11 @@
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, MemberSpec
-from kernel.shipped import add_competition_option, find_competition
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -157,36 +156,3 @@ def check_config(config: Config) -> None:
         given = f"--defect-share {config.defect_share}, --moved-share {config.moved_share}"
         given += f", --extra's {list(config.extra_shares)}"
         raise ValueError(f"{given}: each from 0 to 1, --extra's below 1 together")
-
-
-def with_classes(competition: Competition, count: int) -> Competition:
-    """Return a competition with another number of classes, "1" and so on; 1 at the least."""
-    if count < 1:
-        raise ValueError(f"--classes {count}, expected 1 or more")
-    names = tuple(map(str, range(1, count + 1)))
-    if names == competition.classes:
-        return competition
-    return replace(
-        competition,
-        classes=names,
-        n_training_images=None,
-        images_with_class=None,
-        median_areas=None,
-    )
-
-
-def add_competition_options(parser: argparse._ActionsContainer) -> None:
-    """Add what says how train.csv is to be read."""
-    add_competition_option(parser)
-    about = "number of classes in Severstal's train.csv layout, named 1, 2 and so on (default 4)"
-    parser.add_argument("--classes", type=int, help=about)
-
-
-def read_competition(args: argparse.Namespace) -> Competition:
-    """Return the competition that these options describe; ValueError for both of them."""
-    competition = find_competition(args.competition)
-    if args.classes is None:
-        return competition
-    if args.competition:
-        raise ValueError(f"--classes {args.classes}: {args.competition} names its classes itself")
-    return with_classes(competition, args.classes)

@@ -10,7 +10,8 @@ import numpy as np
 
 from kernel.command import new_parser, run_command
 from kernel.rows import csv_line, layouts_of
-from training.config import NO_FOLD, Config, add_competition_options, read_competition
+from kernel.shipped import add_competition_option, find_competition
+from training.config import NO_FOLD, Config
 from training.strips import Strips, read_strips
 
 
@@ -84,7 +85,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     add("--folds", type=int, default=Config.folds, help="default %(default)s")
     add("--fold", type=int, default=Config.fold, help="the fold held out (default %(default)s)")
-    add_competition_options(parser)
+    add_competition_option(parser)
     add("--out", type=Path, required=True, help="folder to write; must not be there")
     return parser.parse_args(arguments)
 
@@ -95,7 +96,7 @@ def split(args: argparse.Namespace) -> int:
         raise ValueError(f"--fold {args.fold} of --folds {args.folds}: expected 0 to folds - 1")
     if args.out.exists():
         raise ValueError(f"{args.out}: is there already; give another --out, or remove it")
-    competition = read_competition(args)
+    competition = find_competition(args.competition)
     parts = split_folds(read_strips(args.data, competition), args.folds, args.fold)
     for strips, name in zip(parts, ("train", "held_out"), strict=True):
         write_strips(strips, args.out / name)

@@ -22,8 +22,9 @@ from kernel.image_folders import open_images
 from kernel.images import image_to_tensor
 from kernel.logs import log
 from kernel.members import hash_file, read_entry, to_channels
+from kernel.shipped import find_competition
 from training.batches import Batches
-from training.config import NO_FOLD, Config, check_config, read_competition
+from training.config import NO_FOLD, Config, check_config
 from training.fit import Machine
 from training.folds import split_folds
 from training.heads import Pairs, SampledPairs, StripPairs
@@ -310,7 +311,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, Inputs]:
     Raises:
         ValueError: something is missing, is no such thing, or does not fit the rest.
     """
-    device, competition = choose_device(args.device), read_competition(args)
+    device, competition = choose_device(args.device), find_competition(args.competition)
     own = read_strips(args.data, competition)
     config, machine = read_config(args, device, own), read_machine(args, device)
     train_strips, held_out = split_folds(own, config.folds, config.fold)

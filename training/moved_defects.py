@@ -17,8 +17,8 @@ from kernel.command import new_parser, run_command
 from kernel.competition import Competition
 from kernel.contact_sheet import Picture, add_caption, overlay_masks, stack
 from kernel.images import Image, Mask
+from kernel.shipped import add_competition_option, find_competition
 from training.augmentation import Pair
-from training.config import add_competition_options, read_competition
 from training.metrics import Masks
 from training.strips import Strips, read_strips
 
@@ -197,7 +197,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser("Draw defects before and after their move to another strip.", EXAMPLE)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
-    add_competition_options(parser)
+    add_competition_option(parser)
     add("--out", type=Path, default=Path("moved.png"), help="default moved.png")
     add("--count", type=int, default=6, help="defects to move (default 6)")
     add("--seed", type=int, default=0)
@@ -206,7 +206,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def draw_sheet(args: argparse.Namespace) -> int:
     """Write the contact sheet."""
-    competition = read_competition(args)
+    competition = find_competition(args.competition)
     check_movable(competition, "--competition")
     strips, rng = read_strips(args.data, competition), np.random.default_rng(args.seed)
     if not any(strips.truth.values()):

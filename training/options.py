@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from training.config import NO_FOLD, PRECISIONS, Config, add_competition_options, parse_size
+from kernel.shipped import add_competition_option
+from training.config import NO_FOLD, PRECISIONS, Config, parse_size
 from training.heads import PRESENT_WEIGHT
 from training.moved_defects import METHODS
 
@@ -37,7 +38,7 @@ def parse_extra(text: str) -> tuple[Path, float]:
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add what is trained on."""
     group = parser.add_argument_group("strips")
-    add_competition_options(group)
+    add_competition_option(group)
     add = group.add_argument
     add("--data", type=Path, required=True, help="folder with train.csv and train_images/")
     about = "another such folder and the share of draws taken from it; never held out"

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from kernel.competition import SEVERSTAL
 from kernel.manifest import Manifest, parse_manifest
 from packing.sources import left_out, propose_manifest, read_sources, unfinished
-from training.config import with_classes
 
 
 def member(**changes: Any) -> dict[str, Any]:
@@ -188,7 +187,15 @@ def test_a_manifest_that_was_proposed_for_another_competition_stays_its(
 ) -> None:
     two = {"classes": 2, "aux_params": {"classes": 2, "pooling": "max"}}
     write_packed(tmp_path, model=model(**two))
-    mine = replace(with_classes(SEVERSTAL, 2), slug="mine", classes=("a", "b"), bits=16)
+    mine = replace(
+        SEVERSTAL,
+        slug="mine",
+        classes=("a", "b"),
+        bits=16,
+        n_training_images=None,
+        images_with_class=None,
+        median_areas=None,
+    )
     propose_manifest(tmp_path / "ensemble.json", mine)
     assert read_manifest(tmp_path)["competition"] == "mine"
     assert "of themselves, competition.json beside it: look" in capsys.readouterr().out

@@ -9,8 +9,9 @@ import pytest
 from helpers import CLASSES, LABELS, error_of, exit_code
 
 from kernel.competition import SEVERSTAL
+from kernel.shipped import find_competition
 from training import folds
-from training.config import NO_FOLD, with_classes
+from training.config import NO_FOLD
 from training.folds import split_folds
 from training.strips import Strips, read_strips
 
@@ -51,7 +52,7 @@ def test_strips_of_one_class_are_split_too(share: float) -> None:
     """As salt's, of which some have it, and carvana's, which all do."""
     there = np.random.default_rng(1).random(200) < share
     truth = {f"{index:04}.png": {1: "1 1"} if has else {} for index, has in enumerate(there)}
-    whole = Strips(Path("nowhere"), list(truth), truth, with_classes(SEVERSTAL, 1))
+    whole = Strips(Path("nowhere"), list(truth), truth, find_competition("salt"))
     held_out: list[str] = []
     for fold in range(5):
         validation = split_folds(whole, 5, fold)[1]
