@@ -53,10 +53,6 @@ TOO_LARGE = (
 )
 
 
-class Diverged(ValueError):
-    """The loss is no number any more."""
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where a run takes place; nothing here changes what its weights will be."""
@@ -159,7 +155,7 @@ class StopOnNonFinite(Callback):
         """Check the loss.
 
         Raises:
-            Diverged: it is no number, in 16-mixed so often that the scaler does not mend it, or
+            ValueError: it is no number, in 16-mixed so often that the scaler does not mend it, or
                 that its scale leaves no gradient; the weights of the last state are numbers.
         """
         loss, step = float(outputs["loss"]), trainer.global_step
@@ -169,8 +165,8 @@ class StopOnNonFinite(Callback):
         log.warning("%s: the loss is %s at step %d", self.config.name, loss, step)
         scale_exhausted = loss_scale(trainer) < 1
         if self.nonfinite_steps >= self.max_nonfinite_steps or scale_exhausted:
-            raise Diverged(f"{self.config.name}: the loss is {loss} at step {step} of its "
-                           f"{self.part.name}: fit it anew {self.config.steadier}")  # fmt: skip
+            raise ValueError(f"{self.config.name}: the loss is {loss} at step {step} of its "
+                             f"{self.part.name}: fit it anew {self.config.steadier}")  # fmt: skip
 
 
 class StepTimer(Callback):
