@@ -15,7 +15,6 @@ TEMPERATURE = 2.0  # of a teacher's masks: what it is not sure of counts too
 GROUP = 4  # crops asked together: in 32 of 128×256 every class is there, and none is denied
 SURE = 1e-6  # a probability so near to 0 or 1 that its logit is cut off
 DICE = smp.losses.DiceLoss("multilabel", smooth=0.5)  # 0.5 on half the sizes: 1 on the sizes
-BCE = smp.losses.SoftBCEWithLogitsLoss(ignore_index=None)
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def taught_loss(logits: Tensor, taught: Tensor) -> Tensor:
     The temperature squared keeps the gradient's size.
     """
     soft = torch.sigmoid(torch.logit(taught, SURE) / TEMPERATURE)
-    loss: Tensor = TEMPERATURE**2 * BCE(logits / TEMPERATURE, soft)
-    return loss
+    return TEMPERATURE**2 * F.binary_cross_entropy_with_logits(logits / TEMPERATURE, soft)
 
 
 def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
@@ -95,6 +93,6 @@ def member_loss(outputs: Outputs, masks: Tensor) -> Tensor:
     cells = F.adaptive_max_pool2d(masks, outputs.cells.shape[-2:])
     presence = presence_loss(outputs.presence, present)
     presence = presence + presence_loss(outputs.together, in_groups(present).amax(dim=1))
-    mask_loss = MASK_WEIGHT * BCE(outputs.masks, own) + dice_loss(outputs.masks, own)
-    loss: Tensor = mask_loss + presence + 2 * BCE(outputs.cells, cells)
-    return loss
+    mask_loss = MASK_WEIGHT * F.binary_cross_entropy_with_logits(outputs.masks, own)
+    mask_loss = mask_loss + dice_loss(outputs.masks, own)
+    return mask_loss + presence + 2 * F.binary_cross_entropy_with_logits(outputs.cells, cells)
