@@ -22,7 +22,7 @@ from training.fit import (
     take_steps,
 )
 from training.module import new_network
-from training.states import as_today, other_experiment
+from training.states import other_experiment
 from training.strips import Strips
 
 STEPS = "steps.json"  # what was chosen, in RUNS/NAME
@@ -124,7 +124,7 @@ def choose_steps(
     path, own = machine.folder(config) / STEPS, asdict(replace(config, crops=0, teacher=""))
     asked = json.loads(json.dumps(own))  # tuples as JSON has them
     saved = read_json(path) if path.is_file() else {}
-    known = as_today(saved.get("asked", {}))
+    known = saved.get("asked", {})
     if known != asked:
         states = sorted(path.parent.glob("*.ckpt"))
         if saved and states:  # which go on with their own steps, not with new ones
@@ -141,7 +141,7 @@ def choose_steps(
             "pace": asdict(pace),
         }
         write_json(path, saved)
-    elif saved.get("minutes", minutes) != minutes:
+    elif saved["minutes"] != minutes:
         log.warning("%s keeps the steps of its first --minutes, %g: for others give another --name",
                     config.name, saved["minutes"])  # fmt: skip
     log.info("%s: %d + %d steps, by a pace of %s s", config.name, saved["crop_steps"],

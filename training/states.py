@@ -51,20 +51,7 @@ def describe_experiment(config: Config, data: str, start_from: str) -> dict[str,
     """
     teacher = hash_file(Path(config.teacher)) if config.teacher else ""
     described = asdict(config) | {"data": data, "start_from": start_from, "teacher": teacher}
-    described = {k: v for k, v in described.items() if v or k != "teacher"}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
-
-
-def as_today(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return what is saved of an experiment as it is described today.
-
-    Before, `mean` and `std` were numbers, beside which `means` and `stds` had one a channel.
-    """
-    today = {key: value for key, value in saved.items() if key not in ("means", "stds")}
-    for key in ("mean", "std"):
-        if isinstance(saved.get(key), float):
-            today[key] = saved.get(f"{key}s") or [saved[key]]
-    return today
 
 
 def crops_of(folder: Path) -> int:
@@ -85,7 +72,7 @@ def read_state(path: Path, experiment: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        saved = as_today(state[EXPERIMENT])
+        saved = state[EXPERIMENT]
     except Exception as error:  # a zip's, a pickle's or a KeyError: no state in any case
         raise ValueError(f"{path}: no saved state, remove it: {error!r:.200}") from error
     if fault := other_experiment(saved, experiment):

@@ -191,19 +191,6 @@ def test_steps_are_chosen_once_and_a_resumed_fit_keeps_them(
     assert saved["asked"]["arch"] == "FPN" and saved["pace"]["whole_step"] == 1.0
 
 
-def test_steps_that_were_saved_with_a_mean_as_a_number_stay(
-    config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pace, "measure_pace", lambda *_: PACE)
-    chosen = choose_steps(config, [strips], machine, 10, 0)
-    steps = machine.runs / "tiny" / pace.STEPS
-    saved = json.loads(steps.read_text())
-    saved["asked"] |= {"mean": 0.34, "std": 0.13, "means": [], "stds": []}
-    steps.write_text(json.dumps(saved))
-    monkeypatch.setattr(pace, "measure_pace", None)
-    assert choose_steps(config, [strips], machine, 10, 0) == chosen
-
-
 def test_steps_with_which_a_state_was_fitted_stay_whatever_is_tried_between(
     config: Config, strips: Strips, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

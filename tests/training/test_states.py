@@ -25,27 +25,6 @@ def test_a_state_of_this_experiment_is_read(config: Config, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("saved", "channels"),
-    [
-        ({"mean": 0.34, "std": 0.13}, {}),
-        (
-            {"mean": 0.34, "std": 0.13, "means": [0.1, 0.2, 0.3], "stds": [0.4, 0.5, 0.6]},
-            {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)},
-        ),
-    ],
-)
-def test_a_state_whose_mean_was_saved_as_a_number_is_read(
-    saved: dict[str, Any], channels: dict[str, Any], config: Config, tmp_path: Path
-) -> None:
-    experiment = describe_experiment(replace(config, **channels), "data", "")
-    save(tmp_path / "crops.ckpt", experiment | saved)
-    assert read_state(tmp_path / "crops.ckpt", experiment) is not None
-    other = describe_experiment(replace(config, mean=(0.5,)), "data", "")
-    with pytest.raises(ValueError, match="state of another experiment"):
-        read_state(tmp_path / "crops.ckpt", other)
-
-
-@pytest.mark.parametrize(
     ("change", "shown"),
     [
         ({"fold": 1}, "fold 0, now 1"),
