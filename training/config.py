@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.competition import SEVERSTAL
-from kernel.manifest import Manifest, MemberSpec
+from kernel.manifest import MemberSpec
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -15,11 +15,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (times and height.isdecimal() and width.isdecimal() and int(height) * int(width)):
         raise argparse.ArgumentTypeError(f"size is {text!r}, expected HEIGHTxWIDTH like 256x1600")
     return int(height), int(width)
-
-
-def threshold_logit(threshold: float) -> float:
-    """The logit whose sigmoid is `threshold`."""
-    return math.log(threshold / (1 - threshold))
 
 
 PRECISIONS = ("32", "16-mixed", "bf16-mixed")
@@ -101,11 +96,6 @@ class Config:
     def parts(self) -> tuple[Part, Part]:
         """Both, in their order."""
         return self.crop_part, self.whole_part
-
-    @property
-    def mask_level(self) -> float:
-        """The logit at which the kernel's threshold cuts a mask whose gate is open."""
-        return threshold_logit(Manifest.threshold)
 
     @property
     def spec(self) -> MemberSpec:

@@ -4,6 +4,7 @@ It runs in single precision, as the validation does: one value beyond half preci
 leave a head of NaN, after hours of steps.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,6 @@ from kernel.manifest import Manifest
 from kernel.members import Member
 from training.augmentation import Pair
 from training.batches import Batches
-from training.config import Config
 from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
@@ -29,6 +29,8 @@ from training.teacher import presence_probabilities, read_teacher
 PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last
 L2_SP_WEIGHT = 0.01  # keeps the presence head near the trained one: few strips have a rare class
 TAUGHT_L2_SP_WEIGHT = 0.1  # where a teacher's gates are learnt: on fewer strips still
+# The logit at which the kernel's threshold cuts a mask whose gate is wide open.
+MASK_LEVEL = math.log(Manifest.threshold / (1 - Manifest.threshold))
 LOGIT_GRID = torch.arange(-8, 8.1, 0.25)  # of mask logits, among which the best cut is looked for
 GRID_STRIPS = 60  # of each class, on which it is looked for
 
@@ -163,14 +165,14 @@ def refit_taught_gates(module: MemberModule, strips: Strips) -> None:
 # --- mask head ------------------------------------------------------------------------------------
 
 
-def mask_lifts(gates: Tensor, config: Config) -> Tensor:
+def mask_lifts(gates: Tensor) -> Tensor:
     """Return by how much each gate (classes,) lifts the logit at which the kernel cuts a mask.
 
     It cuts the product: under a gate of 0.8 and a threshold of 0.55 a mask has to pass 0.69. Under
     a gate that is not above the threshold none does: infinity.
     """
     cut = Manifest.threshold / gates
-    return torch.logit(cut.clamp(max=1)) - config.mask_level
+    return torch.logit(cut.clamp(max=1)) - MASK_LEVEL
 
 
 @torch.inference_mode()
@@ -181,15 +183,15 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
     gate's lift. A class of which there is none, or that no level finds, keeps the level at which it
     is cut as it stands.
     """
-    config, device = module.config, module.mean.device
+    classes, device = module.config.classes, module.mean.device
     grid = LOGIT_GRID.to(device)[:, None, None]
-    curves, counts = torch.zeros(config.classes, len(grid)), torch.zeros(config.classes)
+    curves, counts = torch.zeros(classes, len(grid)), torch.zeros(classes)
     for image, masks in load_pairs(pairs, "mask head"):
         labels = [c for c in np.flatnonzero(masks.any(axis=(1, 2))) if counts[c] < GRID_STRIPS]
         if not labels:
             continue
         outputs = module(image_to_tensor(image, device))
-        lifts = mask_lifts(outputs.presence[0].sigmoid(), config)
+        lifts = mask_lifts(outputs.presence[0].sigmoid())
         for label in (c for c in labels if lifts[c].isfinite()):
             truth = torch.from_numpy(masks[label]).to(device)
             found = outputs.masks[0, label] > grid + lifts[label]
@@ -197,7 +199,7 @@ def best_logit_thresholds(module: MemberModule, pairs: Pairs) -> tuple[Tensor, T
             curves[label] += torch.from_numpy(dice_of(both.cpu().numpy(), sizes.cpu().numpy()))
             counts[label] += 1
     best = curves.argmax(dim=1)
-    levels = torch.where(curves.amax(dim=1) > 0, LOGIT_GRID[best], config.mask_level)
+    levels = torch.where(curves.amax(dim=1) > 0, LOGIT_GRID[best], MASK_LEVEL)
     return levels, curves.amax(dim=1) / counts.clamp_min(1)
 
 
@@ -213,7 +215,7 @@ def calibrate_mask_bias(module: MemberModule, pairs: Pairs) -> None:
     head = module.network.segmentation_head.modules()
     bias = [m for m in head if isinstance(m, nn.Conv2d)][-1].bias
     assert bias is not None  # SMP's heads have one
-    bias.data += (module.config.mask_level - levels).to(bias)
+    bias.data += (MASK_LEVEL - levels).to(bias)
 
 
 # --- both heads -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One experiment: its cycles of the learning rate, the kernel's level, and impossible values."""
+"""One experiment: its cycles of the learning rate, its member's entry, and impossible values."""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training.config import NO_FOLD, Config, check_config, parse_size, threshold_logit
+from training.config import NO_FOLD, Config, check_config, parse_size
 
 
 def test_each_part_has_a_cycle_of_its_own_and_no_step_stands_still(config: Config) -> None:
@@ -23,17 +23,6 @@ def test_each_part_has_a_cycle_of_its_own_and_no_step_stands_still(config: Confi
         assert rates[peak:] == sorted(rates[peak:], reverse=True)
         assert 0 < rates[-1] < max(rates) / 50
     assert min(crops + whole) > 0
-
-
-def test_the_logit_of_a_threshold_has_it_as_its_sigmoid() -> None:
-    assert threshold_logit(0.5) == 0
-    for threshold in (0.05, 0.3, 0.55, 0.95):
-        assert 1 / (1 + math.exp(-threshold_logit(threshold))) == pytest.approx(threshold)
-
-
-def test_the_level_is_where_the_kernels_threshold_cuts(config: Config) -> None:
-    cut = 1 / (1 + math.exp(-config.mask_level))
-    assert cut == pytest.approx(0.55)  # the competition's recipe
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -18,6 +18,7 @@ from training.batches import Batches
 from training.config import Config
 from training.heads import (
     LOGIT_GRID,
+    MASK_LEVEL,
     SampledPairs,
     StripPairs,
     best_logit_thresholds,
@@ -156,7 +157,7 @@ def dices_with(network: Any, config: Config, strips: Strips, biases: list[float]
 
     What is scored is the kernel's product of mask and gate over its threshold.
     """
-    dices, threshold = [], expit(config.mask_level)
+    dices, threshold = [], expit(MASK_LEVEL)
     for name in strips.names:
         image, truth = strips.load(name)
         masks, presence = logits_of(network, image, config)
@@ -175,7 +176,7 @@ def test_the_refitted_masks_are_cut_where_their_product_with_the_gates_scores_mo
     config = replace(config, arch=arch)
     network = with_gates(new_network(replace(config, seed=7)), strips, config, 0.7, 0.7)
     module, pairs, levels = module_of(network, config), StripPairs(strips), LOGIT_GRID.tolist()
-    tried = dices_with(network, config, strips, [config.mask_level - level for level in levels])
+    tried = dices_with(network, config, strips, [MASK_LEVEL - level for level in levels])
     found, dices = best_logit_thresholds(module, pairs)
     image = draw_image(0)
     before, _ = logits_of(network, image, config)
@@ -184,7 +185,7 @@ def test_the_refitted_masks_are_cut_where_their_product_with_the_gates_scores_mo
     assert np.ptp(tried, axis=0).min() > 0.01  # the level matters
     for label, level in enumerate(found.tolist()):
         assert tried[levels.index(level), label] == pytest.approx(tried[:, label].max(), abs=1e-4)
-        assert np.allclose(moved[label], config.mask_level - level, atol=1e-4)
+        assert np.allclose(moved[label], MASK_LEVEL - level, atol=1e-4)
     assert dices.numpy() == pytest.approx(tried.max(axis=0), abs=1e-4)
     now = dices_with(network, config, strips, [0.0])[0]
     assert now == pytest.approx(tried.max(axis=0), abs=0.01)
@@ -192,17 +193,15 @@ def test_the_refitted_masks_are_cut_where_their_product_with_the_gates_scores_mo
 
 @pytest.mark.parametrize("gate", [0.56, 0.8, 1.0])
 def test_a_gate_lifts_the_logit_from_which_the_kernels_product_is_over_its_threshold(
-    gate: float, config: Config
+    gate: float,
 ) -> None:
-    logit = config.mask_level + float(mask_lifts(torch.tensor([gate]), config)[0])
-    assert expit(logit) * gate == pytest.approx(expit(config.mask_level), abs=1e-5)
+    logit = MASK_LEVEL + float(mask_lifts(torch.tensor([gate]))[0])
+    assert expit(logit) * gate == pytest.approx(0.55, abs=1e-5)  # the competition's recipe
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.3, 0.55])
-def test_a_gate_that_is_not_above_the_threshold_shuts_every_mask(
-    gate: float, config: Config
-) -> None:
-    assert mask_lifts(torch.tensor([gate]), config).tolist() == [math.inf]
+def test_a_gate_that_is_not_above_the_threshold_shuts_every_mask(gate: float) -> None:
+    assert mask_lifts(torch.tensor([gate])).tolist() == [math.inf]
 
 
 def test_a_class_whose_gates_are_shut_keeps_its_level(
@@ -212,7 +211,7 @@ def test_a_class_whose_gates_are_shut_keeps_its_level(
     with torch.no_grad():
         presence_layer(network).bias[1] -= 18
     found, dices = best_logit_thresholds(module_of(network, config), StripPairs(strips))
-    assert found[1] == torch.tensor(config.mask_level)
+    assert found[1] == torch.tensor(MASK_LEVEL)
     assert dices.gt(0).tolist() == [True, False, True, True]
 
 
@@ -222,7 +221,7 @@ def test_a_class_that_no_strip_has_keeps_its_level(
     without = replace(strips, names=[n for n in strips.names if 2 not in strips.truth.get(n, {})])
     with_gates(network, strips, config, 9, 0.1)
     found, dices = best_logit_thresholds(module_of(network, config), StripPairs(without))
-    assert found[1] == torch.tensor(config.mask_level)
+    assert found[1] == torch.tensor(MASK_LEVEL)
     assert dices[1] == 0
     assert all(found[i] in LOGIT_GRID for i in (0, 2, 3))
 
@@ -235,7 +234,7 @@ def test_a_class_that_no_level_finds_keeps_its_level(
     with torch.no_grad():
         bias[1] = -100
     found, dices = best_logit_thresholds(module, StripPairs(strips))
-    assert found[1] == torch.tensor(config.mask_level)
+    assert found[1] == torch.tensor(MASK_LEVEL)
     assert dices[1] == 0
 
 
