@@ -8,11 +8,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from kernel.images import Image
-from training.metrics import Masks
-
-Pair = tuple[Image, Masks]  # an image, and its masks (classes, H, W)
-
 
 class RandomNoise(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
     """Sensor noise, its standard deviation drawn between 0 and `most`, of values in [0, 1]."""

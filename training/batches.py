@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 from kernel.faults import one_line
 from kernel.images import Image, planes_of, size_of
 from kernel.logs import log
-from training.augmentation import Pair, augment_pairs
+from training.augmentation import augment_pairs
 from training.config import Config
 from training.metrics import Masks
 from training.moved_defects import move_defect
-from training.strips import Strips
+from training.strips import Pair, Strips
 
 DRAWS = 20  # in a row that may find strips which cannot be read
 

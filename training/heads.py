@@ -18,12 +18,11 @@ from kernel.images import image_to_tensor
 from kernel.logs import log, progress
 from kernel.manifest import Manifest
 from kernel.members import Member
-from training.augmentation import Pair
 from training.batches import Batches
 from training.losses import presence_layer
 from training.metrics import dice_of
 from training.module import MemberModule
-from training.strips import Strips, load_each, read_each
+from training.strips import Pair, Strips, load_each, read_each
 from training.teacher import presence_probabilities, read_teacher
 
 PRESENT_WEIGHT = 8.0  # of a class that is there: a rare class has its say at last

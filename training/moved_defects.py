@@ -18,9 +18,8 @@ from kernel.competition import Competition
 from kernel.contact_sheet import Picture, add_caption, overlay_masks, stack
 from kernel.images import Image, Mask
 from kernel.shipped import add_competition_option, find_competition
-from training.augmentation import Pair
 from training.metrics import Masks
-from training.strips import Strips, read_strips
+from training.strips import Pair, Strips, read_strips
 
 Rng = np.random.Generator
 

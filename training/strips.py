@@ -11,9 +11,10 @@ from kernel.faults import one_line
 from kernel.image_folders import open_images
 from kernel.images import Image, read_image, size_of
 from kernel.logs import log
-from training.augmentation import Pair
 from training.ground_truth import Truth, check_names, decode_masks, read_truth
+from training.metrics import Masks
 
+Pair = tuple[Image, Masks]  # an image, and its masks (classes, H, W)
 T = TypeVar("T")
 U = TypeVar("U")
 

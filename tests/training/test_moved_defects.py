@@ -12,9 +12,8 @@ from helpers import CLASSES, error_of, exit_code, save_image
 from kernel.competition import SEVERSTAL
 from kernel.rle import encode_rle
 from training import moved_defects
-from training.augmentation import Pair
 from training.moved_defects import MARGIN, METHODS, move_defect
-from training.strips import Strips
+from training.strips import Pair, Strips
 
 SIZE = (96, 200)
 GROUND = 120  # grey levels
