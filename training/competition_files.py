@@ -1,4 +1,4 @@
-"""A competition's files, written for strips that are drawn: images, ground truth, sample."""
+"""A competition's files, as they are written here: images, ground truth, sample."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from kernel.command import new_parser, run_command
-from kernel.rows import csv_line, layouts_of
+from kernel.rows import layouts_of
 from kernel.shipped import add_competition_option, find_competition
+from training.competition_files import write_truth
 from training.config import NO_FOLD, Config
 from training.strips import Strips, read_strips
 
@@ -58,17 +59,13 @@ def write_strips(strips: Strips, folder: Path) -> None:
     The truth, which may be hours of work, comes first.
     """
     (folder / "train_images").mkdir(parents=True, exist_ok=True)
-    layout = list(layouts_of(strips.competition).values())[-1]
-    rows = [csv_line(layout.columns)]
-    for name in strips.names:
-        labels = sorted(strips.truth.get(name, {}).items())
-        rows += [layout.line(name, label, rle) for label, rle in labels]
-    (folder / "train.csv").write_text(
-        "".join(rows), encoding="utf-8", errors="surrogateescape", newline=""
-    )
+    labels, layout = range(1, strips.classes + 1), list(layouts_of(strips.competition).values())[-1]
+    truths = [(name, strips.truth.get(name, {})) for name in strips.names]
+    rows = [(name, [truth.get(label, "") for label in labels]) for name, truth in truths]
+    write_truth(folder / "train.csv", rows, layout)
     for name in strips.names:
         shutil.copyfile(strips.folder / name, folder / "train_images" / name)
-    counts = [len(strips.with_class(label)) for label in range(1, strips.classes + 1)]
+    counts = [len(strips.with_class(label)) for label in labels]
     classes = ", ".join(strips.competition.classes)
     found = f"{len(strips.names)} strips, {len(strips.clean())} clean"
     print(f"{folder}: {found}, with class {classes}: {counts}")

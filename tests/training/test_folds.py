@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CLASSES, LABELS, error_of, exit_code
+from helpers import CLASSES, LABELS, draw_image, error_of, exit_code, save_image
 
 from kernel.competition import SEVERSTAL
 from kernel.shipped import find_competition
 from training import folds
 from training.config import NO_FOLD
-from training.folds import split_folds
+from training.folds import split_folds, write_strips
 from training.strips import Strips, read_strips
+
+SALT = find_competition("salt")
 
 
 def many_strips(count: int = 600) -> Strips:
@@ -52,7 +54,7 @@ def test_strips_of_one_class_are_split_too(share: float) -> None:
     """As salt's, of which some have it, and carvana's, which all do."""
     there = np.random.default_rng(1).random(200) < share
     truth = {f"{index:04}.png": {1: "1 1"} if has else {} for index, has in enumerate(there)}
-    whole = Strips(Path("nowhere"), list(truth), truth, find_competition("salt"))
+    whole = Strips(Path("nowhere"), list(truth), truth, SALT)
     held_out: list[str] = []
     for fold in range(5):
         validation = split_folds(whole, 5, fold)[1]
@@ -107,8 +109,21 @@ def test_the_command_writes_both_parts_with_their_truth(
             image, masks = part.load(name)
             np.testing.assert_array_equal(image, strips.load(name)[0])
             np.testing.assert_array_equal(masks, strips.load(name)[1])
+    header, *rows = (out / "train" / "train.csv").read_text().splitlines()
+    assert header == "ImageId,ClassId,EncodedPixels"  # as the competition's
+    assert rows and all(row.split(",")[2] for row in rows)
     assert (out / "held_out.txt").read_text().split() == parts[1].names
     assert f"{out / 'train'}: 16 strips, " in capsys.readouterr().out
+
+
+def test_clean_strips_have_rows_where_the_competitions_truth_has_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_image(tmp_path / "train_images" / f"{name}.png", draw_image(0))
+    whole = Strips(tmp_path / "train_images", ["a.png", "b.png"], {"a.png": {1: "1 2"}}, SALT)
+    write_strips(whole, tmp_path / "out")
+    assert (tmp_path / "out" / "train.csv").read_text() == "id,rle_mask\na,1 2\nb,\n"
+    found = read_strips(tmp_path / "out", SALT)
+    assert (found.names, found.clean()) == (whole.names, ["b.png"])
 
 
 @pytest.mark.parametrize(
