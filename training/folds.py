@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.command import new_parser, run_command
+from kernel.command import needs, new_parser, run_command
 from kernel.rows import layouts_of
 from kernel.shipped import add_competition_option, find_competition
 from training.competition_files import write_truth
@@ -20,14 +20,13 @@ def split_folds(strips: Strips, folds: int, fold: int) -> tuple[Strips, Strips]:
     """Return training and validation strips, every class in the same share in each fold.
 
     Raises:
-        ValueError: there are fewer strips than folds, or the stratifier is not installed.
+        ValueError: there are fewer strips than folds.
+        SystemExit: the stratifier is not installed.
     """
     if fold == NO_FOLD:
         return strips, replace(strips, names=[])
-    try:
+    with needs("training"):  # here, for what imports this may be without it
         from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
-    except ModuleNotFoundError as error:  # of the extra `training`; what imports this may have none
-        raise ValueError(f"folds: {error}; pip install -e '.[training]'") from error
     if len(strips.names) < folds:
         raise ValueError(
             f"{strips.folder}: {len(strips.names)} strips for {folds} folds; give fewer --folds"
