@@ -12,15 +12,9 @@ from kernel.checks import read_json
 from kernel.files import write_json
 from kernel.logs import log
 from training.batches import Batches
+from training.callbacks import ProgressBar, StepTimer
 from training.config import Config, Part
-from training.fit import (
-    Machine,
-    ProgressBar,
-    StepTimer,
-    fit_within_memory,
-    retake_from_strips,
-    take_steps,
-)
+from training.fit import Machine, fit_within_memory, retake_from_strips, take_steps
 from training.module import new_network
 from training.states import other_experiment
 from training.strips import Strips

@@ -46,7 +46,7 @@ def test_minutes_without_a_step_in_them_are_refused(
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A fit's clock, its one number, which moves on when a test moves it."""
     found = [0.0]
-    monkeypatch.setattr("training.fit.time.perf_counter", lambda: found[0])
+    monkeypatch.setattr("training.callbacks.time.perf_counter", lambda: found[0])
     return found
 
 
