@@ -1,9 +1,11 @@
-"""One experiment: everything that decides what its weights will be."""
+"""One experiment, which decides what its weights will be, and the machine, which does not."""
 
 import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from kernel.competition import SEVERSTAL
 from kernel.manifest import MemberSpec
@@ -111,6 +113,20 @@ class Config:
             list(each) * (self.channels if len(each) == 1 else 1) for each in (self.mean, self.std)
         )
         return MemberSpec(self.name, f"{self.name}.safetensors", model, mean, std)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run takes place; nothing here changes what its weights will be."""
+
+    device: torch.device
+    workers: int
+    save_every: int  # steps between two states
+    runs: Path  # folder of states and logs
+
+    def folder(self, config: Config) -> Path:
+        """Return the folder of an experiment's states and logs."""
+        return self.runs / config.name
 
 
 def check_config(config: Config) -> None:

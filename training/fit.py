@@ -25,7 +25,6 @@ with needs("training"):  # before the modules of this room that import it too
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
     from lightning.pytorch.loggers import CSVLogger
 
-from kernel.competition import Competition
 from kernel.device import is_out_of_memory
 from kernel.faults import one_line
 from kernel.images import image_to_tensor
@@ -33,7 +32,7 @@ from kernel.logs import log, progress
 from training.batch_norm import retake_statistics
 from training.batches import Batches
 from training.callbacks import ProgressBar, StateEntries, StepTimer, StopOnNonFinite
-from training.config import Config, Part
+from training.config import Config, Machine, Part
 from training.module import COUNTER, MemberModule, load_into_network, new_network
 from training.states import EXPERIMENT, AtomicCheckpointIO, read_state
 from training.strips import Strips, read_each
@@ -52,21 +51,17 @@ TOO_LARGE = (
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where a run takes place; nothing here changes what its weights will be."""
+class Fit:
+    """What the steps of both parts have in common."""
 
-    device: torch.device
-    workers: int
-    save_every: int  # steps between two states
-    runs: Path  # folder of states and logs
+    config: Config
+    sources: Sequence[Strips]  # to train on, as `Batches` takes them
+    machine: Machine
+    experiment: dict[str, Any]  # what its states are of
 
-    def folder(self, config: Config) -> Path:
-        """Return the folder of an experiment's states and logs."""
-        return self.runs / config.name
-
-    def state(self, config: Config, part: Part) -> Path:
+    def state(self, part: Part) -> Path:
         """Return the file of a part's last state."""
-        return self.folder(config) / f"{part.name}.ckpt"
+        return self.machine.folder(self.config) / f"{part.name}.ckpt"
 
 
 # --- data loading ---------------------------------------------------------------------------------
@@ -113,11 +108,12 @@ def count_workers(asked: int, batch: tuple[Tensor, Tensor]) -> int:
     return 0
 
 
-def new_loader(batches: Batches, part: Part, machine: Machine, done: int) -> DataLoader[Any]:
+def new_loader(fit: Fit, part: Part, done: int) -> DataLoader[Any]:
     """Return the loader of a part's batches after the `done` first ones.
 
     The epoch is set at once: Lightning opens a resumed run's loader before it sets it.
     """
+    batches, machine = Batches(fit.sources, fit.config), fit.machine
     workers = count_workers(machine.workers, batches[part.first])
     return DataLoader(
         batches,
@@ -147,11 +143,10 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def new_trainer(
-    config: Config, part: Part, machine: Machine, callbacks: Sequence[Callback]
-) -> L.Trainer:
+def new_trainer(fit: Fit, part: Part, callbacks: Sequence[Callback]) -> L.Trainer:
     """Return the Trainer of one part."""
-    device, cuda = machine.device, machine.device.type == "cuda"
+    config, machine, device = fit.config, fit.machine, fit.machine.device
+    cuda = device.type == "cuda"
     # EMAWeightAveraging's function takes one tensor at a time: thousands of GPU kernels a step
     move_all = get_ema_multi_avg_fn(EMA_DECAY)  # type: ignore[no-untyped-call]
     average = WeightAveraging(device=device, multi_avg_fn=move_all)
@@ -194,10 +189,8 @@ def one_line_errors(path: Path) -> Iterator[None]:
 
 def take_steps(
     network: Any,
-    sources: Sequence[Strips],
-    config: Config,
+    fit: Fit,
     part: Part,
-    machine: Machine,
     callbacks: Sequence[Callback],
     state: Mapping[str, Any] | None = None,
 ) -> None:
@@ -205,24 +198,16 @@ def take_steps(
 
     Raises as `fit_part` does.
     """
-    path = machine.state(config, part)
-    done = state["global_step"] if state else 0
-    loader = new_loader(Batches(sources, config), part, machine, done)
+    path = fit.state(part)
+    loader = new_loader(fit, part, state["global_step"] if state else 0)
     with quiet_lightning(), one_line_errors(path):
-        trainer = new_trainer(config, part, machine, callbacks)
-        module = MemberModule(network, config, part)
+        trainer = new_trainer(fit, part, callbacks)
+        module = MemberModule(network, fit.config, part)
         trainer.fit(module, loader, ckpt_path=path if state else None, weights_only=True)
-    network.to(machine.device)  # Lightning leaves it on the CPU
+    network.to(fit.machine.device)  # Lightning leaves it on the CPU
 
 
-def fit_part(
-    network: Any,
-    sources: Sequence[Strips],
-    config: Config,
-    part: Part,
-    machine: Machine,
-    experiment: dict[str, Any],
-) -> float:
+def fit_part(network: Any, fit: Fit, part: Part) -> float:
     """Take a part's steps from its saved state on; return the seconds that all of them took.
 
     `network` ends with the moving average of its weights.
@@ -233,8 +218,8 @@ def fit_part(
         RuntimeError: the GPU's memory does not suffice, for one.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    path = machine.state(config, part)
-    state = read_state(path, experiment)
+    config, machine = fit.config, fit.machine
+    state = read_state(fit.state(part), fit.experiment)
     if state is not None:
         config = replace(config, crops=min(config.crops, state["crops"]))
         machine = replace(machine, save_every=state["save_every"])
@@ -244,49 +229,18 @@ def fit_part(
     if not part.steps:
         return 0.0
     timer = StepTimer()
-    entries = {EXPERIMENT: experiment, "crops": config.crops, "save_every": machine.save_every}
+    entries = {EXPERIMENT: fit.experiment, "crops": config.crops, "save_every": machine.save_every}
     callbacks = [
         StopOnNonFinite(config, part),
         timer,
         ProgressBar(config, part),
         StateEntries(entries),
     ]
-    take_steps(network, sources, config, part, machine, callbacks, state)
+    take_steps(network, replace(fit, config=config, machine=machine), part, callbacks, state)
     return timer.seconds
 
 
-# --- all parts ------------------------------------------------------------------------------------
-
-
-def retake_from_strips(
-    network: Any,
-    config: Config,
-    paths: Sequence[Path],
-    machine: Machine,
-    competition: Competition,
-) -> None:
-    """Take batch-norm statistics anew from some whole strips, two at a time.
-
-    Pooling branches (DeepLab's, PAN's) normalise over a batch alone, and one is too few for them:
-    a strip whose neighbour has another size stands beside its mirror image.
-
-    Raises:
-        ValueError: no strip can be read; of others it is logged.
-    """
-    order = np.random.default_rng(config.seed).permutation(len(paths))
-    module = MemberModule(network, config, config.whole_part).to(machine.device)
-
-    def batches() -> Iterator[Tensor]:
-        what = "batch-norm statistics"
-        images = read_each((paths[index] for index in order), what, competition)
-        chosen = list(itertools.islice(images, STATISTICS_STRIPS))
-        pairs = list(zip(chosen[::2], chosen[1::2] or chosen, strict=False))
-        for pair in progress(pairs, what, "pair"):
-            first, second = (image_to_tensor(image, machine.device) for image in pair)
-            second = second if second.shape == first.shape else first.flip(-1)
-            yield module.prepare(torch.cat([first, second]))
-
-    retake_statistics(network, batches())
+# --- both parts, and what lies before each --------------------------------------------------------
 
 
 def load_start(network: Any, start_from: Mapping[str, Tensor], config: Config) -> None:
@@ -311,38 +265,82 @@ def load_start(network: Any, start_from: Mapping[str, Tensor], config: Config) -
         )
 
 
+def retake_from_strips(network: Any, fit: Fit, strips: Sequence[Strips]) -> None:
+    """Take batch-norm statistics anew from some whole strips, two at a time.
+
+    Pooling branches (DeepLab's, PAN's) normalise over a batch alone, and one is too few for them:
+    a strip whose neighbour has another size stands beside its mirror image.
+
+    Raises:
+        ValueError: no strip can be read; of others it is logged.
+    """
+    config, device = fit.config, fit.machine.device
+    paths = [each.folder / name for each in strips for name in each.names]
+    order = np.random.default_rng(config.seed).permutation(len(paths))
+    module = MemberModule(network, config, config.whole_part).to(device)
+
+    def batches() -> Iterator[Tensor]:
+        what = "batch-norm statistics"
+        images = read_each((paths[index] for index in order), what, strips[0].competition)
+        chosen = list(itertools.islice(images, STATISTICS_STRIPS))
+        pairs = list(zip(chosen[::2], chosen[1::2] or chosen, strict=False))
+        for pair in progress(pairs, what, "pair"):
+            first, second = (image_to_tensor(image, device) for image in pair)
+            second = second if second.shape == first.shape else first.flip(-1)
+            yield module.prepare(torch.cat([first, second]))
+
+    retake_statistics(network, batches())
+
+
 def fit_network(
-    sources: Sequence[Strips],
-    config: Config,
-    machine: Machine,
-    experiment: dict[str, Any],
-    statistics: Sequence[Path],
-    start_from: Mapping[str, Tensor] | None = None,
+    fit: Fit, statistics: Sequence[Strips], start_from: Mapping[str, Tensor] | None = None
 ) -> tuple[Any, float]:
     """Fit the network of an experiment through both parts; return it and the seconds of its steps.
 
-    `statistics` are images from which the batch-norm statistics are taken. A fit without steps
+    `statistics` are strips from which the batch-norm statistics are taken. A fit without steps
     leaves the network as it came.
 
     Raises:
         ValueError: as `fit_part`, SMP builds no such network, or `start_from` does not fit it.
         RuntimeError, KeyboardInterrupt: as `fit_part`.
     """
-    states = (machine.state(config, part) for part in config.parts)
-    resumed = any(path.is_file() for path in states)  # which needs no download any more
+    config = fit.config
+    resumed = any(fit.state(part).is_file() for part in config.parts)  # it needs no download
     network = new_network(replace(config, encoder_weights="") if resumed else config)
     if start_from:
         load_start(network, start_from, config)
-    seconds = fit_part(network, sources, config, config.crop_part, machine, experiment)
+    seconds = fit_part(network, fit, config.crop_part)
     if config.steps:
         try:
-            retake_from_strips(network, config, statistics, machine, sources[0].competition)
-            seconds += fit_part(network, sources, config, config.whole_part, machine, experiment)
+            retake_from_strips(network, fit, statistics)
+            seconds += fit_part(network, fit, config.whole_part)
         except RuntimeError as error:
             if is_out_of_memory(error):  # which fewer crops would not mend
                 raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
             raise
-    return network.to(machine.device).eval(), seconds
+    return network.to(fit.machine.device).eval(), seconds
+
+
+# --- what the GPU's memory takes ------------------------------------------------------------------
+
+
+def fit_within_memory(attempt: Callable[[Config], T], config: Config) -> T:
+    """Call `attempt`; where the GPU's memory does not suffice, again with half the crops a step.
+
+    Raises:
+        ValueError: one crop, or one whole strip, is too much.
+    """
+    while True:
+        try:
+            return attempt(config)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if config.crops == 1:
+                raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
+        config = replace(config, crops=config.crops // 2)
+        torch.cuda.empty_cache()
+        log.warning("out of memory: from here on %d crops a step", config.crops)
 
 
 def find_crops(config: Config, device: torch.device, most: int = MAX_CROPS) -> int:
@@ -361,22 +359,3 @@ def find_crops(config: Config, device: torch.device, most: int = MAX_CROPS) -> i
         return tried.crops
 
     return fit_within_memory(try_step, replace(config, crops=most))
-
-
-def fit_within_memory(fit: Callable[[Config], T], config: Config) -> T:
-    """Call `fit`; where the GPU's memory does not suffice, again with half the crops a step.
-
-    Raises:
-        ValueError: one crop, or one whole strip, is too much.
-    """
-    while True:
-        try:
-            return fit(config)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if config.crops == 1:
-                raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
-        config = replace(config, crops=config.crops // 2)
-        torch.cuda.empty_cache()
-        log.warning("out of memory: from here on %d crops a step", config.crops)

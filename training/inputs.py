@@ -24,8 +24,7 @@ from kernel.logs import log
 from kernel.members import hash_file, read_entry, to_channels
 from kernel.shipped import find_competition
 from training.batches import Batches
-from training.config import NO_FOLD, Config, check_config
-from training.fit import Machine
+from training.config import NO_FOLD, Config, Machine, check_config
 from training.folds import split_folds
 from training.heads import Pairs, SampledPairs, StripPairs
 from training.moved_defects import check_movable
@@ -299,10 +298,9 @@ class Inputs:
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
     @property
-    def statistics(self) -> list[Path]:
-        """The images from which batch-norm statistics are taken."""
-        strips = (self.sources[0], *self.unlabelled)
-        return [each.folder / name for each in strips for name in each.names]
+    def statistics(self) -> list[Strips]:
+        """Those from which batch-norm statistics are taken."""
+        return [self.sources[0], *self.unlabelled]
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[Config, Inputs]:

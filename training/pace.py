@@ -13,8 +13,8 @@ from kernel.files import write_json
 from kernel.logs import log
 from training.batches import Batches
 from training.callbacks import ProgressBar, StepTimer
-from training.config import Config, Part
-from training.fit import Machine, fit_within_memory, retake_from_strips, take_steps
+from training.config import Config, Machine, Part
+from training.fit import Fit, fit_within_memory, retake_from_strips, take_steps
 from training.module import new_network
 from training.states import other_experiment
 from training.strips import Strips
@@ -42,14 +42,12 @@ def _warm_up_steps(machine: Machine) -> int:
     return WARM_UP_STEPS + PREFETCHED * machine.workers
 
 
-def seconds_a_step(
-    network: Any, sources: Sequence[Strips], config: Config, part: Part, machine: Machine
-) -> tuple[float, float]:
+def seconds_a_step(network: Any, fit: Fit, part: Part) -> tuple[float, float]:
     """Measure a step of one part as the fit itself takes it, and the state after the last one."""
     timer = StepTimer()
-    callbacks = [timer, ProgressBar(config, part)]  # no StopOnNonFinite: the network is thrown away
-    take_steps(network, sources, config, part, machine, callbacks)
-    ends = timer.ends[_warm_up_steps(machine) - 1 :]
+    callbacks = [timer, ProgressBar(fit.config, part)]  # no StopOnNonFinite: all is thrown away
+    take_steps(network, fit, part, callbacks)
+    ends = timer.ends[_warm_up_steps(fit.machine) - 1 :]
     return (ends[-1] - ends[0]) / (len(ends) - 1), timer.saved - ends[-1]
 
 
@@ -70,15 +68,14 @@ def measure_pace(sources: Sequence[Strips], config: Config, machine: Machine) ->
     count as read before, without the checks of a first read.
     """
     count = _warm_up_steps(machine) + MEASURED_STEPS[machine.device.type]
-    some = [sources[0].folder / name for name in sources[0].names[:PACE_STATISTICS_STRIPS]]
     tried = replace(config, crop_steps=count, whole_steps=count, encoder_weights="")
     known = [replace(each, whole=set(each.names)) for each in sources]
     with tempfile.TemporaryDirectory() as folder:
         apart = replace(machine, save_every=count, runs=Path(folder))
-        network = new_network(tried)
-        crop_step, _ = seconds_a_step(network, known, tried, tried.crop_part, apart)
-        retake_from_strips(network, tried, some, apart, sources[0].competition)
-        whole_step, state = seconds_a_step(network, sources, tried, tried.whole_part, apart)
+        network, fit = new_network(tried), Fit(tried, sources, apart, experiment={})
+        crop_step, _ = seconds_a_step(network, replace(fit, sources=known), tried.crop_part)
+        retake_from_strips(network, fit, [sources[0].some(0, PACE_STATISTICS_STRIPS)])
+        whole_step, state = seconds_a_step(network, fit, tried.whole_part)
     return Pace(crop_step, whole_step, whole_step + seconds_a_load(sources, tried), state)
 
 

@@ -26,7 +26,7 @@ from kernel.files import json_text
 from kernel.logs import log
 from kernel.members import hash_file
 from training.config import Config
-from training.fit import find_crops, fit_network, fit_within_memory
+from training.fit import Fit, find_crops, fit_network, fit_within_memory
 from training.heads import refit_heads
 from training.inputs import Inputs, read_inputs
 from training.module import MemberModule
@@ -77,10 +77,10 @@ def train(args: argparse.Namespace) -> int:
     config, inputs = read_inputs(args)
     config, crops = choose_crops_and_steps(args, config, inputs)
     experiment = describe_experiment(config, inputs.data, inputs.start_from)
-    sources, machine, statistics = inputs.sources, inputs.machine, inputs.statistics
+    machine = inputs.machine
     network, seconds = fit_within_memory(
-        lambda fitted: fit_network(
-            sources, fitted, machine, experiment, statistics, inputs.weights
+        lambda tried: fit_network(
+            Fit(tried, inputs.sources, machine, experiment), inputs.statistics, inputs.weights
         ),
         replace(config, crops=crops),
     )

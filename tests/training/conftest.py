@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kernel.competition import SEVERSTAL
-from training.config import Config
-from training.fit import Machine
+from training.config import Config, Machine
 from training.module import new_network
 from training.strips import Strips, read_strips
 from training.synthetic import Drawing, write_competition

@@ -19,8 +19,8 @@ from kernel.competition import SEVERSTAL
 from training import fit
 from training.batch_norm import freeze_statistics
 from training.batches import Batches
-from training.config import Config
-from training.fit import Machine, fit_network, fit_within_memory
+from training.config import Config, Machine
+from training.fit import Fit, fit_network, fit_within_memory
 from training.module import MemberModule, new_network
 from training.states import describe_experiment
 from training.strips import Strips
@@ -30,13 +30,13 @@ class Killed(Exception):
     """What stands for a kill."""
 
 
-def fitted(config: Config, strips: Strips, machine: Machine, **options: Any) -> dict[str, Tensor]:
+def new_fit(config: Config, strips: Strips, machine: Machine) -> Fit:
+    return Fit(config, [strips], machine, describe_experiment(config, "data", ""))
+
+
+def fitted(config: Config, strips: Strips, machine: Machine) -> dict[str, Tensor]:
     """The weights of a whole fit, with batch-norm statistics from two strips."""
-    experiment = describe_experiment(config, "data", "")
-    statistics = [strips.folder / name for name in strips.names[:2]]
-    network, seconds = fit_network(
-        [strips], config, machine, experiment, statistics=statistics, **options
-    )
+    network, seconds = fit_network(new_fit(config, strips, machine), [strips.some(0, 2)])
     assert seconds > 0 or not config.steps
     return {name: value.clone() for name, value in network.state_dict().items()}
 
@@ -106,8 +106,7 @@ def test_both_parts_are_those_of_a_plain_loop(
     network = new_network(config)
     network.to(memory_format=torch.channels_last)
     plain_part(network, config, strips, 0)
-    statistics = [strips.folder / name for name in strips.names[:2]]
-    fit.retake_from_strips(network, config, statistics, machine, SEVERSTAL)
+    fit.retake_from_strips(network, new_fit(config, strips, machine), [strips.some(0, 2)])
     plain_part(network, config, strips, 1)
     for name, value in network.state_dict().items():
         if value.is_floating_point():
@@ -196,7 +195,7 @@ def test_the_average_of_what_does_not_move_is_it_to_the_last_bit(
         nn.init.uniform_(norm.running_mean)  # type: ignore[arg-type]
     before = {key: value.clone() for key, value in network.state_dict().items()}
     part = replace(config, whole_steps=4).whole_part
-    fit.take_steps(network, [strips], config, part, machine, [])
+    fit.take_steps(network, new_fit(config, strips, machine), part, [])
     moved = differing(network.state_dict(), before)
     assert moved and not [key for key in moved if key.endswith(("running_mean", "running_var"))]
 
@@ -329,10 +328,9 @@ def test_a_state_with_fewer_crops_goes_on_with_them(
     config: Config, strips: Strips, machine: Machine
 ) -> None:
     """After an out-of-memory error; the experiment's own number stands in its description."""
-    experiment = describe_experiment(config, "data", "")
-    fewer = replace(config, crops=1, whole_steps=0)
-    seen, paths = list[int](), [strips.folder / strips.names[0]]
-    batch_loss = MemberModule.batch_loss
+    whole = new_fit(replace(config, whole_steps=0), strips, machine)
+    fewer = replace(whole, config=replace(whole.config, crops=1))
+    seen, batch_loss = list[int](), MemberModule.batch_loss
 
     def counted(module: MemberModule, images: Tensor, masks: Tensor) -> Tensor:
         seen.append(len(images))
@@ -341,23 +339,24 @@ def test_a_state_with_fewer_crops_goes_on_with_them(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemberModule, "batch_loss", counted)
         with killed_at(3):
-            fit_network([strips], fewer, machine, experiment, paths)
-        fit_network([strips], replace(config, whole_steps=0), machine, experiment, paths)
+            fit_network(fewer, [strips.some(0, 1)])
+        fit_network(whole, [strips.some(0, 1)])
     assert seen == [1] * 5  # steps 1 to 3, then 3 and 4 once more
 
 
 def test_statistics_of_strips_of_several_sizes_are_taken(
     config: Config, strips: Strips, machine: Machine, tmp_path: Path
 ) -> None:
-    paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for seed, (path, size) in enumerate(zip(paths, ((64, 96), (200, 200), (64, 96)), strict=True)):
-        save_image(path, draw_image(seed, size))
+    names = [f"{i}.png" for i in range(3)]
+    for seed, (name, size) in enumerate(zip(names, ((64, 96), (200, 200), (64, 96)), strict=True)):
+        save_image(tmp_path / name, draw_image(seed, size))
+    mixed, tried = Strips(tmp_path, names, {}, SEVERSTAL), new_fit(config, strips, machine)
     network = new_network(config)
     before = first_norm(network).running_mean.clone()  # type: ignore[union-attr]
-    fit.retake_from_strips(network, config, paths, machine, SEVERSTAL)
+    fit.retake_from_strips(network, tried, [mixed])
     after = first_norm(network).running_mean
     assert after is not None and torch.isfinite(after).all() and not torch.equal(before, after)
-    fit.retake_from_strips(network, config, paths[:1], machine, SEVERSTAL)
+    fit.retake_from_strips(network, tried, [mixed.some(0, 1)])
     assert not torch.equal(after, before)
 
 
@@ -369,25 +368,26 @@ def test_statistics_come_from_the_strips_that_can_be_read(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "torn.png").write_bytes(b"torn")
-    whole = [strips.folder / name for name in strips.names[:2]]
+    whole, torn = strips.some(0, 2), Strips(tmp_path, ["torn.png"], {}, SEVERSTAL)
     found, expected = new_network(config), new_network(config)
-    fit.retake_from_strips(found, config, [*whole, tmp_path / "torn.png"], machine, SEVERSTAL)
-    fit.retake_from_strips(expected, config, whole, machine, SEVERSTAL)
+    tried = new_fit(config, strips, machine)
+    fit.retake_from_strips(found, tried, [whole, torn])
+    fit.retake_from_strips(expected, tried, [whole])
     mean, by_hand = first_norm(found).running_mean, first_norm(expected).running_mean
     assert mean is not None and by_hand is not None and torch.allclose(mean, by_hand, atol=1e-5)
     assert "left out: " in caplog.text and "torn.png" in caplog.text
     with pytest.raises(ValueError, match="batch-norm statistics: none of 1 images can be read"):
-        fit.retake_from_strips(found, config, [tmp_path / "torn.png"], machine, SEVERSTAL)
+        fit.retake_from_strips(found, tried, [torn])
 
 
 def test_a_fit_of_crops_alone_ends_with_the_statistics_of_strips(
     config: Config, strips: Strips, machine: Machine
 ) -> None:
     """Those of crops, most of them on defects, are of no strip."""
-    paths, experiment = [strips.folder / name for name in strips.names[:2]], {"a": "b"}
-    network, _ = fit_network([strips], replace(config, whole_steps=0), machine, experiment, paths)
+    crops, some = new_fit(replace(config, whole_steps=0), strips, machine), [strips.some(0, 2)]
+    network, _ = fit_network(crops, some)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    fit.retake_from_strips(network, config, paths, machine, SEVERSTAL)
+    fit.retake_from_strips(network, crops, some)
     for name, value in network.state_dict().items():
         assert torch.allclose(value.float(), before[name].float(), atol=1e-6), name
 
@@ -405,10 +405,10 @@ def test_memory_that_does_not_hold_a_strip_is_not_asked_for_again_and_again(
         return batch_loss(module, images, masks)
 
     monkeypatch.setattr(MemberModule, "batch_loss", hungry)
-    paths, experiment = [strips.folder / name for name in strips.names[:2]], {"a": "b"}
+    whole = new_fit(config, strips, machine)
     with pytest.raises(ValueError, match=r"out of memory .*, take a smaller --encoder"):
         fit_within_memory(
-            lambda tried: fit_network([strips], tried, machine, experiment, paths),
+            lambda tried: fit_network(replace(whole, config=tried), [strips.some(0, 2)]),
             replace(config, crops=8),
         )
     assert len(tried) == 1

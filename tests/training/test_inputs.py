@@ -83,6 +83,16 @@ def test_the_heads_last_fit_draws_nothing_from_further_folders(
     assert "left out" not in caplog.text
 
 
+def test_batch_norm_statistics_are_of_the_own_strips_and_the_unlabelled_ones(
+    strips: Strips, steel: Path, tmp_path: Path
+) -> None:
+    save_image(tmp_path / "unlabelled.png", draw_image(0))
+    words = ["--data", steel, "--name", "n", "--encoder", "e", "--device", "cpu", "--fold", "none",
+             "--extra", f"{steel}=0.5", "--unlabelled", tmp_path]  # fmt: skip
+    _, found = inputs.read_inputs(train.parse_args(list(map(str, words))))
+    assert [each.names for each in found.statistics] == [strips.names, ["unlabelled.png"]]
+
+
 # --- the experiment -------------------------------------------------------------------------------
 
 

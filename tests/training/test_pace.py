@@ -11,8 +11,8 @@ import torch
 
 from training import fit, pace
 from training.batches import Batches
-from training.config import Config, Part
-from training.fit import Machine
+from training.config import Config, Machine, Part
+from training.fit import Fit
 from training.module import MemberModule
 from training.pace import Pace, choose_steps, fill_minutes, measure_pace
 from training.states import AtomicCheckpointIO
@@ -87,17 +87,17 @@ def test_steps_that_use_up_what_was_loaded_beforehand_are_not_measured(
     measured = {"cpu": 20, "cuda": 60}[kind]
     part = replace(config, crop_steps=5 + 6 + measured).crop_part
 
-    def take(_: Any, __: Any, ___: Any, part: Part, ____: Any, callbacks: list[Any]) -> None:
+    def take(network: Any, fit: Fit, part: Part, callbacks: list[Any]) -> None:
         seconds = [10.0] * 5 + [1.0] * 6 + [2.0] * (part.steps - 11)
         callbacks[0].ends = list(itertools.accumulate(seconds))
 
     monkeypatch.setattr(pace, "take_steps", take)
     three = replace(machine, workers=3, device=torch.device(kind))
-    assert pace.seconds_a_step(None, [], config, part, three)[0] == 2
+    assert pace.seconds_a_step(None, Fit(config, [], three, {}), part)[0] == 2
     tried: list[tuple[int, int]] = []
 
-    def measure(_: Any, __: Any, config: Config, *___: Any) -> tuple[float, float]:
-        tried.append((config.crop_steps, config.whole_steps))
+    def measure(network: Any, fit: Fit, part: Part) -> tuple[float, float]:
+        tried.append((fit.config.crop_steps, fit.config.whole_steps))
         return 1.0, 1.0
 
     monkeypatch.setattr(pace, "seconds_a_step", measure)
@@ -132,9 +132,9 @@ def test_crops_are_timed_on_strips_that_were_read_before_and_whole_strips_on_new
     known: list[set[str]] = []
     take_steps = fit.take_steps
 
-    def watched(network: Any, sources: list[Strips], *rest: Any) -> None:
-        known.extend(set(each.whole) for each in sources)
-        take_steps(network, sources, *rest)
+    def watched(network: Any, fit: Fit, *rest: Any) -> None:
+        known.extend(set(each.whole) for each in fit.sources)
+        take_steps(network, fit, *rest)
 
     monkeypatch.setattr(pace, "take_steps", watched)
     measure_pace([replace(strips, whole=set())], config, machine)
