@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import SMALL
 
 from kernel.competition import SEVERSTAL
 from training.config import Config, Machine
 from training.module import new_network
 from training.strips import Strips, read_strips
 from training.synthetic import Drawing, write_competition
-
-SIZE = (64, 96)
 
 MakeSteel = Callable[..., Path]
 
@@ -24,7 +23,7 @@ def make_steel() -> MakeSteel:
 
     def make(folder: Path, layout: str = "three-column", count: int = 24) -> Path:
         even = (1.0, 1.0, 1.0, 1.0)
-        write_competition(folder, Drawing(5, SIZE), count, layout=layout, shares=even)
+        write_competition(folder, Drawing(5, SMALL), count, layout=layout, shares=even)
         return folder
 
     return make

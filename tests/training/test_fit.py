@@ -56,11 +56,6 @@ def killed_at(step: int) -> Iterator[None]:
         yield
 
 
-def a_trainer() -> Any:
-    """What a step asks of its trainer."""
-    return SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
-
-
 def first_norm(network: nn.Module) -> nn.BatchNorm2d:
     return next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -168,22 +163,6 @@ def test_a_fit_killed_and_resumed_ends_bit_for_bit_as_one_that_was_not(
     assert (machine.runs / "tiny" / "crops.ckpt").is_file() == (at > 1)
     later = replace(machine, save_every=5)  # a resumed run keeps to its state's epochs
     assert not differing(fitted(config, strips, later), whole_fit(arch))
-
-
-def test_the_statistics_are_frozen_in_the_second_part_only(
-    config: Config, strips: Strips, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved = []
-    monkeypatch.setattr(MemberModule, "global_step", 0)
-    monkeypatch.setattr(MemberModule, "log_dict", lambda *_: None)
-    monkeypatch.setattr(MemberModule, "trainer", a_trainer())
-    for part in config.parts:
-        network = new_network(config)
-        norm = first_norm(network)
-        before = norm.running_mean.clone()  # type: ignore[union-attr]
-        MemberModule(network, config, part).training_step(Batches([strips], config)[part.first], 0)
-        moved.append(not torch.equal(before, norm.running_mean))  # type: ignore[arg-type]
-    assert moved == [True, False]
 
 
 def test_the_average_of_what_does_not_move_is_it_to_the_last_bit(
