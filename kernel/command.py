@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from kernel.faults import one_line
 from kernel.logs import start_log
+from kernel.kaggle import is_scored_run
 
 BAD_INPUT = 2  # the exit code, as argparse's
 INTERRUPTED = 130
@@ -64,7 +65,10 @@ def run_command(main: Callable[[], int], failures: Failures = (ValueError, OSErr
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         code = INTERRUPTED
-    _flush_output()
+    fault = _flush_output()
+    if fault and not (code or is_scored_run()):  # there the rows count, not what is said of them
+        print(f"error: stdout: {one_line(fault)}", file=sys.stderr)
+        code = BAD_INPUT
     if code:
         sys.exit(code)
 
@@ -90,9 +94,12 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _flush_output() -> None:
+def _flush_output() -> OSError | None:
+    """Flush stdout; return why that fails, unless its reader has gone."""
     try:
         with contextlib.suppress(AttributeError):  # stdout is None where it was closed
             sys.stdout.flush()
-    except BrokenPipeError:  # at exit Python would flush once more, and end with code 120
+    except OSError as error:  # at exit Python would flush once more, and end with code 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return None if isinstance(error, BrokenPipeError) else error
+    return None

@@ -18,6 +18,7 @@ from evaluation import calibrate, score, validate
 from kernel import inference
 from kernel.command import needs, run_command
 from kernel.faults import MAX_LINE, one_line
+from kernel.kaggle import SCORED_RUN
 from training import folds, train
 
 
@@ -246,6 +247,34 @@ def test_a_closed_stdout_and_a_name_that_is_no_utf_8_cost_nothing(tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert error_of(done.stderr) == "a name: \\udce4"
     assert (tmp_path / "out.txt").read_text() == "the file"
+
+
+SAID = """
+from kernel.command import run_command
+
+run_command(lambda: print("a line") or 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="other systems have no such device")
+@pytest.mark.parametrize(("scored", "code"), [("", 2), ("1", 0)])
+def test_a_full_disk_below_stdout_is_one_line_but_fails_no_scored_run(
+    scored: str, code: int
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", SAID],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", SCORED_RUN: scored},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == code, done.stderr
+    if scored:
+        assert done.stderr == ""
+    else:
+        assert "stdout: [Errno 28] No space left on device" in error_of(done.stderr)
 
 
 LOGGED = """
