@@ -119,9 +119,10 @@ def find_task(options: Options, competition: Competition) -> Task:
         task = Task(images, layout, pairs, zipped, (*homes, options.input))
     if not task.pairs:
         raise ValueError(no_images_fault(task.images, competition.suffix))
-    others = set(list_images(task.images)) - set(task.names)
-    if others and not options.worker:  # they are other workers'
-        log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))
+    if not options.worker:  # to which all others are other workers'
+        others = set(list_images(task.images)) - set(task.names)
+        if others:
+            log.info("%s: %d images are in no row, %r…", task.images, len(others), min(others))
     return task
 
 

@@ -6,6 +6,8 @@ import pytest
 from helpers import LABELS, LAYOUTS, write_sample
 
 from kernel.competition import SEVERSTAL, Competition
+from kernel.image_folders import list_images
+from kernel.kaggle import SCORED_RUN
 from kernel.mounts import SAMPLE
 from kernel.options import Options
 from kernel.task import Task, find_task, read_sample
@@ -64,6 +66,24 @@ def test_a_sample_without_rows_is_an_empty_task_and_that_is_said(
         task = find_task(options, SEVERSTAL)
         assert (task.pairs, task.layout) == ([], LAYOUTS[layout])
     assert f"{sample}: names no image: the submission is its header" in caplog.text
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_only_the_first_process_looks_at_every_image_to_say_which_are_in_no_row(
+    worker: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of Kaggle's is on a network."""
+    listed = list[Path]()
+
+    def spied(folder: Path, suffix: str = "") -> list[str]:
+        listed.append(folder)
+        return list_images(folder, suffix)
+
+    (tmp_path / "a.jpg").touch()
+    sample = write_sample(tmp_path / SAMPLE, ["a.jpg"])
+    monkeypatch.setattr("kernel.task.list_images", spied)
+    find_task(Options(images=tmp_path, sample=sample, worker=worker), SEVERSTAL)
+    assert listed == ([] if worker else [tmp_path])
 
 
 def test_a_folder_without_images_says_where_they_are(tmp_path: Path) -> None:
