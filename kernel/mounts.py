@@ -8,6 +8,7 @@ from kernel.competition import Competition
 from kernel.faults import one_line
 from kernel.image_folders import IMAGE_SUFFIXES, image_paths, link_images, walk_folders
 from kernel.logs import log
+from kernel.kaggle import is_scored_run
 from kernel.rows import fits_header, read_rows
 from kernel.zips import InZip, list_zip, paths_in_zip, unzip_csv
 
@@ -296,7 +297,8 @@ def _choose_sample(
     """Choose the sample, of place → csv, that has images beside or below it; copies count as one.
 
     Of several one that is in no dataset goes first, of identical copies too: in the scored run they
-    may differ, and the choice must be the same. None where those that are left differ.
+    may differ, and the choice must be the same. Where those that are left differ: None, but in the
+    scored run the largest that has the competition's header, for any rows score more than none.
     """
     if len(samples) > 1:
         kept = {p: csv for p, csv in samples.items() if _has_images(p.parent, csv, competition)}
@@ -312,6 +314,11 @@ def _choose_sample(
     chosen, *others = sorted(samples)
     if others:
         log.warning(
+    if _differ(samples.values()) and is_scored_run():
+        fitting = {p: csv for p, csv in samples.items() if fits_header(csv, competition)} or samples
+        largest = max(sorted(fitting), key=lambda place: fitting[place].stat().st_size)
+        log.error("%s; %s is taken", _several_fault(samples, SAMPLE, "--sample"), largest)
+        samples = {largest: samples[largest]}
             "%s and %s are the same sample: the first is taken; remove one from the kernel's "
             "sources, or choose with --sample: in the scored run they may differ",
             chosen,

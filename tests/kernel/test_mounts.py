@@ -13,7 +13,8 @@ from kernel.competition import SEVERSTAL, Competition
 from kernel.images import read_image
 from kernel.inference import run
 from kernel.manifest import MANIFEST
-from kernel.mounts import SAMPLE, find_images, find_one
+from kernel.mounts import SAMPLE, find_images, find_one, find_sample
+from kernel.kaggle import SCORED_RUN
 from kernel.options import Options
 from kernel.task import Task, find_task, unpack_images
 
@@ -372,6 +373,41 @@ def test_of_two_samples_with_images_the_one_that_is_in_no_dataset_is_taken(
 
 
 def test_a_damaged_zip_of_a_sample_costs_no_other(
+HEADER = "ImageId,EncodedPixels,ClassId\n"
+DIFFERING = {  # samples by folder → the folder of the one that is taken
+    "the largest": ({"a": "a.jpg,1 1,0\n", "b": "a.jpg,1 1,0\nb.jpg,1 1,0\n"}, "b"),
+    "the first of equal size": ({"b": "c.jpg,1 1,0\n", "a": "d.jpg,1 1,0\n"}, "a"),
+}
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("header", [HEADER, "Id,Label\n"])
+@pytest.mark.parametrize("case", DIFFERING)
+def test_of_samples_that_differ_the_scored_run_takes_the_largest_that_fits(
+    case: str,
+    header: str,
+    scored: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Any rows score more than none."""
+    monkeypatch.setenv(SCORED_RUN, "1" if scored else "")
+    samples, folder = DIFFERING[case]
+    for name, rows in samples.items():
+        write(tmp_path / name / SAMPLE, header + rows)
+    if header == HEADER:
+        write(tmp_path / "another" / SAMPLE, "Id,Label\n" + 99 * "a,1\n")
+    if not scored:
+        with pytest.raises(ValueError, match=f"more than one {SAMPLE}"):
+            find_sample(tmp_path, SEVERSTAL)
+        return
+    taken = tmp_path / folder / SAMPLE
+    assert find_sample(tmp_path, SEVERSTAL) == (taken, [taken.parent])
+    [error] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert error.startswith(f"more than one {SAMPLE}: ") and error.endswith(f"{taken} is taken")
+
+
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\n"
