@@ -1,5 +1,6 @@
 """Mounts: finding the bundle, the sample and its images."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
@@ -209,7 +210,7 @@ def find_sample(root: Path, competition: Competition) -> tuple[Path, list[Path]]
     Raises:
         ValueError: there is none, or two differ; the message says what to add or to name.
     """
-    for top in (*_own_folders(root, competition.slug), root):
+    for top in itertools.chain(_own_folders(root, competition.slug), [root]):
         if found := _sample_below(top, root, competition):
             place, sample = found
             return sample, [place.parent, *({top} - {place.parent, root})]
@@ -224,12 +225,16 @@ def find_sample(root: Path, competition: Competition) -> tuple[Path, list[Path]]
     raise ValueError(_none_fault(root, SAMPLE, what, "--sample"))
 
 
-def _own_folders(root: Path, slug: str) -> list[Path]:
-    """Where Kaggle mounts a competition, then other folders of its name that are in no dataset."""
+def _own_folders(root: Path, slug: str) -> Iterator[Path]:
+    """Where Kaggle mounts a competition, then other folders of its name that are in no dataset.
+
+    Only for these is all of `root` searched: a dataset on a slow disk holds up no sample.
+    """
     usual = [root / "competitions" / slug, root / slug]
+    yield from usual
     named = {folder for folder, _ in walk_folders(root) if folder.name == slug}
     others = {folder for folder in named if root / DATASETS not in folder.parents}
-    return usual + sorted(others.difference(usual), key=lambda folder: (len(folder.parts), folder))
+    yield from sorted(others.difference(usual), key=lambda folder: (len(folder.parts), folder))
 
 
 def _sample_below(top: Path, root: Path, competition: Competition) -> tuple[Path, Path] | None:

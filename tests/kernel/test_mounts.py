@@ -1,10 +1,12 @@
 """What Kaggle mounts where: the kernel finds bundle, sample and images by what they are."""
 
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers import read_submission, save_strips, write_sample
@@ -294,6 +296,27 @@ def test_the_competitions_own_sample_is_taken_where_a_dataset_has_another(
         else:
             write(sample, rows)
     assert find_task(Options(input=tmp_path), SEVERSTAL).names == ["a.jpg"]
+
+
+@pytest.mark.parametrize("own", ["competitions/", ""])
+def test_where_the_competition_has_its_sample_no_other_folder_is_searched_for_one(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may hang."""
+    searched, scandir = list[Path](), os.scandir
+
+    def spied(folder: Path) -> Any:
+        searched.append(Path(folder))
+        return scandir(folder)
+
+    sample = tmp_path / own / COMPETITION / SAMPLE
+    write(sample)
+    write(tmp_path / "datasets" / "me" / "ensemble" / MANIFEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", spied)
+        assert find_sample(tmp_path, SEVERSTAL)[0] == sample
+    assert sample.parent in searched
+    assert not [folder for folder in searched if folder in (tmp_path, tmp_path / "datasets")]
 
 
 def test_a_folder_of_the_competitions_name_at_any_depth_is_its_own(tmp_path: Path) -> None:
