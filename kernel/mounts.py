@@ -335,7 +335,7 @@ def _choose_sample(
 def _has_images(folder: Path, sample: Path, competition: Competition) -> bool:
     """Whether most of the images that a sample names lie in a folder or below it."""
     try:
-        names = {name for name, _, _ in read_rows(sample, competition).rows}
+        names = {name for name, _, _ in read_rows(sample, competition).rows if name}
     except ValueError:  # another competition's
         return False
     return 2 * len(_find_below([folder], names, competition)) > len(names)

@@ -4,6 +4,7 @@ import csv
 import difflib
 import gzip
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,9 @@ class Layout:
     header: tuple[str, ...] = field(default=(), compare=False)  # as the file has it
     # Row → column → its cell, where that is not the template's; class 0 stands for all classes.
     own: dict[RowKey, dict[str, str]] = field(default_factory=dict, compare=False)
+    # Number, from 1, → line of each row that does not fit, without its mask; such a row has no
+    # image, and its number in the place of a class.
+    odd: dict[int, str] = field(default_factory=dict, compare=False)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -51,6 +55,8 @@ class Layout:
 
     def line(self, image: str, label: int, rle: str) -> str:
         """Return one row of the csv; `label` is the class, from 1."""
+        if not image:
+            return self.odd[label]
         competition = self.competition
         values = {
             "image": image.removesuffix(competition.suffix),
@@ -118,22 +124,57 @@ def read_rows(
     0. An index column is ignored. Bytes that are not UTF-8 are kept as they are. A mask of
     `SPREADSHEET_CELL` characters is what a spreadsheet has left of a longer one, but in a file
     `from_kernel`, which none has saved. In the scored run a cell of a template without a slot may
-    be any: the layout keeps the row's own.
+    be any: the layout keeps the row's own; and a row that does not fit stays, as one without image,
+    where another fits.
 
     Raises:
         ValueError: it is no csv, the header is no layout's, a row has another number of cells or
             no class, or a mask that was cut off, or `check` objects; names the line.
     """
+    try:
+        return _read_table(path, competition, check, from_kernel)
+    except ValueError:
+        if not is_scored_run():
+            raise
+        table = _read_table(path, competition, check, from_kernel, keep_odd=True)
+        if not any(image for image, _, _ in table.rows):
+            raise
+        return table
+
+
+def _read_table(
+    path: Path,
+    competition: Competition,
+    check: RowCheck,
+    from_kernel: bool,
+    keep_odd: bool = False,
+) -> Table:
     with read_lines(path) as lines:
         layout, parse = _parse_header(next(lines, []), competition, from_kernel)
-        rows = []
+        n_index, rows = len(layout.header) - len(layout.columns), list[Row]()
         for cells in lines:
-            row = parse(cells)
-            fault = check(row)
-            if fault:
-                raise ValueError(fault)
+            try:
+                row = parse(cells)
+                if fault := check(row):
+                    raise ValueError(fault)
+            except ValueError:
+                if not keep_odd:
+                    raise
+                row = "", len(layout.odd) + 1, ""
+                layout.odd[row[1]] = line_without_mask(cells[n_index:], layout.columns, competition)
             rows.append(row)
     return Table(layout, rows)
+
+
+def line_without_mask(cells: Iterable[str], header: Iterable[str], competition: Competition) -> str:
+    """Return a line of a csv, empty in the columns that hold the mask in any layout."""
+    named = {
+        name for each in competition.layouts for name, cell in each.items() if cell == "{mask}"
+    }
+    columns = itertools.chain(header, itertools.repeat(""))  # of cells beyond it, too
+    empty = competition.empty or ""
+    pairs = zip(cells, columns, strict=False)
+    return csv_line(empty if column.strip() in named else cell for cell, column in pairs)
 
 
 def fits_header(path: Path, competition: Competition) -> bool:

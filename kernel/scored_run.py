@@ -8,7 +8,7 @@ from kernel.files import write_text
 from kernel.logs import log
 from kernel.mounts import find_sample
 from kernel.options import Options
-from kernel.rows import csv_line, read_lines
+from kernel.rows import csv_line, line_without_mask, read_lines
 from kernel.submission import Submission
 from kernel.task import read_sample
 
@@ -19,15 +19,10 @@ def _write_described(sample: Path, competition: Competition, options: Options) -
 
 
 def _write_blanked(sample: Path, competition: Competition, options: Options) -> None:
-    """Write the sample's lines, empty in the columns that hold the mask in any layout."""
-    layouts = competition.layouts
-    named = {name for each in layouts for name, cell in each.items() if cell == "{mask}"}
     with read_lines(sample) as lines:
         header = next(lines, [])
-        columns = [index for index, name in enumerate(header) if name.strip() in named]
-        empty = dict.fromkeys(columns, competition.empty or "")
-        rows = [[empty.get(index, cell) for index, cell in enumerate(cells)] for cells in lines]
-    write_text(options.output, "".join(map(csv_line, [header, *rows])))
+        rows = [line_without_mask(cells, header, competition) for cells in lines]
+    write_text(options.output, "".join([csv_line(header), *rows]))
 
 
 def _write_copy(sample: Path, _: Competition, options: Options) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.competition import Competition
-from kernel.faults import one_line
+from kernel.faults import one_line, short
 from kernel.image_folders import link_images, list_images, no_images_fault, one_folder
 from kernel.logs import log
 from kernel.mounts import find_images, find_loose, find_sample
@@ -28,7 +28,7 @@ class Task:
     @property
     def names(self) -> list[str]:
         """Every image once, in the order of its first row."""
-        return list(dict.fromkeys(name for name, _ in self.pairs))
+        return list(dict.fromkeys(name for name, _ in self.pairs if name))
 
     def shard(self, index: int, count: int) -> "Task":
         """The rows of every `count`-th image from `index`, from 0."""
@@ -64,9 +64,13 @@ def read_sample(
     asked = choose_layout(competition, layout)
     found, rows = read_rows(sample, competition)
     pairs = [(name, label) for name, label, _ in rows]
+    if found.odd:
+        what = "%s: %d rows do not fit the description, such as %s: they stay, with empty masks"
+        log.error(what, sample, len(found.odd), short(found.odd[1].strip()))
     if fault := instances_fault(sample, rows, competition):  # every row is written all the same
         log.warning("%s; each is written once", fault)
-    return asked or found, expand_rows(pairs, len(competition.classes))
+    chosen = replace(asked, odd=found.odd) if asked else found
+    return chosen, expand_rows(pairs, len(competition.classes))
 
 
 def instances_fault(sample: Path, rows: Iterable[Row], competition: Competition) -> str:
@@ -109,7 +113,7 @@ def find_task(options: Options, competition: Competition) -> Task:
         else:
             sample, homes = find_sample(options.input, competition)
         layout, pairs = read_sample(sample, competition, options.layout)
-        known = {name for name, _ in pairs}
+        known = {name for name, _ in pairs if name}
         if not known:
             log.warning("%s: names no image: the submission is its header alone", sample)
             return Task(images or sample.parent, layout, [])

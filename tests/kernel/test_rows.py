@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.competition import SEVERSTAL
+from kernel.kaggle import SCORED_RUN
 from kernel.rows import layouts_of, masks_by_image, read_rows
 
 # --- how a csv is read ----------------------------------------------------------------------------
@@ -199,6 +200,23 @@ def test_an_index_is_a_first_column_of_no_name(index: str, tmp_path: Path) -> No
     path.write_text(f"ImageId,EncodedPixels,ClassId,{index}\na.jpg,1 3,2,7\n")
     with pytest.raises(ValueError, match=f"line 1: header ImageId,EncodedPixels,ClassId,{index}, "):
         read_rows(path, SEVERSTAL)
+
+
+@pytest.mark.parametrize("index", ["", "0,"])
+def test_in_the_scored_run_a_row_that_does_not_fit_is_one_without_image(
+    index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, header = tmp_path / "rows.csv", index and ","
+    path.write_text(
+        f"{header}ImageId,EncodedPixels,ClassId\n{index}a.jpg,1 2,3\n{index}b.jpg,1 2,0.0\n"
+        f"{index}c.jpg,1 2,3,4\n"
+    )
+    with pytest.raises(ValueError, match="line 3: names no class"):
+        read_rows(path, SEVERSTAL)
+    monkeypatch.setenv(SCORED_RUN, "1")
+    layout, rows = read_rows(path, SEVERSTAL)
+    assert rows == [("a.jpg", 3, "1 2"), ("", 1, ""), ("", 2, "")]
+    assert [layout.line(*row) for row in rows] == ["a.jpg,1 2,3\n", "b.jpg,,0.0\n", "c.jpg,,3,4\n"]
 
 
 def test_a_header_of_bars_is_told_how_to_be_saved(tmp_path: Path) -> None:

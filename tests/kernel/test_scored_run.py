@@ -62,9 +62,9 @@ DESCRIPTION: dict[str, Any] = {
     "empty": "-1",
 }
 ODD_SAMPLES = {  # sample → submission
-    "a class that is not known": (
-        "id,rle,set\na.png_1,1 6144,public\na.png_5,1 6144,public\n",
-        "id,rle,set\na.png_1,-1,public\na.png_5,-1,public\n",
+    "classes that are not known": (
+        "id,rle,set\na.png_0,1 6144,public\na.png_5,1 6144,public\n",
+        "id,rle,set\na.png_0,-1,public\na.png_5,-1,public\n",
     ),
     "one more column": (
         'id,rle,set,note\na.png_1,1 6144,public,"a, b"\n',
@@ -115,6 +115,60 @@ def test_a_constant_cell_that_differs_stays_the_rows_own(
 ) -> None:
     description = DESCRIPTION | {"any_class": "all"}
     (light_bundle / "competition.json").write_text(json.dumps(description))
+ODD_ROWS = {  # row → the same without its mask
+    "a class that is not known": ("a.png_5,1 6144,public", "a.png_5,-1,public"),
+    "nothing but separators": (",,", ",-1,"),
+    "a cell too many": ('b.png_2,1 6144,public,"a, b"', 'b.png_2,-1,public,"a, b"'),
+    "a cell too few": ("b.png_2", "b.png_2"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ROWS)
+def test_a_row_that_does_not_fit_stays_without_its_mask_and_costs_the_others_nothing(
+    case: str,
+    light_bundle: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(SCORED, "1")
+    (light_bundle / "competition.json").write_text(json.dumps(DESCRIPTION))
+    odd, blanked = ODD_ROWS[case]
+    first, last, texts = "a.png_1,1 6144,public\n", "b.png_1,1 6144,public\n", list[str]()
+    for rows in (first + last, f"{first}{odd}\n{odd}\n{last}"):
+        (mounted / SAMPLE).write_text(f"id,rle,set\n{rows}")
+        assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
+        texts.append(output_of(mounted).read_text())
+    assert f"{mounted / SAMPLE}: 2 rows do not fit the description, such as" in caplog.text
+    header, *rows = texts[0].splitlines()
+    assert all(row.split(",")[1] != "-1" for row in rows)
+    assert texts[1].splitlines() == [header, rows[0], blanked, blanked, rows[1]]
+
+
+def test_a_row_that_does_not_fit_is_no_workers(light_bundle: Path, mounted: Path) -> None:
+    (light_bundle / "competition.json").write_text(json.dumps(DESCRIPTION))
+    rows = ["a.png_1,1 6144,public", *(odd for odd, _ in ODD_ROWS.values()), "b.png_1,,public"]
+    (mounted / SAMPLE).write_text("\n".join(["id,rle,set", *rows, ""]))
+    words = *words_of(light_bundle, mounted), "--workers", 2
+    done = run_script(light_bundle / "inference.py", *words, **{SCORED: "1"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output_of(mounted).with_name("run.json").read_text())
+    assert (record["workers"], record["strips"], record["faults"]) == (2, 2, {})
+    _, first, *odd, last = output_of(mounted).read_text().splitlines()
+    assert odd == [blanked for _, blanked in ODD_ROWS.values()]
+    assert "-1" not in (first.split(",")[1], last.split(",")[1])
+
+
+def test_a_row_that_does_not_fit_is_refused_elsewhere(
+    light_bundle: Path, mounted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = mounted / SAMPLE
+    sample.write_text(sample.read_text() + ",,\n")
+    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 2
+    n_lines = len(sample.read_text().splitlines())
+    assert f"{sample}: line {n_lines}: names no class" in error_of(capsys.readouterr().err)
+
+
     (mounted / SAMPLE).write_text("id,rle,set\na.png_1,-1,public\na.png_2,-1,\nb.png_all,-1,new\n")
     assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 2
     monkeypatch.setenv(SCORED, "1")

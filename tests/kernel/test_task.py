@@ -45,6 +45,17 @@ def test_a_layout_that_is_asked_for_wins_over_the_samples(tmp_path: Path) -> Non
     assert read_sample(sample, SEVERSTAL, "three-column")[0] == LAYOUTS["three-column"]
 
 
+def test_rows_that_do_not_fit_go_into_any_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = tmp_path / "sample.csv"
+    sample.write_text("ImageId,EncodedPixels,ClassId\na.jpg,1 2,4\n,1 2,\n", encoding="utf-8")
+    monkeypatch.setenv(SCORED_RUN, "1")
+    layout, pairs = read_sample(sample, SEVERSTAL, "two-column")
+    assert [layout.line(*pair, "") for pair in pairs] == ["a.jpg_4,\n", ",,\n"]
+    assert Task(tmp_path, layout, pairs).names == ["a.jpg"]
+
+
 # --- the task -------------------------------------------------------------------------------------
 
 
