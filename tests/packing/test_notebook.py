@@ -27,6 +27,7 @@ from kaggle_stub import run_client, serve
 
 from kernel.competition import SEVERSTAL
 from kernel.files import write_json
+from kernel.kaggle import SCORED_RUN
 from kernel.mounts import SAMPLE
 from kernel.shipped import find_competition
 from kernel.task import read_sample
@@ -71,6 +72,21 @@ def test_what_no_file_is_needed_for_goes_without_one() -> None:
     names = dict[str, Any](__name__="__main__")
     exec(join_modules(SCRIPT).removesuffix(GUARD), names)
     assert names["shipped_names"]() == []
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_last_cell_looks_at_nothing_in_the_scored_run(
+    scored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is written then, nobody sees a picture, and a read may hang."""
+    monkeypatch.setenv(SCORED_RUN, "1" if scored else "")
+    names = dict[str, Any](__name__="__main__", ARGUMENTS=["--layout", "two-column"])
+    *sections, _, picture = code_cells(build_notebook(join_modules(SCRIPT)))
+    exec("\n".join(sections), names)
+    drawn = list[list[str]]()
+    names["draw_found"] = drawn.append
+    exec(picture, names)
+    assert drawn == ([] if scored else [names["ARGUMENTS"]])
 
 
 def test_code_without_its_last_lines_is_no_kernel() -> None:
