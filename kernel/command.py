@@ -3,14 +3,15 @@
 import argparse
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
 from kernel.faults import one_line
-from kernel.logs import start_log
 from kernel.kaggle import is_scored_run
+from kernel.logs import start_log
 
 BAD_INPUT = 2  # the exit code, as argparse's
 INTERRUPTED = 130
@@ -80,6 +81,18 @@ def end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_process() -> None:
+    """End this process with exit code 0 once all that it said is written.
+
+    At an interpreter's own end a thread that still reads a file may abort it.
+    """
+    logging.shutdown()
+    with contextlib.suppress(AttributeError, OSError):
+        sys.stderr.flush()
+    _flush_output()
+    os._exit(0)
 
 
 def _prepare_streams() -> None:

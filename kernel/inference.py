@@ -5,21 +5,23 @@ same modules. Kaggle runs one file: `build_kernel.py` concatenates the modules o
 section each, this one last.
 """
 
+import math
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kernel.backends import predict_here
-from kernel.command import end_with_parent, run_command
+from kernel.budget import margin_s
+from kernel.command import end_process, end_with_parent, run_command
 from kernel.competition import SEVERSTAL, Competition, load_competition
 from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost
 from kernel.faults import one_line
+from kernel.hangs import ends_within
 from kernel.images import check_kinds
-from kernel.kaggle import enter_working_folder, is_scored_run
+from kernel.kaggle import enter_working_folder, is_scored_run, run_began
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.mounts import find_one
@@ -32,10 +34,11 @@ from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task, find_task, unpack_images
 from kernel.validator import check_submission
-from kernel.watchdog import watchdog
+from kernel.watchdog import ended_after, watchdog
 from kernel.workers import predict_by_workers
 
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it
+LOOK_S = 60.0  # seconds that the scored run may look for the competition, then for its sample
 KINDS_S = 10.0  # seconds that the look at some images may take: it only logs
 CHECK_S = 0.02  # seconds that the validator may take for an image; 0.007 were measured
 FAILURES = ValueError, OSError, RuntimeError  # of bad input
@@ -82,10 +85,7 @@ def log_kinds(task: Task) -> None:
         except Exception as error:  # whatever is wrong with one costs its own rows alone
             log.warning("%s; read all the same", one_line(error))
 
-    thread = threading.Thread(target=look, daemon=True)  # a read may hang
-    thread.start()
-    thread.join(KINDS_S)
-    if thread.is_alive():
+    if not ends_within(KINDS_S, look):
         log.warning("%s: some images take over %.0f s to read: going on", task.images, KINDS_S)
 
 
@@ -200,11 +200,17 @@ def draw_found(arguments: Sequence[str] | None = None) -> Picture:
 
 def _competition_of(options: Options) -> Competition:
     """The bundle's description; Severstal's where no bundle or no description can be read."""
-    try:
-        return load_competition(find_bundle(options))
-    except Exception as error:  # the run says it again
-        log.warning("%s", one_line(error))
-        return SEVERSTAL
+    found = [SEVERSTAL]
+
+    def look() -> None:
+        try:
+            found.append(load_competition(find_bundle(options)))
+        except Exception as error:  # the run says it again
+            log.warning("%s", one_line(error))
+
+    if not ends_within(LOOK_S, look):
+        log.warning("%s: no competition is found in %.0f s: going on", options.input, LOOK_S)
+    return found[-1]
 
 
 def run_options(options: Options, start: float | None = None) -> int:
@@ -230,22 +236,27 @@ def run_scored(options: Options) -> int:
     """Run so that whatever stops it costs no row; return the exit code.
 
     What would be refused elsewhere is an error in the log: the submission is worth more. A member
-    that cannot be used leaves the others, and --strict means nothing.
+    that cannot be used leaves the others, and --strict means nothing. What hangs before or behind
+    the watchdog ends half of its margin later.
 
     Raises:
         Exception: as `run_options`, where there was no sample to write the rows of.
     """
-    start = time.monotonic()
-    rows_stand = write_empty_rows(options, _competition_of(options))
-    try:
-        return run_options(replace(options, allow_missing_members=True, strict=False), start)
-    except Exception as error:
-        if not rows_stand:
-            raise
-        bug = not isinstance(error, FAILURES)
-        what = "%s; the run ends here, and the rows in %s stand"
-        log.error(what, one_line(error), options.output, exc_info=bug)
-        return 0
+    start, competition = run_began(), _competition_of(options)
+    given_s = options.budget_s or 0.0
+    budget_s = given_s if 0 < given_s < math.inf else competition.time_limit_s
+    left_s = start + budget_s - margin_s(budget_s) / 2 - time.monotonic()
+    with ended_after(max(left_s, LOOK_S)):
+        rows_stand = write_empty_rows(options, competition)
+        try:
+            return run_options(replace(options, allow_missing_members=True, strict=False), start)
+        except Exception as error:
+            if not rows_stand:
+                raise
+            bug = not isinstance(error, FAILURES)
+            what = "%s; the run ends here, and the rows in %s stand"
+            log.error(what, one_line(error), options.output, exc_info=bug)
+            return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,3 +273,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    if is_scored_run():
+        end_process()

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from kernel.competition import Competition
 from kernel.faults import one_line
 from kernel.image_folders import IMAGE_SUFFIXES, image_paths, link_images, walk_folders
-from kernel.logs import log
 from kernel.kaggle import is_scored_run
+from kernel.logs import log
 from kernel.rows import fits_header, read_rows
 from kernel.zips import InZip, list_zip, paths_in_zip, unzip_csv
 
@@ -314,16 +314,16 @@ def _choose_sample(
                 "%s is taken for the sample, not %s", min(kept), min(samples.keys() - kept.keys())
             )
         samples = kept or samples
-    if not samples or _differ(samples.values()):
-        return None
-    chosen, *others = sorted(samples)
-    if others:
-        log.warning(
     if _differ(samples.values()) and is_scored_run():
         fitting = {p: csv for p, csv in samples.items() if fits_header(csv, competition)} or samples
         largest = max(sorted(fitting), key=lambda place: fitting[place].stat().st_size)
         log.error("%s; %s is taken", _several_fault(samples, SAMPLE, "--sample"), largest)
         samples = {largest: samples[largest]}
+    if not samples or _differ(samples.values()):
+        return None
+    chosen, *others = sorted(samples)
+    if others:
+        log.warning(
             "%s and %s are the same sample: the first is taken; remove one from the kernel's "
             "sources, or choose with --sample: in the scored run they may differ",
             chosen,

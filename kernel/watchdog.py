@@ -19,6 +19,21 @@ def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
     return timer
 
 
+def end_at_once() -> None:
+    """End this process with exit code 0, whatever hangs in it: what it wrote is whole."""
+    os._exit(0)
+
+
+@contextmanager
+def ended_after(seconds: float, end: Callable[[], object] = end_at_once) -> Iterator[None]:
+    """Call `end`, which ends this process, unless the block is over by then."""
+    timer = after(max(seconds, 0.0), end)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @contextmanager
 def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
     """End a hung run `margin_s` before its budget, keeping the finished rows.
@@ -26,21 +41,16 @@ def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
     `Deadline` ends a run in time as long as passes return; this is for one that does not.
     """
 
-    def end() -> None:
-        os._exit(0)  # the submission is whole, and nothing else could end a hanging thread
-
     def kill_run() -> None:
         with ExitStack() as last:
-            last.callback(end)
+            last.callback(end_at_once)
             with suppress(RuntimeError):  # no thread can be started
-                last.callback(after(margin_s(left_s) / 2, end).cancel)  # the disk or log may hang
+                hung = after(margin_s(left_s) / 2, end_at_once)  # the disk or log may hang
+                last.callback(hung.cancel)
             with suppress(OSError):  # a disk that is full: an earlier save stands
                 submission.save()
             log.error("the budget is spent: ending with the strips that are done, the others empty")
             logging.shutdown()
 
-    timer = after(max(left_s - margin_s(left_s), 0.0), kill_run)
-    try:
+    with ended_after(left_s - margin_s(left_s), kill_run):
         yield
-    finally:
-        timer.cancel()

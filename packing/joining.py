@@ -3,7 +3,13 @@
 import re
 from pathlib import Path
 
-GUARD = '\n\nif __name__ == "__main__":\n    main()\n'  # the end of what is run as a script
+GUARD = """
+
+if __name__ == "__main__":
+    main()
+    if is_scored_run():
+        end_process()
+"""  # the end of what is run as a script
 KERNEL_IMPORT = re.compile(r"^from kernel\.(\w+) import (?:\([^)]*\)|.+)\n", re.MULTILINE)
 
 

@@ -8,6 +8,7 @@ import pytest
 from helpers import LAYOUTS
 
 from kernel import inference
+from kernel.hangs import ends_within
 from kernel.task import Task
 
 
@@ -17,6 +18,11 @@ def never() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
+
+
+def test_an_action_ends_in_time_or_not(never: threading.Event) -> None:
+    assert ends_within(60, lambda: None)
+    assert not ends_within(0.01, never.wait)
 
 
 def test_a_look_at_images_that_hangs_does_not_hold_up_the_run(

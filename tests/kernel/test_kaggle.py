@@ -1,11 +1,15 @@
 """Where a script works that Kaggle runs."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from helpers import exit_code
+from helpers import ROOT, exit_code
 
-from kernel import inference
+from kernel import inference, kaggle
 from kernel.kaggle import KAGGLE_RUN, SCORED_RUN, UNATTENDED, is_scored_run
 
 
@@ -46,6 +50,42 @@ def test_a_folder_below_that_of_the_output_is_not_left(
     monkeypatch.chdir(tmp_path / "working" / "clone")
     assert exit_code(inference.main, "--help") == 0
     assert Path.cwd() == tmp_path / "working" / "clone"
+
+
+BEGAN = """
+import time
+first_s = time.monotonic()
+{code}
+print(run_began(), first_s)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say it there")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_script_began_with_its_process_and_a_module_when_it_is_called(own: bool) -> None:
+    """A long-lived process may call the module's code, as the tests do."""
+    code = Path(kaggle.__file__).read_text() if own else "from kernel.kaggle import run_began"
+    before_s = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", BEGAN.format(code=code)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    began_s, first_s = map(float, done.stdout.split())
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    assert own == (before_s - tick_s <= began_s <= first_s)
+
+
+@pytest.mark.parametrize("started", ["", "0", "1", "x", "9" * 18])  # ticks
+def test_an_age_that_no_run_can_have_is_not_believed(
+    started: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stat").write_text(f"1 (a) b) S {'7 ' * 18}{started}")
+    monkeypatch.setattr(kaggle, "Path", lambda _: tmp_path / "stat")
+    monkeypatch.setattr(kaggle, "MAX_AGE_S", 0.1)
+    assert kaggle._process_age_s() == 0
 
 
 @pytest.mark.parametrize(("value", "scored"), [("1", True), ("True", True), ("", False)])

@@ -14,9 +14,9 @@ from helpers import read_submission, save_strips, write_sample
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import read_image
 from kernel.inference import run
+from kernel.kaggle import SCORED_RUN
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE, find_images, find_one, find_sample
-from kernel.kaggle import SCORED_RUN
 from kernel.options import Options
 from kernel.task import Task, find_task, unpack_images
 
@@ -373,29 +373,6 @@ def test_samples_that_differ_are_refused_and_equal_ones_named_where_images_do_no
     )
 
 
-def test_images_beside_the_sample_go_before_others_of_the_competition(tmp_path: Path) -> None:
-    mount_test_set(tmp_path, "stage1/test/a.jpg", "stage1/test/b.jpg")
-    (tmp_path / COMPETITION / "stage2").mkdir()
-    (tmp_path / COMPETITION / SAMPLE).rename(tmp_path / COMPETITION / "stage2" / SAMPLE)
-    for name in ("a.jpg", "b.jpg"):
-        write(tmp_path / COMPETITION / "stage2" / "test" / name, "stage 2")
-    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
-    assert found == {"a.jpg": "stage 2", "b.jpg": "stage 2"}
-
-
-@pytest.mark.parametrize("scored", [False, True])
-def test_of_two_samples_with_images_the_one_that_is_in_no_dataset_is_taken(
-    scored: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for folder in ("datasets/me/all", "steel"):
-        name = "h.jpg" if scored and folder == "steel" else "a.jpg"
-        write(tmp_path / folder / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{name},1 1,0\n")
-        write(tmp_path / folder / name, folder)
-    task = find_task(Options(input=tmp_path), SEVERSTAL)
-    assert task.images == tmp_path / "steel" and not caplog.messages
-
-
-def test_a_damaged_zip_of_a_sample_costs_no_other(
 HEADER = "ImageId,EncodedPixels,ClassId\n"
 DIFFERING = {  # samples by folder → the folder of the one that is taken
     "the largest": ({"a": "a.jpg,1 1,0\n", "b": "a.jpg,1 1,0\nb.jpg,1 1,0\n"}, "b"),
@@ -431,6 +408,29 @@ def test_of_samples_that_differ_the_scored_run_takes_the_largest_that_fits(
     assert error.startswith(f"more than one {SAMPLE}: ") and error.endswith(f"{taken} is taken")
 
 
+def test_images_beside_the_sample_go_before_others_of_the_competition(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "stage1/test/a.jpg", "stage1/test/b.jpg")
+    (tmp_path / COMPETITION / "stage2").mkdir()
+    (tmp_path / COMPETITION / SAMPLE).rename(tmp_path / COMPETITION / "stage2" / SAMPLE)
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / COMPETITION / "stage2" / "test" / name, "stage 2")
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
+    assert found == {"a.jpg": "stage 2", "b.jpg": "stage 2"}
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_of_two_samples_with_images_the_one_that_is_in_no_dataset_is_taken(
+    scored: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("datasets/me/all", "steel"):
+        name = "h.jpg" if scored and folder == "steel" else "a.jpg"
+        write(tmp_path / folder / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{name},1 1,0\n")
+        write(tmp_path / folder / name, folder)
+    task = find_task(Options(input=tmp_path), SEVERSTAL)
+    assert task.images == tmp_path / "steel" and not caplog.messages
+
+
+def test_a_damaged_zip_of_a_sample_costs_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = "ImageId,EncodedPixels,ClassId\na.jpg,1 1,0\n"

@@ -2,15 +2,19 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from helpers import (
     LABELS,
+    SMALL,
     error_of,
     exit_code,
     read_submission,
@@ -22,6 +26,7 @@ from helpers import (
 
 from kernel import inference
 from kernel.competition import SEVERSTAL, Competition
+from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE
 from kernel.run_context import RunContext
 from kernel.task import Task, read_sample
@@ -110,11 +115,6 @@ def test_a_sample_that_does_not_fit_gives_its_own_lines_without_masks(
     assert not error.exc_info
 
 
-def test_a_constant_cell_that_differs_stays_the_rows_own(
-    light_bundle: Path, mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    description = DESCRIPTION | {"any_class": "all"}
-    (light_bundle / "competition.json").write_text(json.dumps(description))
 ODD_ROWS = {  # row → the same without its mask
     "a class that is not known": ("a.png_5,1 6144,public", "a.png_5,-1,public"),
     "nothing but separators": (",,", ",-1,"),
@@ -169,6 +169,11 @@ def test_a_row_that_does_not_fit_is_refused_elsewhere(
     assert f"{sample}: line {n_lines}: names no class" in error_of(capsys.readouterr().err)
 
 
+def test_a_constant_cell_that_differs_stays_the_rows_own(
+    light_bundle: Path, mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    description = DESCRIPTION | {"any_class": "all"}
+    (light_bundle / "competition.json").write_text(json.dumps(description))
     (mounted / SAMPLE).write_text("id,rle,set\na.png_1,-1,public\na.png_2,-1,\nb.png_all,-1,new\n")
     assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 2
     monkeypatch.setenv(SCORED, "1")
@@ -362,7 +367,7 @@ def test_a_strip_that_fails_ends_no_scored_run_with_an_error(
 def test_the_time_in_which_the_rows_are_written_is_the_runs(
     light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a slow mount the first look for the sample takes long."""
+    """On a slow mount the first look for the sample takes long, in a notebook its own cells."""
     now, starts = [1000.0], list[float | None]()
 
     def write_slowly(*_: object) -> bool:
@@ -374,8 +379,100 @@ def test_the_time_in_which_the_rows_are_written_is_the_runs(
         raise ValueError
 
     monkeypatch.setenv(SCORED, "1")
+    monkeypatch.setattr(inference, "run_began", lambda: 700.0)
     monkeypatch.setattr(inference, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(inference, "write_empty_rows", write_slowly)
     monkeypatch.setattr(inference, "run", run)
     assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
-    assert starts == [1000.0]
+    assert starts == [700.0]
+
+
+# --- what only informs, and what hangs ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_nothing_is_looked_at_again_that_only_informs(
+    scored: bool,
+    session_light: Path,
+    mounted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody sees it, and a read may hang when all is written."""
+    monkeypatch.setenv(SCORED, "1" if scored else "")
+    for name in NAMES:
+        colour = np.zeros((*SMALL, 3), np.uint8) + np.array([0, 90, 200], np.uint8)
+        cv2.imwrite(str(mounted / "test_images" / name), colour)
+    assert exit_code(inference.main, *words_of(session_light, mounted)) == 0
+    record = json.loads(output_of(mounted).with_name("run.json").read_text())
+    assert scored != ("validate" in record["stages"])
+    assert scored != ("read all the same" in caplog.text)
+
+
+HANG = """
+import sys, threading
+sys.path.insert(0, sys.argv.pop(1))
+import inference as kernel
+
+kernel.LOOK_S = 0.5
+step = sys.argv.pop(1)
+if step:
+    setattr(kernel, step, lambda *_: threading.Event().wait())
+kernel.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("step", ["find_task", "write_run_record"])
+def test_what_hangs_before_or_behind_the_watchdog_ends_with_the_rows(
+    step: str, session_light: Path, mounted: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(HANG, encoding="utf-8")
+    words = (session_light, step, *words_of(session_light, mounted), "--budget-s", 10)
+    done = run_script(script, *words, **{SCORED: "1"})
+    assert done.returncode == 0, done.stderr
+    assert read_submission(output_of(mounted)).keys() == EMPTY.keys()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no file that hangs")
+def test_a_bundle_that_hangs_costs_no_rows(
+    session_light: Path, mounted: Path, tmp_path: Path
+) -> None:
+    """As a file on a disk that does not answer."""
+    script, dataset = tmp_path / "hang.py", mounted.parents[1] / "datasets" / "me" / "other"
+    script.write_text(HANG, encoding="utf-8")
+    dataset.mkdir(parents=True)
+    os.mkfifo(dataset / MANIFEST)
+    words = session_light, "", *words_of(session_light, mounted)[2:], "--budget-s", 10
+    done = run_script(script, *words, **{SCORED: "1"})
+    assert done.returncode == 0, done.stderr
+    assert "no competition is found in" in done.stdout
+    assert read_submission(output_of(mounted)) == EMPTY
+
+
+SAID = """
+import atexit, logging, logging.handlers, os, runpy, sys
+
+logging.basicConfig(handlers=[logging.handlers.MemoryHandler(9999, 99)], level=logging.INFO)
+logging.getLogger().handlers[0].setTarget(logging.StreamHandler(sys.stderr))
+atexit.register(os.abort)
+print("said first")
+print("said too", end="", file=sys.stderr)
+script = sys.argv[1]
+sys.argv[1:] = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_nothing_at_the_interpreters_end_fails_a_scored_run_and_all_it_said_is_written(
+    session_light: Path, mounted: Path, tmp_path: Path
+) -> None:
+    """A thread that reads an image then may abort it."""
+    (tmp_path / "said.py").write_text(SAID, encoding="utf-8")
+    words = session_light / "inference.py", *words_of(session_light, mounted)
+    done = run_script(tmp_path / "said.py", *words, **{SCORED: "1"})
+    assert done.returncode == 0, done.stderr
+    assert read_submission(output_of(mounted)).keys() == EMPTY.keys()
+    assert output_of(mounted).with_name("run.json").is_file()
+    assert done.stdout == "said first\n"
+    assert done.stderr.startswith("said too") and "non-empty masks" in done.stderr

@@ -68,17 +68,6 @@ def test_without_a_sample_every_image_of_the_folder_is_a_task_in_name_order(tmp_
     assert task.names == ["C.JPG", "a.png", "b.jpg"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_sample_without_rows_is_an_empty_task_and_that_is_said(
-    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    sample = write_sample(tmp_path / SAMPLE, [], layout)
-    for options in (Options(images=tmp_path, sample=sample), Options(input=tmp_path)):
-        task = find_task(options, SEVERSTAL)
-        assert (task.pairs, task.layout) == ([], LAYOUTS[layout])
-    assert f"{sample}: names no image: the submission is its header" in caplog.text
-
-
 @pytest.mark.parametrize("worker", [True, False])
 def test_only_the_first_process_looks_at_every_image_to_say_which_are_in_no_row(
     worker: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,6 +84,17 @@ def test_only_the_first_process_looks_at_every_image_to_say_which_are_in_no_row(
     monkeypatch.setattr("kernel.task.list_images", spied)
     find_task(Options(images=tmp_path, sample=sample, worker=worker), SEVERSTAL)
     assert listed == ([] if worker else [tmp_path])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_without_rows_is_an_empty_task_and_that_is_said(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample = write_sample(tmp_path / SAMPLE, [], layout)
+    for options in (Options(images=tmp_path, sample=sample), Options(input=tmp_path)):
+        task = find_task(options, SEVERSTAL)
+        assert (task.pairs, task.layout) == ([], LAYOUTS[layout])
+    assert f"{sample}: names no image: the submission is its header" in caplog.text
 
 
 def test_a_folder_without_images_says_where_they_are(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers import ROOT, run_script
 
-from packing.joining import join_modules, module_dependencies
+from packing.joining import GUARD, join_modules, module_dependencies
 from packing.paths import SCRIPT
 
 TREE = ast.parse(join_modules(SCRIPT))
@@ -49,7 +49,7 @@ def test_every_statement_of_every_module_is_there_once() -> None:
     modules = module_dependencies(SCRIPT)
     texts = [path.read_text(encoding="utf-8") for path in modules]
     expected = [statement for text in texts for statement in statements(ast.parse(text))]
-    guard = statements(ast.parse('if __name__ == "__main__":\n    main()\n'))
+    guard = statements(ast.parse(GUARD))
     assert [s for s in expected if s in guard] == guard  # one module is run as a script
     assert statements(TREE) == expected
     assert len(modules) == len(set(modules)) > 3
