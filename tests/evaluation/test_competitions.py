@@ -238,7 +238,7 @@ def test_images_of_another_kind_than_the_description_says_are_refused_before_a_r
     assert re.search(r"image_\d\.png: in colour, tgs-salt-.* says channels 1: correct it", error)
 
 
-def test_the_scored_run_predicts_images_of_another_kind_and_says_so(
+def test_the_kernel_predicts_images_of_another_kind_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     salt = small("salt")

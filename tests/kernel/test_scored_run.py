@@ -415,6 +415,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import inference as kernel
 
 kernel.LOOK_S = 0.5
+kernel.predict = lambda *_: kernel.Outcome()  # before the watchdog ends it
 step = sys.argv.pop(1)
 if step:
     setattr(kernel, step, lambda *_: threading.Event().wait())
