@@ -1,11 +1,12 @@
-"""The device: which one works, what memory is kept, the copies to and fro."""
+"""The device: which one works, how many GPUs there are, what memory is kept, the copies."""
 
 import ctypes
 import functools
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy.typing as npt
@@ -49,20 +50,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def gpu_supported() -> bool:
-    """Whether PyTorch has code for the first GPU, as it has none for a P100, by what it lists.
-
-    Nothing runs on the GPU; where only that would tell, as on ROCm, it is False.
-    """
-    try:
-        major, minor = torch.cuda.get_device_capability()
-        listed = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-        built_for = [int(arch[3:].rstrip("af")) for arch in listed]
-    except Exception:  # a PyTorch without CUDA, a driver that is too old, a GPU that has failed
-        return False
-    return 10 * major + minor >= min(built_for, default=sys.maxsize)
-
-
 def pick_device() -> torch.device:
     """CUDA where it works, else the CPU."""
     cuda = torch.device("cuda")
@@ -76,6 +63,34 @@ def free_memory(device: torch.device) -> float:
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     index = device.index or 0  # PyTorch 2.3 takes no device without one
     return torch.cuda.mem_get_info(index)[0] + cached
+
+
+# --- how many GPUs --------------------------------------------------------------------------------
+
+DRIVER_S = 30.0  # that NVIDIA's driver may take to answer: what takes longer hangs
+
+
+@functools.cache
+def count_gpus() -> int:
+    """Return how many GPUs there are; whether PyTorch can use them a worker finds out.
+
+    CUDA is not initialised. A driver that hangs would hold whatever asks it, even beyond a kill: so
+    another process asks first.
+    """
+    try:
+        quiet = subprocess.DEVNULL
+        look = subprocess.Popen(["nvidia-smi", "-L"], stdout=quiet, stderr=quiet)
+    except OSError:  # there is no such command, as on AMD's GPUs
+        return torch.cuda.device_count()
+    try:
+        look.wait(DRIVER_S)
+    except subprocess.TimeoutExpired:
+        log.warning("nvidia-smi does not answer in %.0f s: the first GPU is tried", DRIVER_S)
+        look.kill()
+        with suppress(subprocess.TimeoutExpired):  # it is stuck in the system
+            look.wait(1)
+        return 1
+    return torch.cuda.device_count()
 
 
 # --- memory of the host ---------------------------------------------------------------------------

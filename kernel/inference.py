@@ -91,8 +91,8 @@ def log_kinds(task: Task) -> None:
 
 def predict(context: RunContext, task: Task) -> Outcome:
     """Predict a task with one process a GPU, or in this one where there is none."""
-    if context.in_workers(task):
-        outcome = predict_by_workers(context, task, context.n_workers(task))
+    if count := context.n_workers(task):
+        outcome = predict_by_workers(context, task, count)
     else:
         outcome = predict_here(context, task)
     done = context.submission.done

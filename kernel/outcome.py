@@ -19,6 +19,7 @@ class Outcome:
     strip_s: dict[str, float] = field(default_factory=dict)  # image → seconds since the one before
     device: str = ""
     gpu_bytes: int = 0  # the most that PyTorch held on one GPU
+    workers: int = 1  # processes that shared the images
 
     def add(self, other: "Outcome") -> None:
         """Add what became of other images."""

@@ -4,11 +4,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from kernel.budget import margin_s
 from kernel.deadline import Deadline
-from kernel.device import gpu_supported
+from kernel.device import count_gpus
 from kernel.manifest import Manifest
 from kernel.options import Options
 from kernel.stages import Stages
@@ -50,14 +48,13 @@ class RunContext:
         return self.new_deadline().over
 
     def n_workers(self, task: Task) -> int:
-        """Processes that share a task: one a GPU, or as many as were asked for."""
-        asked = self.options.workers or max(torch.cuda.device_count(), 1)
-        return 1 if self.options.worker else min(asked, len(task.names))
+        """Processes beside this one that share a task: one a GPU, or as many as were asked for.
 
-    def in_workers(self, task: Task) -> bool:
-        """Whether processes beside this one run a task: a GPU that breaks down may end its own.
-
-        `--workers 1` asks for none.
+        A GPU that breaks down may end its process, so one has a worker too. `--workers 1` asks for
+        none.
         """
-        count, alone = self.n_workers(task), self.options.worker or self.options.workers == 1
-        return count > 1 or (count == 1 and not alone and gpu_supported())
+        asked = self.options.workers
+        if self.options.worker or asked == 1:
+            return 0
+        count = min(asked or count_gpus(), len(task.names))
+        return count if count > 1 or count_gpus() else 0

@@ -35,7 +35,7 @@ class RunRecord:
     share: float  # mean of the strips' in `work`
     device: str
     gpu_bytes: int  # the most that PyTorch held on one GPU
-    workers: int
+    workers: int  # that shared the images; 1: the first process, or one beside it
     budget_s: float
     seconds: float
     stages: dict[str, float]  # seconds, without the networks'
@@ -72,7 +72,7 @@ def build_run_record(
         share=sum(shares) / max(len(shares), 1),
         device=outcome.device,
         gpu_bytes=outcome.gpu_bytes,
-        workers=context.n_workers(task),
+        workers=outcome.workers,
         budget_s=context.budget_s,
         seconds=seconds,
         stages=dict(stages.seconds),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kernel.budget import worker_budget_s
 from kernel.command import BAD_INPUT
+from kernel.device import GPU_LOST
 from kernel.options import LAST, arguments_of
 from kernel.rows import csv_line, read_rows
 from kernel.run_context import RunContext
@@ -56,6 +57,11 @@ class WorkerProcess:
     def refused(self) -> bool:
         """Whether it ended because of what it was given, by its exit code."""
         return self.process.returncode in REFUSALS
+
+    @property
+    def unusable(self) -> bool:
+        """Whether its GPU ran nothing from the start."""
+        return self.process.returncode == GPU_LOST and not self.last_image()
 
     def collect(self, submission: Submission) -> None:
         """Take over what it has written so far; its csv has the images that are done."""

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from kernel.backends import predict_here
 from kernel.budget import margin_s
-from kernel.device import GPU_LOST
+from kernel.device import GPU_LOST, count_gpus
 from kernel.faults import one_line
 from kernel.logs import log
 from kernel.outcome import Outcome
@@ -97,6 +95,8 @@ def _watch(context: RunContext, workers: list[WorkerProcess], folder: Path, agai
         for worker in [each for each in workers if each.died and not each.death_handled]:
             if worker.refused and not context.submission.done:
                 continue  # until another has given an image: then what it was given is sound
+            if worker.unusable and not any(each.last_image() for each in workers):
+                continue  # until another has begun an image: then not all GPUs are
             worker.death_handled = True
             worker.collect(context.submission)  # its last rows
             rest = worker.task.without(context.submission.done)
@@ -192,7 +192,7 @@ def _read_round(done: Set[str], workers: Sequence[WorkerProcess]) -> Round:
 
 def gpus_of(count: int) -> list[str]:
     """The GPU of each of `count` workers, of those that CUDA_VISIBLE_DEVICES leaves, or none."""
-    there = torch.cuda.device_count()
+    there = count_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(there))))
     gpus = visible.split(",")[:there] or [NO_GPU]
     return [gpus[index % len(gpus)] for index in range(count)]
@@ -265,11 +265,11 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
     On the GPU of one that crashes another follows, for a GPU's fault may end with its process; what
     that leaves runs on the other GPUs. Where those crash too a worker on the CPU runs what all had
     begun: the image at which it dies is left out, and the GPUs go on. What killed a worker would
-    end the run, so images run in this process only where no worker can be started, where the one
-    GPU runs nothing, where every one refused its input, or where the CPU's did after GPUs that gave
+    end the run, so images run in this process only where no worker can be started, where no GPU
+    runs anything, where every one refused its input, or where the CPU's did after GPUs that gave
     nothing: then it says why.
     """
-    outcome, died, done, killed = Outcome(), "", context.submission.done, False
+    outcome, died, done, killed = Outcome(workers=count), "", context.submission.done, False
     gpus = gpus_of(count)  # no more than images
     plan: Plan | None = Plan(task, gpus, gpus, first=True)
     while plan:
@@ -293,7 +293,8 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
                 died = TOO_LATE
             killed = killed or found.killed
             first_or_last = plan.first or plan.rescue
-            refused = (found.refused and first_or_last) or (count == 1 and found.unusable)
+            unusable = found.unusable and len(found.exit_codes) == count
+            refused = (found.refused and first_or_last) or unusable
             if refused and not (killed or done):
                 log.warning("every worker failed to start; running all images in this process")
                 return predict_here(context, task)  # it says what is wrong, as in one process

@@ -1,6 +1,7 @@
-"""The device: what memory is free, and what a run on the CPU does with what it has freed."""
+"""The device: how many GPUs, what memory is free, what a run on the CPU does with what it freed."""
 
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers import CPU, ROOT
 
-from kernel.device import free_memory, gpu_supported
+from kernel.device import count_gpus, free_memory
 
 FAULTS = """
 import resource
@@ -72,33 +73,39 @@ def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: 
     assert after_loading(session_light, f"{apart}\n{LEAST}") < 1000
 
 
-@pytest.mark.parametrize(
-    ("capability", "built_for", "supported"),
-    [
-        ((7, 5), ["sm_70", "sm_75", "sm_90"], True),
-        ((8, 9), ["sm_75", "sm_86", "sm_90a", "sm_120", "compute_120"], True),
-        ((6, 0), ["sm_70", "sm_75", "sm_120", "compute_120"], False),
-        ((9, 0), ["gfx90a"], False),
-        (RuntimeError("no driver"), ["sm_70"], False),
-        (AssertionError("Torch not compiled with CUDA enabled"), [], False),
-        (torch.cuda.DeferredCudaCallError("CUDA call failed lazily"), ["sm_70"], False),
-        ((7, 5), ["sm_next"], False),
-    ],
-)
-def test_a_gpu_is_supported_where_pytorch_has_code_for_one_no_newer(
-    capability: tuple[int, int] | Exception,
-    built_for: list[str],
-    supported: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def capability_of() -> tuple[int, int]:
-        if isinstance(capability, Exception):
-            raise capability
-        return capability
+def nvidia_smi(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the command be a shell's one line."""
+    command = folder / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
-    assert gpu_supported() == supported
+
+@pytest.mark.parametrize("line", ["", "exit 9"], ids=["as it should", "with an error"])
+def test_the_gpus_are_those_that_pytorch_names_where_the_driver_answers(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, line, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert count_gpus.__wrapped__() == 2
+
+
+def test_the_gpus_are_those_that_pytorch_names_where_no_driver_can_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert count_gpus.__wrapped__() == 2
+
+
+def test_a_driver_that_hangs_is_left_to_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What asked it would hang, too."""
+    nvidia_smi(tmp_path, "exec sleep 60", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("hangs"))
+    monkeypatch.setattr("kernel.device.DRIVER_S", 0.1)
+    assert count_gpus.__wrapped__() == 1
 
 
 def test_what_pytorch_holds_unused_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ from run_records import a_record
 from kernel import inference
 from kernel.budget import margin_s
 from kernel.deadline import Deadline
-from kernel.device import GPU_LOST
+from kernel.device import GPU_LOST, count_gpus
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
-from kernel.options import Options, parse_options
+from kernel.options import LAST, Options, parse_options
 from kernel.outcome import Outcome
 from kernel.rows import read_rows
 from kernel.run_context import RunContext
@@ -141,7 +141,7 @@ def test_what_kills_the_process_of_the_one_gpu_costs_no_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first process would be the end of the run. No GPU here: its worker runs on the CPU."""
-    monkeypatch.setattr("kernel.run_context.gpu_supported", lambda: True)
+    monkeypatch.setattr("kernel.run_context.count_gpus", lambda: 1)
     monkeypatch.setattr("kernel.workers.gpus_of", lambda count: [""] * count)
     monkeypatch.setattr("kernel.inference.predict_here", lambda *_: pytest.fail("in this process"))
     starts = kill_workers(monkeypatch, ["1.csv"])
@@ -247,7 +247,8 @@ import os, pathlib, sys
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
 
-def lose(*_, **options):
+def lose(device, context, task, *_, **plain):
+    next(kernel.note_names(task.names, context.options.last_image))  # it has begun
     raise kernel.DeviceLost("cuda fails: launch failure")
 
 if pathlib.Path(sys.argv[sys.argv.index("--output") + 1]).name in os.environ["LOSE"].split():
@@ -286,6 +287,22 @@ def test_workers_that_lose_their_gpus_are_followed_by_new_ones(
     assert list(record["faults"]) == ["3.png"]
 
 
+def test_gpus_of_which_none_runs_anything_cost_one_worker_each(
+    bundle: Path,
+    images: Path,
+    alone: tuple[bytes, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a driver that is too old for PyTorch; here there are no such GPUs."""
+    monkeypatch.setattr("kernel.workers.gpus_of", lambda count: ["7", "8"][:count])
+    starts = kill_workers(monkeypatch, [])
+    record = predict(bundle, images, tmp_path / "submission.csv", workers=2)
+    assert starts == ["1.csv", "2.csv"]
+    assert (tmp_path / "submission.csv").read_bytes() == alone[0]
+    assert record["workers"] == 1 and record["work"] == alone[1]["work"]
+
+
 @pytest.mark.parametrize(
     ("ends", "gpu", "plain"),
     [
@@ -303,6 +320,7 @@ def test_where_a_gpu_is_lost_the_next_worker_runs_no_engine(
 
     def start(command: list[str], **_: object) -> Any:
         commands.append(command)
+        parse_options(command[2:]).output.with_suffix(LAST).write_text("a.jpg", encoding="utf-8")
         return popen([sys.executable, "-c", f"import os; {ends}"])
 
     monkeypatch.setattr(subprocess, "Popen", start)
@@ -432,16 +450,18 @@ DIES = Round(exit_codes={1: -11})
 
 
 @pytest.mark.parametrize(
-    ("count", "began", "here"), [(1, "", True), (1, "1.png", False), (2, "", False)]
+    ("count", "lost", "began", "here"),
+    [(1, 1, "", True), (1, 1, "1.png", False), (2, 1, "", False), (2, 2, "", True)],
 )
-def test_where_the_one_gpu_runs_nothing_the_first_process_does(
-    count: int, began: str, here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_no_gpu_runs_anything_the_first_process_does(
+    count: int, lost: int, began: str, here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It picks the CPU, with as many strips at once as was asked for."""
     outcome, submission = Outcome(), Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     monkeypatch.setattr("kernel.workers.predict_here", lambda *_: outcome)
+    codes = dict.fromkeys(range(1, lost + 1), GPU_LOST)
     given = [
-        Round(exit_codes={1: GPU_LOST}, image_at_death=began, lost={"0"}),
+        Round(exit_codes=codes, image_at_death=began, lost={"0"}),
         replace(DIES, lost={"0", "1"}),
     ]
     found, calls = rounds_of(given, submission, monkeypatch, count)
@@ -581,7 +601,7 @@ def test_what_the_cpu_refuses_where_the_gpus_gave_nothing_is_refused_in_this_pro
     monkeypatch.setattr("kernel.workers.predict_here", lambda *_: Outcome({"a.jpg": "here"}))
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     submission.done |= done
-    lost = replace(DIES, exit_codes={1: 3, 2: code}, lost={"0", "1"})
+    lost = replace(DIES, exit_codes={1: 3, 2: code}, image_at_death="0.png", lost={"0", "1"})
     outcome, calls = rounds_of([lost, replace(DIES, exit_codes={1: 2})], submission, monkeypatch)
     assert calls[:2] == [["0", "1"], [""]]
     assert (outcome.faults == {"a.jpg": "here"}) == here
@@ -615,21 +635,23 @@ def test_there_is_a_process_a_gpu_unless_told_otherwise(
     gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr("kernel.run_context.gpu_supported", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("initialises CUDA"))
+    monkeypatch.setattr("kernel.run_context.count_gpus", count_gpus.__wrapped__)
     submission = Submission(tmp_path / "s.csv", LAYOUTS["two-column"], [])
     task = Task(Path("strips"), submission.layout, [(name, 1) for name in NAMES])
 
-    def count(options: Options, task: Task = task) -> tuple[int, bool]:
-        """So many processes, and whether they are others than the first."""
+    def count(options: Options, task: Task = task) -> int:
+        """So many processes beside the first."""
         context = RunContext(options, Path(), Manifest([]), submission, Stages(), 0.0)
-        return context.n_workers(task), context.in_workers(task)
+        return context.n_workers(task)
 
-    assert count(Options()) == (max(gpus, 1), gpus > 0)
-    assert count(Options(workers=1)) == (1, False)
-    assert count(Options(workers=3)) == (3, True)
-    assert count(Options(workers=3, worker=True)) == (1, False)
-    assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == (2, True)
-    assert count(Options(), replace(task, pairs=[])) == (0, False)
+    assert count(Options()) == gpus
+    assert count(Options(workers=1)) == 0
+    assert count(Options(workers=3)) == 3
+    assert count(Options(workers=3, worker=True)) == 0
+    assert count(Options(workers=3), replace(task, pairs=task.pairs[:2])) == 2
+    assert count(Options(workers=3), replace(task, pairs=task.pairs[:1])) == min(gpus, 1)
+    assert count(Options(), replace(task, pairs=[])) == 0
 
 
 @pytest.mark.parametrize(
@@ -640,7 +662,7 @@ def test_a_worker_takes_a_gpu_of_those_that_are_visible(
     visible: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two that are there, where there are more workers than that."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("kernel.workers.count_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
