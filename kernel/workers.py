@@ -25,6 +25,7 @@ COLLECT_S = 1.0  # seconds between two looks at what the workers have written
 ENDING_S = 30.0  # that an interrupted worker has for its last save, and a killed one to end
 LAST_CALL_S = 20.0  # before the watchdog's time, at the most: what hangs then is killed
 STALLED_S = 900.0  # without a sign of life: more than a file's read or one step may take
+START_S = 300.0  # the same before the first image: imports, and the GPU's start
 MAX_FRUITLESS_ROUNDS = 3  # on the CPU in a row, that give no image
 
 
@@ -117,18 +118,25 @@ def _collect(workers: Iterable[WorkerProcess], submission: Submission) -> None:
         worker.collect(submission)
 
 
+def _patience_s(worker: WorkerProcess) -> float:
+    """Seconds without a sign of life after which a worker hangs."""
+    return STALLED_S if worker.last_image() else START_S
+
+
 def _kill_stalled(workers: Sequence[WorkerProcess]) -> None:
     """Kill workers that hang: what they leave runs in others."""
     for worker in workers:
-        if not (worker.ended or worker.stalled) and worker.idle_s() > STALLED_S:
-            log.warning("worker %d has done nothing for %.0f s: killed", worker.number, STALLED_S)
+        if not (worker.ended or worker.stalled) and worker.idle_s() > _patience_s(worker):
+            idle_s = worker.idle_s()
+            log.warning("worker %d has done nothing for %.0f s: killed", worker.number, idle_s)
             worker.stalled = True
             worker.process.kill()
 
 
 def _is_stuck(worker: WorkerProcess) -> bool:
     """Whether a killed worker has not ended: the system waits for a device or a disk of it."""
-    return worker.stalled and not worker.ended and worker.idle_s() > STALLED_S + ENDING_S
+    left_s = _patience_s(worker) + ENDING_S - worker.idle_s()
+    return worker.stalled and not worker.ended and left_s < 0
 
 
 def _start_replacement(
@@ -246,7 +254,8 @@ class Plan:
         if self.rescue:  # what crashes the GPUs is found, or did not crash the CPU
             gpus = [gpu for gpu in self.all_gpus if gpu not in lost - worked]
         else:
-            gpus = [gpu for gpu in self.gpus if gpu not in found.lost]
+            again = set[str]() if found.suspects else hung_once  # no image made them hang
+            gpus = [gpu for gpu in self.gpus if gpu not in found.lost - again]
             rest = _suspects_last(rest, found.suspects, on_gpu=bool(gpus))
         return Plan(
             task=rest,

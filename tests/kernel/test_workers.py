@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,6 +40,7 @@ from kernel.worker import WorkerProcess, start_worker
 from kernel.workers import (
     Plan,
     Round,
+    _kill_stalled,
     _read_round,
     gpus_of,
     predict_by_workers,
@@ -925,6 +926,8 @@ def test_a_worker_is_killed_when_it_has_shown_no_sign_of_life_for_15_minutes(
         workers.append(WorkerProcess(number, gpu, shard, folder / f"{number}.csv", process))
         if number == 1:
             write_run_record(workers[0].record, a_record())
+        else:
+            note(workers[1], "b.jpg")
         return workers[-1]
 
     def show() -> None:
@@ -943,6 +946,33 @@ def test_a_worker_is_killed_when_it_has_shown_no_sign_of_life_for_15_minutes(
     found = run_workers(run, task, ["0", "1"], again=not lives)
     assert len(workers) == 2 and found.exit_codes[2] == (-15 if lives else -9)
     assert found.lost == {"1"} and workers[1].stalled != lives
+
+
+@pytest.mark.parametrize(("begun", "minutes"), [(False, 5), (True, 15)])
+def test_a_worker_that_hangs_before_its_first_image_is_killed_sooner(
+    begun: bool, minutes: int, tmp_path: Path
+) -> None:
+    """There it imports and starts the GPU; an image may take long to read or to predict."""
+    task, process = Task(Path(), LAYOUTS["two-column"], [("a.jpg", 1)]), cast(Any, Hangs())
+    worker = WorkerProcess(1, "0", task, tmp_path / "1.csv", process)
+    if begun:
+        note(worker, "a.jpg")
+    worker.collect(Submission(tmp_path / "s.csv", task.layout, task.pairs))
+    for more_s, killed in ((60 * minutes - 30, False), (60, True)):
+        worker.seen_s -= more_s
+        _kill_stalled([worker])
+        assert worker.stalled == killed
+
+
+@pytest.mark.parametrize("gpus", [["0"], ["0", "1"]])
+def test_gpus_that_hang_before_an_image_are_tried_once_more(gpus: list[str]) -> None:
+    """It may have been the disk, and no image made them hang; then all run on the CPU."""
+    task = Task(Path("strips"), LAYOUTS["two-column"], [(name, 1) for name in NAMES])
+    hung = Round([], dict.fromkeys(range(len(gpus)), -9), lost=set(gpus), stalled=set(gpus))
+    again = Plan(task, gpus, gpus, first=True).next(hung, task, grew=False)
+    assert again and (again.gpus, again.task.names) == (gpus, NAMES)
+    on_cpu = again.next(hung, task, grew=False)
+    assert on_cpu and on_cpu.rescue and on_cpu.task.names == NAMES
 
 
 ALL = ["a.jpg", "b.jpg", "c.jpg"]
