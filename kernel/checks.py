@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel.faults import one_line, short
+from kernel.files import retried
 
 MAX_KNOWN = 24  # words of a list in a message
 MAX_SIDE = 65_535  # pixels, the most of a JPEG
@@ -22,6 +23,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+@retried
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise ValueError where the file is missing, or a name in it is twice."""
     try:

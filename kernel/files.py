@@ -1,14 +1,48 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Files that are written whole or not at all, or read once more; and JSON."""
 
 import contextlib
 import errno
+import functools
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+from kernel.logs import log
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Of a network mount that fails for a moment:
+TRANSIENT = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
+AGAIN_S = 5.0  # after which a read that failed so is tried once more
+SLOW_S = 30.0  # what took longer hung, and would again
+MAX_AGAIN = 60  # such reads of a process: a mount that is gone would take the run's time
+_TRIED_AGAIN = itertools.count()
+
+
+def retried(read: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that reads, once more where a network mount fails for a moment."""
+
+    @functools.wraps(read)
+    def read_again(*args: P.args, **kwargs: P.kwargs) -> R:
+        begun = time.monotonic()
+        try:
+            return read(*args, **kwargs)
+        except OSError as error:
+            slow = time.monotonic() - begun > SLOW_S
+            if error.errno not in TRANSIENT or slow or next(_TRIED_AGAIN) >= MAX_AGAIN:
+                raise
+            log.warning("%s: read once more in %.0f s", error, AGAIN_S)
+        time.sleep(AGAIN_S)
+        return read(*args, **kwargs)
+
+    return read_again
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from kernel.competition import Competition
+from kernel.files import retried
 from kernel.images import check_kinds
 from kernel.logs import log
 
@@ -15,18 +16,45 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 OTHER_SUFFIXES = {".dcm", ".gif", ".jp2", ".npy", ".webp"}  # of images that are not read
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        log.warning("%s: taken for a file", error)
+        return False
+
+
+@retried
+def _list_folder(folder: Path) -> list[tuple[str, bool]]:
+    """What a folder holds, and whether each is a folder, by a link or not."""
+    with os.scandir(folder) as entries:
+        return [(entry.name, _is_folder(entry)) for entry in entries]
+
+
 def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield every folder below `top`, linked ones too and each once, with its files' names."""
-    seen = set[str]()
-    for folder, folders, files in os.walk(top, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            folders.clear()  # a link back up would never end
+    """Yield every folder below `top`, linked ones too and each once, with its files' names.
+
+    One that cannot be read is left out, logged.
+    """
+    seen, left = set[str](), [top]
+    while left:
+        folder = left.pop()
+        if os.path.realpath(folder) in seen:  # a link back up would never end
             continue
         seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(folder), files
+        try:
+            held = _list_folder(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            log.warning("%s: the folder is left out", error)
+            continue
+        below = sorted(name for name, is_folder in held if is_folder and name[0] != ".")
+        left += [folder / name for name in reversed(below)]
+        yield folder, [name for name, is_folder in held if not is_folder]
 
 
+@retried
 def list_images(folder: Path, suffix: str = "") -> list[str]:
     """Names of the images in a folder, sorted: files with an image's suffix that are not hidden.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kernel.competition import Competition
 from kernel.device import to_device
+from kernel.files import retried
 from kernel.jpeg import check_height, check_jpeg
 from kernel.logs import log
 
@@ -207,7 +208,7 @@ def read_strip(folder: Path, name: str, competition: Competition) -> Strip:
     """Read one image; a bad one costs its own rows, never the run."""
     path = folder / name
     try:
-        data = path.read_bytes()  # may hang: no other waits for it
+        data = retried(path.read_bytes)()  # may hang: no other waits for it
         with DECODERS:
             return Strip(name, decode_image(data, str(path), competition))
     except Exception as error:  # one bad strip must not cost the submission

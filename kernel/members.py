@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kernel.faults import one_line, short
+from kernel.files import retried
 from kernel.logs import log
 from kernel.manifest import MemberSpec
 
@@ -238,6 +239,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@retried  # all of a file: loading then finds it in memory
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError where a file is missing or not the one that was packed."""
     if not path.is_file():

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from kernel.competition import Competition
 from kernel.faults import one_line
+from kernel.files import retried
 from kernel.image_folders import IMAGE_SUFFIXES, image_paths, link_images, walk_folders
 from kernel.kaggle import is_scored_run
 from kernel.logs import log
@@ -37,7 +38,8 @@ def find_one(root: Path, name: str, what: str, option: str) -> Path:
     folders = folders_with(root, name)
     if not folders:
         raise ValueError(_none_fault(root, name, what, option))
-    found = sorted({(each / name).read_bytes(): each for each in folders[::-1]}.values())
+    texts = {retried((each / name).read_bytes)(): each for each in folders[::-1]}
+    found = sorted(texts.values())
     if len(found) > 1:
         raise ValueError(_several_fault(found, name, option))
     return found[0]

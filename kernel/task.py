@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kernel.competition import Competition
 from kernel.faults import one_line, short
+from kernel.files import retried
 from kernel.image_folders import link_images, list_images, no_images_fault, one_folder
 from kernel.logs import log
 from kernel.mounts import find_images, find_loose, find_sample
@@ -62,7 +63,7 @@ def read_sample(
 ) -> tuple[Layout, list[RowKey]]:
     """Read a sample's layout and (image, class) pairs."""
     asked = choose_layout(competition, layout)
-    found, rows = read_rows(sample, competition)
+    found, rows = retried(read_rows)(sample, competition)
     pairs = [(name, label) for name, label, _ in rows]
     if found.odd:
         what = "%s: %d rows do not fit the description, such as %s: they stay, with empty masks"

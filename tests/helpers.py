@@ -465,3 +465,19 @@ def site_without_smp(folder: Path) -> Path:
         if not entry.name.startswith(("segmentation_models_pytorch", "timm", "__editable__")):
             (folder / entry.name).symlink_to(entry)
     return folder
+
+
+def fail_once(
+    monkeypatch: pytest.MonkeyPatch, target: Any, name: str, on: Path, times: int = 1
+) -> None:
+    """Have a function fail on a path as a network mount does, so many times; nobody waits."""
+    left, function = [times], getattr(target, name)
+
+    def fail(path: Any, *given: Any, **named: Any) -> Any:
+        if path == on and left[0]:
+            left[0] -= 1
+            raise OSError(5, "Input/output error", str(path))
+        return function(path, *given, **named)
+
+    monkeypatch.setattr(target, name, fail)
+    monkeypatch.setattr("kernel.files.AGAIN_S", 0.0)

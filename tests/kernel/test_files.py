@@ -1,14 +1,18 @@
-"""Files that are written: whole or not at all; JSON has no NaN."""
+"""Files that are written whole or not at all, or read once more; JSON has no NaN."""
 
+import errno
+import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kernel.files import check_place, json_text, write_json
+from kernel.files import MAX_AGAIN, check_place, json_text, retried, write_json
 
 
 def test_a_mean_of_nothing_is_null() -> None:
@@ -69,3 +73,68 @@ def test_a_link_stays_and_a_device_is_written_to(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "there.json").read_text()) == {"strips": 1}
     write_json(Path(os.devnull), {"strips": 1})
     assert not Path(os.devnull).is_file()
+
+
+# --- read once more -------------------------------------------------------------------------------
+
+
+Tries = Callable[..., tuple[int, float]]
+
+
+@pytest.fixture
+def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
+    """Reads what fails some times, each after some seconds; returns its calls and all seconds."""
+    now = [0.0]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=wait)
+    monkeypatch.setattr("kernel.files.time", clock)
+    monkeypatch.setattr("kernel.files._TRIED_AGAIN", itertools.count())
+
+    def run(error: int, times: int, seconds: float = 0.0) -> tuple[int, float]:
+        begun, calls = now[0], itertools.count(1)
+
+        def read() -> tuple[int, float]:
+            wait(seconds)
+            if (call := next(calls)) <= times:
+                raise OSError(error, os.strerror(error), "a.jpg")
+            return call, now[0] - begun
+
+        return retried(read)()
+
+    return run
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT])
+def test_what_a_network_mount_fails_to_read_for_a_moment_is_read_once_more(
+    error: int, tries: Tries
+) -> None:
+    assert tries(error, 1) == (2, 5.0)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        tries(error, 2)
+
+
+@pytest.mark.parametrize("error", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOMEM])
+def test_what_would_fail_again_is_not_read_again(error: int, tries: Tries) -> None:
+    with pytest.raises(OSError, match=os.strerror(error)):
+        tries(error, 1)
+
+
+def test_a_read_that_hung_before_it_failed_is_not_tried_again(
+    tries: Tries,
+) -> None:
+    """The second would take as long."""
+    assert tries(errno.ETIMEDOUT, 1, 29.0) == (2, 63.0)
+    with pytest.raises(OSError, match="timed out"):
+        tries(errno.ETIMEDOUT, 1, 31.0)
+
+
+def test_a_mount_that_is_gone_is_not_waited_for_for_ever(
+    tries: Tries,
+) -> None:
+    for _ in range(MAX_AGAIN):
+        assert tries(errno.ENOTCONN, 1) == (2, 5.0)
+    with pytest.raises(OSError, match="not connected"):
+        tries(errno.ENOTCONN, 1)

@@ -1,13 +1,14 @@
 """Image folders: which files are images, and what those of several folders are called."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import save_strips
+from helpers import fail_once, save_strips
 
 from kernel.competition import SEVERSTAL
-from kernel.image_folders import image_paths, list_images
+from kernel.image_folders import image_paths, list_images, walk_folders
 
 
 def test_only_images_that_are_not_hidden_are_listed(tmp_path: Path) -> None:
@@ -38,3 +39,57 @@ def test_of_files_of_one_name_only_wanted_images_are_logged(
     said = [f" are both {name!r}: the first is taken" for name in logged]
     assert len(caplog.messages) == len(said)
     assert all(map(str.endswith, caplog.messages, said))
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Path:
+    """Two folders of one image each, one that is hidden, and links: back up, and to nothing."""
+    save_strips(tmp_path / "input" / "a" / "deep", ["1.png"])
+    save_strips(tmp_path / "input" / "b", ["2.png"])
+    save_strips(tmp_path / "input" / ".hidden", ["3.png"])
+    (tmp_path / "input" / "b" / "up").symlink_to(tmp_path / "input")
+    (tmp_path / "input" / "b" / "gone").symlink_to(tmp_path / "gone")
+    return tmp_path / "input"
+
+
+def walked(top: Path) -> dict[str, list[str]]:
+    """Folder → its files, in the order in which they come."""
+    return {
+        folder.relative_to(top).as_posix(): sorted(files) for folder, files in walk_folders(top)
+    }
+
+
+ALL_FOLDERS = {".": [], "a": [], "a/deep": ["1.png"], "b": ["2.png", "gone"]}
+
+
+@pytest.mark.parametrize("fails", [".", "a", "a/deep", "b"])
+def test_a_folder_that_cannot_be_read_for_a_moment_is_not_lost(
+    fails: str, mounts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch, os, "scandir", mounts / fails)
+    found = walked(mounts)
+    assert found == ALL_FOLDERS and list(found) == list(ALL_FOLDERS)
+
+
+def test_a_folder_that_cannot_be_read_is_left_out_and_named(
+    mounts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail_once(monkeypatch, os, "scandir", mounts / "a", times=2)
+    assert walked(mounts) == {".": [], "b": ["2.png", "gone"]}
+    assert caplog.messages[-1].endswith(f"{str(mounts / 'a')!r}: the folder is left out")
+
+
+def test_a_folder_that_is_not_there_has_no_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert not list(walk_folders(tmp_path / "gone")) and not list(walk_folders(tmp_path / "file"))
+    assert not caplog.messages
+
+
+def test_images_that_cannot_be_listed_for_a_moment_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_strips(tmp_path, ["a.png", "b.png"])
+    fail_once(monkeypatch, Path, "is_file", tmp_path / "b.png")
+    assert list_images(tmp_path) == ["a.png", "b.png"]

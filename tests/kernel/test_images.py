@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SMALL, draw_image, encode_image, save_image
+from helpers import SMALL, draw_image, encode_image, fail_once, save_image
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import (
@@ -308,3 +308,12 @@ def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
     said = [record.message for record in caplog.records if "read as" in record.message]
     assert said == ([] if bits == 16 else [said[0]])
     assert bits == 16 or f"read as {bits} bits" in said[0]
+
+
+def test_a_strip_that_cannot_be_read_for_a_moment_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_image(tmp_path / "a.png", draw_image(0))
+    fail_once(monkeypatch, Path, "read_bytes", tmp_path / "a.png")
+    strip = read_strip(tmp_path, "a.png", SEVERSTAL)
+    assert strip.image is not None and not strip.fault

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SMALL, tiny_entry, tiny_model, write_manifest
+from helpers import SMALL, fail_once, tiny_entry, tiny_model, write_manifest
 
 from kernel.competition import SEVERSTAL
 from kernel.faults import MAX_LINE, one_line
@@ -237,6 +237,14 @@ def test_a_manifest_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     write_manifest(tmp_path, [member()])
     path = tmp_path / "ensemble.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_manifest(tmp_path).members == [MemberSpec(**member())]
+
+
+def test_a_manifest_that_cannot_be_read_for_a_moment_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(tmp_path, [member()])
+    fail_once(monkeypatch, Path, "read_text", tmp_path / "ensemble.json")
     assert load_manifest(tmp_path).members == [MemberSpec(**member())]
 
 

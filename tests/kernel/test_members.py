@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, random_network, read_manifest, tiny_entry, tiny_model
+from helpers import CPU, fail_once, random_network, read_manifest, tiny_entry, tiny_model
 from safetensors.torch import load_file, save_file
 
+from kernel import members
 from kernel.engines import compile_member, to_half_precision
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Member, load_member, read_entry, split_network
@@ -182,6 +183,14 @@ def test_a_file_that_cannot_be_read_is_a_bad_member(
     monkeypatch.setattr("kernel.members.load_file", fail)
     with pytest.raises(ValueError, match=rf"{spec.file}: input/output error"):
         load_member(light_bundle, spec, CPU)
+
+
+def test_a_member_that_cannot_be_read_for_a_moment_is_loaded(
+    light_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_manifest(light_bundle).members[0]
+    fail_once(monkeypatch, members, "hash_file", light_bundle / spec.file)
+    assert load_member(light_bundle, spec, CPU).spec == spec
 
 
 def test_one_changed_byte_is_noticed(light_bundle: Path) -> None:

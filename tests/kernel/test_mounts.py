@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import read_submission, save_strips, write_sample
+from helpers import fail_once, read_submission, save_strips, write_sample
 
 from kernel.competition import SEVERSTAL, Competition
 from kernel.images import read_image
@@ -81,6 +81,15 @@ def test_the_folder_of_a_file_is_found_at_any_depth(place: str, tmp_path: Path) 
     (folder / "ensemble.json").touch()
     (tmp_path / "other").mkdir()
     assert find_one(tmp_path, "ensemble.json", "the bundle", "--bundle") == folder
+
+
+def test_a_bundle_that_cannot_be_read_for_a_moment_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / MANIFEST).touch()
+    fail_once(monkeypatch, Path, "read_bytes", tmp_path / "a" / MANIFEST)
+    assert find_one(tmp_path, MANIFEST, "the bundle", "--bundle") == tmp_path / "a"
 
 
 @pytest.mark.parametrize("root", [".", "not-there"])

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from helpers import LABELS, LAYOUTS, write_sample
+from helpers import LABELS, LAYOUTS, fail_once, write_sample
 
+from kernel import task
 from kernel.competition import SEVERSTAL, Competition
 from kernel.image_folders import list_images
 from kernel.kaggle import SCORED_RUN
@@ -54,6 +55,14 @@ def test_rows_that_do_not_fit_go_into_any_layout(
     layout, pairs = read_sample(sample, SEVERSTAL, "two-column")
     assert [layout.line(*pair, "") for pair in pairs] == ["a.jpg_4,\n", ",,\n"]
     assert Task(tmp_path, layout, pairs).names == ["a.jpg"]
+
+
+def test_a_sample_that_cannot_be_read_for_a_moment_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = write_sample(tmp_path / "sample.csv", ["a.jpg"], "two-column")
+    fail_once(monkeypatch, task, "read_rows", sample)
+    assert read_sample(sample, SEVERSTAL)[1] == [("a.jpg", label) for label in LABELS]
 
 
 # --- the task -------------------------------------------------------------------------------------
