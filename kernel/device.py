@@ -108,7 +108,10 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def share_freed_memory() -> None:
-    """Have all threads allocate from one heap: what one frees, the others can use."""
+    """Have threads to come allocate from one heap: what one frees, the others can use.
+
+    Heaps of threads before stay in use, and after a few of these it changes nothing.
+    """
     if glibc := _glibc():
         glibc.mallopt(M_ARENA_MAX, 1)
 

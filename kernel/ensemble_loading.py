@@ -118,7 +118,7 @@ def load_ensemble(
         use_wheels(bundle)
     members = dict[str, Member]()
     if device.type == "cpu":
-        share_freed_memory()  # before there are threads that take heaps of their own
+        share_freed_memory()  # a worker of the cluster has not done so yet
         members = {} if plain else load_openvino_members(bundle, manifest, stages)
     if left := [spec for spec in manifest.members if spec.name not in members]:
         with stages("import"):

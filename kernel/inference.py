@@ -17,7 +17,7 @@ from kernel.budget import margin_s
 from kernel.command import end_process, end_with_parent, run_command
 from kernel.competition import SEVERSTAL, Competition, load_competition
 from kernel.contact_sheet import Picture, draw_submission
-from kernel.device import GPU_LOST, DeviceLost
+from kernel.device import GPU_LOST, DeviceLost, share_freed_memory
 from kernel.faults import one_line
 from kernel.hangs import ends_within
 from kernel.images import check_kinds
@@ -267,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scored = is_scored_run() and not options.worker  # what stops a worker is the first's to see
         return run_scored(options) if scored else run_options(options)
 
+    share_freed_memory()  # before there are threads that take heaps of their own
     enter_working_folder()
     run_command(run_parsed, FAILURES)
 

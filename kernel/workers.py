@@ -67,7 +67,7 @@ def run_workers(context: RunContext, task: Task, gpus: Sequence[str], again: boo
     process. Where none does the round ends: the others plan their time without what is left.
     """
     workers, count = list[WorkerProcess](), len(gpus)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:
             for index, gpu in enumerate(gpus):
                 shard = task.shard(index, count)

@@ -66,6 +66,40 @@ def test_memory_that_a_thread_frees_is_there_for_another(session_light: Path) ->
     assert after_loading(session_light, lines) < 1000
 
 
+HEAPS = """
+import ctypes
+from threading import Barrier, Thread
+
+from kernel import inference
+
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+
+
+def run(*_: object) -> int:
+    both = Barrier(3)
+    for _ in range(2):
+        Thread(target=lambda: (libc.malloc(1000), both.wait())).start()
+    both.wait()
+    file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+    libc.malloc_info(0, file)
+    libc.fclose(file)
+    return 0
+
+
+inference.run_options = run
+inference.main([])
+"""
+
+
+@glibc_only
+def test_a_run_has_one_heap_before_its_first_thread() -> None:
+    """Those that threads take before it is limited would keep what they free."""
+    words = [sys.executable, "-c", HEAPS]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.count("<heap nr=") == 1
+
+
 @glibc_only
 def test_what_lasts_lies_apart_and_after_it_memory_is_kept_again(session_light: Path) -> None:
     apart = f"with lasting_memory():\n    {LEAST}"

@@ -1047,6 +1047,26 @@ def test_a_save_that_takes_long_is_no_hang_of_the_workers(
     assert order[:3] == ["look", "kill", "save"]
 
 
+def test_a_round_whose_files_cannot_be_removed_is_one_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    task = Task(Path("strips"), LAYOUTS["two-column"], [("a.jpg", 1)])
+    worker = WorkerProcess(1, "", task, tmp_path / "1.csv", ended())
+    write_run_record(worker.record, a_record())
+    monkeypatch.setattr("kernel.workers.start_worker", lambda *_: worker)
+    monkeypatch.setattr("kernel.workers.COLLECT_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    submission = Submission(tmp_path / "s.csv", task.layout, task.pairs)
+    run = RunContext(Options(), Path("x"), Manifest([]), submission, Stages(), time.monotonic())
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "rmdir", refuse)
+        found = run_workers(run, task, [""], again=True)
+    assert len(found.records) == 1 and not found.exit_codes
+
+
 @pytest.mark.parametrize("shift_s", [-3600, 0, 3600])
 def test_a_clock_that_is_set_makes_no_worker_hang(shift_s: float, tmp_path: Path) -> None:
     """What counts is when a change was seen, not the time that a file has."""
