@@ -135,8 +135,8 @@ def test_a_row_that_does_not_fit_stays_without_its_mask_and_costs_the_others_not
     (light_bundle / "competition.json").write_text(json.dumps(DESCRIPTION))
     odd, blanked = ODD_ROWS[case]
     first, last, texts = "a.png_1,1 6144,public\n", "b.png_1,1 6144,public\n", list[str]()
-    for rows in (first + last, f"{first}{odd}\n{odd}\n{last}"):
-        (mounted / SAMPLE).write_text(f"id,rle,set\n{rows}")
+    for lines in (first + last, f"{first}{odd}\n{odd}\n{last}"):
+        (mounted / SAMPLE).write_text(f"id,rle,set\n{lines}")
         assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
         texts.append(output_of(mounted).read_text())
     assert f"{mounted / SAMPLE}: 2 rows do not fit the description, such as" in caplog.text
@@ -150,7 +150,7 @@ def test_a_row_that_does_not_fit_is_no_workers(light_bundle: Path, mounted: Path
     rows = ["a.png_1,1 6144,public", *(odd for odd, _ in ODD_ROWS.values()), "b.png_1,,public"]
     (mounted / SAMPLE).write_text("\n".join(["id,rle,set", *rows, ""]))
     words = *words_of(light_bundle, mounted), "--workers", 2
-    done = run_script(light_bundle / "inference.py", *words, **{SCORED: "1"})
+    done = run_script(light_bundle / "inference.py", *words, KAGGLE_IS_COMPETITION_RERUN="1")
     assert done.returncode == 0, done.stderr
     record = json.loads(output_of(mounted).with_name("run.json").read_text())
     assert (record["workers"], record["strips"], record["faults"]) == (2, 2, {})
@@ -430,7 +430,7 @@ def test_what_hangs_before_or_behind_the_watchdog_ends_with_the_rows(
     script = tmp_path / "hang.py"
     script.write_text(HANG, encoding="utf-8")
     words = (session_light, step, *words_of(session_light, mounted), "--budget-s", 10)
-    done = run_script(script, *words, **{SCORED: "1"})
+    done = run_script(script, *words, KAGGLE_IS_COMPETITION_RERUN="1")
     assert done.returncode == 0, done.stderr
     assert read_submission(output_of(mounted)).keys() == EMPTY.keys()
 
@@ -445,7 +445,7 @@ def test_a_bundle_that_hangs_costs_no_rows(
     dataset.mkdir(parents=True)
     os.mkfifo(dataset / MANIFEST)
     words = session_light, "", *words_of(session_light, mounted)[2:], "--budget-s", 10
-    done = run_script(script, *words, **{SCORED: "1"})
+    done = run_script(script, *words, KAGGLE_IS_COMPETITION_RERUN="1")
     assert done.returncode == 0, done.stderr
     assert "no competition is found in" in done.stdout
     assert read_submission(output_of(mounted)) == EMPTY
@@ -471,7 +471,7 @@ def test_nothing_at_the_interpreters_end_fails_a_scored_run_and_all_it_said_is_w
     """A thread that reads an image then may abort it."""
     (tmp_path / "said.py").write_text(SAID, encoding="utf-8")
     words = session_light / "inference.py", *words_of(session_light, mounted)
-    done = run_script(tmp_path / "said.py", *words, **{SCORED: "1"})
+    done = run_script(tmp_path / "said.py", *words, KAGGLE_IS_COMPETITION_RERUN="1")
     assert done.returncode == 0, done.stderr
     assert read_submission(output_of(mounted)).keys() == EMPTY.keys()
     assert output_of(mounted).with_name("run.json").is_file()
