@@ -12,7 +12,6 @@ from helpers import SMALL, draw_described, error_of, exit_code, shrunk, write_de
 
 from evaluation import pseudo_labels
 from evaluation.pseudo_labels import label_strip
-from evaluation.recorded import RecordedPasses
 from kernel.competition import SEVERSTAL
 from kernel.shipped import find_competition
 from packing.bundle import build
@@ -96,18 +95,6 @@ def test_what_it_writes_is_read_as_a_training_set(
     assert f"{len(strips.names)} strips" in capsys.readouterr().out
 
 
-def test_an_image_that_cannot_be_read_is_left_out_and_named(
-    dataset: Path, labelled_strips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    images = Path(shutil.copytree(labelled_strips / "test_images", tmp_path / "images"))
-    kept = sorted(path.name for path in images.iterdir())
-    (images / "0torn.jpg").write_bytes((images / kept[0]).read_bytes()[:200])
-    options = ["--bundle", dataset, "--images", images, "--out", tmp_path / "pseudo"]
-    assert exit_code(pseudo_labels.main, *options, *SURE) == 0
-    assert read_strips(tmp_path / "pseudo", SEVERSTAL).names == kept
-    assert "left out: " in caplog.text and "0torn.jpg" in caplog.text
-
-
 def test_a_strip_whose_name_is_no_utf_8_is_labelled(
     dataset: Path, labelled_strips: Path, tmp_path: Path
 ) -> None:
@@ -118,28 +105,6 @@ def test_a_strip_whose_name_is_no_utf_8_is_labelled(
     assert exit_code(pseudo_labels.main, *options, *SURE) == 0
     strips = read_strips(tmp_path / "pseudo", SEVERSTAL)
     assert strips.names == [name] and strips.truth[name]
-
-
-def test_a_strip_that_takes_too_much_memory_is_left_out(
-    dataset: Path,
-    labelled_strips: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    first, *others = sorted(path.name for path in (labelled_strips / "test_images").iterdir())
-
-    def record_all(recorded: RecordedPasses) -> None:
-        if recorded.name == first:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        original(recorded)
-
-    original = RecordedPasses.record_all
-    monkeypatch.setattr(RecordedPasses, "record_all", record_all)
-    options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
-    assert exit_code(pseudo_labels.main, *options, "--out", tmp_path / "pseudo", *SURE) == 0
-    assert read_strips(tmp_path / "pseudo", SEVERSTAL).names == others
-    assert f"{first} is left out: CUDA out of memory" in caplog.text
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
