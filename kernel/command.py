@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,13 @@ def new_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=allow_abbrev,
     )
+
+
+def split_line(line: str) -> list[str]:
+    """Return the words of a line, without its comment; a backslash stands for itself."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.escape = True, ""
+    return list(words)
 
 
 @contextlib.contextmanager

@@ -217,6 +217,13 @@ def _pad_as(network: Any, version: str) -> None:
             layer.static_padding = nn.ZeroPad2d((before, behind, before, behind))
 
 
+def in_half(key: str, value: Tensor) -> Tensor:
+    """A weight in fp16, as a checkpoint holds it; statistics that fp16 cannot hold in fp32."""
+    half = value.half() if value.is_floating_point() else value
+    held = key.endswith(("running_mean", "running_var")) and not half.isfinite().all()
+    return value.float() if held else half
+
+
 def read_entry(path: Path) -> dict[str, Any]:
     """Return the member's entry in a checkpoint's header, as a fit and a build write it.
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
+from kernel.command import split_line
 from kernel.faults import one_line
 from kernel.files import write_json
 from packing.bundle import check_not_inside, check_out, scratch_beside
@@ -115,13 +116,6 @@ def _literal(text: str) -> str:
         return repr(text)
 
 
-def _split_line(line: str) -> list[str]:
-    """A line's words as `training/fit_members.py` reads them."""
-    words = shlex.shlex(line, posix=True)
-    words.whitespace_split, words.escape = True, ""
-    return list(words)
-
-
 def read_members(path: Path) -> str:
     """Return a list of members, a line each; its options are checked where they are read.
 
@@ -131,7 +125,7 @@ def read_members(path: Path) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        lines = [words for line in text.splitlines() if (words := _split_line(line))]
+        lines = [words for line in text.splitlines() if (words := split_line(line))]
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--name")
         for option in PATHS:

@@ -18,11 +18,11 @@ from kernel.engines import load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
 from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec, described_size
-from kernel.members import Member, load_member
+from kernel.members import Member, in_half, load_member
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
 from kernel.stages import Stages
 from packing.agreement import check_source
-from packing.checkpoints import STATISTICS, read_checkpoint
+from packing.checkpoints import read_checkpoint
 from packing.models import load_into_model
 
 
@@ -36,15 +36,6 @@ class PackedMember:
     notes: list[str]
 
 
-def _half_of(key: str, value: Tensor) -> Tensor:
-    # a copy: safetensors takes no two tensors that share memory
-    if not value.is_floating_point():
-        return value.clone()
-    half = value.to(torch.float16, copy=True)
-    held = key.endswith(STATISTICS) and not torch.isfinite(half).all()
-    return value.to(torch.float32, copy=True) if held else half
-
-
 def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return copies: floating tensors in fp16, the others (batch norm's counters) as they are.
 
@@ -53,7 +44,7 @@ def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a weight is NaN or infinite, or becomes infinite in fp16.
     """
-    half = {key: _half_of(key, value) for key, value in weights.items()}
+    half = {key: in_half(key, value) for key, value in weights.items()}
     for key, value in weights.items():
         if not torch.isfinite(value).all():
             raise ValueError(
@@ -62,7 +53,8 @@ def to_half(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if not torch.isfinite(half[key]).all():
             largest = value.abs().max().item()
             raise ValueError(f"{path}: {key} reaches {largest:.3g}, above fp16's 65504; retrain it")
-    return {key: value.contiguous() for key, value in half.items()}
+    # copies: safetensors takes no two tensors that share memory
+    return {key: value.contiguous().clone() for key, value in half.items()}
 
 
 @contextmanager

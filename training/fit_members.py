@@ -9,7 +9,6 @@ once more after the others.
 import argparse
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from queue import SimpleQueue
 
 import torch
 
-from kernel.command import INTERRUPTED, new_parser, run_command
+from kernel.command import INTERRUPTED, new_parser, run_command, split_line
 from kernel.logs import log
 from kernel.watchdog import after
 from training import train
@@ -84,13 +83,6 @@ class Processes:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
                     after(GRACE_S, process.kill)
-
-
-def split_line(line: str) -> list[str]:
-    """Return the words of a line, without its comment; a backslash stands for itself."""
-    words = shlex.shlex(line, posix=True)
-    words.whitespace_split, words.escape = True, ""
-    return list(words)
 
 
 def read_jobs(path: Path, common: list[str]) -> list[Job]:

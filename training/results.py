@@ -20,7 +20,7 @@ from kernel.files import replacing, write_json
 from kernel.images import Strip
 from kernel.logs import log, progress
 from kernel.manifest import MANIFEST, Manifest
-from kernel.members import split_network
+from kernel.members import in_half, split_network
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from training.config import NO_FOLD, Config
@@ -56,12 +56,6 @@ def score_held_out(
     return scores
 
 
-def _half_of(key: str, value: Tensor) -> Tensor:
-    half = value.half() if value.is_floating_point() else value
-    held = key.endswith(("running_mean", "running_var")) and not half.isfinite().all()
-    return value if held else half
-
-
 def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
     """Write the weights in half precision; their header carries the member's own manifest entry.
 
@@ -70,7 +64,7 @@ def write_checkpoint(network: nn.Module, config: Config, path: Path) -> None:
     Raises:
         ValueError: a weight is no number, or too large for half precision; names the first.
     """
-    weights = {key: _half_of(key, value) for key, value in network.state_dict().items()}
+    weights = {key: in_half(key, value) for key, value in network.state_dict().items()}
     weights = {key: value.cpu().contiguous().clone() for key, value in weights.items()}
     for key, value in weights.items():
         if not value.isfinite().all():

@@ -16,7 +16,7 @@ from helpers import ROOT, error_of, exit_code, save_strips, write_sample
 import build_kernel
 from evaluation import calibrate, score, validate
 from kernel import inference
-from kernel.command import needs, run_command
+from kernel.command import needs, run_command, split_line
 from kernel.faults import MAX_LINE, one_line
 from kernel.kaggle import SCORED_RUN
 from training import folds, train
@@ -308,3 +308,9 @@ def test_a_command_takes_no_handler_of_the_tests_away(monkeypatch: pytest.Monkey
     monkeypatch.setattr(logging.getLogger(), "handlers", list(given))
     assert code_of(None) == 0
     assert logging.getLogger().handlers == given
+
+
+def test_a_backslash_in_a_list_stands_for_itself() -> None:
+    line = r"--name a --start-from C:\w\a.safetensors --comment 'two words'  # was D:\old"
+    expected = ["--name", "a", "--start-from", r"C:\w\a.safetensors", "--comment", "two words"]
+    assert split_line(line) == expected

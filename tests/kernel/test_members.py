@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from kernel import members
 from kernel.engines import compile_member, to_half_precision
 from kernel.manifest import MemberSpec, load_manifest
-from kernel.members import Member, load_member, read_entry, split_network
+from kernel.members import Member, in_half, load_member, read_entry, split_network
 
 Weights = dict[str, torch.Tensor]
 
@@ -35,6 +35,15 @@ def test_a_member_whose_bytes_are_those_packed_is_loaded(session_light: Path) ->
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert not any(module.training for module in found.encoder.network.modules())
+
+
+def test_statistics_alone_that_fp16_cannot_hold_stay_in_fp32() -> None:
+    large, small, counter = torch.tensor([7e4]), torch.tensor([0.1]), torch.tensor(70_000)
+    for name in ("bn.running_mean", "bn.running_var"):
+        assert torch.equal(in_half(name, large), large)
+        assert torch.equal(in_half(name, small), small.half())
+    assert in_half("bn.weight", large).item() == torch.inf
+    assert in_half("bn.num_batches_tracked", counter).item() == 70_000
 
 
 @pytest.mark.parametrize("header", [None, {}, {"member": "[]"}, {"member": "{"}])

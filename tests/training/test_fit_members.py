@@ -263,12 +263,6 @@ def test_ctrl_c_ends_what_runs_and_starts_nothing_more(
     assert not second.exists() or not second.read_text()
 
 
-def test_a_backslash_in_a_list_stands_for_itself() -> None:
-    line = r"--name a --start-from C:\w\a.safetensors --comment 'two words'  # was D:\old"
-    expected = ["--name", "a", "--start-from", r"C:\w\a.safetensors", "--comment", "two words"]
-    assert fit_members.split_line(line) == expected
-
-
 def test_a_device_is_left_out_where_no_process_can_be_started_to_try_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
