@@ -32,10 +32,10 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, Strip
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, manifest_entries
-from kernel.members import Member, build_network, load_member, split_network
+from kernel.members import Member, build_network, load_member
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
-from packing.members import count_flops
+from packing.members import flops_of
 from training import synthetic
 
 HERE = Path(__file__).parent
@@ -62,9 +62,7 @@ def write_bundle(weights: Path, folder: Path) -> tuple[Manifest, bool]:
     manifest, specs = load_manifest(weights), list[MemberSpec]()
     for spec in manifest.members:
         save_file(_weights_of(spec, weights), folder / spec.file)
-        with torch.device("meta"):
-            network = split_network(build_network(spec.model), spec, torch.device("meta"))
-        flops = count_flops(network, manifest.image_size or IMAGE_SIZE)
+        flops = flops_of(spec, manifest.image_size or IMAGE_SIZE)
         specs.append(replace(spec, sha256="", flops=flops))
     bundle = replace(manifest, members=specs)
     (folder / MANIFEST).write_text(json.dumps(manifest_entries(bundle)), encoding="utf-8")

@@ -123,7 +123,7 @@ def _build_report(
     competition, calibration = run.competition, read_rates(run.bundle)
     known = competition.image_size or not run.drawn  # else nobody says how large images are
     size = usual_size(run.images, list(record.work)) if known else None
-    counted_again = count_again(run.dataset, run.manifest, size) if size else {}
+    counted_again = count_again(run.manifest, size) if size else {}
     measured = MeasuredRun(record, competition.n_images, counted_again)
     if size:
         checks = [*checks, *check_sizes(run.manifest, size, counted_again)]

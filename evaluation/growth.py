@@ -13,7 +13,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 
 from evaluation.inputs import add_bundle_options, add_sample_options, load_for_images, sample_strips
 from evaluation.recorded import RecordedPasses, half_seconds, run_each
@@ -23,14 +22,12 @@ from kernel.ensemble import Ensemble
 from kernel.files import check_place, write_json
 from kernel.images import Size
 from kernel.manifest import MemberSpec, load_manifest
-from kernel.members import build_network, split_network
 from kernel.tta import FLIPS, Half
-from packing.members import count_flops
+from packing.members import flops_of
 from training.metrics import Floats
 
 MOST_MEMBERS = 9
 SIZES = ((128, 800), (256, 800), (256, 1600), (512, 1600), (512, 3200))
-META = torch.device("meta")
 
 Choice = tuple[str, int]  # members or flips, and how many
 
@@ -124,10 +121,7 @@ def as_row(ran: Floats, every: Floats) -> dict[str, float]:
 
 def flops_at(specs: Sequence[MemberSpec], size: Size) -> int:
     """Flops of one pass of each member at a size or its own, counted without arithmetic."""
-    with META:
-        networks = [split_network(build_network(spec.model), spec, META) for spec in specs]
-    sizes = [spec.image_size or size for spec in specs]
-    return sum(sum(count_flops(*pair)) for pair in zip(networks, sizes, strict=True))
+    return sum(sum(flops_of(spec, spec.image_size or size)) for spec in specs)
 
 
 def summarise(replays: Replays, ensemble: Ensemble, sizes: Sequence[Size]) -> dict[str, Any]:

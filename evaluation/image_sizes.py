@@ -6,15 +6,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import PIL.Image
-import torch
 
 from evaluation.checks import Check
 from kernel.faults import one_line
 from kernel.images import Size
 from kernel.logs import log
 from kernel.manifest import Manifest
-from kernel.members import load_member
-from packing.members import count_flops, size_of_trial
+from packing.members import flops_of, size_of_trial
 
 LOOKED_AT = 32  # images
 TOLERANCE = 0.05  # of height to width: a size is rounded to a network's stride
@@ -29,19 +27,18 @@ def usual_size(folder: Path, names: Sequence[str]) -> Size | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def count_again(bundle: Path, manifest: Manifest, size: Size) -> dict[str, list[int]]:
+def count_again(manifest: Manifest, size: Size) -> dict[str, list[int]]:
     """Return member → flops of its halves for an image of `size`, where the build's are of another.
 
     A member with an image_size sees every image in that, and is not in it; nor is one that does
-    not load or does not take the size: that is logged.
+    not take the size: that is logged.
     """
     found = dict[str, list[int]]()
     for spec in manifest.members:
         resized = spec.image_size or manifest.image_size
         if not resized and size_of_trial(spec, manifest) != size:
             try:
-                member = load_member(bundle, spec, torch.device("cpu"))
-                found[spec.name] = count_flops(member, size, manifest.competition.channels)
+                found[spec.name] = flops_of(spec, size)
             except Exception as error:  # a network raises whatever it likes
                 log.warning(
                     "%s: its flops at %s cannot be counted, those of the build stay: %s",

@@ -18,12 +18,14 @@ from kernel.engines import load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
 from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec, described_size
-from kernel.members import Member, in_half, load_member
+from kernel.members import Member, build_network, in_half, load_member, split_network
 from kernel.reference import Reference, answers, entry_of, reference_file, write_reference
 from kernel.stages import Stages
 from packing.agreement import check_source
 from packing.checkpoints import read_checkpoint
 from packing.models import load_into_model
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,25 @@ def check_probabilities(member: Member, manifest: Manifest, path: Path) -> None:
         raise ValueError(f"{path}: gives NaN for a random image in fp16; retrain it")
 
 
-def count_flops(member: Member, size: tuple[int, int], channels: int = 1) -> list[int]:
+def count_flops(member: Member, size: tuple[int, int]) -> list[int]:
     """Return the FLOPs of encoder and decoder for one image (H, W), a multiply-add as 2.
 
     Each is 1 at the least: the decoder of a network in one piece (DPT) has none that count. The
     member's weights are dropped: on the meta device there is no arithmetic.
     """
     encoder, decoder = member.encoder.to("meta"), member.decoder.to("meta")
-    images = pad_to_multiple(torch.empty(1, channels, *size, device="meta"), member.stride)
+    images = pad_to_multiple(torch.empty(1, 1, *size, device="meta"), member.stride)
     with torch.no_grad():
         with FlopCounterMode(display=False) as first:
             encoded = encoder(images)
         with FlopCounterMode(display=False) as second:
             decoder(*encoded)
     return [max(int(each.get_total_flops()), 1) for each in (first, second)]
+
+
+def flops_of(spec: MemberSpec, size: tuple[int, int]) -> list[int]:
+    """Return `count_flops` of a member whose weights are not there."""
+    return count_flops(split_network(build_network(spec.model), spec, CPU), size)
 
 
 def _noise(member: Member, channels: int, rows: int, columns: int) -> Tensor:
@@ -209,7 +216,7 @@ def _pack(
     network = load_into_model(checkpoint, spec.model)
     _check_statistics(network, checkpoint.path)
     spec = _write_member(folder, spec, network, checkpoint.path)
-    member = load_member(folder, spec, torch.device("cpu"))
+    member = load_member(folder, spec, CPU)
     check_probabilities(member, manifest, checkpoint.path)
     n_parameters = sum(weight.numel() for weight in member.encoder.network.parameters())
     n_bytes = (folder / spec.file).stat().st_size
@@ -218,7 +225,7 @@ def _pack(
             n_bytes += pack_openvino(member, folder, channels)
             n_bytes += pack_reference(member, folder, channels)
     with _explained(checkpoint.path, "its FLOPs cannot be counted", "correct model"):
-        spec = replace(spec, flops=count_flops(member, size_of_trial(spec, manifest), channels))
+        spec = replace(spec, flops=count_flops(member, size_of_trial(spec, manifest)))
     return PackedMember(spec, n_parameters, n_bytes, checkpoint.notes)
 
 

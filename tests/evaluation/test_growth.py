@@ -14,7 +14,7 @@ from evaluation.growth import choose, list_choices
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Strip
-from kernel.manifest import load_manifest
+from kernel.manifest import MemberSpec, load_manifest
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from kernel.tta import FLIPS, Half
@@ -51,6 +51,13 @@ def test_members_of_a_size_of_their_own_cost_the_same_whatever_a_strips(ensemble
     own = replace(own, image_size=(64, 96))
     at = {size: growth.flops_at([own, other], size) for size in ((64, 96), (128, 96))}
     assert at[128, 96] - at[64, 96] == pytest.approx(growth.flops_at([other], (64, 96)), rel=0.01)
+
+
+def test_a_network_that_computes_while_it_is_built_is_counted() -> None:
+    """As MiT does its rates of drop path, of which the meta device holds no values."""
+    model = {"arch": "Unet", "encoder_name": "mit_b0", "in_channels": 3, "classes": 4}
+    spec = MemberSpec("m", "m.safetensors", model, [0.5] * 3, [0.5] * 3)
+    assert growth.flops_at([spec], (128, 96)) > growth.flops_at([spec], (64, 96)) > 1e6
 
 
 def test_a_replay_costs_what_the_kernel_runs(ensemble: Ensemble, tmp_path: Path) -> None:
