@@ -1,11 +1,10 @@
 """What fp16 changes in the masks, measured on the CPU: a GPU's precision without a GPU.
 
-Every member runs twice: in fp32, and as a GPU runs it. `rounded` rounds weights and every layer's
-output to fp16 and computes in fp32, which is quick; `half` computes in fp16, minutes a strip.
+Every member runs twice: in fp32, and with its weights and every layer's output rounded to fp16. A
+layer itself computes in fp32, for in fp16 a CPU takes minutes a strip.
 """
 
 import argparse
-import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,26 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.inputs import add_bundle_options, add_sample_options, sample_strips
+from evaluation.recorded import RecordedPasses
 from kernel.command import new_parser, run_command
-from kernel.engines import (
-    TOLERANCES,
-    differences,
-    fold_batch_norm,
-    highest_contrast_crop,
-    to_half_precision,
-)
+from kernel.engines import TOLERANCES, compile_member, differences, highest_contrast_crop
 from kernel.ensemble import Ensemble
 from kernel.files import check_place, write_json
-from kernel.images import Image, read_image, size_of
+from kernel.images import Image, read_image
 from kernel.logs import progress
 from kernel.manifest import TOGETHER, Manifest, load_manifest
 from kernel.members import Member, load_member, split_network
 from kernel.stages import Stages
-from kernel.threshold import apply_threshold
-from training.metrics import dice
+from training.metrics import Masks, dice
 
 CPU = torch.device("cpu")
-WAYS = ("rounded", "half")
 
 # --- members in fp16 ------------------------------------------------------------------------------
 
@@ -59,12 +51,10 @@ def round_layers(network: nn.Module) -> nn.Module:
     return network
 
 
-def in_half_precision(plain: Member, way: str) -> Member:
-    """A member as a GPU runs it, in one of `WAYS`."""
-    network = copy.deepcopy(plain.encoder.network)
-    fold_batch_norm(network)
-    network = to_half_precision(network) if way == "half" else round_layers(network)
-    return split_network(network, plain.spec, CPU)
+def round_member(plain: Member) -> Member:
+    """A member as a GPU runs it: batch norm folded, then rounded."""
+    network = compile_member(plain, CPU).encoder.network
+    return split_network(round_layers(network), plain.spec, CPU)
 
 
 # --- both, side by side ---------------------------------------------------------------------------
@@ -78,12 +68,12 @@ class Changes:
     pairs: list[bool] = field(default_factory=list)  # whether its mask changed
     dice: list[float] = field(default_factory=list)  # of each pair, against fp32
 
-    def add(self, exact: Tensor, rounded: Tensor) -> None:
-        """Add one strip's masks (classes, H, W), bool."""
+    def add(self, exact: Masks, rounded: Masks) -> None:
+        """Add one strip's masks (classes, H, W)."""
         changed = exact != rounded
-        self.pixels.append(changed.double().mean().item())
-        self.pairs += changed.any(-1).any(-1).tolist()
-        self.dice += dice(rounded.numpy(), exact.numpy())
+        self.pixels.append(float(changed.mean()))
+        self.pairs += changed.any(axis=(-2, -1)).tolist()
+        self.dice += dice(rounded, exact)
 
     def summary(self) -> dict[str, float]:
         """Shares and means."""
@@ -94,41 +84,32 @@ class Changes:
         }
 
 
-@torch.inference_mode()
 def compare_strip(
     exact: Ensemble, rounded: Ensemble, image: Image, changes: dict[str, Changes]
 ) -> None:
     """Add one strip's masks: of every member over its flips, and of the ensemble."""
-    names = {each.member: len(exact.manifest.flips) for each in exact.passes}
-    counts, manifest = names | {TOGETHER: len(exact.passes)}, exact.manifest
-    sums: dict[str, list[Tensor]] = {}
-    for pass_id, each in enumerate(exact.passes):
-        images = exact.prepare(image)
-        found = [one.run_pass(pass_id, images, size_of(image))[1][0] for one in (exact, rounded)]
-        for name in (each.member, TOGETHER):
-            before = sums.get(name, [torch.zeros_like(found[0])] * 2)
-            sums[name] = [a + b for a, b in zip(before, found, strict=True)]
-    for name, totals in sums.items():
-        means = [total / counts[name] for total in totals]
-        masks = [apply_threshold(m, manifest.threshold, manifest.min_area) for m in means]
-        changes[name].add(masks[0], masks[1])
+    both = [RecordedPasses(ensemble, image) for ensemble in (exact, rounded)]
+    for recorded in both:
+        recorded.record_all()
+    for name in (*exact.members, TOGETHER):
+        pass_ids = [i for i, each in enumerate(exact.passes) if name in (each.member, TOGETHER)]
+        changes[name].add(*(recorded.replay(pass_ids).masks for recorded in both))
 
 
-def measure(bundle: Path, manifest: Manifest, way: str, images: Sequence[Image]) -> dict[str, Any]:
+def measure(bundle: Path, manifest: Manifest, images: Sequence[Image]) -> dict[str, Any]:
     """Return what fp16 changes on these images, and how far the check at the start sees it."""
     plain = [load_member(bundle, spec, CPU) for spec in manifest.members]
-    fp16 = [in_half_precision(member, way) for member in plain]
+    fp16 = [round_member(member) for member in plain]
     exact, rounded = (Ensemble(manifest, each, CPU, Stages()) for each in (plain, fp16))
     changes: dict[str, Changes] = defaultdict(Changes)
     apart: dict[str, list[float]] = {member.spec.name: [0.0] * 4 for member in plain}
-    for image in progress(images, f"fp16, {way}", "strip"):
+    for image in progress(images, "fp16", "strip"):
         compare_strip(exact, rounded, image, changes)
         tensor = exact.prepare(highest_contrast_crop(image))
         for a, b in zip(plain, fp16, strict=True):
             found = differences(a, b, tensor, exact.sizes[a.spec.name])
             apart[a.spec.name] = [*map(max, apart[a.spec.name], found)]
     return {
-        "way": way,
         "strips": len(images),
         "changes": {name: each.summary() for name, each in changes.items()},
         "largest_mean_difference": apart,  # of gates, masks and their logits, as in `check_engine`
@@ -152,7 +133,7 @@ def table(results: dict[str, Any]) -> str:
             f"| {name} | {each['pixels_changed']:.4%} | {each['pairs_changed']:.1%} "
             f"| {each['dice_against_fp32']:.5f} | {', '.join(f'{d:.1e}' for d in apart)} |"
         )
-    lines.append(f"\n{results['strips']} strips, {results['way']}; check to {TOLERANCES}.")
+    lines.append(f"\n{results['strips']} strips; check to {TOLERANCES}.")
     return "\n".join(lines)
 
 
@@ -165,7 +146,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_bundle_options(parser)
     add_sample_options(parser)
     add = parser.add_argument
-    add("--way", choices=WAYS, default="rounded")
     add("--crop", action="store_true", help="a quarter of each strip, where most is to be seen")
     add("--out", type=Path, default=Path("half_precision.json"))
     return parser.parse_args(arguments)
@@ -178,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     check_place(args.out)
     images = [read_image(path, manifest.competition) for path in paths]
     images = [highest_contrast_crop(image) for image in images] if args.crop else images
-    results = measure(args.bundle, manifest, args.way, images)
+    results = measure(args.bundle, manifest, images)
     write_json(args.out, results)
     print(table(results))
     return 0
