@@ -165,26 +165,15 @@ def test_bad_input_is_one_line_before_the_work(
     assert message in error_of(capsys.readouterr().err)
 
 
-def test_shifts_are_not_added_twice(
-    dataset: Path, labelled_strips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The bundle is of the earlier ensemble.json."""
-    entries = read_manifest(dataset)
-    [gated, *_] = [m for m in entries["members"] if m["model"].get("aux_params")]
-    gated["gate_shift"] = [1, 1, 1, 1]
-    weights = Path(shutil.copytree(dataset, tmp_path / "weights"))
-    (weights / MANIFEST).write_text(json.dumps(entries))
-    options = ["--bundle", dataset, "--images", labelled_strips / "test_images"]
-    write = ["--weights", weights, "--write", weights / MANIFEST]
-    assert exit_code(calibrate.main, *options, "--shares", *SHARES, *write) == 2
-    assert "build it of this file" in error_of(capsys.readouterr().err)
-
-
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "mean": (lambda folder: change_member(folder, mean=[0.5]), "mean of unet-a: [0.5], the bundle"),
     "channels": (
         lambda folder: change_member(folder, channels=[3, 2, 1, 0]),
         "channels of unet-a: [3, 2, 1, 0], the bundle has None",
+    ),
+    "shifts that would be added twice": (
+        lambda folder: change_member(folder, gate_shift=[1, 1, 1, 1]),
+        "gate_shift of unet-a: [1, 1, 1, 1], the bundle has 0.0",
     ),
     "a member's image_size": (
         lambda folder: change_member(folder, image_size=[32, 64]),
