@@ -75,9 +75,8 @@ def check_dataset(meta: dict[str, Any], files: list[str]) -> None:
 
 def _check_kernel_names(meta: dict[str, Any]) -> None:
     slug, title = _slug_of(meta), str(meta.get("title", ""))
-    for what, text in (("title", title), ("slug", slug)):
-        if len(text) < 5:
-            raise ValueError(f"{what} {short(text)} has fewer than 5 characters; reword it")
+    _check_length("title", title, 5, 50)
+    _check_length("slug", slug, 5, 50)
     if not re.fullmatch("[A-Za-z0-9 -]*", title):  # `slugify` and Kaggle may differ for others
         raise ValueError(
             f"title {short(title)} is not of letters, digits, spaces and hyphens; reword it"
@@ -116,12 +115,6 @@ def check_kernel(
     pinning = meta.get("docker_image_pinning_type", "latest")
     if pinning not in ("original", "latest"):
         raise ValueError(f"docker_image_pinning_type {short(pinning)}; write original or latest")
-
-
-def check_fit_kernel(meta: dict[str, Any]) -> None:
-    """Raise ValueError for what `kaggle kernels push` refuses in the fit kernel's names."""
-    _check_kernel_names(meta)
-    _check_length("title", meta["title"], 5, 50)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -214,7 +207,7 @@ def read_fit_metadata(owner: str | None, resume: bool) -> dict[str, Any]:
         "kernel_sources": [own] if resume else [],
     }
     with _naming(DATASET_METADATA):
-        check_fit_kernel(kernel)
+        _check_kernel_names(kernel)
     return kernel
 
 

@@ -71,8 +71,9 @@ def test_a_dataset_that_kaggle_refuses(changes: dict[str, Any], words: str) -> N
     ("changes", "words"),
     [
         ({"id": None}, "id None is not owner/slug"),
-        ({"title": "abcd", "id": "me/abcd"}, "title 'abcd' has fewer than 5 characters"),
-        ({"title": "a - b", "id": "me/a-b"}, "slug 'a-b' has fewer than 5 characters"),
+        ({"title": "abcd", "id": "me/abcd"}, "title 'abcd' has 4 characters, not 5 to 50"),
+        ({"title": "a - b", "id": "me/a-b"}, "slug 'a-b' has 3 characters, not 5 to 50"),
+        ({"title": "a" * 51, "id": "me/" + "a" * 51}, "title .* has 51 characters, not 5 to 50"),
         ({"title": "Stähle", "id": "me/stahle"}, "title 'Stähle' is not of letters"),
         ({"title": "Another title"}, "resolves to 'another-title', the id says.*agree"),
         ({"code_file": "main.py"}, "code_file 'main.py' is not 'inference.py'"),
