@@ -98,14 +98,13 @@ def _check_header(checkpoint: Checkpoint, spec: MemberSpec) -> None:
 
     What the header leaves out the entry may add. Shifts are not compared: they are calibrated.
     """
-    where = f"{checkpoint.path}'s header"
     for key in HEADER:
-        saved, declared = checkpoint.configs.get(where, {}).get(key), getattr(spec, key)
+        saved, declared = checkpoint.header.get(key), getattr(spec, key)
         in_order = list(range(spec.model.get("classes", 1))) if key == "channels" else declared
         if saved and saved != (declared or in_order):
             raise ValueError(
-                f"{key} is {short(declared)}, {where} says {short(saved)}; correct it, or save the "
-                "weights without that header if it is not of them"
+                f"{key} is {short(declared)}, {checkpoint.path}'s header says {short(saved)}; "
+                "correct it, or save the weights without that header if it is not of them"
             )
 
 
@@ -120,8 +119,7 @@ def _note_padding(
     `save_pretrained` writes `_model_class` since SMP 0.3, and train.py a header.
     """
     encoder = spec.model["encoder_name"]
-    header = f"{checkpoint.path}'s header" in checkpoint.configs
-    told = header or any("_model_class" in config for config in configs.values())
+    told = checkpoint.header or any("_model_class" in config for config in configs.values())
     if OLD_PADDING.fullmatch(encoder) and not spec.efficientnet_pytorch and not told:
         checkpoint.notes.append(
             f"{encoder}: trained with SMP before 0.3? Then its padding was another; write "
@@ -153,7 +151,7 @@ def _numbers(found: object) -> list[float]:
     return [found] if type(found) in (int, float) else []  # type: ignore[list-item]
 
 
-def _said_of_images(
+def _normalisations(
     checkpoint: Checkpoint, configs: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Each mean and std that came with the weights: where, which of both, its numbers.
@@ -189,7 +187,7 @@ def _check_normalisation(
     declared = {"mean": spec.mean, "std": spec.std}
     every = {**checkpoint.configs, **configs}
     places: dict[str, list[tuple[str, str, list[float], set[int]]]] = {}
-    for where, kind, found in _said_of_images(checkpoint, every):
+    for where, kind, found in _normalisations(checkpoint, every):
         if len(found) not in (1, 3):
             continue
         scales = _fitting_scales(found, declared[kind], bits)

@@ -43,6 +43,7 @@ class Checkpoint:
     notes: list[str]
     left_out: dict[str, Tensor] = field(default_factory=dict)  # by their names in the file
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # where → what it says
+    header: dict[str, Any] = field(default_factory=dict)  # the entry that a fit or a build wrote
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -361,4 +362,4 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if left_out:
         notes.append(_left_out_note(left_out, choice.prefix))
     configs = {f"{path}'s {where or 'content'}": each for where, each in tree.configs.items()}
-    return Checkpoint(path, weights, notes, left_out, configs)
+    return Checkpoint(path, weights, notes, left_out, configs, tree.configs.get("header", {}))
