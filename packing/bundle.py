@@ -2,14 +2,11 @@
 
 import errno
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from kernel.competition import COMPETITION, Competition, load_competition
@@ -32,7 +29,7 @@ from packing.paths import (
     SCRIPT,
 )
 from packing.sources import OUT_OF_FOLD, left_out, propose_manifest, read_sources, unfinished
-from packing.wheels import OPENVINO_VERSION, OPENVINO_WHEEL, WHEELS, fetch_wheels
+from packing.wheels import OPENVINO_WHEEL, WHEELS, check_openvino, fetch_wheels
 
 LEFT_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # where a folder was looked at
 BUNDLE_ENTRIES = {"dataset", "kernel", FIT, REPORT, LAST_REPORT, CALIBRATION}
@@ -139,25 +136,6 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         ) from error
 
 
-def _check_openvino() -> None:
-    """Raise ValueError where OpenVINO is missing here, or newer than the bundle's wheel.
-
-    The wheel reads what an older one wrote, but perhaps not what a newer one did.
-    """
-    if not find_spec("openvino"):
-        raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
-    try:
-        here, packed = version("openvino"), OPENVINO_VERSION
-    except PackageNotFoundError:  # it is no package of pip's, and says no version
-        return
-    numbers, most = ([int(n) for n in re.findall(r"\d+", each)[:3]] for each in (here, packed))
-    if numbers > most:
-        raise ValueError(
-            f"--openvino: OpenVINO {here} is installed, the bundle's wheel is {packed} and may not "
-            f"read what a newer one writes; pip install openvino=={packed}"
-        )
-
-
 def _keep_earlier(out: Path, bundle: Path) -> bool:
     """Copy into a bundle what the one before it, at `out`, leaves: its rate, its fit, a report.
 
@@ -193,7 +171,7 @@ def build(
     check_out(out)
     check_not_inside(out)
     if openvino:
-        _check_openvino()
+        check_openvino()
     if names := unfinished(weights):
         print(
             f"{weights / OUT_OF_FOLD}: not finished, so not packed: {', '.join(names)}; go on with "

@@ -13,8 +13,8 @@ from kernel.command import split_line
 from kernel.faults import one_line
 from kernel.files import write_json
 from packing.bundle import check_not_inside, check_out, scratch_beside
-from packing.metadata import FIT_SCRIPT, read_fit_metadata
-from packing.paths import FIT, KERNEL_METADATA, MEMBERS, ROOT
+from packing.metadata import read_fit_metadata
+from packing.paths import FIT, FIT_SCRIPT, KERNEL_METADATA, MEMBERS, ROOT
 from packing.wheels import WHEELS
 
 FIT_ENTRIES = {FIT_SCRIPT, KERNEL_METADATA.name}

@@ -14,11 +14,10 @@ from kernel.checks import read_json
 from kernel.competition import Competition
 from kernel.faults import short
 from kernel.manifest import MANIFEST, Manifest
-from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
+from packing.paths import DATASET_METADATA, FIT_SCRIPT, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS
 
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
-FIT_SCRIPT = "fit.py"
 NAME = "[a-z0-9][a-z0-9-]*"  # an owner or a slug; the client lets others pass, Kaggle does not
 LICENCES = (  # the client's page lists these and rarer ones; the description explains `other`
     "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0",

@@ -10,6 +10,7 @@ SCRIPT = ROOT / "kernel" / "inference.py"
 OUT = Path("dist")  # where a bundle goes, unless --out says otherwise
 MEMBERS = ROOT / "training" / "members.txt"
 NOTEBOOK = "inference.ipynb"  # of SCRIPT, in the bundle
+FIT_SCRIPT = "fit.py"  # of the kernel that fits
 WHEEL_CACHE = ROOT / ".cache" / "wheels"
 
 # In a bundle's folder, beside dataset/ and kernel/:

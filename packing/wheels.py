@@ -1,8 +1,11 @@
 """The wheels that a bundle carries: their pins, a cache of them, and pip where that lacks one."""
 
+import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from kernel.logs import log
@@ -25,6 +28,27 @@ OPENVINO_WHEEL = {  # for Kaggle's Python; packed on request
 }
 OPENVINO_VERSION = next(iter(OPENVINO_WHEEL)).split("-")[1]
 KAGGLE = ["--python-version=3.12", "--platform=manylinux_2_28_x86_64", "--only-binary=:all:"]
+
+
+def check_openvino() -> None:
+    """Raise ValueError where OpenVINO is missing here, or newer than the bundle's wheel.
+
+    The wheel reads what an older one wrote, but perhaps not what a newer one did.
+    """
+    if not find_spec("openvino"):
+        raise ValueError("--openvino: not installed here; pip install -e '.[openvino]'")
+    try:
+        here = version("openvino")
+    except PackageNotFoundError:  # it is no package of pip's, and says no version
+        return
+    numbers, most = (
+        [int(n) for n in re.findall(r"\d+", each)[:3]] for each in (here, OPENVINO_VERSION)
+    )
+    if numbers > most:
+        raise ValueError(
+            f"--openvino: OpenVINO {here} is installed, the bundle's wheel is {OPENVINO_VERSION} "
+            f"and may not read what a newer one writes; pip install openvino=={OPENVINO_VERSION}"
+        )
 
 
 def fetch_wheels(wheels: dict[str, str] = WHEELS, folder: Path = WHEEL_CACHE) -> list[Path]:

@@ -169,8 +169,8 @@ def test_an_openvino_that_is_newer_than_the_bundles_is_refused(
     def stop(*_: object) -> None:
         raise ValueError("past it")
 
-    monkeypatch.setattr(bundle, "find_spec", lambda _: True)
-    monkeypatch.setattr(bundle, "version", lambda _: here)
+    monkeypatch.setattr("packing.wheels.find_spec", lambda _: True)
+    monkeypatch.setattr("packing.wheels.version", lambda _: here)
     monkeypatch.setattr(bundle, "read_sources", stop)
     words = "past it" if fits else rf"OpenVINO {here} is .*; pip install openvino==2026\.4\.1"
     with pytest.raises(ValueError, match=words):
