@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kernel.checks import read_json
 from kernel.competition import Competition
-from kernel.rows import Layout, layouts_of, read_rows
+from kernel.faults import one_line
+from kernel.rows import layouts_of, read_rows
 from kernel.run_record import RunRecord
 from kernel.strip_state import TOO_LATE
 from kernel.task import read_sample
@@ -66,27 +67,21 @@ def check_answer(
     Another layout of the competition than the sample's is one that a notebook asks for.
     """
     layout, pairs = read_sample(sample, competition)
-    asked, warnings = _asked_layout(submission, layout, competition), list[str]()
-    found = check_submission(
-        submission, asked.columns, pairs, competition, images, from_kernel=True
-    )
+    try:
+        answer, rows = read_rows(submission, competition, from_kernel=True)
+    except (OSError, ValueError) as error:
+        return [Check(False, f"{submission.name} is invalid: {one_line(error)}")]
+    known = [each.columns for each in layouts_of(competition).values()]
+    columns = answer.columns if answer.columns in known else layout.columns
+    found = check_submission(submission, columns, pairs, competition, images, from_kernel=True)
     if found.errors:
         return [Check(False, f"{submission.name} is invalid: {'; '.join(found.errors)}")]
-    if asked.columns != layout.columns:
-        columns, others = ",".join(asked.columns), ",".join(layout.columns)
-        warnings.append(f"its header is {columns}, as --layout may ask, the sample's is {others}")
-    rows = read_rows(submission, competition, from_kernel=True).rows
-    valid = Check(True, f"{submission.name} is valid: {len(rows):,} rows")
-    return [valid, *(Check(None, warning) for warning in [*warnings, *found.warnings])]
-
-
-def _asked_layout(submission: Path, layout: Layout, competition: Competition) -> Layout:
-    """The layout of a submission, where it is one of the competition's; else the sample's."""
-    with suppress(OSError, ValueError):  # what cannot be read the validator names
-        columns = read_rows(submission, competition, from_kernel=True).layout.columns
-        known = [each for each in layouts_of(competition).values() if each.columns == columns]
-        return known[0] if known else layout
-    return layout
+    checks = [Check(True, f"{submission.name} is valid: {len(rows):,} rows")]
+    if columns != layout.columns:
+        written, others = ",".join(columns), ",".join(layout.columns)
+        words = f"its header is {written}, as --layout may ask, the sample's is {others}"
+        checks.append(Check(None, words))
+    return [*checks, *(Check(None, warning) for warning in found.warnings)]
 
 
 def has_gpu(bundle: Path) -> bool:
