@@ -12,7 +12,7 @@ from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun, spread_of_mean
 from kernel.checks import read_json
 from kernel.files import write_json
 from kernel.run_record import RunRecord, read_run_record
-from packing.paths import CALIBRATION, LAST_REPORT, REPORT
+from packing.paths import CALIBRATION
 from training.metrics import Floats
 
 
@@ -41,11 +41,6 @@ CPU_MACHINE = "Kaggle's CPU"
 MACHINES = (
     Machine("2×T4", True, 2, 65e12, 0.15, T4),
     Machine("one T4", True, 1, 65e12, 0.15, T4),
-    Machine(
-        "P100", True, 1, 18.7e12, 0.2,
-        "18.7 TFLOP/s fp16 in NVIDIA's data sheet (PCIe), the attained share is a guess; history: "
-        "today's PyTorch has no code for it",
-    ),
     Machine(
         CPU_MACHINE, False, 1, 141e9, 0.5,
         "2 cores of 2.2 GHz, each two AVX2 multiply-adds a cycle; the attained share is a guess",
@@ -116,9 +111,7 @@ def keep_rate(bundle: Path, path: Path) -> str:
     """
     record = read_run_record(path)
     run = MeasuredRun(record)
-    reports = [(bundle / name).resolve() for name in (REPORT, LAST_REPORT)]
-    own = path.resolve().parent in reports  # the dry run's, of any kernel
-    if own or not record.kaggle:
+    if not record.kaggle:
         raise ValueError(f"{path}: not of a run on Kaggle; give the run.json of its output")
     if not run.counts.any():
         raise ValueError(f"{path}: no strip was predicted in this run, so it has no rate")

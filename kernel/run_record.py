@@ -40,7 +40,7 @@ class RunRecord:
     seconds: float
     stages: dict[str, float]  # seconds, without the networks'
     networks: Mapping[str, Mapping[Half, float]]  # member → half → seconds
-    kaggle: bool = True  # whether Kaggle ran it, of which an older record says nothing
+    kaggle: bool  # whether Kaggle ran it
 
     def outcome(self) -> Outcome:
         """Return what became of its images."""

@@ -46,6 +46,7 @@ def run_json(**changes: Any) -> dict[str, Any]:
         "non_empty": 2,
         "device": "cpu",
         "workers": 1,
+        "kaggle": True,
     } | changes
 
 

@@ -463,6 +463,7 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
         seconds=9.5,
         stages={"load": 1.5},
         networks={"a": {Half.ENCODER: 2.5, Half.DECODER: 0.5}},
+        kaggle=True,
     )
     write_run_record(tmp_path / "run.json", record)
     assert read_run_record(tmp_path / "run.json") == record
