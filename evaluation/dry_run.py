@@ -233,8 +233,6 @@ def check_args(args: argparse.Namespace) -> tuple[Manifest, Path | None]:
         raise ValueError("--ground-truth needs the --images that it is of")
     if all((args.bundle / name).is_file() for name in (MANIFEST, DATASET_METADATA.name)):
         raise ValueError(f"{args.bundle}: the dataset of a bundle; name the folder above it")
-    if not (args.bundle / "dataset" / MANIFEST).exists():
-        raise ValueError(f"{args.bundle}: no bundle there; build it with build_kernel.py first")
     manifest = load_manifest(args.bundle / "dataset")
     competition = manifest.competition
     if args.competition and find_competition(args.competition) != competition:

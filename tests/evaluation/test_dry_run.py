@@ -426,7 +426,7 @@ def test_strips_are_drawn_where_none_are_given(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--bundle", "nowhere"], "nowhere: no bundle there; build it with build_kernel.py first"),
+        (["--bundle", "nowhere"], "nowhere/dataset/ensemble.json: no such file; build the bundle"),
         (["--bundle", "."], ".: the dataset of a bundle; name the folder above it"),
         (["--ground-truth", "test.csv"], "--ground-truth needs the --images that it is of"),
         (["--images", "nowhere"], "nowhere: no such folder of images"),
