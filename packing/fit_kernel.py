@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import shutil
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from kernel.command import split_line
@@ -152,17 +152,12 @@ def read_members(path: Path) -> str:
     return text
 
 
-def place_of(path: PurePath, root: PurePath = ROOT) -> str:
-    """Return where a file lies below `root` as Kaggle's Linux writes it, whatever builds."""
-    return path.relative_to(root).as_posix()
-
-
 def join_fit_kernel(members: str, hours: float, resume: bool = False) -> str:
     """Return the script: arguments, requirements, every module as it stands, and what runs them."""
     modules = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
-    files = {place_of(path): path.read_text(encoding="utf-8") for path in modules}
-    files[place_of(MEMBERS)] = members
-    entries = "".join(f"    {name!r}: {_literal(text)},\n" for name, text in files.items())
+    files = {path: path.read_text(encoding="utf-8") for path in modules} | {MEMBERS: members}
+    named = ((path.relative_to(ROOT).as_posix(), text) for path, text in files.items())
+    entries = "".join(f"    {name!r}: {_literal(text)},\n" for name, text in named)
     arguments = ["--hours", str(hours), *(["--resume"] if resume else [])]
     settings = f"ARGUMENTS = {arguments!r}\nREQUIREMENTS = {REQUIREMENTS!r}\n"
     return f"{DOCSTRING}\n{settings}\nFILES = {{\n{entries}}}\n\n{START}"

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from kaggle_stub import Kaggle, customize_site, run_client, serve
 from build_kernel import main
 from evaluation import dry_run
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
-from packing.fit_kernel import REQUIREMENTS, join_fit_kernel, place_of
+from packing.fit_kernel import REQUIREMENTS, join_fit_kernel
 from packing.metadata import read_fit_metadata
 from packing.paths import OUT
 from packing.summary import print_fit_next
@@ -56,12 +56,6 @@ def test_the_script_carries_every_module_as_it_stands_and_the_list_it_was_given(
     rooms = [path for room in ("kernel", "training") for path in (ROOT / room).glob("*.py")]
     assert {ROOT / name for name in files} == set(rooms)
     assert all((ROOT / name).read_text(encoding="utf-8") == text for name, text in files.items())
-
-
-def test_a_file_is_named_as_linux_does_on_windows_too() -> None:
-    root = PureWindowsPath("C:/severstal")
-    assert place_of(root / "training" / "train.py", root) == "training/train.py"
-    assert "\\" not in "".join(built_files(join_fit_kernel("--name mine\n", 3.5)))
 
 
 def test_the_pins_are_those_the_suite_runs_with() -> None:
