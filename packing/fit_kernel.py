@@ -53,24 +53,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 
-def is_installed(requirement):
-    name, version = requirement.split("==")
-    try:
-        return metadata.version(name) == version
-    except metadata.PackageNotFoundError:
-        return False
-
-
 def install(requirements):
-    lacking = [each for each in requirements if not is_installed(each)]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", *lacking]
-    if lacking and subprocess.run(pip).returncode:
-        print(f"error: pip cannot install {', '.join(lacking)}: turn the kernel's internet on, "
-              "for which Kaggle wants a verified phone number", file=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *requirements]
+    if subprocess.run(pip).returncode:
+        print(f"error: pip cannot install {', '.join(requirements)}: turn the kernel's internet "
+              "on, for which Kaggle wants a verified phone number", file=sys.stderr)
         if not keep_earlier():
             sys.exit(1)
         print("nothing was fitted: this version's output is the last one's; push again")

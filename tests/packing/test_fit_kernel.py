@@ -163,19 +163,19 @@ def test_a_fit_kernel_is_not_written_among_other_things(
 
 
 def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) -> None:
-    script = join_fit_kernel("", 1.0).replace(REQUIREMENTS[0], "no-such-package==1.0")
-    (tmp_path / "fit.py").write_text(script, encoding="utf-8")
+    (tmp_path / "fit.py").write_text(join_fit_kernel("", 1.0), encoding="utf-8")
     (tmp_path / "pip.py").write_text("raise SystemExit(1)")  # stands for pip that reaches nothing
     ended = run_script(tmp_path / "fit.py", cwd=tmp_path)
     assert ended.returncode == 1
     line = error_of(ended.stderr)
-    assert line.startswith("pip cannot install no-such-package==1.0: turn the kernel's internet on")
+    pins = ", ".join(REQUIREMENTS)
+    assert line.startswith(f"pip cannot install {pins}: turn the kernel's internet on, ")
     assert not ended.stdout
 
 
 def test_where_pip_fails_an_earlier_sessions_output_is_this_ones(tmp_path: Path) -> None:
     """Kaggle keeps no output of a version that fails."""
-    script = join_fit_kernel("", 1.0, True).replace(REQUIREMENTS[0], "no-such-package==1.0")
+    script = join_fit_kernel("", 1.0, True)
     for folder in ("input", "working"):
         script = script.replace(f'"/kaggle/{folder}"', repr(str(tmp_path / folder)))
     earlier, working = tmp_path / "input" / "notebooks" / "fit", tmp_path / "working"
@@ -188,7 +188,7 @@ def test_where_pip_fails_an_earlier_sessions_output_is_this_ones(tmp_path: Path)
     (tmp_path / "pip.py").write_text("raise SystemExit(1)")
     ended = run_script(tmp_path / "fit.py", cwd=tmp_path)
     assert ended.returncode == 0
-    assert error_of(ended.stderr).startswith("pip cannot install no-such-package==1.0")
+    assert error_of(ended.stderr).startswith("pip cannot install ")
     assert ended.stdout.startswith("nothing was fitted: ") and "push again" in ended.stdout
     assert all_bytes(working) == all_bytes(earlier)
     assert (working / "a.safetensors").stat().st_mode & 0o200  # what goes on writes over it
