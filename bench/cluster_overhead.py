@@ -16,7 +16,6 @@ Ratios of one run count, on a machine that does nothing else.
 """
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -27,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,14 +38,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernel.checks import read_json
 from kernel.command import needs, new_parser, run_command
 from kernel.competition import IMAGE_SIZE
+from kernel.files import write_json
 from kernel.images import Image, Size
 from kernel.logs import log
 from kernel.manifest import MANIFEST, MemberSpec
 from kernel.members import Member
 from kernel.scheduling import Scheduler
 from training import synthetic
+
+with needs("dev"):
+    import psutil
 
 with needs("cluster"):
     import ray
@@ -107,7 +112,7 @@ def time_kernel(bundle: Path, images: Path, scratch: Path, threads: int | None =
     places = ["--bundle", bundle, "--images", images, "--output", folder / "submission.csv"]
     record = folder / "run.json"
     seconds = run_command_line([bundle / "inference.py", *places, "--report", record], threads)
-    each = [s for _, s in sorted(json.loads(record.read_text())["strip_s"].items())]
+    each = [s for _, s in sorted(read_json(record)["strip_s"].items())]
     counted = each[WARM_UP * PER_PART :]
     strip_s = sum(counted) / len(counted)
     return {"strip_s": strip_s, "before_s": seconds - strip_s * len(each)}
@@ -214,7 +219,7 @@ def write_stub_bundle(folder: Path) -> dict[str, Any]:
     model["aux_params"] = {"classes": 4}
     member = {"name": "stub", "file": "stub.safetensors", "model": model}
     manifest = {"members": [member | {"mean": [0.0], "std": [1.0]}], "flips": ["none"]}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_json(folder / MANIFEST, manifest)
     blank = np.zeros((32, 32), np.uint8)
     return {"bundle": str(folder), "sha256": manifest_hash(folder), "image": blank} | {
         "batch_size": 1,
@@ -292,25 +297,11 @@ def measure_overhead(args: argparse.Namespace) -> Figures:
 
 def _descendants() -> Iterator[tuple[str, int]]:
     """Command line and private memory, bytes, of this process and those below it, on Linux."""
-    children: dict[int, list[int]] = {}
-    found: dict[int, tuple[str, int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status = dict(
-                line.split(":", 1) for line in (folder / "status").read_text().splitlines()
-            )
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            private = 1024 * int(status["RssAnon"].split()[0])
-        except (OSError, KeyError):  # it has ended, or is the system's
-            continue
-        children.setdefault(int(status["PPid"]), []).append(int(folder.name))
-        found[int(folder.name)] = command, private
-    waiting = [os.getpid()]
-    while waiting:
-        pid = waiting.pop()
-        waiting += children.get(pid, [])
-        if pid in found:
-            yield found[pid]
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it has ended
+            memory = process.memory_info()
+            yield " ".join(process.cmdline()), memory.rss - memory.shared
 
 
 def private_mb() -> dict[str, float]:
@@ -422,7 +413,7 @@ def measure(args: argparse.Namespace) -> int:
     if args.strips <= warm_up or args.strips % PER_PART:
         raise ValueError(f"--strips {args.strips}: expected an even number above {warm_up}")
     args.bundle, path = args.bundle.resolve(), args.out / "cluster.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = read_json(path) if path.is_file() else {}
     for name in args.parts:
         log.info("%s", name)
         machine = {
@@ -431,7 +422,7 @@ def measure(args: argparse.Namespace) -> int:
             "python": platform.python_version(),
         }
         results[name] = PARTS[name](args) | {"machine": machine}
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(path, results)
         (args.out / "cluster.md").write_text(table(results), encoding="utf-8")
     print(table(results))
     return 0

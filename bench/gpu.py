@@ -8,7 +8,6 @@ saves what such members let it. Writes gpu.json beside this file and prints a ta
 """
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from kernel.competition import IMAGE_SIZE
 from kernel.device import is_out_of_memory, pick_device
 from kernel.ensemble import Ensemble
 from kernel.ensemble_loading import load_ensemble
+from kernel.files import write_json
 from kernel.images import Image, Size, Strip
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, MemberSpec, load_manifest, manifest_entries
@@ -65,7 +65,7 @@ def write_bundle(weights: Path, folder: Path) -> tuple[Manifest, bool]:
         flops = flops_of(spec, manifest.image_size or IMAGE_SIZE)
         specs.append(replace(spec, sha256="", flops=flops))
     bundle = replace(manifest, members=specs)
-    (folder / MANIFEST).write_text(json.dumps(manifest_entries(bundle)), encoding="utf-8")
+    write_json(folder / MANIFEST, manifest_entries(bundle))
     return bundle, all((weights / spec.file).is_file() for spec in specs)
 
 
@@ -258,7 +258,7 @@ def measure(args: argparse.Namespace) -> int:
         for name, section in sections.items():
             results[name] = run_section(name, section, start + args.budget_s - time.monotonic())
             results["seconds"] = time.monotonic() - start
-            args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_json(args.out, results)
     print(table(results))
     return 0
 

@@ -1,6 +1,5 @@
 """The packed script as a process: its start, its memory, and what is not spent in networks."""
 
-import json
 import re
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluation.kaggle_tree import environment_elsewhere
+from kernel.checks import read_json
 from kernel.competition import SEVERSTAL
+from kernel.files import write_json
 from kernel.members import build_network
 from packing.bundle import build
 
@@ -64,7 +65,7 @@ def run_script(dataset: Path, images: Path) -> Process:
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
         path = Path(scratch, "run.json")
         seconds = path.stat().st_mtime - start  # taking memory down is not waiting for a strip
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
     return Process(seconds, peak_kb / 2**20, report)
 
 
@@ -89,7 +90,7 @@ def stub_bundle(folder: Path) -> Path:
     save_file(network.state_dict(), folder / "stub.safetensors")
     entry = {"name": "stub", "file": "stub.safetensors", "model": model, "mean": [0.34]}
     manifest = {"members": [entry | {"std": [0.13]}], "flips": ["none"]}
-    (folder / "ensemble.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(folder / "ensemble.json", manifest)
     build(folder, folder / "dist", "bench")
     return folder / "dist" / "dataset"
 

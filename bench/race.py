@@ -10,7 +10,6 @@ on real strips drawn with `--seed`. Writes results.json, chart.png and table.md 
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -26,8 +25,10 @@ from candidates import EAGER, EARLY, EVERY, Candidate, candidates, encode, load_
 from processes import measure_processes, process_lines
 
 from evaluation.inputs import sample_strips
+from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
+from kernel.files import write_json
 from kernel.images import read_image
 from kernel.logs import progress
 from kernel.manifest import load_manifest
@@ -201,8 +202,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
     """Write everything that was measured, as JSON, as a table and as a chart."""
-    text = json.dumps(results, indent=2) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    write_json(folder / "results.json", results)
     (folder / "table.md").write_text(table(results), encoding="utf-8")
     draw_chart(results, folder / "chart.png")
 
@@ -231,7 +231,7 @@ def measure(args: argparse.Namespace) -> int:
         (Path(scratch) / "strips").mkdir()
         paths = draw_strips(Path(scratch) / "strips", args.strips)
         if args.keep_race:
-            results = json.loads(kept.read_text(encoding="utf-8"))
+            results = read_json(kept)
         else:
             real = sample_strips(args.real, args.strips, args.seed) if args.real else []
             results = measure_race(dataset, paths, args.rounds, real)
