@@ -83,17 +83,23 @@ class Backend:
 
     device: torch.device
     plain: bool = False
+    after_loss: bool = False  # of another device
 
     def __str__(self) -> str:
         device = "GPU" if self.device.type == "cuda" else "CPU"
         return f"on the {device}{' with plain PyTorch' if self.plain else ''}"
 
     def next_after(self, lost: bool) -> "Backend | None":
-        """Return what runs what this one leaves, its GPU `lost` or not; None: nothing."""
+        """Return what runs what this one leaves, where its device was `lost` or not; None: nothing.
+
+        A device is lost once: what is lost after that has only failed.
+        """
         cpu = torch.device("cpu")
-        if self.device != cpu and (lost or self.plain):
-            return replace(self, device=cpu)
-        return None if self.plain else replace(self, plain=True)
+        if lost and not self.after_loss:
+            return replace(self, device=cpu, after_loss=True)
+        if not self.plain:
+            return replace(self, plain=True)
+        return None if self.device == cpu else replace(self, device=cpu)
 
 
 def _first_backend(context: RunContext) -> Backend:

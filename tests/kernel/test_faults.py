@@ -446,10 +446,10 @@ CUDA = torch.device("cuda")
         (Backend(CUDA, True), False, Backend(CPU, True)),
         (Backend(CPU), False, Backend(CPU, True)),
         (Backend(CPU, True), False, None),
-        (Backend(CUDA), True, Backend(CPU)),
-        (Backend(CUDA, True), True, Backend(CPU, True)),
-        (Backend(CPU), True, Backend(CPU, True)),
-        (Backend(CPU, True), True, None),
+        (Backend(CUDA), True, Backend(CPU, False, True)),
+        (Backend(CUDA, True), True, Backend(CPU, True, True)),
+        (Backend(CPU, False, True), True, Backend(CPU, True, True)),
+        (Backend(CPU, True, True), True, None),
     ],
 )
 def test_what_is_left_runs_on_less_and_less(
