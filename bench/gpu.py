@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kernel.batch_limits import GPU_BATCH_SIZE
 from kernel.command import new_parser, run_command
 from kernel.competition import IMAGE_SIZE
 from kernel.device import is_out_of_memory, pick_device
@@ -301,7 +302,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", type=Path, default=ROOT / "weights", help="folder of ensemble.json")
     add("--device", choices=("cpu", "cuda"), help="default: the CUDA device that works")
-    add("--batch", type=int, default=8, help="strips at a time, for all but the sweep")
+    add("--batch", type=int, default=GPU_BATCH_SIZE, help="strips at a time, for all but the sweep")
     add("--batches", type=int, nargs="+", default=BATCHES, help="of the sweep")
     add("--strips", type=int, default=64)
     add("--budget-s", type=float, default=BUDGET_S, help="no section begins later")

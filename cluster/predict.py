@@ -256,7 +256,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cpus-per-worker", type=int, help="threads of a worker; default all of a machine")
     about = "a part is written, and retried, as a whole; default 256 with GPUs, 16 without"
     add("--images-per-part", type=int, help=about)
-    about = "images that a network takes at once; default 8 on a GPU, 1 on the CPU"
+    about = "images that a network takes at once; default 4 on a GPU, 1 on the CPU"
     add("--batch-size", type=int, default=0, help=about)
     about = "run every pass: slower, with the same rows"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)

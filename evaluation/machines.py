@@ -37,6 +37,9 @@ T4 = (
     "65 TFLOP/s fp16 in NVIDIA's data sheet; attained: ResNet-50 in PyTorch's mixed precision, "
     "1,190 images/s of 8.2 GFLOP (NVIDIA DeepLearningExamples, resnet50v1.5, inference on T4)"
 )
+# Of the flops that a GPU runs, those that strips need: the rest pads partial batches, and no run on
+# the CPU has any. Assumed: a simulated T4 came to 0.95, a card of 8 GB to 0.81 (docs/speed.md).
+GPU_FILL = 0.9
 CPU_MACHINE = "Kaggle's CPU"
 MACHINES = (
     Machine("2×T4", True, 2, 65e12, 0.15, T4),
@@ -81,9 +84,11 @@ def _estimate_assumed(machine: Machine, run: MeasuredRun) -> Estimate:
     """
     images = run.n_images / machine.units  # for each
     other_s = run.fixed_s + images * run.beside_s(machine.gpu)
-    flop_s = images / (machine.peak * machine.attained)
+    fill = GPU_FILL if machine.gpu else 1
+    flop_s = images / (machine.peak * machine.attained * fill)
     seconds = _seconds(other_s, run.full_flops(run.flops_here), flop_s)
-    basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}: "
+    basis = f"{machine.units} × {machine.peak / 1e12:g} TFLOP/s × {machine.attained:.0%}"
+    basis += f", {1 - fill:.0%} of it for padding: " if machine.gpu else ": "
     basis += machine.source
     return Estimate(machine.name, machine.workers, *seconds, False, "estimated", basis)
 

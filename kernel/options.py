@@ -24,7 +24,7 @@ class Options:
     sample: Path | None = None
     output: Path = Path("submission.csv")
     layout: str | None = None
-    batch_size: int = 0  # strips; 0 is 8 on a GPU and 1 on the CPU
+    batch_size: int = 0  # strips; 0 is 4 on a GPU and 1 on the CPU
     early_exit: bool = True
     workers: int = 0  # processes; 0 is one a GPU, 1 the first alone
     worker: bool = False  # one of several processes, for rows of its own
@@ -87,7 +87,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--output", type=Path, help=f"default {Options.output}")
     about = "such as two-column; default: the sample's own, or without one the competition's last"
     add("--layout", help=about)
-    add("--batch-size", type=int, help="strips; default 8 on a GPU and 1 on the CPU")
+    add("--batch-size", type=int, help="strips; default 4 on a GPU and 1 on the CPU")
     about = "run every pass; the submission is the same unless a pass is dropped or gives NaN"
     add("--no-early-exit", dest="early_exit", action="store_false", help=about)
     add("--workers", type=int, help="processes; default one a GPU; 1: this one alone")

@@ -47,7 +47,7 @@ class PassSource(Protocol):
         """Return gates and probabilities: both halves in one piece, for the same bits."""
 
 
-LONGEST_WAIT = 16  # batches' worth of strips that may end before one that came earlier
+LONGEST_WAIT = 64  # batches' worth of strips that may end before one that came earlier
 
 
 def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
@@ -87,11 +87,11 @@ class Scheduler:
     ) -> Generator[StripState, None, None]:
         """Yield every strip when it is done, in completion order; the deadline expects `count`."""
         self.deadline.start_strips(count)
-        coming, states, n_ended = iter(strips), list[StripState](), 0
+        coming, states, waiting, n_ended = iter(strips), list[StripState](), list[StripState](), 0
         while True:
             size = min(map(self._batch_size_of, states), default=self.limits.batch_size)
-            most = 1 if size == 1 else 4 * size  # so that batches stay full
-            room = max(most - len(states), 0)
+            room = 0 if waiting else max(self.limits.most_under_way(size) - len(states), 0)
+            room = min(room, size)  # no more end in a step
             states += [self._admit(strip, n_ended) for strip in itertools.islice(coming, room)]
             if not states:
                 return

@@ -61,8 +61,10 @@ class StripState:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of what is encoded and not decoded yet."""
-        return sum(tensor.nbytes for features in self.encoded for tensor in features)
+        """Bytes of its images, its sum, and what is encoded and not decoded yet."""
+        features = sum(tensor.nbytes for features in self.encoded for tensor in features)
+        total = self.tally.total
+        return self.images.nbytes + features + (0 if total is None else total.nbytes)
 
     def launch(self, encoded: tuple[Tensor, ...], probabilities: Tensor | None) -> Tensor:
         """Queue what its next step gave, gates first; return what `settle` takes."""

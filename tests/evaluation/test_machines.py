@@ -43,7 +43,7 @@ def test_the_interval_is_that_of_other_strips_of_the_same_kind() -> None:
     for found in list_estimates(run, known):
         flop_s = STRIPS / 1e3
         if found.machine != "one T4":
-            flop_s = STRIPS / (2 * 65e12 * 0.15 if found.machine == "2×T4" else 141e9 * 0.5)
+            flop_s = STRIPS / (2 * 65e12 * 0.135 if found.machine == "2×T4" else 141e9 * 0.5)
         assert found.low_s is not None and found.high_s is not None
         assert (found.seconds - found.low_s) / flop_s == pytest.approx(half, rel=0.15)
         assert (found.high_s - found.seconds) / flop_s == pytest.approx(half, rel=0.15)
@@ -73,7 +73,7 @@ def test_an_assumed_machine_takes_its_flops_and_the_stages_beside_the_networks()
     assert run.strip_flops == pytest.approx(410 / 4)
     found = {each.machine: each for each in list_estimates(run, {})}
     one, beside = found["one T4"], 0.5 / 4
-    assert one.seconds == pytest.approx(8 + STRIPS * (beside + 410 / 4 / (65e12 * 0.15)))
+    assert one.seconds == pytest.approx(8 + STRIPS * (beside + 410 / 4 / (65e12 * 0.15 * 0.9)))
     assert not one.calibrated
     assert found["2×T4"].seconds - 8 == pytest.approx((one.seconds - 8) / 2)
     workers = list_estimates(a_run(workers=2), {})  # each of them decodes half of the strips

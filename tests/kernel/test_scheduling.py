@@ -27,7 +27,7 @@ from helpers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernel.batch_limits import FEATURES_SHARE, BatchLimits
+from kernel.batch_limits import GPU_UNDER_WAY, KEPT_SHARE, BatchLimits, default_batch_size
 from kernel.deadline import Deadline
 from kernel.device import DeviceLost
 from kernel.early_exit import Tally
@@ -250,6 +250,88 @@ def test_each_image_has_its_own_masks(source: DrawnPasses) -> None:
     np.testing.assert_array_equal(found, np.stack([source.masks(n) for n in (5, 0, 7, 2)]))
 
 
+# --- a GPU's batches ------------------------------------------------------------------------------
+
+MEMBERS = [  # GFLOP of the shipped members' encoders and decoders, and MB of features in fp16
+    ((5.8, 24.9), 9.7), ((58.5, 38.2), 20.1), ((61.7, 30.6), 38.5), ((65.4, 30.6), 38.5),
+    ((68.7, 31.2), 40.9),
+]  # fmt: skip
+A_MB = 100.0  # values in their stead
+
+
+class MeteredPasses(DrawnPasses):
+    """Passes of the shipped members' sizes, half of the strips clean; `paid` counts the flops.
+
+    Those of what fills batches up, too.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.manifest = Manifest([], CLASSES, 0.55)
+        members = [(f"m{i}", flops) for i, (flops, _) in enumerate(MEMBERS)]
+        self.passes = list_passes(members, ["none", "horizontal", "vertical"])  # type: ignore[arg-type]
+        self.device, self.stages, self.is_async = torch.device("cuda"), Stages(), True
+        rng, n = np.random.default_rng(5), len(self.passes)
+        sure = np.where(rng.random(count) < 0.5, 0.05, rng.uniform(0.6, 1, count))[:, None]
+        gates = np.clip(rng.normal(sure, 0.1, (n, count, CLASSES)), 0, 1)
+        pixels = rng.choice([0.02, 0.5, 0.98], (count, CLASSES, *SIZE), p=[0.45, 0.1, 0.45])
+        drawn = np.clip(rng.normal(pixels, 0.1, (n, *pixels.shape)), 0, 1)
+        self.gates = torch.from_numpy(gates).float()
+        self.probabilities = torch.from_numpy(drawn * gates[..., None, None]).float()
+        values = [round(A_MB * mb) for _, mb in MEMBERS for _ in range(3)]
+        self.features = [torch.zeros(1, each, dtype=torch.uint8) for each in values]
+        self.paid = 0.0
+
+    def run_encoder(self, pass_id: int, images: Tensor) -> tuple[Tensor, ...]:
+        self.paid += self.passes[pass_id].flops[0] * len(images)
+        numbers = images[:, 0, 0, 0].long()
+        features = self.features[pass_id].expand(len(images), -1)
+        return self.gates[pass_id, numbers], numbers[:, None], features
+
+    def run_decoder(self, pass_id: int, encoded: Sequence[Tensor], size: Size) -> Tensor:
+        self.paid += self.passes[pass_id].flops[1] * len(encoded[0])
+        return self.probabilities[pass_id, encoded[1][:, 0]]
+
+
+@pytest.mark.parametrize(("room_gb", "most"), [(8.6, 1.1), (4.3, 1.4)], ids=["T4", "8 GB"])
+def test_of_the_flops_of_a_gpu_few_go_to_what_fills_batches_up(
+    room_gb: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = room_gb * 1000 * A_MB / KEPT_SHARE
+    monkeypatch.setattr("kernel.batch_limits.free_memory", lambda _: free)
+    source = MeteredPasses(count := 250)
+    scheduler = Scheduler(source, default_batch_size(source.device))
+    strips = [Strip(str(i), np.full(SIZE, i, np.uint8)) for i in range(count)]
+    of_all = sum(sum(each.flops) for each in source.passes)
+    needed = sum(scheduler.work(s).share * of_all for s in run(scheduler, strips).values())
+    assert needed < 0.7 * of_all * count
+    assert needed <= source.paid <= most * needed
+
+
+def test_strips_come_a_batch_at_a_time_and_none_while_others_wait_for_room(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.device, seen = torch.device("cuda"), list[tuple[int, int]]()
+    divide = BatchLimits.divide
+
+    def spied(limits: BatchLimits, states: Any) -> Any:
+        going, waiting = divide(limits, states)
+        seen.append((len(going) + len(waiting), len(waiting)))
+        return going, waiting
+
+    monkeypatch.setattr(BatchLimits, "divide", spied)
+    for free in (1e9, 500.0):
+        monkeypatch.setattr("kernel.batch_limits.free_memory", lambda _, free=free: free)
+        seen.clear()
+        strips = [Strip(str(i), numbered()[i % N_STRIPS].image) for i in range(60)]
+        run(Scheduler(source, 2, early_exit=False), strips)
+        for (before, waited), (now, _) in itertools.pairwise(seen):
+            assert now <= before + (0 if waited else 2)
+        if free == 1e9:
+            assert max(seen) == (2 * GPU_UNDER_WAY, 0)
+        else:
+            assert any(waited for _, waited in seen)
+
+
 # --- what fails -----------------------------------------------------------------------------------
 
 
@@ -445,7 +527,7 @@ def test_a_strip_that_takes_all_memory_alone_costs_only_itself(
     assert "OutOfMemoryError" in states["5"].fault
 
 
-# --- features that are kept -----------------------------------------------------------------------
+# --- what strips keep -----------------------------------------------------------------------------
 
 
 class Kept:
@@ -461,7 +543,10 @@ class Kept:
 
         def hungry(run_half: Any) -> Any:
             def run(*given: Any) -> Any:
-                kept = [state.kept_bytes for state in self.states]
+                kept = [
+                    sum(each.nbytes for features in state.encoded for each in features)
+                    for state in self.states
+                ]
                 self.seen.append(sum(kept))
                 self.of_one = max(self.of_one, *kept)
                 if self.seen[-1] > limit:
@@ -494,7 +579,7 @@ def test_no_more_strips_are_under_way_than_memory_holds_the_features_of(
         monkeypatch.setattr("kernel.batch_limits.free_memory", lambda _, free=free: free)
         assert_masks(run(Scheduler(source, 2), numbered()), source)
         most.append(max(kept.seen))
-        assert 0 < most[-1] <= max(FEATURES_SHARE * free, 2 * kept.of_one)  # a batch has two
+        assert 0 < most[-1] <= max(KEPT_SHARE * free, 2 * kept.of_one)  # a batch has two
         kept.seen.clear()
     assert most[0] == most[1] > 2 * kept.of_one
 
