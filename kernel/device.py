@@ -1,4 +1,4 @@
-"""The device: which one works, how many GPUs there are, what memory is kept, the copies."""
+"""The device: which one works, how many GPUs there are, what memory is kept, copies to the host."""
 
 import ctypes
 import functools
@@ -34,11 +34,12 @@ def device_usable(device: torch.device) -> bool:
     return True
 
 
-# Of an error that is no OutOfMemoryError: the CPU's, cuDNN's, and those of cuDNN's benchmark where
-# no algorithm has room.
+# Of an error that is no OutOfMemoryError: the CPU's, cuDNN's, those of cuDNN's benchmark where no
+# algorithm has room, and of cuDNN and cuBLAS where they have none to begin with. Of a GPU that is
+# broken they may say the same: where one strip alone fails the device is tried.
 NO_MEMORY = (
     "out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
-    "unable to find an engine",
+    "unable to find an engine", "STATUS_NOT_INITIALIZED", "STATUS_INTERNAL_ERROR",
 )  # fmt: skip
 
 
@@ -145,13 +146,7 @@ def lasting_memory() -> Iterator[None]:
             glibc.malloc_trim(0)
 
 
-# --- copies ---------------------------------------------------------------------------------------
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device; to a GPU from pinned memory, without a wait."""
-    on_gpu = device.type == "cuda"
-    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
+# --- the copy to the host -------------------------------------------------------------------------
 
 
 def to_host(tensor: Tensor) -> npt.NDArray[Any]:

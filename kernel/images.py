@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from kernel.competition import Competition
-from kernel.device import to_device
 from kernel.files import retried
 from kernel.jpeg import check_height, check_jpeg
 from kernel.logs import log
@@ -231,7 +230,7 @@ def image_to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
     planes = planes_of(image)
     if image.dtype == np.uint16:
         planes = planes.astype(np.int32)  # PyTorch's uint16 has few operations
-    return to_device(torch.from_numpy(planes)[None], torch.device(device)) / white
+    return torch.from_numpy(planes)[None].to(device) / white
 
 
 def resize_images(images: Tensor, size: Size) -> Tensor:

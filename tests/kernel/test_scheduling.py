@@ -396,12 +396,27 @@ def test_a_device_that_is_lost_ends_the_strips_and_names_the_error(
     assert done == ["0"]
 
 
+def test_a_device_that_is_lost_in_the_words_of_too_little_memory_ends_the_strips(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+
+    monkeypatch.setattr(source, "run_encoder", broken)
+    monkeypatch.setattr("kernel.scheduling.device_usable", lambda _: False)
+    with pytest.raises(DeviceLost, match="CUDNN_STATUS_INTERNAL_ERROR"):
+        run(Scheduler(source, 4), numbered())
+
+
 NO_ROOM = [  # how PyTorch says that a GPU's memory is too small
     torch.cuda.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("FIND was unable to find an engine to execute this computation"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate"
         " memory: you tried to allocate 99999999999 bytes. Error code 12"
