@@ -3,9 +3,6 @@ BIN := .venv/bin
 
 .PHONY: demo test lint coverage bench gpu fuzz soak test-cluster bench-cluster mutants versions clean help
 
-# Without a GPU the members run on OpenVINO.
-OPENVINO := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo openvino)
-
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 DISK := import os, shutil; gb = shutil.disk_usage(".").free / 1e9; gb < 9 and print(f"{gb:.1f} GB are \
@@ -29,13 +26,13 @@ endef
 
 demo: .venv/installed-demo  ## build the bundle and run it as Kaggle does, on synthetic strips
 	@echo "== packing the members of weights/ into dist/"
-	@$(BIN)/python build_kernel.py $(addprefix --,$(OPENVINO))
+	@$(BIN)/python build_kernel.py --openvino
 	@echo "== dry run: the packed kernel, as its own process, in a Kaggle-like tree"
 	@$(BIN)/python evaluation/dry_run.py
 
 .venv/installed-demo: pyproject.toml constraints.txt
 	@echo "== installing what the demo needs into .venv: the first time takes minutes, for PyTorch"
-	$(call install,$(OPENVINO))
+	$(call install,openvino)
 
 test: lint  ## lint, types and every test but those of several nodes: make test-cluster
 	@echo "== tests"

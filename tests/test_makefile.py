@@ -64,6 +64,16 @@ def test_an_environment_of_an_older_python_is_made_anew(
     assert (tmp_path / "calls").read_text().splitlines()[0] == f"-m venv {options}.venv"
 
 
+def test_the_demo_installs_openvino_beside_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that PyTorch has no code for leaves the CPU."""
+    write_script(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    shown = make(tmp_path, "-n", "demo").stdout
+    assert "--editable '.[openvino]'" in shown and "build_kernel.py --openvino" in shown
+
+
 @pytest.mark.parametrize(
     ("free", "before", "said"), [(8.9e9, [], 1), (9.1e9, [], 0), (8.9e9, ["installed-demo"], 0)]
 )
