@@ -93,7 +93,8 @@ def _tune_process(members: Sequence[Member], device: torch.device, plain: bool) 
     if all(isinstance(member.encoder, OpenVino) for member in members):
         torch.set_num_threads(1)  # idle ones would spin on the cores that OpenVINO's run on
     if device.type == "cuda":
-        # Batches are filled up: few shapes, tried once each. The check's never comes again:
+        # Batches are filled up: few shapes, tried once each, so that each runs on one algorithm as
+        # long as the process lives; the next may pick another. The check's shape never comes again:
         torch.backends.cudnn.benchmark = not plain
 
 
@@ -116,6 +117,7 @@ def load_ensemble(
     """
     with stages("import"):
         use_wheels(bundle)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: what engines are held against, too
     members = dict[str, Member]()
     if device.type == "cpu":
         share_freed_memory()  # a worker of the cluster has not done so yet

@@ -19,8 +19,10 @@ from kernel.engines import (
     fold_batch_norm,
     highest_contrast_crop,
 )
+from kernel.ensemble_loading import load_ensemble
 from kernel.manifest import MemberSpec, load_manifest
 from kernel.members import Member, load_member, use_wheels
+from kernel.stages import Stages
 
 
 def specs_of(dataset: Path) -> list[MemberSpec]:
@@ -90,6 +92,12 @@ def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:
 
 
 # --- the check at the start -----------------------------------------------------------------------
+
+
+def test_fp32_is_no_tf32(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    load_ensemble(dataset, load_manifest(dataset), CPU, Stages(), None, plain=True)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.fixture
