@@ -20,7 +20,7 @@ from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
 from kernel.task import Task
 
-MAX_FAILURES = 8  # images in a row that the networks may fail on before another engine runs
+MAX_FAILURES = 8  # images in a row that an engine may fail on, or a member of it give NaN on
 
 
 # --- on one backend -------------------------------------------------------------------------------
@@ -63,7 +63,10 @@ def predict_on(
         scheduler = Scheduler(ensemble, batch_size, options.early_exit, deadline)
         log.info("%d images of %s on %s", len(task.names), task.images, device)
         patience = math.inf if plain else MAX_FAILURES
-        predict_task(scheduler, task, context.submission, outcome, patience, options.last_image)
+        on_engines = [name for name, member in ensemble.members.items() if not member.plain]
+        predict_task(
+            scheduler, task, context.submission, outcome, patience, options.last_image, on_engines
+        )
     except RuntimeError as error:
         if not on_gpu or isinstance(error, DeviceLost):
             raise

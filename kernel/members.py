@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,7 @@ class Member:
     stride: int  # pixels; an image's sides must be multiples of it
     release_memory: Callable[[], None] = lambda: None  # its working memory, until it runs again
     whole: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # images → gates, probabilities
+    plain: bool = False  # fp32 PyTorch as it was loaded, no engine
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of images (B, channels, H, W) in [0, 1]."""
@@ -284,4 +285,4 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
         raise ValueError(
             f"{path}: not of the declared model {short(spec.model)}: {reason}"
         ) from error
-    return split_network(network.float(), spec, device)
+    return replace(split_network(network.float(), spec, device), plain=True)

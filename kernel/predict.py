@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from kernel.stages import Stages
 from kernel.strip_state import TOO_LATE, StripState
 from kernel.submission import Submission
 from kernel.task import Task
+from kernel.tta import Half, Pass
 
 
 def timed(strips: Iterator[Strip], stages: Stages, name: str) -> Iterator[Strip]:
@@ -66,6 +67,32 @@ class EngineFails(Exception):
     """The networks fail on one image after another."""
 
 
+class NanInARow:
+    """Counts the strips on which an engine gave NaN, one after another, for each of its members.
+
+    One for which no pass of the member was decoded says nothing of it, unless its encoder gave NaN.
+    """
+
+    def __init__(self, passes: Sequence[Pass], members: Iterable[str]) -> None:
+        self.passes, self.counts = passes, dict.fromkeys(members, 0)
+
+    def add(self, state: StripState) -> None:
+        """Count a strip that is done."""
+        lost = {self.passes[i].member for i in state.planned if i not in state.pass_ids}
+        decoded = {self.passes[i].member for i in state.ran[Half.DECODER]}
+        for member, count in self.counts.items():
+            if member in lost:
+                self.counts[member] = count + 1
+            elif member in decoded:
+                self.counts[member] = 0
+
+    def check(self, patience: float) -> None:
+        """Raise EngineFails where a member gave NaN on so many."""
+        for member, count in self.counts.items():
+            if count >= patience:
+                raise EngineFails(f"on {count} images in a row member {member} gives NaN")
+
+
 def predict_task(
     scheduler: Scheduler,
     task: Task,
@@ -73,13 +100,15 @@ def predict_task(
     outcome: Outcome,
     patience: float = math.inf,
     last_image: Path | None = None,
+    on_engines: Iterable[str] = (),
 ) -> None:
     """Predict every image of a task with a scheduler; its masks go to the submission.
 
     A worker writes the name of the image that it begins into `last_image`.
 
     Raises:
-        EngineFails: the networks failed on `patience` images, one after another.
+        EngineFails: the networks failed on `patience` images, one after another, or a member of
+            those `on_engines` gave NaN on as many: plain PyTorch may give numbers.
     """
     stages, competition, in_a_row = scheduler.source.stages, task.layout.competition, 0
     # A worker on the CPU decodes no strip ahead: so it is known at which image it dies.
@@ -89,6 +118,7 @@ def predict_task(
     strips = read_ahead(task.images, names, ahead, competition, scheduler.deadline)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(competition.image_size)
+    nan = NanInARow(scheduler.source.passes, on_engines)
     with closing(strips), progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
             in_a_row = in_a_row + state.failed if state.fault else 0
@@ -104,6 +134,8 @@ def predict_task(
             bar.update()
             if in_a_row >= patience:
                 raise EngineFails(f"on {in_a_row} images in a row {state.fault}")
+            nan.add(state)
+            nan.check(patience)
     sizes.log_counts()
     late = sum(fault == TOO_LATE for fault in outcome.faults.values())
     if late:

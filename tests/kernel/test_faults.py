@@ -219,6 +219,64 @@ def test_an_engine_is_given_up_at_once_after_eight_images_in_a_row(
     assert re.match(said, line)
 
 
+@pytest.mark.parametrize(
+    ("half", "nan", "engine", "said"),
+    [
+        ("encoder", range(8), True, "on 8 images in a row member .* gives NaN; the remaining 12 "),
+        ("decoder", range(3, 20), True, "on 8 images in a row member .*; the remaining 9 images"),
+        ("encoder", range(7), True, None),
+        ("decoder", range(0, 20, 2), True, None),
+        ("encoder", range(20), False, None),  # plain PyTorch would give no other
+    ],
+    ids=["eight", "a decoder", "seven", "every other", "a member on plain PyTorch"],
+)
+def test_an_engine_is_given_up_where_one_member_gives_nan_on_eight_images_in_a_row(
+    half: str,
+    nan: range,
+    engine: bool,
+    said: str | None,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Members are stubs; an image's number is its brightness."""
+
+    def load(_: Path, specs: Sequence[MemberSpec], *__: Any, plain: bool, **___: Any) -> Any:
+        def lost(images: Tensor, which: str) -> float:
+            number = round(images[0, 0, 0, 0].item() * 255)
+            return np.nan if which == half and not plain and number in nan else 1.0
+
+        def encode(images: Tensor) -> tuple[Tensor, ...]:
+            return torch.ones(len(images), 4), images
+
+        def decode(gates: Tensor, images: Tensor) -> Tensor:
+            return images.expand(-1, 4, -1, -1)
+
+        def encode_some(images: Tensor) -> tuple[Tensor, ...]:
+            return torch.ones(len(images), 4) * lost(images, "encoder"), images
+
+        def decode_some(gates: Tensor, images: Tensor) -> Tensor:
+            return decode(gates, images) * lost(images, "decoder")
+
+        first = Member(specs[0], encode_some, decode_some, stride=1, plain=not engine)
+        assert len(specs) > 1
+        return {s.name: Member(s, encode, decode, stride=1) for s in specs} | {
+            first.spec.name: first
+        }
+
+    monkeypatch.setattr(ensemble_loading, "load_members", load)
+    for number in range(20):
+        image = np.full((8, 8), number, np.uint8)
+        save_image(tmp_path / "images" / f"{number:02}.png", image)
+    record = predict(bundle, tmp_path / "images", tmp_path / "submission.csv")
+    lines = [line for line in caplog.messages if "gives NaN; the remaining" in line]
+    assert len(lines) == bool(said)
+    assert said is None or re.match(said, lines[0])
+    assert said is None or not record["faults"]
+    assert len(record["work"]) + len(record["faults"]) == 20
+
+
 @pytest.fixture
 def hang_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Lets the reads of these images hang until the test ends."""
