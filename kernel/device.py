@@ -1,4 +1,4 @@
-"""The device: which one works, how many GPUs there are, what memory is kept, copies to the host."""
+"""The device: which one works, how many GPUs there are, what memory is kept, host copies."""
 
 import ctypes
 import functools

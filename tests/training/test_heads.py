@@ -191,6 +191,10 @@ def test_the_refitted_masks_are_cut_where_their_product_with_the_gates_scores_mo
     assert now == pytest.approx(tried.max(axis=0), abs=0.01)
 
 
+def test_the_level_is_where_the_kernels_threshold_cuts() -> None:
+    assert expit(MASK_LEVEL) == pytest.approx(0.55)  # the competition's recipe
+
+
 @pytest.mark.parametrize("gate", [0.56, 0.8, 1.0])
 def test_a_gate_lifts_the_logit_from_which_the_kernels_product_is_over_its_threshold(
     gate: float,
