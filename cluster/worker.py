@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,7 +132,7 @@ class Worker:
         totals = self.output.write_part(names, self.predict(names))
         return pa.Table.from_pylist([asdict(totals)])
 
-    def predict(self, names: list[str]) -> pa.Table:
+    def predict(self, names: Sequence[str]) -> pa.Table:
         """Return the rows of a part: every class of every image, in the part's order.
 
         Of several images, one that its store does not give, though not for being missing, has no
@@ -159,7 +159,7 @@ class Worker:
         rows = (row for name in names for row in found.rows.get(name, ()))
         return pa.Table.from_pylist(list(rows), schema=ROWS)
 
-    def _read(self, names: list[str], found: PartState) -> Iterator[Strip]:
+    def _read(self, names: Sequence[str], found: PartState) -> Iterator[Strip]:
         """Yield strips in order, the next ones read beside the networks."""
         for name, strip in self._read_ahead(names):
             try:
@@ -169,7 +169,7 @@ class Worker:
                 if found.alone or error.missing:
                     yield Strip(name, None, str(error))
 
-    def _read_ahead(self, names: list[str]) -> Iterator[tuple[str, Future[Strip]]]:
+    def _read_ahead(self, names: Sequence[str]) -> Iterator[tuple[str, Future[Strip]]]:
         waiting = deque[tuple[str, Future[Strip]]]()
         for name in names:
             waiting.append((name, self.readers.submit(self.images.read, name)))
