@@ -14,6 +14,7 @@ from kernel.manifest import MemberSpec
 from packing.checkpoints import MAX_LISTED, Checkpoint, is_outside_layer, is_plain
 from packing.models import (
     FITTING,
+    architectures,
     class_of,
     config_of,
     head_options,
@@ -26,13 +27,28 @@ NORMS = {True: "batchnorm", False: "identity"}  # decoder_use_norm, in other wor
 
 # --- saved configurations -------------------------------------------------------------------------
 
+MAY_BE_NONE = ("activation", "aux_params", "decoder_attention_type")  # SMP: None; others: "none"
+
+
+def _in_smps_words(key: str, value: Any) -> Any:
+    """An option in SMP's words, where another program says "none", "" or False, or "5"."""
+    if isinstance(value, list | tuple):
+        return [_in_smps_words(key, each) for each in value]
+    if key in MAY_BE_NONE and (value is False or str(value).lower() in ("none", "")):
+        return None
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
 
 def _comparable(
     model: Mapping[str, Any], known: Mapping[str, Any], softmax: bool = False
 ) -> dict[str, Any]:
     """What a `model` says of the known options, in one spelling, but for dropout, training's."""
     renamed = with_todays_options(dict(model))
-    said = {k: value for k, value in renamed.items() if k in known and not k.endswith("dropout")}
+    said = {
+        key: _in_smps_words(key, value)
+        for key, value in renamed.items()
+        if key in known and not key.endswith("dropout")
+    }
     said |= {"arch": str(said["arch"]).lower()} if "arch" in said else {}
     if said.get("activation") in FITTING[softmax]:
         said["activation"] = None
@@ -59,13 +75,16 @@ def _check_config(
     """Raise ValueError where a configuration saved with the weights contradicts `model`.
 
     An option that `model` leaves out has SMP's default; the activation fits a member's `softmax`.
+    An `arch` that SMP does not know is another program's word; `_model_class` is SMP's own.
     """
     options = options_of(class_of(model))
+    if "_model_class" not in config and str(config.get("arch")).lower() not in architectures():
+        config = {key: value for key, value in config.items() if key != "arch"}
     known = {key: value for key, value in options.items() if key != "encoder_weights"}
     declared = _comparable(known | model, known | {"arch": None})
     found = _comparable({"arch": model["arch"], **config}, declared, softmax)
     for key, saved in found.items():
-        if key in ("classes", "in_channels") and not isinstance(saved, int):
+        if key in ("classes", "in_channels") and not isinstance(config[key], int):
             continue  # another program's word, such as the classes' names; the weights' shapes tell
         if _meaning(key, saved, declared) != _meaning(key, declared[key], declared):
             raise ValueError(

@@ -98,11 +98,17 @@ def options_of(kind: Any) -> dict[str, Any]:
     return {each.name: each.default for each in named if each.name != "self"}
 
 
-def class_of(model: Mapping[str, Any]) -> Any:
-    """Return SMP's class of a model; ValueError where it has no such architecture."""
+def architectures() -> Mapping[str, Any]:
+    """Return SMP's architectures: name in small letters → class."""
     import segmentation_models_pytorch as smp
 
-    known, arch = smp.MODEL_ARCHITECTURES_MAPPING, str(model["arch"])
+    known: dict[str, Any] = smp.MODEL_ARCHITECTURES_MAPPING
+    return known
+
+
+def class_of(model: Mapping[str, Any]) -> Any:
+    """Return SMP's class of a model; ValueError where it has no such architecture."""
+    known, arch = architectures(), str(model["arch"])
     if arch.lower() not in known:
         raise ValueError(
             f"unknown architecture {short(arch)}; {nearest_of(arch, sorted(known), NEAREST)}"

@@ -64,6 +64,14 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"decoder_use_batchnorm": False}, r"decoder_use_norm is 'batchnorm', here says False"),
         ({"aux_params": {"classes": 4, "pooling": "avg"}}, r"aux_params is .*'max'.*'avg'.*"),
         ({"aux_params": None}, r"aux_params is .*here says None"),
+        ({"aux_params": False}, r"aux_params is .*here says None"),
+        ({"arch": "unet_r18", "decoder_use_batchnorm": False}, r"decoder_use_norm is .*False"),
+        ({"_model_class": "Unet2", "arch": "Unet2"}, r"arch is 'unet', here says 'unet2'"),
+        ({"encoder_depth": "4"}, r"encoder_depth is 5, here says 4"),
+        ({"decoder_channels": ["16", "8", "8", "8", "16"]}, r"decoder_channels is .*8, 16\]"),
+        ({"decoder_attention_type": "scse"}, r"decoder_attention_type is None, here says 'scse'"),
+        ({"decoder_interpolation": "none"}, r"decoder_interpolation is .*here says 'none'"),
+        ({"decoder_use_norm": False}, r"decoder_use_norm is 'batchnorm', here says False"),
     ],
 )
 def test_a_saved_configuration_that_contradicts_the_model_is_refused(
@@ -83,10 +91,25 @@ def test_a_saved_configuration_that_contradicts_the_model_is_refused(
         {"classes": ["pit", "scratch"]},  # another program's word
         {"decoder_use_batchnorm": True},
         {"decoder_use_norm": True},
+        {"arch": "unet_resnet18", "decoder_use_batchnorm": True},  # a name of one's own
+        {"arch": None},
+        {"activation": "none", "decoder_attention_type": "None"},
+        {"activation": "", "decoder_attention_type": ""},
+        {"activation": False, "decoder_attention_type": False},
+        {"encoder_depth": "5", "decoder_channels": ["16", "8", "8", "8", "8"]},
+        {"aux_params": {"classes": "4", "pooling": "max", "activation": "none"}},
+        {"classes": "3"},  # perhaps the class's name
     ],
 )
 def test_a_saved_configuration_that_says_the_same_passes(saved: dict[str, Any]) -> None:
     hold(saved, MODEL)
+
+
+@pytest.mark.parametrize("said", [False, "none", "None", ""])
+def test_no_presence_head_in_another_programs_words_is_none(said: Any) -> None:
+    hold({"aux_params": said}, tiny_model(presence=False))
+    with pytest.raises(ValueError, match=r"model's aux_params is .*here says None; correct"):
+        hold({"aux_params": said}, MODEL)
 
 
 def test_of_a_member_with_a_softmax_it_is_a_softmax_that_agrees() -> None:
@@ -123,6 +146,7 @@ def test_another_word_for_the_same_option_contradicts_nothing(
     ("saved", "model", "words"),
     [
         (deeplab(upsampling=4), deeplab(), "upsampling is None, here says 4"),
+        (deeplab(upsampling=False), deeplab(), "upsampling is None, here says False"),  # SMP: none
         (
             deeplab(upsampling=8),
             deeplab(encoder_output_stride=16),
