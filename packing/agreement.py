@@ -190,6 +190,29 @@ def _normalisations(
                 yield f"{where}: {key}", kind, _numbers(config[key])
 
 
+def _named_normalize(transform: object) -> Iterator[Mapping[str, Any]]:
+    """Each `Normalize` in a transform that albumentations wrote, a list of transforms or one."""
+    if isinstance(transform, list):
+        for each in transform:
+            yield from _named_normalize(each)
+    if isinstance(transform, dict):
+        if str(transform.get("__class_fullname__")).rpartition(".")[2] == "Normalize":
+            yield transform
+        yield from _named_normalize(list(transform.values()))
+
+
+def _saved_transforms(source: Path) -> dict[str, Mapping[str, Any]]:
+    """Return every `Normalize` in albumentations' files beside the weights: where → options."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in sorted(config_of(source).parent.glob("albumentations_config_*.json")):
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found |= {f"{path}'s Normalize": options for options in _named_normalize(saved)}
+    return found
+
+
 def _check_normalisation(
     checkpoint: Checkpoint,
     spec: MemberSpec,
@@ -335,7 +358,7 @@ def check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: i
     for where, config in configs.items():
         _check_config(config, spec.model, where, spec.softmax)
     _check_header(checkpoint, spec)
-    _check_normalisation(checkpoint, spec, configs, bits)
+    _check_normalisation(checkpoint, spec, configs | _saved_transforms(source), bits)
     _note_range(checkpoint, spec, bits)
     _check_layers(checkpoint, spec.model)
     _note_padding(checkpoint, spec, configs)

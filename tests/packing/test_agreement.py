@@ -383,6 +383,48 @@ def test_what_agrees_or_is_no_normalisation_is_taken(
     check_source(tmp_path / "member.ckpt", read_checkpoint(tmp_path / "member.ckpt"), GREY, 8)
 
 
+def normalize(mean: Any, std: Any, name: str = "Normalize") -> dict[str, Any]:
+    """What albumentations writes of it, among others, in its `save_pretrained`."""
+    options = {"p": 1.0, "mean": mean, "std": std, "max_pixel_value": 255.0}
+    transforms = [
+        {"__class_fullname__": "Resize", "height": 64, "width": 400},
+        {"__class_fullname__": name, **options},
+    ]
+    compose = {"__class_fullname__": "Compose", "p": 1.0, "transforms": transforms}
+    return {"__version__": "1.4.10", "transform": compose}
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), r"mean is \[0\.485, 0\.456"),
+        (normalize([0.34], [0.2]), r"std is \[0\.2\]"),
+        (normalize(0.5, 0.13), r"mean is \[0\.5\]"),
+        (
+            normalize([0.5], [0.13], "albumentations.augmentations.transforms.Normalize"),
+            r"mean is \[0\.5\]",
+        ),
+        (normalize([0.34], [0.13]), ""),
+        (normalize(0.34, 0.13), ""),
+        (normalize([0.5], [0.2], "GaussNoise"), ""),
+        ([], ""),
+    ],
+)
+@pytest.mark.parametrize("key", ["eval", "train"])
+def test_the_mean_of_the_transforms_saved_beside_the_weights_is_held_against_the_manifest(
+    key: str, saved: Any, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"albumentations_config_{key}.json").write_text(json.dumps(saved))
+    checkpoint = Checkpoint(tmp_path / "model.safetensors", {}, [])
+    (tmp_path / "albumentations_config_other.json").write_text("{")  # which says nothing
+    if not words:
+        check_source(tmp_path, checkpoint, GREY, 8)
+        return
+    words = rf"albumentations_config_{key}\.json's Normalize: {words}.*the manifest's"
+    with pytest.raises(ValueError, match=words):
+        check_source(tmp_path, checkpoint, GREY, 8)
+
+
 def test_the_mean_in_the_configuration_beside_the_weights_is_held_against_the_manifest(
     network: Any, tmp_path: Path
 ) -> None:
