@@ -146,6 +146,17 @@ def _note_padding(
         )
 
 
+def _note_softmax(checkpoint: Checkpoint, spec: MemberSpec) -> None:
+    """Note outputs that are no class, as of a background, without a softmax: no tensor tells."""
+    outputs = spec.model.get("classes", 1)  # SMP's default
+    if spec.channels and len(spec.channels) < outputs and not spec.softmax:
+        others = sorted({*range(outputs)} - {*spec.channels})
+        checkpoint.notes.append(
+            f"outputs {others} are not among `channels`: trained with cross-entropy, as with a "
+            'background? Then write "softmax": true in the entry: without it its masks are wrong'
+        )
+
+
 # --- normalisation --------------------------------------------------------------------------------
 
 
@@ -362,3 +373,4 @@ def check_source(source: Path, checkpoint: Checkpoint, spec: MemberSpec, bits: i
     _note_range(checkpoint, spec, bits)
     _check_layers(checkpoint, spec.model)
     _note_padding(checkpoint, spec, configs)
+    _note_softmax(checkpoint, spec)

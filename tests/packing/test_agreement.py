@@ -244,6 +244,26 @@ def test_the_activation_of_a_saved_configuration_is_refused_naming_member_and_op
     assert packed.spec.softmax and "activation" not in packed.spec.model
 
 
+@pytest.mark.parametrize(
+    ("classes", "changes", "noted"),
+    [
+        (5, {"channels": [1, 2, 3, 4]}, "outputs [0] are not among `channels`: trained with "),
+        (6, {"channels": [4, 3, 2, 1]}, "outputs [0, 5] are not among `channels`: "),
+        (5, {"channels": [1, 2, 3, 4], "softmax": True}, ""),
+        (4, {"channels": [3, 2, 1, 0]}, ""),
+        (4, {}, ""),
+    ],
+)
+def test_outputs_that_are_no_class_are_asked_about_where_no_softmax_is_declared(
+    classes: int, changes: dict[str, Any], noted: str
+) -> None:
+    checkpoint = Checkpoint(PATH, {}, [])
+    model = tiny_model(presence=False) | {"classes": classes}
+    check_source(PATH, checkpoint, replace(GREY, model=model, **changes), 8)
+    assert [note[: len(noted)] for note in checkpoint.notes] == [noted] * bool(noted)
+    assert all('"softmax": true' in note for note in checkpoint.notes)
+
+
 # --- normalisation --------------------------------------------------------------------------------
 
 
