@@ -215,6 +215,11 @@ def _check_channels(member: MemberSpec, classes: int) -> None:
             "gates no masks; leave aux_params out and save the network without "
             "classification_head.*"
         )
+    if outputs < classes:
+        raise ValueError(
+            f"model's classes {outputs}{' where it says nothing' * ('classes' not in member.model)}"
+            f", expected {classes}: a member predicts all classes, one of fewer is not packed"
+        )
     if member.channels is None:
         if outputs != classes:
             like = list(range(1, classes + 1))

@@ -348,7 +348,19 @@ MEMBER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "out and save the network without classification_head.*",
     ),
     "other outputs": ({"model": PLAIN | {"classes": 5}}, f"model's classes 5{OTHER_OUTPUTS}"),
-    "SMP's one output": ({"model": no_model("classes")}, f"model's classes 1{OTHER_OUTPUTS}"),
+    "a network of one class": (
+        {"model": PLAIN | {"classes": 1}},
+        "model's classes 1, expected 4: a member predicts all classes, one of fewer is not packed",
+    ),
+    "channels of a network of fewer": (
+        {"model": PLAIN | {"classes": 3}, "channels": [0, 1, 2, 3]},
+        "model's classes 3, expected 4: a member predicts all classes, one of fewer is not packed",
+    ),
+    "SMP's one output": (
+        {"model": no_model("classes")},
+        "model's classes 1 where it says nothing, expected 4: a member predicts all classes, one "
+        "of fewer is not packed",
+    ),
     "a channel that is not there": (
         {"channels": [0, 1, 2, 4]},
         "channels [0, 1, 2, 4], expected 4 different of 0 to 3",
