@@ -17,7 +17,7 @@ from kernel.shipped import check_scoring
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
-from packing.notebook import build_notebook
+from packing.notebook import build_notebook, written_arguments
 from packing.paths import (
     CALIBRATION,
     DATASET_METADATA,
@@ -197,10 +197,16 @@ def build(
         write_json(dataset / DATASET_METADATA.name, metadata.dataset, sort_keys=True)
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel, sort_keys=True)
         not_kept = _keep_earlier(out, bundle)
+        arguments = written_arguments(out / "kernel" / NOTEBOOK)
         _swap_in(bundle, out, scratch / "previous")
     if not_kept:
         print(
             f"{out / REPORT}: of a run without an ablation, not kept; {LAST_REPORT} stays the "
             "ablation's, of an earlier bundle"
+        )
+    if arguments:
+        print(
+            f"{out / 'kernel' / NOTEBOOK}: its ARGUMENTS were {arguments}, which no build keeps: "
+            "write them again"
         )
     return metadata, packed

@@ -1,6 +1,9 @@
 """The kernel as a notebook: a cell a module, then one that runs it and one that shows the masks."""
 
+import ast
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from kernel.competition import SEVERSTAL
@@ -51,6 +54,19 @@ def build_notebook(code: str, title: str = SEVERSTAL.title) -> dict[str, Any]:
         "nbformat": 4,
         "nbformat_minor": 5,
     }
+
+
+def written_arguments(notebook: Path) -> str:
+    """Return the ARGUMENTS that were written into a notebook's cell; nothing where none were."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells]  # Jupyter saves a list of lines
+        [run] = [each for each in sources if re.search(r"^main\(ARGUMENTS\)", each, re.MULTILINE)]
+        code = ast.unparse(ast.parse(run))  # a line a statement, without comments
+    except (OSError, ValueError, LookupError, TypeError, SyntaxError):  # there is none, or another
+        return ""
+    found = re.search(r"^ARGUMENTS.*? = (?!\[\]$)(.+)", code, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _code_cell(number: int, source: str) -> dict[str, Any]:
