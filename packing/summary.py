@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from kernel.competition import SEVERSTAL
 from packing.members import PackedMember
 from packing.metadata import PLACEHOLDER, Metadata
 from packing.paths import OUT
@@ -56,7 +57,7 @@ def _print_owner(owner: str) -> None:
 
 def print_next(out: Path, metadata: Metadata) -> None:
     """Print the commands that upload and submit the bundle, and what must be done before."""
-    kernel = metadata.kernel
+    kernel, slug = metadata.kernel, metadata.kernel["competition_sources"][0]
     _print_owner(metadata.owner)
     print(f"  kaggle datasets create -p {shlex.quote(str(out / 'dataset'))}")
     print(f"  kaggle datasets status {metadata.dataset['id']}")
@@ -66,8 +67,13 @@ def print_next(out: Path, metadata: Metadata) -> None:
     print(f"  kaggle kernels status {kernel['id']}")
     print("and then:")
     print(
-        f"  kaggle competitions submit {kernel['competition_sources'][0]} -k {kernel['id']}"
+        f"  kaggle competitions submit {slug} -k {kernel['id']}"
         " -v VERSION -f submission.csv -m first"
     )
+    if slug != SEVERSTAL.slug:
+        print(
+            f"or, where it takes files: kaggle kernels output {kernel['id']} -p out, then kaggle"
+            f" competitions submit {slug} -f out/submission.csv -m first"
+        )
     later = f"kaggle datasets version -p {shlex.quote(str(out / 'dataset'))} -m MESSAGE"
     print(f"Later versions: {later}, then the same from its status on.")

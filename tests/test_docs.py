@@ -91,6 +91,10 @@ def test_a_bundle_is_uploaded_and_submitted_as_the_build_prints_it(
     text = (ROOT / page).read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
     documented = [words for words in commands_of(text) if words[0] == "kaggle"]
     assert [words for words in documented if "download" not in words] == printed
+    files = [line for line in lines if "takes files: " in line]
+    assert len(files) == (page != "README.md")  # Severstal takes kernels alone
+    inline = re.findall(r"`(kaggle [^`]+)`", text.replace("\n", " "))
+    assert all(command in files[0] for command in inline)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
