@@ -50,6 +50,12 @@ from kernel.workers import (
 NAMES = [f"{index}.png" for index in range(5)]
 
 
+@pytest.fixture(autouse=True)
+def gpus_are_counted() -> None:
+    """Before a test starts something else in the place of nvidia-smi; the count is kept."""
+    count_gpus()
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle without its wheels, from which a worker would import more slowly."""
