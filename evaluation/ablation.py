@@ -18,13 +18,13 @@ from kernel.ensemble import Ensemble
 from kernel.files import write_json
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest, source_entry
-from kernel.threshold import apply_threshold
 from kernel.tta import Half, Pass
 from training.ground_truth import Truth, decode_scored_masks
 from training.metrics import Floats, Ints, Masks, Scores, dice_of
 
 THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(11))  # to 0.80
 AREAS = (0, 64, 128, 256, 512, 1024, 2048)  # pixels
+MinArea = int | list[int]  # pixels, one number for all classes or one a class
 
 # --- variants -------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ class AblationStats:
         self.scores.add(state.masks, truth)
         self.encoders += state.ran[Half.ENCODER]
         self.decoders += state.ran[Half.DECODER]
-        masks = [apply_threshold(mean, threshold).cpu().numpy() for threshold in thresholds]
+        masks = [(mean > threshold).cpu().numpy() for threshold in thresholds]
         self.areas.append(np.stack([found.sum(axis=(-2, -1)) for found in masks]))
         self.both.append(np.stack([(found & truth).sum(axis=(-2, -1)) for found in masks]))
 
@@ -70,10 +70,10 @@ class AblationStats:
         """Return the seconds of all strips, given those of each half of each pass, (passes, 2)."""
         return float(half_s[self.encoders, 0].sum() + half_s[self.decoders, 1].sum())
 
-    def dice(self, truth: Ints, min_areas: Sequence[int]) -> Floats:
+    def dice(self, truth: Ints, min_areas: Sequence[MinArea]) -> Floats:
         """Return Dice (min_areas, thresholds, strips, classes); `truth` is (strips, classes)."""
         areas, both = np.stack(self.areas, axis=1), np.stack(self.both, axis=1)
-        large = [areas >= min_area for min_area in min_areas]
+        large = [areas >= np.array(min_area) for min_area in min_areas]
         return np.stack([dice_of(both * kept, areas * kept + truth) for kept in large])
 
 
@@ -85,15 +85,21 @@ class Setting:
     """A threshold and a min_area, and the mean Dice with them."""
 
     threshold: float
-    min_area: int
+    min_area: MinArea
     dice: float
     dice_non_empty: float  # over the pairs that have a mask; NaN where none has
+
+
+def list_min_areas(manifest: Manifest) -> list[MinArea]:
+    """List what is compared: numbers for all classes, and the manifest's, also one a class."""
+    now = manifest.min_area
+    return [*AREAS, now] if isinstance(now, list) else sorted({*AREAS, now})
 
 
 def best_setting(
     stats: AblationStats,
     truth: Ints,
-    min_areas: Sequence[int],
+    min_areas: Sequence[MinArea],
     thresholds: Sequence[float],
     now: Manifest,
 ) -> Setting:
@@ -108,8 +114,8 @@ def best_setting(
     ]
 
     def rank(setting: Setting) -> tuple[float, float, int]:
-        distance = abs(setting.threshold - now.threshold), abs(setting.min_area - now.min_area)
-        return (round(-setting.dice, 9), *distance)
+        distance = np.abs(np.subtract(setting.min_area, now.min_area)).max()
+        return round(-setting.dice, 9), abs(setting.threshold - now.threshold), int(distance)
 
     return min(settings, key=rank)
 
@@ -174,7 +180,7 @@ def ablate(
     manifest = load_manifest(bundle)
     ensemble = load_for_images(bundle, manifest, images, names)
     thresholds = sorted({*THRESHOLDS, manifest.threshold})
-    min_areas = sorted({*AREAS, manifest.min_area})
+    min_areas = list_min_areas(manifest)
     stats, areas = collect_stats(ensemble, images, names, truth, thresholds)
     if not len(areas):
         log.warning("no strip ran through every pass: nothing is compared")

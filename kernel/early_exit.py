@@ -21,9 +21,10 @@ class Tally:
         surely on   once S > tK,
         surely off  once S + Σg + (K − e) ≤ tK.
 
-    A class is closed when this decides each of its pixels, or when fewer than `min_area` can still
-    be on, for then it will be empty. When all classes are closed no pass can change the masks, and
-    none is run. As long as nothing is decoded S is 0, and an image is proven empty by gates alone.
+    A class is closed when this decides each of its pixels, or when fewer than its `min_area` can
+    still be on, for then it will be empty. When all classes are closed no pass can change the
+    masks, and none is run. As long as nothing is decoded S is 0, and an image is proven empty by
+    gates alone.
 
     Adding K numbers of at most 1 in fp32 errs by less than K² 2⁻²⁴, the division and the scalars
     that tensors are compared with by a few K 2⁻²⁴ more; `margin` is above their sum and keeps both
@@ -43,7 +44,8 @@ class Tally:
 
     def __init__(self, n_passes: int, manifest: Manifest, early_exit: bool) -> None:
         self.n_passes, self.early_exit = n_passes, early_exit
-        self.threshold, self.min_area = manifest.threshold, max(manifest.min_area, 1)
+        self.threshold = manifest.threshold
+        self.min_areas = [max(area, 1) for area in manifest.min_areas]
         self.gates: list[npt.NDArray[np.float64]] = []  # (classes,) of every pass encoded
         self.bounds: list[Tensor] = []  # the same on the device, of those not decoded
         self.total: Tensor | None = None  # (classes, H, W), of the passes decoded
@@ -153,7 +155,7 @@ class Tally:
         rest += self.n_passes - len(self.gates)
         if rest > self.required_sum - self.margin:  # not even a pixel of sum 0 is off
             return False
-        return self.total is None or possible < self.min_area or possible == certain
+        return self.total is None or possible < self.min_areas[label] or possible == certain
 
     @property
     def may_be_clean(self) -> bool:
@@ -177,6 +179,6 @@ class Tally:
         if self.total is None:
             return torch.zeros((self.classes, *(self.mask_size or size)), dtype=torch.bool)
         if self.decoded == self.n_passes:
-            return apply_threshold(self.total / self.n_passes, self.threshold, self.min_area)
+            return apply_threshold(self.total / self.n_passes, self.threshold, self.min_areas)
         certain = self.total > self.required_sum + self.margin
-        return drop_small_masks(certain, self.min_area)
+        return drop_small_masks(certain, self.min_areas)

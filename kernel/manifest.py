@@ -62,12 +62,17 @@ class Manifest:
     members: list[MemberSpec]
     classes: int = len(SEVERSTAL.classes)
     threshold: float = 0.55  # on the mean probability
-    min_area: int = 0  # pixels; a class with fewer is left empty
+    min_area: int | list[int] = 0  # pixels, one number or one a class; with fewer it is left empty
     flips: tuple[str, ...] = ("none", "horizontal", "vertical")
     image_size: tuple[int, int] | None = None  # (H, W), strips are resized to it; None: are not
     empty_rows: bool = True  # three-column layout: write the rows of empty masks too
     competition: Competition = SEVERSTAL  # in the file its slug
     format: int = 1
+
+    @property
+    def min_areas(self) -> list[int]:
+        """The `min_area` of each class."""
+        return self.min_area if isinstance(self.min_area, list) else [self.min_area] * self.classes
 
 
 TOGETHER = "ensemble"  # all members together, in reports and figures
@@ -95,19 +100,21 @@ def check_manifest(manifest: Manifest) -> None:
             f"classes {manifest.classes}, the competition has {n_classes}; a member with other "
             "outputs says with `channels` which of them are the classes, in order"
         )
-    threshold, min_area, flips = manifest.threshold, manifest.min_area, manifest.flips
+    threshold, flips = manifest.threshold, manifest.flips
     fits = is_number(threshold) and 0 < threshold < 1
     expected = "a number between 0 and 1"
     if isinstance(threshold, list):
-        expected += ", one for all classes; to move a single class set its mask_shift"
+        expected += (
+            ", one for all classes; to move a single class set its mask_shift, as "
+            "docs/checkpoints.md says"
+        )
     expect(fits, "threshold", threshold, expected)
     size = manifest.competition.mask_size or manifest.competition.image_size
     most = math.prod(size) - 1 if size else math.inf  # one more would leave every mask empty
-    fits = is_whole(min_area, 0) and min_area <= most
-    expected = f"a whole number from 0 to {most}"
-    if isinstance(min_area, list):
-        expected += ", one for all classes"
-    expect(fits, "min_area", min_area, expected)
+    areas = manifest.min_areas
+    fits = len(areas) == n_classes and all(is_whole(a, 0) and a <= most for a in areas)
+    expected = f"a whole number from 0 to {most}, or a list of {n_classes}, one a class"
+    expect(fits, "min_area", manifest.min_area, expected)
     expect(bool(flips) and all(map(is_text, flips)), "flips", flips, f"some of {list(FLIPS)}")
     if not set(flips) <= set(FLIPS) or len(set(flips)) < len(flips):
         raise ValueError(f"flips {short(list(flips))}, expected some of {list(FLIPS)}, each once")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, SMALL
+from helpers import CPU, SMALL, change_manifest
 
 from evaluation.ablation import (
     AblationStats,
+    MinArea,
     ablate,
     best_setting,
     collect_stats,
@@ -32,7 +34,8 @@ from training.ground_truth import decode_masks, read_truth
 from training.metrics import dice
 from training.synthetic import Drawing, write_competition
 
-THRESHOLDS, AREAS = (0.55, 0.65, 0.7), (0, 2000, 5000)
+THRESHOLDS = (0.55, 0.65, 0.7)
+AREAS: tuple[MinArea, ...] = (0, 2000, 5000, [0, 2000, 5000, 2000])
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +194,19 @@ def test_of_equal_settings_the_nearest_to_the_bundle_s_is_best() -> None:
     assert (best.threshold, best.min_area) == (0.5, 5)
 
 
+def test_numbers_of_the_classes_are_one_setting_and_rank_by_the_class_farthest_off() -> None:
+    now = Manifest([], threshold=0.55, min_area=[64, 900])
+    found = AblationStats([0], areas=[np.array([[10, 10]])], both=[np.array([[0, 10]])])
+    truth = np.array([[0, 10]])
+    areas: tuple[MinArea, ...] = (0, 64, 900, [64, 5])
+    best = best_setting(found, truth, areas, (0.55,), now)
+    assert (best.min_area, best.dice) == ([64, 5], 1.0)
+    nothing = AblationStats([0], areas=[np.array([[10, 10]])], both=[np.array([[0, 0]])])
+    clean, areas = np.array([[0, 0]]), (64, 512, 900)
+    assert best_setting(nothing, clean, areas, (0.55,), now).min_area == 512
+    assert best_setting(nothing, clean, (*areas, [64, 900]), (0.55,), now).min_area == [64, 900]
+
+
 def test_proposed_is_the_cheapest_that_loses_nothing() -> None:
     rows = [
         {"name": "all", "strip_s": 9.0, "best": {"dice": 0.9}},
@@ -294,3 +310,19 @@ def test_a_proposal_is_written_and_the_bundle_stays_as_it_was(
     same = replace(proposal, members=packed.members, threshold=0.55, min_area=0, flips=packed.flips)
     assert proposal.flips == flips
     assert asdict(same) == asdict(packed)
+
+
+def test_a_bundle_with_a_min_area_a_class_is_compared_with_numbers_for_all(
+    session_weights: Path, strips: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(session_weights, tmp_path / "bundle"))
+    own = [0, 600, 10, 2000]
+    change_manifest(bundle, min_area=own)
+    names = sorted(path.name for path in (strips / "train_images").iterdir())
+    truth = read_truth(strips / "train.csv", SEVERSTAL)
+    ablation = ablate(bundle, strips / "train_images", names, truth, tmp_path / "proposal.json")
+    assert ablation
+    assert ablation["min_areas"] == [0, 64, 128, 256, 512, 1024, 2048, own]
+    assert ablation["now"] == {"threshold": 0.55, "min_area": own}
+    column = ablation["thresholds"].index(0.55)
+    assert ablation["grid"][-1][column] == pytest.approx(ablation["variants"][0]["dice"], abs=1e-4)

@@ -455,3 +455,11 @@ def test_the_ablation_marks_the_proposal_and_the_bundle_s_own_setting() -> None:
         "without", "b", "0.9100", "0.4200", "1.0000", "1.750", "0.8750", "0.5000", "0.4", "64",
         "←", "proposed",
     ]  # fmt: skip
+
+
+def test_a_min_area_a_class_is_a_row_of_the_grid() -> None:
+    own = {"min_areas": [64, [0, 600]], "now": {"threshold": 0.4, "min_area": [0, 600]}}
+    page = Page(as_page(a_report(ablation=ABLATION | own), []))
+    cells = [a.get("class") == "now" for _, a in page.tags if "--heat" in a.get("style", "")]
+    assert cells == [False, False, True, False]
+    assert "[0, 600]" in [text for _, text in page.texts]

@@ -57,7 +57,8 @@ def cases(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):  # the threshold is a pixel's own mean
         mean = np.float64(probabilities.astype(np.float64).mean(axis=0).flat[0])
         threshold = float(np.clip(mean, 0.01, 0.99))
-    min_area = draw(st.sampled_from([0, 1, 2, 8, 15, 16]))
+    least = st.sampled_from([0, 1, 2, 8, 15, 16])
+    min_area = draw(least | st.lists(least, min_size=CLASSES, max_size=CLASSES))  # one, or one each
     members = [MemberSpec("a", "a", {}, [0.0], [1.0])]
     manifest = Manifest(members, CLASSES, threshold, min_area, ("none",), SIZE)
     return Case(gates, probabilities, manifest)
@@ -87,8 +88,9 @@ def every_pass(case: Case) -> Masks:
     for probabilities in case.probabilities:
         total = total + torch.from_numpy(probabilities)
     masks: Masks = (total / case.n_passes > case.manifest.threshold).numpy()
-    for mask in masks:
-        if mask.sum() < case.manifest.min_area:
+    least: int | list[int] = case.manifest.min_area
+    for mask, area in zip(masks, np.broadcast_to(least, CLASSES), strict=True):
+        if mask.sum() < area:
             mask[:] = False
     return masks
 
@@ -97,12 +99,13 @@ def play(
     case: Case,
     decode_first: Callable[[Tally], bool],
     in_one_piece: Callable[[Tally], bool] = lambda _: False,
+    early_exit: bool = True,
 ) -> Tally:
     """A tally to its end; where both halves are possible `decode_first` chooses.
 
     Where no pass waits to be decoded, `in_one_piece` chooses whether both halves run together.
     """
-    tally = Tally(case.n_passes, case.manifest, early_exit=True)
+    tally = Tally(case.n_passes, case.manifest, early_exit)
     while tally.open:
         encoded = len(tally.gates)
         if encoded == case.n_passes or (tally.decoded < encoded and decode_first(tally)):
@@ -119,6 +122,15 @@ def play(
 def test_a_tally_ends_with_the_masks_of_every_pass(case: Case) -> None:
     tally = play(case, *[lambda tally: not tally.may_be_clean] * 2)
     np.testing.assert_array_equal(tally.masks(SIZE).numpy(), every_pass(case))
+
+
+@settings(max_examples=400)
+@given(cases())
+def test_the_masks_are_the_same_bits_with_and_without_the_early_exit(case: Case) -> None:
+    early = play(case, lambda tally: not tally.may_be_clean)
+    late = play(case, lambda tally: not tally.may_be_clean, early_exit=False)
+    assert late.decoded == case.n_passes
+    assert torch.equal(early.masks(SIZE), late.masks(SIZE))
 
 
 @settings(max_examples=200)
@@ -292,6 +304,19 @@ def test_a_mask_that_cannot_reach_min_area_closes_its_class() -> None:
     assert [tally.open for tally in tallies] == [[], []]
     add_pass(tallies[0], np.ones(1), probabilities)
     assert [int(tally.masks(SIZE).sum()) for tally in tallies] == [1, 0]
+
+
+def test_a_class_is_held_against_its_own_min_area() -> None:
+    """In each class one pixel of 15 may still be on: the second needs two, and closes."""
+    probabilities = torch.zeros(2, *SIZE)
+    probabilities[:, 1, 2] = 0.5
+    for areas, still_open in (([1, 2], [0]), ([2, 1], [1]), ([0, 0], [0, 1])):
+        tally = Tally(3, Manifest([], 2, 0.5, areas), early_exit=True)
+        for _ in range(2):
+            add_pass(tally, np.ones(2), probabilities)
+        assert tally.open == still_open
+        add_pass(tally, np.ones(2), torch.ones(2, *SIZE) * (probabilities > 0))
+        assert tally.masks(SIZE).sum(dim=(-2, -1)).tolist() == [area < 2 for area in areas]
 
 
 def test_masks_of_no_decoder_are_bool_and_empty() -> None:

@@ -249,3 +249,14 @@ def test_small_masks_are_emptied_class_by_class(ensemble: Ensemble, bundle: Path
         for mask, before in zip(found, whole, strict=True):
             expected = before if before.sum() >= least else np.zeros_like(before)
             np.testing.assert_array_equal(mask, expected)
+
+
+def test_each_class_has_a_min_area_of_its_own(ensemble: Ensemble, bundle: Path) -> None:
+    image = draw_image(6)
+    whole = masks_of(ensemble, image)[0]
+    areas = whole.sum(axis=(-2, -1))
+    assert areas[1:3].all()
+    change_manifest(bundle, min_area=[0, int(areas[1]), int(areas[2]) + 1, 0])
+    found = masks_of(ensemble_of(bundle), image)[0]
+    np.testing.assert_array_equal(found[[0, 1, 3]], whole[[0, 1, 3]])
+    assert not found[2].any()

@@ -24,6 +24,7 @@ def without(key: str) -> dict[str, Any]:
 
 ALL_FLIPS = "['none', 'horizontal', 'vertical', 'both']"
 FIELDS = "members, classes, threshold, min_area, flips, image_size, empty_rows, competition, format"
+AREA = "expected a whole number from 0 to 409599, or a list of 4, one a class"
 SIDES = "expected [height, width], whole numbers from 1 to 65,535"
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     "a later format": ({"format": 2}, "format 2, this kernel reads format 1"),
@@ -90,19 +91,29 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {  # changes of a sound manifest
     "a threshold a class": (
         {"threshold": [0.5, 0.6]},
         "threshold [0.5, 0.6], expected a number between 0 and 1, one for all classes; to move a "
-        "single class set its mask_shift",
+        "single class set its mask_shift, as docs/checkpoints.md says",
     ),
-    "a min_area a class": (
-        {"min_area": [9, 99]},
-        "min_area [9, 99], expected a whole number from 0 to 409599, one for all classes",
+    "a min_area for two of four classes": ({"min_area": [9, 99]}, f"min_area [9, 99], {AREA}"),
+    "a min_area for no class": ({"min_area": []}, f"min_area [], {AREA}"),
+    "a negative min_area": ({"min_area": -1}, f"min_area -1, {AREA}"),
+    "a negative min_area of a class": (
+        {"min_area": [9, 9, -1, 9]},
+        f"min_area [9, 9, -1, 9], {AREA}",
     ),
-    "a negative min_area": (
-        {"min_area": -1},
-        "min_area -1, expected a whole number from 0 to 409599",
+    "a min_area as text": ({"min_area": "9"}, f"min_area '9', {AREA}"),
+    "a min_area of a class as text": (
+        {"min_area": [9, "9", 9, 9]},
+        f"min_area [9, '9', 9, 9], {AREA}",
     ),
-    "a min_area of all pixels": (
-        {"min_area": 409_600},
-        "min_area 409600, expected a whole number from 0 to 409599",
+    "a min_area of a class that is no whole number": (
+        {"min_area": [9, 9, 9, 9.5]},
+        f"min_area [9, 9, 9, 9.5], {AREA}",
+    ),
+    "a min_area of true": ({"min_area": True}, f"min_area True, {AREA}"),
+    "a min_area of all pixels": ({"min_area": 409_600}, f"min_area 409600, {AREA}"),
+    "a min_area of all pixels of a class": (
+        {"min_area": [0, 409_600, 0, 0]},
+        f"min_area [0, 409600, 0, 0], {AREA}",
     ),
     "no flips": ({"flips": []}, f"flips (), expected some of {ALL_FLIPS}"),
     "flips that are no list": ({"flips": "none"}, f"flips 'none', expected a list of {ALL_FLIPS}"),
@@ -149,6 +160,8 @@ def test_values_at_the_edge_of_a_rule_are_read(tmp_path: Path) -> None:
     changes = {"threshold": 0.001, "min_area": 409_599, "image_size": [1, 9]}
     write_manifest(tmp_path, [edge], flips=["both"], **changes)
     assert load_manifest(tmp_path).min_area == 409_599
+    write_manifest(tmp_path, [edge], min_area=[0, 600, 1000, 409_599])
+    assert load_manifest(tmp_path).min_areas == [0, 600, 1000, 409_599]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +273,7 @@ def test_a_whole_manifest_is_read_as_it_stands(tmp_path: Path) -> None:
     assert manifest.image_size == SMALL
     assert manifest.members == [MemberSpec(**member())]
     assert manifest.members[0].gated
+    assert manifest.min_areas == [7, 7, 7, 7]
     assert not MemberSpec("x", "x", tiny_model(presence=False), [0], [1]).gated
 
 

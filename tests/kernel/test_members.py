@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,25 @@ def test_shifts_move_both_heads_logits(dataset: Path) -> None:
     torch.testing.assert_close(gates, expected)
     torch.testing.assert_close(found, torch.sigmoid(masks + 2) * expected[..., None, None])
     assert (found <= gates[..., None, None]).all()
+
+
+def test_a_mask_shift_is_a_threshold_of_its_own_for_a_pass_without_a_gate(tmp_path: Path) -> None:
+    """By the formula of docs/checkpoints.md, wanted thresholds below, at and above the one."""
+    model, threshold = tiny_model(presence=False), torch.tensor(0.55)
+    network, wanted = random_network(model, seed=2), torch.tensor([0.3, 0.55, 0.7, 0.9])
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    spec = MemberSpec(**tiny_entry("a", model))
+    shifts = (threshold.logit() - wanted.logit()).tolist()
+    assert [round(shift, 2) for shift in shifts] == [1.05, 0.0, -0.65, -2.0]
+    images = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
+    plain, moved = (
+        load_member(tmp_path, replace(spec, mask_shift=shift), CPU) for shift in (0.0, shifts)
+    )
+    with torch.no_grad():
+        before, after = (each.decoder(*each.encoder(images)) for each in (plain, moved))
+    expected = before > wanted[:, None, None]
+    assert torch.equal(after > threshold, expected)
+    assert not torch.equal(before > threshold, expected)
 
 
 ENGINES: dict[str, tuple[Callable[[Member], Member], float]] = {  # and how near it comes
