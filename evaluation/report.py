@@ -179,10 +179,13 @@ def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float, run: MeasuredRun)
         return "Not ready for Kaggle: the run was not clean"
     seconds = f"{kaggle.seconds:,.0f} s of {budget_s:,.0f} s"
     time = f"{kaggle.machine} would take {seconds} ({kaggle.how})"
+    empty = not run.record.non_empty
     if kaggle.fits:
-        verdict = f"Ready for Kaggle: the run was clean, and {time}"
+        verdict = f"Ready for Kaggle{', but every mask is empty' * empty}: "
+        verdict += f"the run was clean, and {time}"
     else:
-        verdict = f"Not ready for Kaggle: the run was clean, but {time} and drop passes"
+        verdict = f"Not ready for Kaggle{', and every mask is empty' * empty}: "
+        verdict += f"the run was clean, but {time} and drop passes"
     if len(run.late) > run.begun:
         strips = f"{run.begun:,} of {run.record.strips:,} strips"
         verdict += f"; judged by {strips} alone: no time was left here for the others"

@@ -167,6 +167,17 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
             id="nor could another be read",
         ),
         pytest.param(
+            {"non_empty": 0}, READY.replace(":", ", but every mask is empty:", 1), True, "✓✓✓✓✓–",
+            id="every mask is empty",
+        ),
+        pytest.param(
+            {"non_empty": 0, "seconds": 10.0, "budget_s": 500.0},
+            TOO_LONG.format("572 s of 500 s", "calibrated").replace(
+                ":", ", and every mask is empty:", 1
+            ) + FEW,
+            False, "✓✓✓✓✗–", id="every mask is empty, and it is too long there",
+        ),
+        pytest.param(
             {"result": ProcessResult(3, 10.0, True, 1)}, NOT_CLEAN, False, "✗✓✓✓✓–", id="exit code"
         ),
         pytest.param(
