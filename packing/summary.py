@@ -40,8 +40,8 @@ def print_fit_next(out: Path, metadata: dict[str, Any], hours: float, members: P
     _print_owner(owner)
     print(f"  kaggle kernels push -p {shlex.quote(str(out / 'fit'))}")
     print(f"and when it has run (kaggle kernels status {metadata['id']}):")
-    print(f"  kaggle kernels output {metadata['id']} -p my_weights")
-    print(f"  python build_kernel.py --weights my_weights {place}")
+    print(f"  kaggle kernels output {metadata['id']} -p fitted -o")
+    print(f"  python build_kernel.py --weights fitted {place}")
     again = f"--fit --resume --hours {hours:g} {place}"
     again += f" --members {shlex.quote(str(members))}" if members else ""
     print(f"Members that are not finished go on: build with {again}, and push again.")

@@ -143,7 +143,7 @@ def test_how_to_go_on_is_said_with_the_options_of_the_fit(
     assert exit_code(main, *words, "--members", members) == 0
     said, place = capsys.readouterr().out, f"--owner me --out '{out}'"
     assert f"--fit --resume --hours 23 {place} --members '{members}', and push" in said
-    assert f"build_kernel.py --weights my_weights {place}\n" in said
+    assert f"build_kernel.py --weights fitted {place}\n" in said
     print_fit_next(OUT, {"id": "me/fit"}, 2.0, None)
     said = capsys.readouterr().out
     assert "--resume --hours 2 --owner me, and push" in said and "--out" not in said
@@ -308,12 +308,12 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
     members.write_text(
         f"--name a --fold 0 --crop-steps 30 {TINY}\n--name b --fold 1 --crop-steps 1 {TINY}\n"
     )
-    data, weights = root / "input" / "competitions" / COMPETITION, tmp_path / "my_weights"
+    data, weights = root / "input" / "competitions" / COMPETITION, tmp_path / "fitted"
     write_competition(data, Drawing(5, SMALL), 24, 3, shares=(1.0, 1.0, 1.0, 1.0))
     build = ["--fit", "--owner", "somebody", "--out", dist, "--members", members]
     with serve() as kaggle:
         assert exit_code(main, *build) == 0
-        assert f"kaggle kernels output {NAME} -p my_weights" in capsys.readouterr().out
+        assert f"kaggle kernels output {NAME} -p fitted -o" in capsys.readouterr().out
         request = push(kaggle, dist / "fit", tmp_path)
         assert "kernelDataSources" not in request
         process = start_as_kaggle(root, request["text"], scratch)
@@ -330,7 +330,7 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
         assert all_bytes(earlier) == before
 
         kaggle.outputs[NAME] = root / "working"
-        run_client(kaggle, tmp_path, "kernels", "output", NAME, "-p", weights)
+        run_client(kaggle, tmp_path, "kernels", "output", NAME, "-p", weights, "-o")
     check_output(weights)
     assert exit_code(main, "--weights", weights, "--owner", "somebody", "--out", dist) == 0
     assert (dist / "fit" / "fit.py").is_file()
