@@ -65,8 +65,14 @@ def list_images(folder: Path, suffix: str = "") -> list[str]:
     return sorted(name for name in names if name.endswith(suffix))
 
 
-def no_images_fault(folder: Path, suffix: str = "") -> str:
-    """Say that a folder has no images, or none with a suffix, and where below it one is."""
+NESTED = "say in the description's `image_path` how paths make the csv's names"
+
+
+def no_images_fault(folder: Path, suffix: str = "", nested: str = NESTED) -> str:
+    """Say that a folder has no images, or none with a suffix, and where below it one is.
+
+    `nested` is what to do where images lie in folders of their own.
+    """
     if list_images(folder):
         return f"{folder}: no image in it ends in {suffix!r}; correct `suffix`"
     others = list[Path]()
@@ -76,7 +82,7 @@ def no_images_fault(folder: Path, suffix: str = "") -> str:
         if names:
             return (
                 f"{folder}: no images in it; {below / min(names)} is in a folder below: name that, "
-                "or say in the description's `image_path` how paths make the csv's names"
+                f"or {nested}"
             )
     if others:
         return (

@@ -34,6 +34,12 @@ ASK = {  # what neither a sample nor images show
 }
 
 
+NESTED_YET = (  # a description that says `image_path` is what is wanted here
+    "where folders are part of the csv's names, copy a few images into one folder, each under its "
+    "name in the csv, propose with that, and add `image_path` (competitions/uw-madison.json has it)"
+)
+
+
 @dataclass
 class Proposal:
     """A description, and what stands in it without having been seen."""
@@ -53,7 +59,7 @@ def propose(sample: Path, images: Path) -> Proposal:
     """
     names = list_images(images) if images.is_dir() else []
     if not names:
-        raise ValueError(no_images_fault(images))
+        raise ValueError(no_images_fault(images, nested=NESTED_YET))
     header, rows = _read_table(sample)
     mask = _mask_column(sample, header, rows)
     folder = sample.resolve().parent.name.lower()
@@ -208,7 +214,7 @@ def _find_layout(
                 return found | {"layouts": ({name: layout[name] for name in header},)}
     raise ValueError(
         f"{sample}: line 2: {','.join(rows[0])[:60]} names no image of the folder, which has "
-        f"{names[0]!r}; give a folder with some of the sample's images, each one file"
+        f"{names[0]!r}; give a folder with some of the sample's images, each one file; {NESTED_YET}"
     )
 
 

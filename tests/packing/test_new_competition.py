@@ -108,6 +108,25 @@ def test_a_sample_without_rows_beside_it_shows_the_header(
     assert any(line.startswith("layouts: train.csv's alone") for line in unsure) == asked
 
 
+def test_images_in_folders_of_their_own_are_copied_for_the_proposal(tmp_path: Path) -> None:
+    """Neither the folder above them nor their own will do, and what is asked for does."""
+    sample, images = draw(tmp_path, "uw-madison")
+    nested = tmp_path / "nested" / "case123" / "scans"
+    nested.mkdir(parents=True)
+    (images / "a_1.png").rename(nested / "slice_0001_266_266_1.50_1.50.png")
+    way = (
+        "where folders are part of the csv's names, copy a few images into one folder, each under "
+        "its name in the csv, propose with that, and add `image_path` "
+        "(competitions/uw-madison.json has it)"
+    )
+    for folder in (tmp_path / "nested", nested):
+        with pytest.raises(ValueError) as error:
+            propose(sample, folder)
+        assert str(error.value).endswith(way)
+    (nested / "slice_0001_266_266_1.50_1.50.png").rename(images / "a_1.png")
+    assert propose(sample, images).competition.suffix == ".png"
+
+
 def test_of_two_images_that_a_cell_may_name_it_is_the_longer_one(tmp_path: Path) -> None:
     sample, images = draw(tmp_path, "salt")
     for name in ("case1.png", "case1_2.png"):
