@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kernel.command import needs, new_parser, run_command
+from kernel.logs import progress
 from kernel.rows import layouts_of
 from kernel.shipped import add_competition_option, find_competition
 from training.competition_files import write_truth
@@ -62,7 +63,7 @@ def write_strips(strips: Strips, folder: Path) -> None:
     truths = [(name, strips.truth.get(name, {})) for name in strips.names]
     rows = [(name, [truth.get(label, "") for label in labels]) for name, truth in truths]
     write_truth(folder / "train.csv", rows, layout)
-    for name in strips.names:
+    for name in progress(strips.names, folder.name, "strip"):
         shutil.copyfile(strips.folder / name, folder / "train_images" / name)
     counts = [len(strips.with_class(label)) for label in labels]
     classes = ", ".join(strips.competition.classes)
