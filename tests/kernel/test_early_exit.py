@@ -99,6 +99,7 @@ def play(
     case: Case,
     decode_first: Callable[[Tally], bool],
     in_one_piece: Callable[[Tally], bool] = lambda _: False,
+    *,
     early_exit: bool = True,
 ) -> Tally:
     """A tally to its end; where both halves are possible `decode_first` chooses.
