@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,7 +171,7 @@ def test_parts_at_which_every_worker_dies_are_left_out_in_the_end(
         def __init__(self, output: Output, **_: Any) -> None:
             self.output = output
 
-        def predict(self, names: list[str]) -> Any:
+        def predict(self, names: Sequence[str]) -> Any:
             if "05.jpg" in names:
                 os._exit(1)
             return fault_rows(names, len(LABELS), "")
