@@ -44,8 +44,6 @@ def connect(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_worker_niceness", "0")  # of what starts here; by itself it is 15
-    # Readers and writers idle while a part is predicted; new ones would import all of it again.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     warnings.simplefilter("ignore", RayDeprecationWarning)  # of retries, which nothing else bounds
     before = signal.getsignal(signal.SIGTERM)
     try:

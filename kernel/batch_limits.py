@@ -69,7 +69,8 @@ class BatchLimits:
         kept = list(itertools.accumulate(state.kept_bytes for state in states))
         size = max(self.batch_size_of(state.images.shape) for state in states)
         while True:
-            share = self.room / max(self.bytes_a_value * values[-1], self.room)
+            needed = self.bytes_a_value * values[-1]
+            share = self.room / needed if needed > self.room else 1
             count = min(max(size, int(len(states) * share)), len(states))
             average = kept[count - 1] / values[count - 1]
             if average <= self.bytes_a_value:

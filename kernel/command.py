@@ -94,8 +94,11 @@ def end_with_parent() -> None:
 def end_process() -> None:
     """End this process with exit code 0 once all that it said is written.
 
-    At an interpreter's own end a thread that still reads a file may abort it.
+    At an interpreter's own end a thread that still reads a file may abort it. Where something else
+    runs the script, as `%run` in a notebook, that goes on.
     """
+    if sys._getframe(1).f_back:
+        return
     logging.shutdown()
     with contextlib.suppress(AttributeError, OSError):
         sys.stderr.flush()

@@ -78,6 +78,10 @@ class Deadline:
         """Count the seconds of one half of a member for a batch of strips."""
         self.seconds[member, half].add(seconds, strips)
 
+    def leave_out(self, seconds: float) -> None:
+        """Count seconds that no strip took: a file that cannot be read does, or one that hangs."""
+        self.last += seconds
+
     def strips_done(self, plans: Sequence[Sequence[Pass]]) -> None:
         """Count strips that end together, each by the passes it began with: each took as long.
 

@@ -21,7 +21,7 @@ R = TypeVar("R")
 # Of a network mount that fails for a moment:
 TRANSIENT = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
 AGAIN_S = 5.0  # after which a read that failed so is tried once more
-SLOW_S = 30.0  # what took longer hung, and would again
+SLOW_S = 5.0  # what took longer hung, and would again
 MAX_AGAIN = 60  # such reads of a process: a mount that is gone would take the run's time
 _TRIED_AGAIN = itertools.count()
 

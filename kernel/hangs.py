@@ -10,6 +10,10 @@ def ends_within(seconds: float, action: Callable[[], object]) -> bool:
     One that does not goes on in a thread that keeps no process alive.
     """
     thread = threading.Thread(target=action, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no other thread
+        action()
+        return True
     thread.join(seconds)
     return not thread.is_alive()

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,10 +151,11 @@ def find_bundle(options: Options) -> Path:
     return options.bundle or find_one(options.input, MANIFEST, what, "--bundle")
 
 
-def run(options: Options, start: float | None = None) -> RunRecord:
+def run(options: Options, start: float | None = None, hangs: ExitStack | None = None) -> RunRecord:
     """Predict and write the submission; return the run record.
 
-    `start` is when the time began that it has, by time.monotonic(); None: now.
+    `start` is when the time began that it has, by time.monotonic(); None: now. `hangs` holds what
+    ends it where it hangs beside the watchdog: set anew once the bundle says what time it has.
 
     Raises:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
@@ -166,10 +168,13 @@ def run(options: Options, start: float | None = None) -> RunRecord:
         log_members(manifest)
     seen = not (options.worker or is_scored_run())  # whether anybody reads what only informs
     competition = manifest.competition
+    if hangs:
+        hangs.close()
+        hangs.enter_context(ended_behind(options, competition, start))
     task = find_task(options, competition)
     submission = open_submission(options, task)
     context = RunContext(options, bundle, manifest, submission, stages, start)
-    with watchdog(submission, context.left_s()):
+    with watchdog(submission, context.until_watchdog_s(), margin_s(context.budget_s)):
         try:
             task = unpack_images(task)
             if seen:
@@ -213,13 +218,15 @@ def _competition_of(options: Options) -> Competition:
     return found[-1]
 
 
-def run_options(options: Options, start: float | None = None) -> int:
+def run_options(
+    options: Options, start: float | None = None, hangs: ExitStack | None = None
+) -> int:
     """Run, as `run` does, and write the run record; return the exit code."""
     if options.worker:
         end_with_parent()
     check_options(options)
     try:
-        record = run(options, start)
+        record = run(options, start, hangs)
     except DeviceLost as error:  # in a worker alone
         log.error("%s", one_line(error))
         return GPU_LOST
@@ -232,24 +239,34 @@ def run_options(options: Options, start: float | None = None) -> int:
     return 0
 
 
+def ended_behind(
+    options: Options, competition: Competition, start: float
+) -> AbstractContextManager[None]:
+    """What ends a run that hangs before or behind the watchdog: half of its margin later."""
+    given_s = options.budget_s or 0.0
+    budget_s = given_s if 0 < given_s < math.inf else competition.time_limit_s
+    left_s = start + budget_s - margin_s(budget_s) / 2 - time.monotonic()
+    return ended_after(max(left_s, LOOK_S))
+
+
 def run_scored(options: Options) -> int:
     """Run so that whatever stops it costs no row; return the exit code.
 
     What would be refused elsewhere is an error in the log: the submission is worth more. A member
-    that cannot be used leaves the others, and --strict means nothing. What hangs before or behind
-    the watchdog ends half of its margin later.
+    that cannot be used leaves the others, and --strict means nothing. A --budget-s begins now,
+    the competition's limit with the process.
 
     Raises:
         Exception: as `run_options`, where there was no sample to write the rows of.
     """
-    start, competition = run_began(), _competition_of(options)
-    given_s = options.budget_s or 0.0
-    budget_s = given_s if 0 < given_s < math.inf else competition.time_limit_s
-    left_s = start + budget_s - margin_s(budget_s) / 2 - time.monotonic()
-    with ended_after(max(left_s, LOOK_S)):
+    called, competition = time.monotonic(), _competition_of(options)
+    start = called if options.budget_s else min(called, run_began(competition.time_limit_s))
+    with ExitStack() as hangs:
+        hangs.enter_context(ended_behind(options, competition, start))
         rows_stand = write_empty_rows(options, competition)
         try:
-            return run_options(replace(options, allow_missing_members=True, strict=False), start)
+            options = replace(options, allow_missing_members=True, strict=False)
+            return run_options(options, start, hangs)
         except Exception as error:
             if not rows_stand:
                 raise

@@ -7,7 +7,6 @@ from pathlib import Path
 KAGGLE_RUN = "KAGGLE_KERNEL_RUN_TYPE"  # set where Kaggle runs it
 UNATTENDED = "Batch"  # its value where nobody looks on; else Interactive
 SCORED_RUN = "KAGGLE_IS_COMPETITION_RERUN"  # set only where Kaggle scores what the run leaves
-MAX_AGE_S = 3600.0  # of a run's process: a sandbox may say when its host started
 WORKING = Path("/kaggle/working")  # what is left there is the run's output
 
 
@@ -16,13 +15,14 @@ def is_scored_run() -> bool:
     return bool(os.environ.get(SCORED_RUN))
 
 
-def run_began() -> float:
+def run_began(limit_s: float) -> float:
     """Return when this run began, by time.monotonic(): with its process, where that is its own.
 
-    So it is where this code is a script or a notebook, whose cells and imports take of the hour.
+    So it is where this code is a script or a notebook, whose cells and imports take of its time. An
+    age beyond the run's limit is not believed: a sandbox may say when its host started.
     """
     age_s = _process_age_s() if __name__ == "__main__" else 0.0
-    return time.monotonic() - age_s
+    return time.monotonic() - (age_s if age_s < limit_s else 0.0)
 
 
 def _process_age_s() -> float:
@@ -33,7 +33,7 @@ def _process_age_s() -> float:
         age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
-    return age_s if started_s and 0 < age_s < MAX_AGE_S else 0.0
+    return max(age_s, 0.0) if started_s else 0.0
 
 
 def enter_working_folder() -> None:

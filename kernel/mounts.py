@@ -295,7 +295,7 @@ def _unpack_csvs(paths: Iterable[Path]) -> dict[Path, Path]:
 
 
 def _differ(csvs: Iterable[Path]) -> bool:
-    return len({csv.read_bytes() for csv in csvs}) > 1
+    return len({retried(csv.read_bytes)() for csv in csvs}) > 1
 
 
 def _choose_sample(

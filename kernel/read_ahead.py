@@ -59,10 +59,11 @@ class Reads:
         while not read.strip.done() and (left_s := self._left_s(read, asked)) > 0:
             with suppress(TimeoutError):
                 read.strip.result(left_s)
-        if deadline.clock() - asked >= READ_S:
-            deadline.last = deadline.clock()  # no strip took this time
+        waited_s = deadline.clock() - asked
         fault = TOO_LATE if deadline.over else f"was not read in {READ_S:.0f} s"
         strip = read.strip.result() if read.strip.done() else Strip(read.name, None, fault)
+        if waited_s >= READ_S or strip.image is None:
+            deadline.leave_out(waited_s)
         self.waiting.popleft()
         return strip
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kernel.competition import SLOT, Competition
 from kernel.faults import short
+from kernel.files import retried
 from kernel.kaggle import is_scored_run
 from kernel.shipped import find_competition, shipped_names
 
@@ -179,9 +180,14 @@ def line_without_mask(cells: Iterable[str], header: Iterable[str], competition: 
 
 def fits_header(path: Path, competition: Competition) -> bool:
     """Whether a file is a csv with the header of one of a competition's layouts."""
-    try:
+
+    @retried
+    def parse() -> None:
         with read_lines(path) as lines:
             _parse_header(next(lines, []), competition)
+
+    try:
+        parse()
     except (OSError, ValueError):
         return False
     return True

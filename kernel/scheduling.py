@@ -47,7 +47,7 @@ class PassSource(Protocol):
         """Return gates and probabilities: both halves in one piece, for the same bits."""
 
 
-LONGEST_WAIT = 64  # batches' worth of strips that may end before one that came earlier
+LONGEST_WAIT = 4  # times as many strips as are under way may end before one that came earlier
 
 
 def pad_batch(tensors: Sequence[Tensor], size: int) -> Tensor:
@@ -155,7 +155,8 @@ class Scheduler:
         def priority(group: list[StripState]) -> tuple[bool, float, int]:
             size, (_, pass_id) = self._batch_size_of(group[0]), group[0].next_step
             waited = n_ended - min(state.ended_at_admission for state in group)
-            return waited > LONGEST_WAIT * size, min(len(group) / size, 1), -pass_id
+            longest = LONGEST_WAIT * self.limits.most_under_way(size)
+            return waited > longest, min(len(group) / size, 1), -pass_id
 
         if groups:
             group = max(groups.values(), key=priority)

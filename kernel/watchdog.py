@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from kernel.budget import margin_s
 from kernel.logs import log
 from kernel.submission import Submission
 
@@ -21,22 +20,23 @@ def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
 
 def end_at_once() -> None:
     """End this process with exit code 0, whatever hangs in it: what it wrote is whole."""
+    with suppress(OSError):  # not by the log, which may hang
+        os.write(2, b"the run hangs: it ends here, with what it has written\n")
     os._exit(0)
 
 
 @contextmanager
 def ended_after(seconds: float, end: Callable[[], object] = end_at_once) -> Iterator[None]:
     """Call `end`, which ends this process, unless the block is over by then."""
-    timer = after(max(seconds, 0.0), end)
-    try:
+    with ExitStack() as timers:
+        with suppress(RuntimeError):  # no thread can be started
+            timers.callback(after(max(seconds, 0.0), end).cancel)
         yield
-    finally:
-        timer.cancel()
 
 
 @contextmanager
-def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
-    """End a hung run `margin_s` before its budget, keeping the finished rows.
+def watchdog(submission: Submission, seconds: float, margin: float) -> Iterator[None]:
+    """End a run that hangs for so many seconds, keeping the finished rows, within half a margin.
 
     `Deadline` ends a run in time as long as passes return; this is for one that does not.
     """
@@ -45,12 +45,12 @@ def watchdog(submission: Submission, left_s: float) -> Iterator[None]:
         with ExitStack() as last:
             last.callback(end_at_once)
             with suppress(RuntimeError):  # no thread can be started
-                hung = after(margin_s(left_s) / 2, end_at_once)  # the disk or log may hang
+                hung = after(margin / 2, end_at_once)  # the disk or log may hang
                 last.callback(hung.cancel)
             with suppress(OSError):  # a disk that is full: an earlier save stands
                 submission.save()
             log.error("the budget is spent: ending with the strips that are done, the others empty")
             logging.shutdown()
 
-    with ended_after(left_s - margin_s(left_s), kill_run):
+    with ended_after(seconds, kill_run):
         yield

@@ -25,7 +25,7 @@ with needs("training"):  # before the modules of this room that import it too
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
     from lightning.pytorch.loggers import CSVLogger
 
-from kernel.device import is_out_of_memory
+from kernel.device import device_usable, is_out_of_memory
 from kernel.faults import one_line
 from kernel.images import image_to_tensor
 from kernel.logs import log, progress
@@ -315,13 +315,19 @@ def fit_network(
             retake_from_strips(network, fit, statistics)
             seconds += fit_part(network, fit, config.whole_part)
         except RuntimeError as error:
-            if is_out_of_memory(error):  # which fewer crops would not mend
+            if lacks_memory(error):  # which fewer crops would not mend
                 raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error
             raise
     return network.to(fit.machine.device).eval(), seconds
 
 
 # --- what the GPU's memory takes ------------------------------------------------------------------
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether memory was too small; of a GPU that is broken cuDNN and cuBLAS say the same."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return is_out_of_memory(error) and device_usable(device)
 
 
 def fit_within_memory(attempt: Callable[[Config], T], config: Config) -> T:
@@ -334,7 +340,7 @@ def fit_within_memory(attempt: Callable[[Config], T], config: Config) -> T:
         try:
             return attempt(config)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not lacks_memory(error):
                 raise
             if config.crops == 1:
                 raise ValueError(f"{TOO_LARGE}: {one_line(error)}") from error

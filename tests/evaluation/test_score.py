@@ -105,6 +105,31 @@ def test_where_no_strip_can_be_scored_it_says_so(
     assert error == f"{images}: no strip could be scored, as the lines above say"
 
 
+def test_a_strip_that_one_member_fails_on_is_left_out_of_all(
+    dataset: Path, labelled_strips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = labelled_strips / "test_images", tmp_path / "scores.json"
+    first = min(path.name for path in images.iterdir())
+    entries = read_manifest(dataset)["members"]
+    change_manifest(dataset, members=entries[:2], flips=["none"])
+
+    def record(recorded: RecordedPasses, pass_id: int) -> None:
+        if pass_id == 1 and recorded.name == first:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        original(recorded, pass_id)
+
+    def new_scores() -> Scores:
+        counted.append(Scores())
+        return counted[-1]
+
+    original, counted = RecordedPasses.record, list[Scores]()
+    monkeypatch.setattr(RecordedPasses, "record", record)
+    monkeypatch.setattr(score, "Scores", new_scores)
+    options = ("--images", images, "--truth", labelled_strips / "test.csv", "--out", out)
+    assert exit_code(score.main, "--bundle", dataset, *options) == 0
+    assert [len(each.dices) for each in counted] == [1] * 3
+
+
 def test_an_image_that_cannot_be_read_is_named_and_left_out(
     dataset: Path, labelled_strips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

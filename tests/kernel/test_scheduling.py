@@ -752,7 +752,7 @@ def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: Draw
 def test_a_strip_of_another_size_waits_for_one_like_it_but_not_for_ever(
     others: list[int], end: range, source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernel.scheduling.LONGEST_WAIT", 3)  # batches' worth, of two strips
+    monkeypatch.setattr("kernel.scheduling.LONGEST_WAIT", 0.75)  # of eight strips under way
     sizes = dict.fromkeys(others, (SIZE[0], SIZE[1] + 8))
     images = [np.full(sizes.get(i, SIZE), i % N_STRIPS, np.uint8) for i in range(40)]
     strips = [Strip(str(index), image) for index, image in enumerate(images)]

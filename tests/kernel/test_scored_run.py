@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -374,17 +377,19 @@ def test_the_time_in_which_the_rows_are_written_is_the_runs(
         now[0] += 90
         return True
 
-    def run(_: object, start: float | None) -> None:
+    def run(_: object, start: float | None, *__: object) -> None:
         starts.append(start)
         raise ValueError
 
     monkeypatch.setenv(SCORED, "1")
-    monkeypatch.setattr(inference, "run_began", lambda: 700.0)
+    monkeypatch.setattr(inference, "run_began", lambda _: 700.0)
     monkeypatch.setattr(inference, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(inference, "write_empty_rows", write_slowly)
     monkeypatch.setattr(inference, "run", run)
-    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
-    assert starts == [700.0]
+    words = words_of(light_bundle, mounted)
+    assert exit_code(inference.main, *words) == 0
+    assert exit_code(inference.main, *words, "--budget-s", "600") == 0  # that of what it runs now
+    assert starts == [700.0, 1090.0]
 
 
 # --- what only informs, and what hangs ------------------------------------------------------------
@@ -451,17 +456,42 @@ def test_a_bundle_that_hangs_costs_no_rows(
     assert read_submission(output_of(mounted)) == EMPTY
 
 
+@pytest.mark.parametrize("found_s", [0.0, 1.0])
+def test_the_time_of_a_run_is_its_competitions_however_slow_the_first_look_is(
+    found_s: float, light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run of nine hours would end within Severstal's one."""
+    lefts, load = list[float](), inference.load_competition
+
+    def slowly(bundle: Path) -> Competition:
+        time.sleep(found_s)
+        return load(bundle)
+
+    @contextmanager
+    def spied(seconds: float) -> Iterator[None]:
+        lefts.append(seconds)
+        yield
+
+    described = asdict(replace(SEVERSTAL, time_limit_s=32400.0))
+    (light_bundle / "competition.json").write_text(json.dumps(described), encoding="utf-8")
+    monkeypatch.setenv(SCORED, "1")
+    monkeypatch.setattr(inference, "LOOK_S", 0.2)
+    monkeypatch.setattr(inference, "load_competition", slowly)
+    monkeypatch.setattr(inference, "ended_after", spied)
+    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
+    first_s, last_s = lefts
+    assert 32300 < last_s < 32370
+    assert (first_s < 3600) == bool(found_s)
+
+
 SAID = """
-import atexit, logging, logging.handlers, os, runpy, sys
+import atexit, logging, logging.handlers, os, sys
 
 logging.basicConfig(handlers=[logging.handlers.MemoryHandler(9999, 99)], level=logging.INFO)
 logging.getLogger().handlers[0].setTarget(logging.StreamHandler(sys.stderr))
 atexit.register(os.abort)
 print("said first")
 print("said too", end="", file=sys.stderr)
-script = sys.argv[1]
-sys.argv[1:] = sys.argv[2:]
-runpy.run_path(script, run_name="__main__")
 """
 
 
@@ -469,11 +499,31 @@ def test_nothing_at_the_interpreters_end_fails_a_scored_run_and_all_it_said_is_w
     session_light: Path, mounted: Path, tmp_path: Path
 ) -> None:
     """A thread that reads an image then may abort it."""
-    (tmp_path / "said.py").write_text(SAID, encoding="utf-8")
-    words = session_light / "inference.py", *words_of(session_light, mounted)
-    done = run_script(tmp_path / "said.py", *words, KAGGLE_IS_COMPETITION_RERUN="1")
+    script = tmp_path / "said.py"
+    script.write_text(SAID + (session_light / "inference.py").read_text(), encoding="utf-8")
+    words = words_of(session_light, mounted)
+    done = run_script(script, *words, KAGGLE_IS_COMPETITION_RERUN="1")
     assert done.returncode == 0, done.stderr
     assert read_submission(output_of(mounted)).keys() == EMPTY.keys()
     assert output_of(mounted).with_name("run.json").is_file()
     assert done.stdout == "said first\n"
     assert done.stderr.startswith("said too") and "non-empty masks" in done.stderr
+
+
+RUNNER = """
+import runpy, sys
+sys.argv[:1] = []
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("went on")
+"""
+
+
+def test_what_runs_the_script_goes_on_after_it(
+    session_light: Path, mounted: Path, tmp_path: Path
+) -> None:
+    """As a notebook's next cell after its %run."""
+    (tmp_path / "runner.py").write_text(RUNNER, encoding="utf-8")
+    words = session_light / "inference.py", *words_of(session_light, mounted)
+    done = run_script(tmp_path / "runner.py", *words, KAGGLE_IS_COMPETITION_RERUN="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("went on\n")

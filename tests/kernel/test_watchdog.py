@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import LAYOUTS, predict, read_submission, run_kernel, run_script, save_strips
 
-from kernel.budget import MIN_MARGIN_S
+from kernel import hangs
+from kernel.budget import MIN_MARGIN_S, margin_s
 from kernel.outcome import Outcome
 from kernel.submission import Submission
 from kernel.watchdog import watchdog
@@ -97,7 +98,7 @@ def submission(tmp_path: Path) -> Submission:
 def test_the_rows_are_saved_before_the_process_ends(
     submission: Submission, ended: ProcessEnd, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with watchdog(submission, MIN_MARGIN_S + 0.1):
+    with watchdog(submission, 0.1, MIN_MARGIN_S):
         assert ended.called.wait(timeout=30)
     assert ended.codes == [0]
     assert read_submission(submission.path)["b.png", 1] == "3 4"
@@ -114,7 +115,7 @@ def test_the_rows_are_saved_before_a_line_is_logged(
         seen.append(read_submission(submission.path)["b.png", 1])
 
     monkeypatch.setattr("kernel.watchdog.log", SimpleNamespace(error=look))
-    with watchdog(submission, MIN_MARGIN_S + 0.1):
+    with watchdog(submission, 0.1, MIN_MARGIN_S):
         assert ended.called.wait(timeout=30)
     assert seen == ["3 4"]
 
@@ -132,7 +133,7 @@ def test_a_timer_that_cannot_be_started_keeps_no_hung_process_alive(
 
     monkeypatch.setattr(threading.Timer, "start", start_one)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # nor is it pytest's
-    with watchdog(submission, MIN_MARGIN_S + 0.1):
+    with watchdog(submission, 0.1, MIN_MARGIN_S):
         assert ended.called.wait(timeout=30)
     assert ended.codes == [0]
 
@@ -147,7 +148,7 @@ def test_a_full_disk_keeps_no_hung_process_alive(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(submission, "save", full)
-    with watchdog(submission, MIN_MARGIN_S + 0.1):
+    with watchdog(submission, 0.1, MIN_MARGIN_S):
         assert ended.called.wait(timeout=30)
     assert ended.codes == [0]
     assert "the budget is spent" in caplog.text
@@ -157,7 +158,7 @@ def test_a_disk_that_hangs_keeps_no_hung_process_alive(
     submission: Submission, ended: ProcessEnd
 ) -> None:
     """The run hangs in a save, and the watchdog's own save waits for that to end."""
-    with watchdog(submission, MIN_MARGIN_S + 0.1):
+    with watchdog(submission, 0.1, MIN_MARGIN_S):
         with submission.saving:
             assert ended.called.wait(timeout=30)
             assert ended.codes == [0]
@@ -186,10 +187,23 @@ def test_it_waits_until_a_minute_before_an_hour_or_more_is_over_and_three_second
         return timer(600, lambda: None)
 
     monkeypatch.setattr(threading, "Timer", spied)
-    with watchdog(submission, left_s):
+    with watchdog(submission, left_s - margin_s(left_s), margin_s(left_s)):
         pass
     assert waits == [expected_s, (left_s - expected_s) / 2 if left_s > 3 else 1.5]
     assert ended.codes == [0]
+
+
+def test_where_no_thread_can_be_started_a_run_goes_on_without_it(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with watchdog(submission, 600.0, 60.0):
+        submission.set_masks("b.png", {1: "5 6"})
+    assert hangs.ends_within(60, submission.save)
+    assert read_submission(submission.path)["b.png", 1] == "5 6"
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -198,7 +212,7 @@ def test_a_run_that_ends_by_itself_is_left_alone(
 ) -> None:
     before = submission.path.read_bytes()
     try:
-        with watchdog(submission, MIN_MARGIN_S + 0.3):
+        with watchdog(submission, 0.3, MIN_MARGIN_S):
             if fails:
                 raise ValueError
     except ValueError:
@@ -209,7 +223,7 @@ def test_a_run_that_ends_by_itself_is_left_alone(
 
 def test_a_thread_that_waits_keeps_no_process_alive(submission: Submission) -> None:
     before = set(threading.enumerate())
-    with watchdog(submission, 600.0):
+    with watchdog(submission, 600.0, 60.0):
         [thread] = set(threading.enumerate()) - before
         assert thread.daemon
     thread.join(timeout=30)
@@ -222,8 +236,8 @@ def test_a_run_predicts_under_the_watchdog_of_its_budget(
     lefts, under = list[float](), list[bool]()
 
     @contextmanager
-    def spied(_: Submission, left_s: float) -> Iterator[None]:
-        lefts.append(left_s)
+    def spied(_: Submission, seconds: float, margin: float) -> Iterator[None]:
+        lefts.append(seconds + margin)
         yield
         lefts.append(-1)
 

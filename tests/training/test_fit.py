@@ -303,6 +303,22 @@ def test_out_of_memory_halves_the_crops_down_to_one(config: Config) -> None:
     assert tried[3:] == [16, 8, 4, 2, 1]
 
 
+def test_a_gpu_that_breaks_down_costs_a_fit_no_crops(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN and cuBLAS say of it what they say where memory is too small."""
+    monkeypatch.setattr(fit, "device_usable", lambda _: False)
+    tried = list[int]()
+
+    def run(tried_config: Config) -> None:
+        tried.append(tried_config.crops)
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+
+    with pytest.raises(RuntimeError, match="INTERNAL_ERROR"):
+        fit_within_memory(run, replace(config, crops=16))
+    assert tried == [16]
+
+
 def test_a_state_with_fewer_crops_goes_on_with_them(
     config: Config, strips: Strips, machine: Machine
 ) -> None:
