@@ -72,7 +72,7 @@ def print_next(out: Path, metadata: Metadata) -> None:
     )
     if slug != SEVERSTAL.slug:
         print(
-            f"or, where it takes files: kaggle kernels output {kernel['id']} -p out, then kaggle"
+            f"or, where it takes files: kaggle kernels output {kernel['id']} -p out -o, then kaggle"
             f" competitions submit {slug} -f out/submission.csv -m first"
         )
     later = f"kaggle datasets version -p {shlex.quote(str(out / 'dataset'))} -m MESSAGE"
