@@ -305,7 +305,7 @@ def _descendants() -> Iterator[tuple[str, int]]:
 
 
 def private_mb() -> dict[str, float]:
-    """MB that are not shared: of the driver, the workers, Ray's other processes, and its services."""
+    """MB that are not shared: of the driver, the workers, Ray's other processes, its services."""
     sums = Counter[str](driver=0, workers=0, tasks=0, services=0)
     for index, (command, private) in enumerate(_descendants()):
         kind = "tasks" if command.startswith("ray::") else "services"

@@ -74,7 +74,8 @@ def test_a_norm_without_statistics_of_its_own_stays() -> None:
         after = network(images)
     assert any(isinstance(module, nn.BatchNorm2d) for module in network.decoder.modules())
     for found, expected in zip(after, before, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_on_the_cpu_without_openvino_members_run_folded(dataset: Path) -> None:

@@ -545,7 +545,7 @@ print(sorted({{"segmentation_models_pytorch", "timm"}} & sys.modules.keys()))
 def test_openvino_that_is_not_installed_stops_the_build_with_the_remedy(
     session_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "find_spec", lambda _: None)
+    monkeypatch.setattr("packing.wheels.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"--openvino: not installed here; pip install"):
         bundle.build(session_weights, tmp_path / "dist", "somebody", openvino=True)
     assert not (tmp_path / "dist").exists()
