@@ -28,7 +28,7 @@ from helpers import (
 )
 
 from kernel import inference
-from kernel.competition import SEVERSTAL, Competition
+from kernel.competition import SEVERSTAL, Competition, load_competition
 from kernel.manifest import MANIFEST
 from kernel.mounts import SAMPLE
 from kernel.run_context import RunContext
@@ -461,11 +461,11 @@ def test_the_time_of_a_run_is_its_competitions_however_slow_the_first_look_is(
     found_s: float, light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a run of nine hours would end within Severstal's one."""
-    lefts, load = list[float](), inference.load_competition
+    lefts = list[float]()
 
     def slowly(bundle: Path) -> Competition:
         time.sleep(found_s)
-        return load(bundle)
+        return load_competition(bundle)
 
     @contextmanager
     def spied(seconds: float) -> Iterator[None]:

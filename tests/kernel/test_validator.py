@@ -1,6 +1,7 @@
 """The validator: what it refuses, what it warns of, and that it never costs a submission."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -579,6 +580,7 @@ def test_the_seconds_that_the_watchdog_takes_are_none_for_a_check(
 ) -> None:
     """A check that ran into them would end the run as if it hung."""
     monkeypatch.setattr("kernel.inference.predict", lambda *_: Outcome())
+    monkeypatch.setattr("kernel.inference.watchdog", lambda *_: nullcontext())
     monkeypatch.setattr(RunContext, "until_watchdog_s", lambda _: 0.0)
     assert exit_code(inference.main, *arguments) == 0
     assert "no time is left to check it" in caplog.text
