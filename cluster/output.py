@@ -175,9 +175,9 @@ class Output:
         return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
 
     def write_part(self, names: Iterable[str], rows: pa.Table) -> Totals:
-        """Write the rows of so named images, or of those that have any, as one file.
+        """Write the rows of a part's images as one file; those that were left out have none.
 
-        It is named after all of them: a second try, which may have others' rows, takes its place.
+        It is named after all of the part's: a second try takes the place of the first.
         """
         asked = hashlib.sha256("\n".join(names).encode())
         name = f"part-{asked.hexdigest()[:24]}.parquet"

@@ -170,7 +170,7 @@ def run(options: Options, start: float | None = None, hangs: ExitStack | None = 
     competition = manifest.competition
     if hangs:
         hangs.close()
-        hangs.enter_context(ended_behind(options, competition, start))
+        hangs.enter_context(ended_if_hung(options, competition, start))
     task = find_task(options, competition)
     submission = open_submission(options, task)
     context = RunContext(options, bundle, manifest, submission, stages, start)
@@ -239,10 +239,10 @@ def run_options(
     return 0
 
 
-def ended_behind(
+def ended_if_hung(
     options: Options, competition: Competition, start: float
 ) -> AbstractContextManager[None]:
-    """What ends a run that hangs before or behind the watchdog: half of its margin later."""
+    """End a run that hangs before or behind the watchdog, half of a margin after that would."""
     given_s = options.budget_s or 0.0
     budget_s = given_s if 0 < given_s < math.inf else competition.time_limit_s
     left_s = start + budget_s - margin_s(budget_s) / 2 - time.monotonic()
@@ -262,7 +262,7 @@ def run_scored(options: Options) -> int:
     called, competition = time.monotonic(), _competition_of(options)
     start = called if options.budget_s else min(called, run_began(competition.time_limit_s))
     with ExitStack() as hangs:
-        hangs.enter_context(ended_behind(options, competition, start))
+        hangs.enter_context(ended_if_hung(options, competition, start))
         rows_stand = write_empty_rows(options, competition)
         try:
             options = replace(options, allow_missing_members=True, strict=False)

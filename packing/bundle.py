@@ -154,6 +154,20 @@ def _keep_earlier(out: Path, bundle: Path) -> bool:
     return ended and report.name == LAST_REPORT
 
 
+def _print_not_kept(out: Path, report: bool, arguments: str) -> None:
+    """Say what stood at `out` that no build keeps: a report, a notebook's ARGUMENTS."""
+    if report:
+        print(
+            f"{out / REPORT}: of a run without an ablation, not kept; {LAST_REPORT} stays the "
+            "ablation's, of an earlier bundle"
+        )
+    if arguments:
+        print(
+            f"{out / 'kernel' / NOTEBOOK}: its ARGUMENTS were {arguments}, which no build keeps: "
+            "write them again"
+        )
+
+
 def build(
     weights: Path,
     out: Path,
@@ -199,14 +213,5 @@ def build(
         not_kept = _keep_earlier(out, bundle)
         arguments = written_arguments(out / "kernel" / NOTEBOOK)
         _swap_in(bundle, out, scratch / "previous")
-    if not_kept:
-        print(
-            f"{out / REPORT}: of a run without an ablation, not kept; {LAST_REPORT} stays the "
-            "ablation's, of an earlier bundle"
-        )
-    if arguments:
-        print(
-            f"{out / 'kernel' / NOTEBOOK}: its ARGUMENTS were {arguments}, which no build keeps: "
-            "write them again"
-        )
+    _print_not_kept(out, not_kept, arguments)
     return metadata, packed
