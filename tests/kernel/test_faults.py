@@ -54,7 +54,7 @@ from kernel.images import Image, Mask, Strip, read_strip
 from kernel.manifest import MemberSpec
 from kernel.members import Member
 from kernel.outcome import Outcome
-from kernel.read_ahead import read_ahead
+from kernel.read_ahead import Reads, read_ahead
 from kernel.rle import encode_rle
 from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
@@ -339,6 +339,29 @@ def test_a_disk_that_hangs_for_a_while_costs_no_strip(
     strips = list(read_ahead(images, NAMES, 5, SEVERSTAL, deadline))
     assert [strip.name for strip in strips if not strip.fault] == NAMES
     assert deadline.last == 450.0
+
+
+def test_a_file_that_cannot_be_read_takes_no_time_of_a_strip(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+
+    def fail(_: Path) -> bytes:
+        assert asked.wait(timeout=30)
+        raise OSError("torn")
+
+    def clock() -> float:
+        return 5.0 if asked.is_set() else 0.0
+
+    def left_s(*_: object) -> float:
+        asked.set()
+        return 30.0
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Reads, "_left_s", left_s)
+    deadline = Deadline(3600, 0.0, clock)
+    [strip] = read_ahead(images, NAMES[:1], 0, SEVERSTAL, deadline)
+    assert (strip.image, deadline.last) == (None, 5.0)
 
 
 def test_where_no_thread_can_be_started_files_are_read_all_the_same(
