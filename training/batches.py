@@ -36,6 +36,8 @@ def crop_at(array: npt.NDArray[Any], centre: tuple[int, int], size: tuple[int, i
 def pad_to_size(array: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
     """Repeat the last row and column of the last two axes up to `size`, as the kernel pads."""
     padding = [(0, full - side) for side, full in zip(array.shape[-2:], size, strict=True)]
+    if not any(map(any, padding)):
+        return array
     return np.pad(array, [(0, 0)] * (array.ndim - 2) + padding, mode="edge")
 
 
@@ -72,13 +74,16 @@ class StripSampler:
         self, rng: np.random.Generator, defective: bool
     ) -> tuple[Image, Masks, int | None]:
         if not (defective and self.by_class):
-            return *self.strips.load(str(rng.choice(self.clean))), None
+            return *self._load_one(rng, self.clean), None
         label = int(rng.choice(list(self.by_class), p=self.odds))
-        pair = self.strips.load(str(rng.choice(self.by_class[label])))
+        pair = self._load_one(rng, self.by_class[label])
         if rng.random() < self.config.moved_share:
-            onto = self.strips.load(str(rng.choice(self.strips.names)))
+            onto = self._load_one(rng, self.strips.names)
             pair = move_defect(rng, pair, onto, label, self.config.moved_method) or pair
         return *pair, label
+
+    def _load_one(self, rng: np.random.Generator, names: Sequence[str]) -> Pair:
+        return self.strips.load(names[int(rng.integers(len(names)))])
 
     def sample_crop(self, rng: np.random.Generator) -> Pair:
         """Draw a window on a defect's pixel, off its centre, or anywhere on a clean strip."""
@@ -87,7 +92,8 @@ class StripSampler:
         if label is None:
             y, x = (int(rng.integers(side)) for side in size_of(image))
         else:
-            y, x = rng.choice(np.argwhere(masks[label - 1]))
+            on = np.flatnonzero(masks[label - 1])
+            y, x = divmod(int(on[rng.integers(len(on))]), masks.shape[-1])
             y, x = (
                 int(v + rng.integers(-s // 3, s // 3 + 1))
                 for v, s in zip((y, x), size, strict=True)

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,15 @@ def read_once(paths: Sequence[Path]) -> None:
     """Read every file, so that it comes from memory from now on.
 
     The pace of a fit's steps is measured once: on a disk that has not read the strips yet it would
-    be the disk's.
+    be the disk's. One that cannot be read is left to the fit, which draws another.
     """
+
+    def read(path: Path) -> None:
+        with suppress(OSError):
+            path.read_bytes()
+
     with ThreadPoolExecutor(READERS) as pool:
-        sizes = pool.map(lambda path: len(path.read_bytes()), paths)
-        for _ in progress(sizes, "strips read", "strip", len(paths)):
+        for _ in progress(pool.map(read, paths), "strips read", "strip", len(paths)):
             pass
 
 
@@ -173,7 +178,7 @@ def write_results(jobs: Sequence[Job], image_size: tuple[int, int]) -> None:
             state.unlink()
     try:
         draw_curves(RUNS, [job.name for job in jobs], Path("curves.png"))
-    except (ValueError, OSError) as error:  # a log that a fit is writing, or that was cut off
+    except Exception as error:  # a log that a fit is writing, or that was cut off anywhere
         log.warning("no learning curves: %s", one_line(error))
 
 
@@ -211,7 +216,7 @@ def fit_on_kaggle(args: argparse.Namespace) -> int:
     bring_earlier(args.input, args.resume)
     try:
         return fit_until(start + 3600 * (1 - RESERVE) * min(args.hours, SESSION_HOURS), args)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if not is_output():
             raise
         log.error("%s; what was fitted before is this version's output", one_line(error))

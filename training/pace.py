@@ -24,7 +24,7 @@ WARM_UP_STEPS = 5  # not measured: cuDNN tries its algorithms, loader processes 
 PREFETCHED = 2  # batches that each loader process makes beforehand, by PyTorch's default
 MEASURED_STEPS = {"cpu": 20, "cuda": 60}
 PACE_STATISTICS_STRIPS = 4  # enough to keep a deep network in fp16's range
-USED_SHARE = 0.9  # of the minutes: a machine has slower hours
+USED_SHARE = 0.95  # of the minutes: a machine has slower hours
 
 
 @dataclass(frozen=True)

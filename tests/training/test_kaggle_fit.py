@@ -3,6 +3,7 @@
 A stub stands for train.py; tests/packing/test_fit_kernel.py runs the real one.
 """
 
+import errno
 import itertools
 import json
 import time
@@ -297,16 +298,33 @@ def test_members_of_which_nothing_was_fitted_bind_no_later_list(
     assert set(json.loads(Path("out_of_fold.json").read_text())) == {"b"}
 
 
+@pytest.mark.parametrize("losses", ["step,lo", "step,loss\n1,nan\n2,na"])
 def test_a_picture_that_cannot_be_drawn_ends_no_session(
-    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    losses: str, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def torn(*_: object) -> None:
-        raise ValueError("No columns to parse from file")
-
-    monkeypatch.setattr(kaggle_fit, "draw_curves", torn)
+    """A log that was cut off: within its first line, or within a word, which makes losses text."""
+    log = Path("runs", "a", "crops", "version_0", "metrics.csv")
+    log.parent.mkdir(parents=True)
+    log.write_text(losses)
     assert session("a", "b") == 0
     assert set(json.loads(Path("out_of_fold.json").read_text())) == {"a", "b"}
-    assert "no learning curves: No columns to parse" in caplog.text
+    assert "no learning curves: " in caplog.text
+
+
+def test_what_was_fitted_is_kept_whatever_a_session_fails_with(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(kaggle_fit, "fit_all", fail)
+        with pytest.raises(RuntimeError):
+            session("a", "b")
+    assert session("a") == 0
+    monkeypatch.setattr(kaggle_fit, "fit_all", fail)
+    assert session("a", "b") == 0
+    assert "can't start new thread; what was fitted before is this version's" in caplog.text
 
 
 def test_every_strip_is_read_before_a_pace_is_measured(
@@ -320,6 +338,8 @@ def test_every_strip_is_read_before_a_pace_is_measured(
     def spied(path: Path) -> bytes:
         if path.parent == folder:
             read.append(path.name)
+        if path.name == "b7.png":
+            raise OSError(errno.EIO, "Input/output error")
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", spied)
