@@ -26,7 +26,7 @@ from packing.bundle import build
 from training import synthetic
 from training.metrics import Masks, dice
 
-WIDTH = 256  # pixels of a strip's 1600: a sixth of the time, and any size takes the same way
+WIDTH = 128  # pixels of a strip's 1600: a twelfth of the time, and any size takes the same way
 
 
 @pytest.fixture(scope="module")
