@@ -17,9 +17,10 @@ define venv
 endef
 
 # $(call install,EXTRAS): this project and its EXTRAS into .venv; what pip prints goes to a log file.
+# Python compiles what is imported, a small part of it, when it is imported.
 define install
 $(call venv,.venv)
-@$(BIN)/python -m pip install --constraint constraints.txt --editable '.$(if $(1),[$(1)])' \
+@$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.$(if $(1),[$(1)])' \
 	>.venv/pip.log 2>&1 || { tail -n 20 .venv/pip.log; echo "pip failed: see .venv/pip.log"; exit 1; }
 @touch $@
 endef
