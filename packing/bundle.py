@@ -102,15 +102,15 @@ def check_not_inside(folder: Path) -> None:
         raise ValueError(f"{folder}: you are in this folder, which is replaced; go out of it first")
 
 
-def _swap_in(bundle: Path, out: Path, previous: Path) -> None:
-    """Put a complete bundle in the place of the previous one, which goes to `previous`.
+def swap_in(built: Path, out: Path, previous: Path) -> None:
+    """Put a complete folder in the place of the previous one, which goes to `previous`.
 
     Whatever happens on the way, Ctrl-C too, one of both stands there afterwards.
     """
     try:
         if out.exists():
             out.rename(previous)
-        bundle.rename(out)
+        built.rename(out)
     except BaseException:
         if previous.exists() and not out.exists():
             previous.rename(out)
@@ -212,6 +212,6 @@ def build(
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel, sort_keys=True)
         not_kept = _keep_earlier(out, bundle)
         arguments = written_arguments(out / "kernel" / NOTEBOOK)
-        _swap_in(bundle, out, scratch / "previous")
+        swap_in(bundle, out, scratch / "previous")
     _print_not_kept(out, not_kept, arguments)
     return metadata, packed

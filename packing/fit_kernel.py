@@ -5,14 +5,13 @@ import ast
 import math
 import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 from kernel.command import split_line
 from kernel.faults import one_line
 from kernel.files import write_json
-from packing.bundle import check_not_inside, check_out, scratch_beside
+from packing.bundle import LEFT_BY_SYSTEMS, check_not_inside, check_out, scratch_beside, swap_in
 from packing.metadata import read_fit_metadata
 from packing.paths import FIT, FIT_SCRIPT, KERNEL_METADATA, MEMBERS, ROOT
 from packing.wheels import WHEELS
@@ -159,8 +158,7 @@ def check_fit(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another --out")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
-    others = {name for name in found - FIT_ENTRIES if not name.startswith(".")}
-    if others:
+    if others := found - FIT_ENTRIES - LEFT_BY_SYSTEMS:
         raise ValueError(
             f"{folder}: holds other things than a fit kernel ({min(others)}); choose another --out"
         )
@@ -188,6 +186,5 @@ def build_fit(
         folder.mkdir()
         (folder / FIT_SCRIPT).write_text(script, encoding="utf-8")
         write_json(folder / KERNEL_METADATA.name, metadata, sort_keys=True)
-        shutil.rmtree(out / FIT, ignore_errors=True)
-        folder.rename(out / FIT)
+        swap_in(folder, out / FIT, scratch / "previous")
     return metadata

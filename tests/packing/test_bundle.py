@@ -290,9 +290,11 @@ def test_what_is_called_fit_and_is_none_is_not_replaced(tmp_path: Path) -> None:
     for name in ("fit.py", ".DS_Store"):
         (tmp_path / "fit" / name).touch()
     check_fit(tmp_path / "fit")
-    (tmp_path / "fit" / "results.csv").touch()
-    with pytest.raises(ValueError, match=r"other things than a fit kernel \(results\.csv\)"):
-        check_fit(tmp_path / "fit")
+    for name in (".git", "results.csv"):
+        (tmp_path / "fit" / name).touch()
+        with pytest.raises(ValueError, match=rf"other things than a fit kernel \({name}\)"):
+            check_fit(tmp_path / "fit")
+        (tmp_path / "fit" / name).unlink()
 
 
 def test_the_folder_one_is_in_is_not_replaced(

@@ -29,9 +29,9 @@ from kaggle_stub import Kaggle, customize_site, run_client, serve
 from build_kernel import main
 from evaluation import dry_run
 from kernel.kaggle import KAGGLE_RUN, UNATTENDED, WORKING
-from packing.fit_kernel import REQUIREMENTS, join_fit_kernel
+from packing.fit_kernel import REQUIREMENTS, build_fit, join_fit_kernel
 from packing.metadata import read_fit_metadata
-from packing.paths import OUT
+from packing.paths import MEMBERS, OUT
 from packing.summary import print_fit_next
 from training.synthetic import Drawing, write_competition
 
@@ -160,6 +160,26 @@ def test_a_fit_kernel_is_not_written_among_other_things(
     assert exit_code(main, "--fit", "--owner", "me", "--out", tmp_path / "mine") == 2
     assert "than a fit kernel (results.csv)" in error_of(capsys.readouterr().err)
     assert (tmp_path / "mine" / "fit" / "results.csv").exists()
+
+
+def test_a_fit_kernel_that_cannot_be_put_in_place_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_fit(tmp_path / "dist", "me", MEMBERS, 2.0, resume=False)
+    before, rename = all_bytes(tmp_path), Path.rename
+
+    def interrupt(path: Path, target: Path) -> Path:
+        if target == tmp_path / "dist" / "fit" and not target.exists():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build_fit(tmp_path / "dist", "me", MEMBERS, 3.0, resume=False)
+    assert all_bytes(tmp_path) == before
+    build_fit(tmp_path / "dist", "me", MEMBERS, 3.0, resume=False)
+    assert all_bytes(tmp_path) != before
 
 
 def test_without_the_internet_the_script_says_what_to_turn_on(tmp_path: Path) -> None:
