@@ -17,7 +17,7 @@ from kernel.shipped import check_scoring
 from packing.joining import join_modules
 from packing.members import PackedMember, pack_member
 from packing.metadata import Metadata, read_metadata
-from packing.notebook import build_notebook, written_arguments
+from packing.notebook import build_notebook, written_cells
 from packing.paths import (
     CALIBRATION,
     DATASET_METADATA,
@@ -154,18 +154,15 @@ def _keep_earlier(out: Path, bundle: Path) -> bool:
     return ended and report.name == LAST_REPORT
 
 
-def _print_not_kept(out: Path, report: bool, arguments: str) -> None:
-    """Say what stood at `out` that no build keeps: a report, a notebook's ARGUMENTS."""
+def _print_not_kept(out: Path, report: bool, cells: str) -> None:
+    """Say what stood at `out` that no build keeps: a report, what was written into a notebook."""
     if report:
         print(
             f"{out / REPORT}: of a run without an ablation, not kept; {LAST_REPORT} stays the "
             "ablation's, of an earlier bundle"
         )
-    if arguments:
-        print(
-            f"{out / 'kernel' / NOTEBOOK}: its ARGUMENTS were {arguments}, which no build keeps: "
-            "write them again"
-        )
+    if cells:
+        print(f"{out / 'kernel' / NOTEBOOK}: no build keeps what you wrote there:\n{cells}")
 
 
 def build(
@@ -211,7 +208,7 @@ def build(
         write_json(dataset / DATASET_METADATA.name, metadata.dataset, sort_keys=True)
         write_json(kernel / KERNEL_METADATA.name, metadata.kernel, sort_keys=True)
         not_kept = _keep_earlier(out, bundle)
-        arguments = written_arguments(out / "kernel" / NOTEBOOK)
+        cells = written_cells(out / "kernel" / NOTEBOOK)
         swap_in(bundle, out, scratch / "previous")
-    _print_not_kept(out, not_kept, arguments)
+    _print_not_kept(out, not_kept, cells)
     return metadata, packed

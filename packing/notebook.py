@@ -1,6 +1,5 @@
 """The kernel as a notebook: a cell a module, then one that runs it and one that shows the masks."""
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -33,13 +32,8 @@ except Exception as error:  # a picture must not cost the submission
 
 
 def build_notebook(code: str, title: str = SEVERSTAL.title) -> dict[str, Any]:
-    """Return the joined code as a notebook of format 4.5, a cell for each of its sections.
-
-    Raises:
-        ValueError: it does not end in what runs a script, which a notebook leaves out.
-    """
-    if not code.endswith(GUARD):
-        raise ValueError(f"the kernel's code does not end in {GUARD.strip()!r}; restore that")
+    """Return the joined code as a notebook of format 4.5, a cell for each of its sections."""
+    assert code.endswith(GUARD)  # what runs a script, which a notebook leaves out
     sections = re.split(r"\n+(?=# --- )", code.removesuffix(GUARD).rstrip("\n"))
     cells, heading = [*sections, RUN_CELL, PICTURE_CELL], TITLE_CELL.replace("TITLE", title)
     return {
@@ -56,17 +50,18 @@ def build_notebook(code: str, title: str = SEVERSTAL.title) -> dict[str, Any]:
     }
 
 
-def written_arguments(notebook: Path) -> str:
-    """Return the ARGUMENTS that were written into a notebook's cell; nothing where none were."""
+def written_cells(notebook: Path) -> str:
+    """Return what was written into a notebook's cells that give the arguments and run the kernel.
+
+    Nothing where they are as they were built, or where there is no notebook.
+    """
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells]  # Jupyter saves a list of lines
-        [run] = [each for each in sources if re.search(r"^main\(ARGUMENTS\)", each, re.MULTILINE)]
-        code = ast.unparse(ast.parse(run))  # a line a statement, without comments
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError):  # there is none, or another
+    except (OSError, ValueError, LookupError, TypeError):
         return ""
-    found = re.search(r"^ARGUMENTS.*? = (?!\[\]$)(.+)", code, re.MULTILINE)
-    return found[1] if found else ""
+    runs = [each for each in sources if re.search(r"^ *(ARGUMENTS|main\()", each, re.MULTILINE)]
+    return "\n".join(cell for cell in runs if cell != RUN_CELL)
 
 
 def _code_cell(number: int, source: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from kernel.task import read_sample
 from kernel.validator import check_submission
 from packing.bundle import build
 from packing.joining import GUARD, join_modules
-from packing.notebook import build_notebook, written_arguments
+from packing.notebook import RUN_CELL, build_notebook, written_cells
 from packing.paths import SCRIPT
 
 EXECUTE = """
@@ -89,59 +89,52 @@ def test_the_last_cell_looks_at_nothing_in_the_scored_run(
     assert drawn == ([] if scored else [names["ARGUMENTS"]])
 
 
-def test_code_without_its_last_lines_is_no_kernel() -> None:
-    with pytest.raises(ValueError, match="does not end in"):
-        build_notebook("x = 1\n")
-
-
-RUN_CELL = 'ARGUMENTS: list[str] = []  # as on the command line, such as ["--no-early-exit"]\n'
-
-
 @pytest.mark.parametrize(
-    ("cell", "arguments"),
+    "written",
     [
-        (RUN_CELL, ""),
-        ("ARGUMENTS = []\n", ""),
-        ('ARGUMENTS = ["--layout", "two-column"]\n', "['--layout', 'two-column']"),
-        (RUN_CELL.replace("[] ", '["--budget=9"] '), "['--budget=9']"),
-        ('ARGUMENTS = [\n  "--input",  # mine\n  "a = [1]",\n]\n', "['--input', 'a = [1]']"),
-        ("ARGUMENTS = [\n", ""),  # no Python
-        ("", ""),
+        RUN_CELL.replace("= []", '= ["--layout", "two-column"]'),
+        RUN_CELL.replace("\n", '\nARGUMENTS += ["--layout", "two-column"]\n'),
+        'ARGUMENTS = [\n  "--input",  # mine\n  "a = [1]",\n]\nmain(ARGUMENTS)',
+        'main(["--layout", "two-column"])',
+        "try:\n    main(ARGUMENTS)\nfinally:\n    print(1)",
+        RUN_CELL + "\n1 +",  # no Python
+        "",
     ],
 )
 @pytest.mark.parametrize("lines", [False, True])
-def test_the_arguments_that_were_written_into_a_notebook_are_found(
-    cell: str, arguments: str, lines: bool, tmp_path: Path
+def test_what_was_written_into_the_cell_that_runs_is_found(
+    written: str, lines: bool, tmp_path: Path
 ) -> None:
     notebook = build_notebook(join_modules(SCRIPT))
-    [run] = [each for each in notebook["cells"] if RUN_CELL in each["source"]]
-    text = run["source"].replace(RUN_CELL, cell)
-    run["source"] = text.splitlines(keepends=True) if lines else text  # as Jupyter saves it
-    write_json(tmp_path / "a.ipynb", notebook)
-    assert written_arguments(tmp_path / "a.ipynb") == arguments
+    [run] = [each for each in notebook["cells"] if each["source"] == RUN_CELL]
+    for text in (RUN_CELL, written):
+        run["source"] = text.splitlines(keepends=True) if lines else text  # as Jupyter saves it
+        write_json(tmp_path / "a.ipynb", notebook)
+        assert written_cells(tmp_path / "a.ipynb") == ("" if text == RUN_CELL else written)
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"cells": [{}]}', '{"cells": [1]}'])
-def test_what_is_no_notebook_of_the_kernel_has_no_arguments(
+def test_nothing_was_written_into_what_is_no_notebook_of_the_kernel(
     text: str | None, tmp_path: Path
 ) -> None:
     if text is not None:
         (tmp_path / "a.ipynb").write_text(text)
-    assert written_arguments(tmp_path / "a.ipynb") == ""
+    assert written_cells(tmp_path / "a.ipynb") == ""
 
 
-def test_a_build_says_which_arguments_the_notebook_had_that_it_replaces(
+def test_a_build_says_what_the_notebook_had_that_it_replaces(
     session_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dist, given = tmp_path / "dist", 'ARGUMENTS = ["--layout", "two-column"]  # '
+    dist, given = tmp_path / "dist", 'main(["--layout", "two-column"])'
     notebook = dist / "kernel" / "inference.ipynb"
     build(session_weights, dist, "somebody", notebook=True)
-    text = notebook.read_text().replace("ARGUMENTS: list[str] = []", json.dumps(given)[1:-1])
+    text = notebook.read_text().replace("main(ARGUMENTS)", json.dumps(given)[1:-1])
     notebook.write_text(text)
     capsys.readouterr()
     build(session_weights, dist, "somebody")
-    said = f"{notebook}: its ARGUMENTS were ['--layout', 'two-column'], which no build keeps: "
-    assert capsys.readouterr().out == f"{said}write them again\n"
+    said = f"{notebook}: no build keeps what you wrote there:\n"
+    written = RUN_CELL.replace("main(ARGUMENTS)", given)
+    assert capsys.readouterr().out == f"{said}{written}\n"
     build(session_weights, dist, "somebody")
     assert capsys.readouterr().out == ""
 
