@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel.checks import read_json
-from kernel.competition import Competition
+from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import short
 from kernel.manifest import MANIFEST, Manifest
 from packing.paths import DATASET_METADATA, FIT_SCRIPT, KERNEL_METADATA, NOTEBOOK, SCRIPT
@@ -19,10 +19,6 @@ from packing.wheels import WHEELS
 
 PLACEHOLDER = "your-kaggle-name"  # the committed owner
 NAME = "[a-z0-9][a-z0-9-]*"  # an owner or a slug; the client lets others pass, Kaggle does not
-LICENCES = (  # the client's page lists these and rarer ones; the description explains `other`
-    "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "GPL-2.0",
-    "GPL-3.0", "apache-2.0", "ODbL-1.0", "PDDL", "copyright-authors", "other", "unknown",
-)  # fmt: skip
 
 # --- rules ----------------------------------------------------------------------------------------
 
@@ -57,13 +53,10 @@ def check_dataset(meta: dict[str, Any], files: list[str]) -> None:
     if meta.get("subtitle"):
         _check_length("subtitle", meta["subtitle"], 20, 80)
     licences = meta.get("licenses")
-    if not isinstance(licences, list) or len(licences) != 1:
+    if not isinstance(licences, list) or len(licences) != 1 or not licences[0].get("name"):
         raise ValueError(
             f'licenses {short(licences)} is not exactly one licence; write [{{"name": "CC0-1.0"}}]'
         )
-    licence = licences[0].get("name")
-    if licence not in LICENCES:
-        raise ValueError(f"unknown licence {short(licence)}; choose of {', '.join(LICENCES)}")
     paths = [resource.get("path") for resource in meta.get("resources") or []]
     absent = [path for path in paths if path not in files]
     if absent:
@@ -88,6 +81,12 @@ def _check_kernel_names(meta: dict[str, Any]) -> None:
 
 
 MACHINE_SHAPE = "NvidiaTeslaT4"  # two of them; the P100 lacks kernels for Kaggle's torch
+SETTINGS = {  # of both kernels, that which submits and that which fits
+    "language": "python",
+    "is_private": True,
+    "enable_gpu": True,
+    "machine_shape": MACHINE_SHAPE,
+}
 
 
 def check_kernel(
@@ -95,14 +94,10 @@ def check_kernel(
 ) -> None:
     """Raise ValueError for what `kaggle kernels push` or an offline GPU competition refuses."""
     _check_kernel_names(meta)
-    wanted = {
+    wanted = SETTINGS | {
         "code_file": code_file,
-        "language": "python",
         "kernel_type": "notebook" if code_file == NOTEBOOK else "script",
-        "is_private": True,
-        "enable_gpu": True,
         "enable_internet": False,  # the client's own default is true, which the competition forbids
-        "machine_shape": MACHINE_SHAPE,
         "dataset_sources": [dataset_id],
         "competition_sources": [competition],
     }
@@ -176,14 +171,13 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
     files = [MANIFEST, SCRIPT.name, *WHEELS, *(member.file for member in manifest.members)]
     with _naming(DATASET_METADATA):
         check_dataset(dataset, files)
-    metadata = Metadata(dataset, kernel)
-    kernel |= {"id": _owned(kernel, metadata.owner), "dataset_sources": [dataset["id"]]}
+    owner, code_file = dataset["id"].split("/")[0], NOTEBOOK if notebook else SCRIPT.name
+    kernel |= {"id": _owned(kernel, owner), "dataset_sources": [dataset["id"]]}
     if notebook:
         kernel |= {"code_file": NOTEBOOK, "kernel_type": "notebook"}
     with _naming(KERNEL_METADATA):
-        code_file = NOTEBOOK if notebook else SCRIPT.name
         check_kernel(kernel, dataset["id"], manifest.competition.slug, code_file)
-    return metadata
+    return Metadata(dataset, kernel)
 
 
 def read_fit_metadata(owner: str | None, resume: bool) -> dict[str, Any]:
@@ -197,11 +191,13 @@ def read_fit_metadata(owner: str | None, resume: bool) -> dict[str, Any]:
     dataset, kernel = read_json(DATASET_METADATA), read_json(KERNEL_METADATA)
     own = _owned(dataset, owner or str(dataset.get("id")).split("/")[0]) + "-fit"
     title = own.rpartition("/")[2].replace("-", " ").capitalize()  # becomes the slug again
-    kernel |= {
+    kernel |= SETTINGS | {
         "id": own,
         "title": title,
         "code_file": FIT_SCRIPT,
+        "kernel_type": "script",
         "enable_internet": True,  # for pip and the encoders' weights; it is no submission
+        "competition_sources": [SEVERSTAL.slug],
         "dataset_sources": [],
         "kernel_sources": [own] if resume else [],
     }

@@ -6,7 +6,14 @@ import pytest
 
 from kernel.manifest import Manifest, MemberSpec
 from packing import metadata
-from packing.metadata import PLACEHOLDER, check_dataset, check_kernel, read_metadata, slugify
+from packing.metadata import (
+    PLACEHOLDER,
+    check_dataset,
+    check_kernel,
+    read_fit_metadata,
+    read_metadata,
+    slugify,
+)
 from packing.paths import DATASET_METADATA, KERNEL_METADATA
 
 DATASET: dict[str, Any] = json.loads(DATASET_METADATA.read_text("utf-8"))
@@ -33,7 +40,7 @@ def test_the_committed_files_keep_the_rules() -> None:
         {"subtitle": "a" * 80},
         {"subtitle": None},
         {"resources": [{"path": "ensemble.json"}]},
-        {"licenses": [{"name": "CC0-1.0"}]},
+        {"licenses": [{"name": "EU ODP Legal Notice"}]},
     ],
 )
 def test_a_dataset_at_the_edge_of_a_rule_passes(changes: dict[str, Any]) -> None:
@@ -57,7 +64,7 @@ def test_a_dataset_at_the_edge_of_a_rule_passes(changes: dict[str, Any]) -> None
         ({"licenses": []}, r"licenses \[\] is not exactly one licence"),
         ({"licenses": [{"name": "CC0-1.0"}] * 2}, "is not exactly one licence"),
         ({"licenses": None}, "is not exactly one licence"),
-        ({"licenses": [{"name": "Freeware"}]}, "unknown licence 'Freeware'; choose of .*CC0-1.0"),
+        ({"licenses": [{"title": "CC0-1.0"}]}, "is not exactly one licence"),
         ({"resources": [{"path": "absent.csv"}]}, r"\['absent.csv'\] are not in the dataset"),
         ({"resources": [{"path": "ensemble.json"}] * 2}, "name a file twice"),
     ],
@@ -168,6 +175,24 @@ def test_competitions_that_are_no_list_are_named_with_what_to_write(
     words = rf'kernel-metadata\.json: .* competition_sources .* write .*\["{COMPETITION}"\]'
     with pytest.raises(ValueError, match=words):
         read_metadata(None, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"enable_gpu": False, "machine_shape": "NvidiaTeslaP100"},
+        {"is_private": False},
+        {"kernel_type": "notebook", "language": "r"},
+        {"competition_sources": ["tgs-salt-identification-challenge"]},
+    ],
+)
+def test_the_fit_kernel_has_its_settings_whatever_the_submissions_are(
+    changes: dict[str, Any], files: dict[str, Path]
+) -> None:
+    found = read_fit_metadata("smith", resume=False)
+    files["kernel"].write_text(json.dumps(KERNEL | changes))
+    assert read_fit_metadata("smith", resume=False) == found
+    assert KERNEL | {key: found[key] for key in changes} == KERNEL
 
 
 @pytest.mark.parametrize("which", ["dataset", "kernel"])
