@@ -3,13 +3,12 @@
 import argparse
 import difflib
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,76 +142,20 @@ def _kind_fault(path: Path, head: bytes) -> str:
 
 # --- what a refused pickle is ---------------------------------------------------------------------
 
-PLAIN_IMPORT = re.compile(
-    r"collections\.OrderedDict|torch\.(_utils|serialization|storage)\..+|torch\.\w+"
-    r"|torch\.nn\.parameter\.Parameter|numpy\..+|_codecs\.encode|argparse\.Namespace"
-)
-NETWORK_IMPORT = re.compile(r"segmentation_models_pytorch\.|torch\.nn\.(?!parameter)|torch\.fx\.")
+NETWORK = re.compile(r"segmentation_models_pytorch\.|torch\.nn\.(?!parameter)|torch\.fx\.")
 
 
-def _imports(stream: IO[bytes]) -> list[str]:
-    """The names that one pickle imports, in order, read from its opcodes: nothing runs."""
-    found: list[str] = []
-    strings: list[str] = []
-    memo: dict[int, str] = {}
-    last = ""
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name == "MEMOIZE":
-            memo[len(memo)] = last
-            continue
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(str(argument))] = last
-            continue
-        last = str(argument) if "UNICODE" in opcode.name else ""
-        if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            last = memo.get(int(str(argument)), "")
-        if last:
-            strings.append(last)
-        if opcode.name == "GLOBAL":
-            found.append(str(argument).replace(" ", "."))
-        if opcode.name == "STACK_GLOBAL":
-            found.append(".".join(strings[-2:]))
-    return found
-
-
-def _pickle_of(path: Path) -> tuple[int, list[str]]:
-    """The protocol of a checkpoint's pickle, and the names that it imports."""
-    with path.open("rb") as file:
-        protocol = file.read(2)[-1]
-        file.seek(0)
-        if protocol != ord("K"):  # PK: torch.save's zip
-            # the old layout: magic number, version, machine, the object, its storages' names
-            pickles = [_imports(file) for _ in range(5) if file.peek(1)[:1] == b"\x80"]
-            return protocol, [name for names in pickles for name in names]
-    with zipfile.ZipFile(path) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        with archive.open(name) as pickled:
-            protocol = pickled.read(2)[-1]
-        with archive.open(name) as pickled:
-            return protocol, _imports(pickled)
-
-
-def _pickle_fault(path: Path) -> str:
-    """Why PyTorch's safe reader refuses a pickle, and what to do."""
-    try:
-        protocol, names = _pickle_of(path)
-    except Exception:  # damaged: an opcode, an argument or the zip; nothing runs
-        return f"no checkpoint that can be read, its pickle is damaged; {SAVE_WEIGHTS}"
-    foreign = [name for name in names if not PLAIN_IMPORT.fullmatch(name)]
-    if not foreign and protocol > 3:
+def _pickle_fault(refusal: str) -> str:
+    """Why PyTorch's safe reader refuses a pickle, by its words, and what to do."""
+    found = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", refusal)
+    if not found:
         return (
-            f"a plain state_dict, saved with pickle_protocol={protocol}, which PyTorch's safe "
-            "reader does not know: save it once more without pickle_protocol, "
-            "torch.save(network.state_dict(), 'member.pt')"
+            "no checkpoint that can be read, saved with another pickle_protocol than torch.save's "
+            f"own, or damaged; {SAVE_WEIGHTS}"
         )
-    if not foreign:
-        objects = [name for name in names if name.startswith("numpy.")]
-        what = f"it holds other things of numpy ({objects[-1]})" if objects else "it is damaged"
-        return f"no checkpoint that can be read, {what}; {SAVE_WEIGHTS}"
-    networks = [name for name in foreign if NETWORK_IMPORT.match(name)]
-    what = "a whole network, pickled" if networks else "no plain state_dict"
-    first = (networks or foreign)[0]
-    return f"refused, it is {what}, and unpickling it could run code ({first}); {SAVE_WEIGHTS}"
+    name = found[1]
+    what = "a whole network, pickled" if NETWORK.match(name) else "no plain state_dict"
+    return f"refused, it is {what}, and unpickling it could run code ({name}); {SAVE_WEIGHTS}"
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -266,8 +209,8 @@ def read_content(path: Path) -> Content:
             return _read_pickle(path)
     except FileNotFoundError:
         raise ValueError(no_such_checkpoint(path)) from None
-    except pickle.UnpicklingError:
-        fault = _pickle_fault(path)
+    except pickle.UnpicklingError as error:
+        fault = _pickle_fault(str(error))
     except Exception as error:  # a damaged file raises whatever it likes
         reason = re.split(r"\n|\. ", str(error))[0] or repr(error)  # PyTorch guesses on and on
         reason = "" if "weights_only" in reason else f": {reason}"  # no advice to run its code
