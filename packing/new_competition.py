@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from kernel.competition import SLOT, Competition, check_competition
 from kernel.files import json_text, write_text
 from kernel.image_folders import list_images, no_images_fault
-from kernel.images import check_header, is_coloured
+from kernel.images import GREY_MODES, check_header, is_coloured
 from kernel.mounts import SAMPLE
 from kernel.rle import is_empty_mark, number_fault
 from kernel.rows import Row, fits_header, no_csv_fault, read_lines, read_rows
@@ -66,32 +66,16 @@ def propose(sample: Path, images: Path) -> Proposal:
     slug = re.sub("[^a-z0-9_]+", "-", folder).strip("-_") or "my-competition"
     check_scoring(slug, f"{sample}: slug {slug}, as its folder is named")
     found = _find_layout(sample, header, rows, names, mask)
-    seen, unread = _look_at_images(images, names)
-    found |= seen
-    found |= {"slug": slug, "title": slug.replace("-", " ").capitalize()}
-    competition = Competition(**found)
+    seen, doubts = _look_at_images(images, names)
+    titled = {"slug": slug, "title": slug.replace("-", " ").capitalize()}
+    competition = Competition(**found | seen | titled)
     check_competition(competition)
     found_rows = read_rows(sample, competition, _code_fault).rows
     if fault := instances_fault(sample, found_rows, competition):
         raise ValueError(fault)
-    count = len({image for image, *_ in found_rows})
-    unsure = _list_unsure(competition, count, len(rows))
-    named = any(word in sample.name.lower() for word in ("sample", "submission"))
-    if not named and not fits_header(sample.with_name(SAMPLE), competition):
-        unsure.append(
-            f"layouts: {sample.name}'s alone; where the sample has another header, add one for it, "
-            "last: the last is written"
-        )
-    if unread:
-        unsure.append(
-            f"images: {len(unread)} of those looked at cannot be read, {unread[0]}; "
-            "the rows of such stay empty"
-        )
-    if not _is_named_as_masks(header[mask]):
-        unsure.append(f"column {header[mask]}: the masks, as its cells are run-length codes")
-    if not any(is_empty_mark(row[mask]) for row in rows):
-        unsure.append('empty: "", for the sample has no empty mask')
-    return Proposal(Competition(**found | {"n_images": count}), unsure)
+    competition = replace(competition, n_images=len({image for image, *_ in found_rows}))
+    doubts = [*_list_unsure(competition), *_doubt_table(sample, competition, rows, mask), *doubts]
+    return Proposal(competition, doubts)
 
 
 def _code_fault(row: Row) -> str | None:
@@ -109,15 +93,12 @@ def _code_fault(row: Row) -> str | None:
     )
 
 
-def _list_unsure(competition: Competition, count: int, rows: int) -> list[str]:
-    """What a sample of `count` images and `rows` did not show, and what was taken for it."""
+def _list_unsure(competition: Competition) -> list[str]:
+    """What a sample does not show, or may show of itself alone, and what was taken for it."""
     shown = () if competition.first_index else ("first_index",)  # by a start of 0
     unsure = [f"{name}: {taken}" for name, taken in ASK.items() if name not in shown]
-    for column, cell in competition.layouts[0].items():
-        if not SLOT.search(cell):
-            unsure.append(f"column {column}: always {cell!r}, as the sample's {rows} rows have it")
     unsure.append(f"slug, title: {competition.slug}, as the sample's folder is named")
-    unsure.append(f"n_images: {count}, the sample's; a hidden set may be larger")
+    unsure.append(f"n_images: {competition.n_images}, the sample's; a hidden set may be larger")
     named = [column for column, cell in competition.layouts[0].items() if "{class}" in cell]
     if competition.any_class is not None:
         unsure.append("classes: the sample names none, take them from train.csv")
@@ -130,6 +111,29 @@ def _list_unsure(competition: Competition, count: int, rows: int) -> list[str]:
         )
         unsure.append(f"classes: {classes}{more}, as the column {named[0]} has them, in that order")
     return unsure
+
+
+def _doubt_table(
+    sample: Path, competition: Competition, rows: list[list[str]], mask: int
+) -> list[str]:
+    """What a sample's header and `rows` leave open; the masks' column has the number `mask`."""
+    doubts = [
+        f"column {column}: always {cell!r}, as the sample's {len(rows)} rows have it"
+        for column, cell in competition.layouts[0].items()
+        if not SLOT.search(cell)
+    ]
+    named = any(word in sample.name.lower() for word in ("sample", "submission"))
+    if not named and not fits_header(sample.with_name(SAMPLE), competition):
+        doubts.append(
+            f"layouts: {sample.name}'s alone; where the sample has another header, add one for it, "
+            "last: the last is written"
+        )
+    column = list(competition.layouts[0])[mask]
+    if not _is_named_as_masks(column):
+        doubts.append(f"column {column}: the masks, as its cells are run-length codes")
+    if not any(is_empty_mark(row[mask]) for row in rows):
+        doubts.append('empty: "", for the sample has no empty mask')
+    return doubts
 
 
 def write_description(sample: Path, images: Path, path: Path) -> Proposal:
@@ -252,11 +256,12 @@ def _read_other(name: str, cells: list[str], layout: dict[str, str]) -> dict[str
 
 
 def _look_at_images(folder: Path, names: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return channels, bits and the most frequent size of some images, and which are not read."""
-    sizes, colour, deep, unread = Counter[tuple[int, int]](), False, False, list[str]()
+    """Return channels, bits and the most frequent size of some images, and what is in doubt."""
+    sizes, unread = Counter[tuple[int, int]](), list[str]()
+    colour, grey, depths = False, False, set[int]()
     for name in names[:: max(len(names) // SEEN, 1)]:
         try:
-            check_header((folder / name).read_bytes())
+            mode = check_header((folder / name).read_bytes())
         except (OSError, ValueError) as error:
             unread.append(f"{name}: {error}")
             continue
@@ -264,10 +269,22 @@ def _look_at_images(folder: Path, names: list[str]) -> tuple[dict[str, Any], lis
         if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
             continue
         sizes[pixels.shape[0], pixels.shape[1]] += 1
-        deep |= pixels.dtype == np.uint16
+        depths.add(8 * pixels.dtype.itemsize)
         colour |= is_coloured(pixels)
+        grey |= mode in GREY_MODES
     if not sizes:
         raise ValueError(f"{folder}: none of its images is read, like {(unread or names)[0]}")
+    doubts = []
+    if unread:
+        doubts.append(
+            f"images: {len(unread)} of those looked at cannot be read, {unread[0]}; "
+            "the rows of such stay empty"
+        )
+    if others := ["grey"] * (colour and grey) + ["of 8 bits"] * (len(depths) > 1):
+        doubts.append(
+            f"channels, bits: some images are {' or '.join(others)}, which only the kernel takes "
+            "with the others: save those like them"
+        )
     size = sizes.most_common(1)[0][0]
-    found = {"channels": 3 if colour else 1, "bits": 16 if deep else 8, "image_size": size}
-    return found, unread
+    found = {"channels": 3 if colour else 1, "bits": max(depths), "image_size": size}
+    return found, doubts

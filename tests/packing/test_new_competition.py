@@ -3,6 +3,7 @@
 import csv
 import gzip
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 from helpers import draw_image, error_of, exit_code
 
 import build_kernel
+from kernel.image_folders import open_images
 from kernel.shipped import find_competition, shipped_names
 from packing.new_competition import propose
 
@@ -205,6 +207,30 @@ def test_images_that_the_kernel_does_not_decode_are_named(side: int, tmp_path: P
     (images / "a_1.png").write_bytes(huge)
     with pytest.raises(ValueError, match=r"none of its images is read, like a_1\.png: .* pixels"):
         propose(sample, images)
+
+
+@pytest.mark.parametrize(
+    ("other", "kinds"),
+    [
+        (np.dstack([draw_image(seed) for seed in range(3)]), "grey"),
+        (draw_image(0).astype(np.uint16) * 99, "of 8 bits"),
+        (np.dstack([draw_image(seed) for seed in range(3)]) * np.uint16(257), "grey or of 8"),
+        (np.dstack([draw_image(0)] * 3), ""),  # grey, stored in three channels
+    ],
+)
+def test_images_of_several_kinds_are_named(other: np.ndarray, kinds: str, tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    cv2.imwrite(str(images / "b_2.png"), other)
+    proposal = propose(sample, images)
+    lines = [line for line in proposal.unsure if line.startswith("channels, bits: ")]
+    assert bool(lines) is bool(kinds)
+    assert all(f"some images are {kinds}" in line for line in lines)
+    for competition in (proposal.competition, replace(proposal.competition, channels=1, bits=8)):
+        if kinds:  # what the line says: neither will do
+            with pytest.raises(ValueError, match="correct it there, or save the images so"):
+                open_images(images, competition)
+        else:
+            open_images(images, competition)
 
 
 def test_a_competition_of_images_that_are_not_read_does_not_fit(tmp_path: Path) -> None:
