@@ -165,6 +165,23 @@ def _print_not_kept(out: Path, report: bool, cells: str) -> None:
         print(f"{out / 'kernel' / NOTEBOOK}: no build keeps what you wrote there:\n{cells}")
 
 
+def _find_sources(weights: Path, competition: Competition | None) -> tuple[Manifest, list[Path]]:
+    """The manifest of `weights` and its checkpoints; says what of the folder is not packed."""
+    if names := unfinished(weights):
+        print(
+            f"{weights / OUT_OF_FOLD}: not finished, so not packed: {', '.join(names)}; go on with "
+            "--fit --resume"
+        )
+    if not (weights / MANIFEST).is_file():
+        propose_manifest(weights / MANIFEST, competition or load_competition(weights))
+    manifest, sources = read_sources(weights, competition)
+    slug = manifest.competition.slug
+    check_scoring(slug, f"{weights}: competition {slug}")
+    if others := left_out(weights, sources):
+        print(f"not in {weights / MANIFEST}, so not packed: {', '.join(others)}")
+    return manifest, sources
+
+
 def build(
     weights: Path,
     out: Path,
@@ -183,18 +200,7 @@ def build(
     check_not_inside(out)
     if openvino:
         check_openvino()
-    if names := unfinished(weights):
-        print(
-            f"{weights / OUT_OF_FOLD}: not finished, so not packed: {', '.join(names)}; go on with "
-            "--fit --resume"
-        )
-    if not (weights / MANIFEST).is_file():
-        propose_manifest(weights / MANIFEST, competition or load_competition(weights))
-    manifest, sources = read_sources(weights, competition)
-    slug = manifest.competition.slug
-    check_scoring(slug, f"{weights}: competition {slug}")
-    if others := left_out(weights, sources):
-        print(f"not in {weights / MANIFEST}, so not packed: {', '.join(others)}")
+    manifest, sources = _find_sources(weights, competition)
     _check_inputs([weights, *sources], out)
     metadata = read_metadata(owner, manifest, notebook)
     wheels = fetch_wheels(WHEELS | OPENVINO_WHEEL if openvino else WHEELS)
