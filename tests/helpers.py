@@ -47,13 +47,9 @@ UNSHARE = ["unshare", "--map-root-user", "--net"]  # a command in front of anoth
 # --- real strips ----------------------------------------------------------------------------------
 
 STRIPS = Path(os.environ.get("SEVERSTAL_STRIPS", ROOT.parent / "shared" / "strips"))
-REAL = Path(os.environ.get("SEVERSTAL_REAL", ROOT.parent / "shared" / "real"))
 
 needs_strips = pytest.mark.skipif(
     not STRIPS.is_dir(), reason=f"no real strips in {STRIPS}: name theirs with SEVERSTAL_STRIPS"
-)
-needs_real = pytest.mark.skipif(
-    not REAL.is_dir(), reason=f"no real strips in {REAL}: name theirs with SEVERSTAL_REAL"
 )
 
 # --- images ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ FOUND = Path("mutants/kernel")  # a .meta a module
 KILLED = {1, 3, 24, -24, 36}  # mutmut's exit codes of a test that failed, and of one without an end
 # What runs only in processes of their own, on a GPU or in OpenVINO; and the texts of --help.
 ELSEWHERE = (
-    r"\.x(ǁ(OpenVino|Reference)ǁ.*|_(start_worker|start_log|parse_options|in_half_precision|device_usable"
+    r"\.x(ǁ(OpenVino|Reference)ǁ.*|_(start_worker|start_log|parse_options|device_usable"
     r"|load_openvino|load_checked_openvino|load_openvino_members|_join_halves|openvino_files|_share"
     r"|entry_of|reference_file|write_reference|read_reference|logits_of))__mutmut"
 )
