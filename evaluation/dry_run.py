@@ -53,6 +53,7 @@ from training.metrics import Scores
 from training.synthetic import Drawing, write_competition
 
 OPENVINO_FILES = ("*.xml", "*.bin", "*.reference", "openvino-*.whl")  # in a dataset
+SEED = 7  # of the synthetic strips
 RESULTS = ("submission.csv", "contact_sheet.png", "run.json", "report.json", "index.html")
 
 # --- the members on PyTorch -----------------------------------------------------------------------
@@ -257,7 +258,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "a train.csv of these strips: their Dice, and an ablation with a proposal"
     add("--ground-truth", type=Path, help=about)
     add("--strips", type=int, default=8, help="how many to draw where --images is not given")
-    add("--seed", type=int, default=7, help="of the synthetic strips")
     about = "seconds that the scored run may take, at most and by default the competition's limit"
     add("--budget-s", type=float, help=about)
     about = "a run.json from Kaggle: its rate replaces the assumed one, from now on"
@@ -285,7 +285,7 @@ def _run_bundle(
     if images is None:
         log.info("drawing %d synthetic strips", args.strips)
         size = competition.image_size or IMAGE_SIZE
-        drawing = Drawing(args.seed, size, evenly=True, competition=competition)
+        drawing = Drawing(SEED, size, evenly=True, competition=competition)
         write_competition(root / "steel", drawing, test=args.strips)
         mounted, truth_csv = root / "steel" / "test_images", root / "steel" / "test.csv"
         images = one_folder(mounted, competition)
