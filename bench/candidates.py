@@ -33,7 +33,8 @@ from kernel.tta import apply_flip
 from training.metrics import Masks
 
 CPU = torch.device("cpu")
-Predict = Callable[[Sequence[Path]], dict[str, Masks]]  # paths → every image's (classes, H, W)
+Found = tuple[dict[str, Masks], dict[str, float]]  # (classes, H, W), and ours: share of the flops
+Predict = Callable[[Sequence[Path]], Found]  # paths → every image's
 
 
 def encode(masks: Masks) -> Masks:
@@ -63,7 +64,7 @@ def as_public_kernels(bundle: Path) -> Predict:
     views = list(ttach.Compose([ttach.VerticalFlip(), ttach.HorizontalFlip()]))[:3]  # not both
 
     @torch.inference_mode()
-    def run(paths: Sequence[Path]) -> dict[str, Masks]:
+    def run(paths: Sequence[Path]) -> Found:
         sums: dict[str, Tensor] = {}
         for member in members:
             for start in range(0, len(paths), 2):
@@ -75,35 +76,28 @@ def as_public_kernels(bundle: Path) -> Predict:
                     for path, probabilities in zip(pair, found, strict=True):
                         sums[path.name] = sums.get(path.name, 0) + probabilities
         n_passes = len(members) * len(views)
-        return {
-            name: encode((total / n_passes > manifest.threshold).numpy())
-            for name, total in sums.items()
-        }
+        masks = {name: (total / n_passes > manifest.threshold) for name, total in sums.items()}
+        return {name: encode(each.numpy()) for name, each in masks.items()}, {}
 
     return run
 
 
-def load_scheduler(bundle: Path, image: Image, early_exit: bool) -> Scheduler:
-    """This project's own loading and scheduling, its engines checked on an image."""
-    manifest = load_manifest(bundle)
-    ensemble = load_ensemble(bundle, manifest, CPU, Stages(), image)
-    return Scheduler(ensemble, early_exit=early_exit)
-
-
 def ours(bundle: Path, image: Image, early_exit: bool) -> Predict:
     """The kernel's way: strip by strip, from the file to its run lengths."""
-    scheduler = load_scheduler(bundle, image, early_exit)
+    ensemble = load_ensemble(bundle, load_manifest(bundle), CPU, Stages(), image)
+    scheduler = Scheduler(ensemble, early_exit=early_exit)
 
-    def run(paths: Sequence[Path]) -> dict[str, Masks]:
+    def run(paths: Sequence[Path]) -> Found:
         strips = read_ahead(
             paths[0].parent, [path.name for path in paths], ahead=4, competition=SEVERSTAL
         )
-        masks = {}
+        masks, shares = dict[str, Masks](), dict[str, float]()
         for state in scheduler.predict_strips(strips, len(paths)):
             if state.fault:
                 raise RuntimeError(f"{state.strip.name}: {state.fault}")
             masks[state.strip.name] = encode(state.masks)
-        return masks
+            shares[state.strip.name] = scheduler.work(state).share
+        return masks, shares
 
     return run
 
@@ -198,7 +192,7 @@ def every_pass(manifest: Manifest, members: Sequence[Infer]) -> Predict:
     """Member by member and flip by flip, all strips of a pass at once."""
 
     @torch.inference_mode()
-    def run(paths: Sequence[Path]) -> dict[str, Masks]:
+    def run(paths: Sequence[Path]) -> Found:
         images = [image_to_tensor(read_image(path, SEVERSTAL)) for path in paths]
         totals = [torch.zeros(manifest.classes, *image.shape[-2:]) for image in images]
         for infer, flip in itertools.product(members, manifest.flips):
@@ -206,10 +200,10 @@ def every_pass(manifest: Manifest, members: Sequence[Infer]) -> Predict:
             for total, probabilities in zip(totals, found, strict=True):
                 total += apply_flip(probabilities, flip)[0]
         n_passes = len(members) * len(manifest.flips)
+        masks = [total / n_passes > manifest.threshold for total in totals]
         return {
-            path.name: encode((total / n_passes > manifest.threshold).numpy())
-            for path, total in zip(paths, totals, strict=True)
-        }
+            path.name: encode(each.numpy()) for path, each in zip(paths, masks, strict=True)
+        }, {}
 
     return run
 
@@ -236,7 +230,7 @@ def _set_up(load: Callable[[], Predict]) -> None:
     _running.append(load())
 
 
-def _take_turn(paths: Sequence[Path]) -> tuple[float, dict[str, Masks]]:
+def _take_turn(paths: Sequence[Path]) -> tuple[float, Found]:
     start = time.perf_counter()
     found = _running[0](paths)
     return time.perf_counter() - start, found
@@ -254,7 +248,7 @@ class Candidate:
         fresh = get_context("spawn")
         self.process = ProcessPoolExecutor(1, fresh, initializer=_set_up, initargs=(self.load,))
 
-    def run(self, paths: Sequence[Path]) -> tuple[float, dict[str, Masks]]:
+    def run(self, paths: Sequence[Path]) -> tuple[float, Found]:
         """Take a turn: seconds, and what was found. The first one sets the process up."""
         return self.process.submit(_take_turn, paths).result()
 

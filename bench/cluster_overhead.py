@@ -36,6 +36,7 @@ from unittest import mock
 import cv2
 import numpy as np
 import torch
+from strips import repeat, write_strips
 from torch import Tensor
 
 from kernel.checks import read_json
@@ -47,7 +48,6 @@ from kernel.logs import log
 from kernel.manifest import MANIFEST, MemberSpec
 from kernel.members import Member
 from kernel.scheduling import Scheduler
-from training import synthetic
 
 with needs("dev"):
     import psutil
@@ -69,20 +69,6 @@ STORE_BYTES = 300_000_000  # Ray's object store
 Figures = dict[str, Any]
 
 # --- a run's seconds a strip ----------------------------------------------------------------------
-
-
-def draw_strips(folder: Path, count: int) -> Path:
-    """Make a folder of `count` names for two synthetic strips, a clean one and one that is not."""
-    folder.mkdir()
-    for index in range(count):
-        path, first = folder / f"{index:07}.png", folder / f"{index % 2:07}.png"
-        if index > 1:
-            path.symlink_to(first)
-            continue
-        rng = np.random.default_rng([2020, index])
-        image, _ = synthetic.synthesize_strip(rng, (3,) if index else ())
-        cv2.imwrite(str(path), image)
-    return folder
 
 
 def written(output: Path) -> list[float]:
@@ -150,7 +136,8 @@ def _race(args: argparse.Namespace, ways: dict[str, Way]) -> Figures:
     found: dict[str, list[Figures]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        images = draw_strips(scratch / "images", args.strips)
+        pair = write_strips(scratch / "pair", 2)  # one clean, one not
+        images = repeat(pair, scratch / "images", args.strips)
         for _ in range(args.rounds):
             for name, run in ways.items():
                 found[name].append(run(args.bundle, images, scratch))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from strips import draw_strip
 from torch import Tensor, nn
 
 from kernel.batch_limits import GPU_BATCH_SIZE
@@ -37,7 +38,6 @@ from kernel.members import Member, build_network, load_member
 from kernel.scheduling import Scheduler
 from kernel.stages import Stages
 from packing.members import flops_of
-from training import synthetic
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -183,17 +183,6 @@ def race_compiler(
     }
 
 
-def draw_strips(count: int, size: Size) -> list[Image]:
-    """Synthetic strips, every other one clean."""
-    classes = ((), (3,), (), (4,))
-    rngs = [np.random.default_rng([2020, index]) for index in range(min(count, 8))]
-    drawn = [
-        synthetic.synthesize_strip(rng, classes[index % 4], size=size)[0]
-        for index, rng in enumerate(rngs)
-    ]
-    return [drawn[index % len(drawn)] for index in range(count)]
-
-
 def run_strips(ensemble: Ensemble, images: Sequence[Image], batch: int) -> dict[str, Any]:
     """Whole strips through the scheduler, with and without the early exit."""
     found: dict[bool, dict[str, Any]] = {}
@@ -245,13 +234,14 @@ def measure(args: argparse.Namespace) -> int:
         bundle = Path(scratch)
         manifest, shipped = write_bundle(args.weights, bundle)
         size = manifest.image_size or IMAGE_SIZE
-        image = draw_strips(1, size)[0]
-        ensemble = load_ensemble(bundle, manifest, device, Stages(), image=image)
+        drawn = [draw_strip(index, size) for index in range(min(args.strips, 8))]
+        images = [drawn[index % len(drawn)] for index in range(args.strips)]
+        ensemble = load_ensemble(bundle, manifest, device, Stages(), image=images[0])
         results |= {"weights": "shipped" if shipped else "random", "batch": args.batch}
         results["matrix_flops_a_second"] = peak = matrix_rate(device)
         sections: dict[str, Callable[[], Any]] = {
             "tests": run_tests,  # before the sweep, after which PyTorch keeps all memory
-            "strips": lambda: run_strips(ensemble, draw_strips(args.strips, size), args.batch),
+            "strips": lambda: run_strips(ensemble, images, args.batch),
             "members": lambda: race_members(bundle, ensemble, size, args.batch),
             "batches": lambda: sweep_batches(ensemble, peak, size, args.batches),
             "compiler": lambda: race_compiler(bundle, ensemble, size, args.batch),

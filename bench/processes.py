@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from strips import repeat
 from torch import nn
 
 from evaluation.kaggle_tree import environment_elsewhere
@@ -67,14 +68,6 @@ def run_script(dataset: Path, images: Path) -> Process:
         seconds = path.stat().st_mtime - start  # taking memory down is not waiting for a strip
         report = read_json(path)
     return Process(seconds, peak_kb / 2**20, report)
-
-
-def repeat(paths: list[Path], folder: Path, count: int) -> Path:
-    """A folder of `count` names for the same strips."""
-    folder.mkdir()
-    for index in range(count):
-        (folder / f"{index:05}.png").symlink_to(paths[index % len(paths)])
-    return folder
 
 
 def stub_bundle(folder: Path) -> Path:

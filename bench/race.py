@@ -17,41 +17,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import cv2
 import matplotlib
 import numpy as np
 import torch
-from candidates import EAGER, EARLY, EVERY, Candidate, candidates, encode, load_scheduler
+from candidates import EAGER, EARLY, EVERY, Candidate, candidates, encode
 from processes import measure_processes, process_lines
+from strips import write_strips
 
 from evaluation.inputs import sample_strips
-from kernel.checks import read_json
 from kernel.command import new_parser, run_command
 from kernel.competition import SEVERSTAL
 from kernel.files import write_json
 from kernel.images import read_image
 from kernel.logs import progress
 from kernel.manifest import load_manifest
-from kernel.read_ahead import read_ahead
-from training import synthetic
 from training.metrics import Masks, dice
 
 HERE = Path(__file__).parent
-CLASSES_DRAWN = ((), (3,), (), (4,), (), (1,), (), (3,))  # half of the strips are clean
 
 
 # --- the race -------------------------------------------------------------------------------------
-
-
-def draw_strips(folder: Path, count: int) -> list[Path]:
-    """Synthetic strips, every other one clean."""
-    paths = []
-    for index in range(count):
-        rng = np.random.default_rng([2020, index])
-        image, _ = synthetic.synthesize_strip(rng, CLASSES_DRAWN[index % len(CLASSES_DRAWN)])
-        paths.append(folder / f"{index:04}.png")
-        cv2.imwrite(str(paths[-1]), image)
-    return paths
 
 
 def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
@@ -59,33 +44,28 @@ def agreement(found: dict[str, Masks], reference: dict[str, Masks]) -> float:
     return float(np.mean([dice(found[name], masks) for name, masks in reference.items()]))
 
 
-def mean_share(bundle: Path, paths: Sequence[Path], clean: Sequence[Path]) -> dict[str, float]:
+def mean_share(shares: dict[str, float], clean: Sequence[Path]) -> dict[str, float]:
     """Share of all flops that early exit runs, over the clean strips and over all."""
-    scheduler = load_scheduler(bundle, read_image(paths[0], SEVERSTAL), early_exit=True)
-    strips = read_ahead(
-        paths[0].parent, [path.name for path in paths], ahead=4, competition=SEVERSTAL
-    )
-    shares = {
-        state.strip.name: scheduler.work(state).share for state in scheduler.predict_strips(strips)
-    }
     of_clean = {"clean": float(np.mean([shares[path.name] for path in clean]))} if clean else {}
     return of_clean | {"all": float(np.mean(list(shares.values())))}
 
 
 def race(runners: list[Candidate], paths: list[Path], rounds: int) -> dict[str, Any]:
-    """Seconds a strip of every candidate in every round, and what they found."""
+    """Seconds a strip of every candidate in every round, what they found, and their shares."""
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in runners}
     found: dict[str, dict[str, Masks]] = {}
+    shares: dict[str, dict[str, float]] = {}
     for candidate in runners:
         candidate.run(paths[:2])  # compiled and warm: a clean strip, and one that is not
     bar = progress(range(rounds * len(runners)), "race", "turn")
     for _ in range(rounds):
         for candidate in runners:
-            taken, found[candidate.name] = candidate.run(paths)
-            seconds[candidate.name].append(taken / len(paths))
+            name = candidate.name
+            taken, (found[name], shares[name]) = candidate.run(paths)
+            seconds[name].append(taken / len(paths))
             bar.update()
     bar.close()
-    return {"seconds": seconds, "found": found}
+    return {"seconds": seconds, "found": found, "shares": shares}
 
 
 def rle_ms(masks: Iterable[Masks]) -> float:
@@ -98,9 +78,7 @@ def rle_ms(masks: Iterable[Masks]) -> float:
     return median(taken)
 
 
-def summarise(
-    bundle: Path, result: dict[str, Any], paths: list[Path], clean: list[Path]
-) -> dict[str, Any]:
+def summarise(result: dict[str, Any], paths: list[Path], clean: list[Path]) -> dict[str, Any]:
     """Seconds and masks of a race, side by side."""
     seconds = {name: median(turns) for name, turns in result["seconds"].items()}
     found = result["found"]
@@ -109,7 +87,7 @@ def summarise(
         "strips": len(paths),
         "seconds_a_strip": seconds,
         "turns": result["seconds"],
-        "share_of_flops": mean_share(bundle, paths, clean),
+        "share_of_flops": mean_share(result["shares"][EARLY], clean),
         "same_masks_with_and_without": all(
             np.array_equal(found[EARLY][name], masks) for name, masks in found[EVERY].items()
         ),
@@ -134,10 +112,10 @@ def measure_race(dataset: Path, paths: list[Path], rounds: int, real: list[Path]
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "gigaflops_a_strip": flops / 1e9,
-        **summarise(dataset, result, paths, paths[::2]),
+        **summarise(result, paths, paths[::2]),
     }
     if real:
-        results["real"] = summarise(dataset, race(runners, real, rounds), real, [])
+        results["real"] = summarise(race(runners, real, rounds), real, [])
     for candidate in runners:
         candidate.process.shutdown()
     return results
@@ -217,25 +195,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--real", type=Path, help=about)
     parser.add_argument("--seed", type=int, default=2020, help="of that draw")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the three files")
-    about = "measure the processes alone, and keep the race that results.json holds"
-    parser.add_argument("--keep-race", action="store_true", help=about)
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> int:
     """Run the race and write its three files."""
     args.out.mkdir(parents=True, exist_ok=True)
-    dataset, kept = args.bundle.resolve() / "dataset", args.out / "results.json"
+    dataset = args.bundle.resolve() / "dataset"
     load_manifest(dataset)  # refused before an hour's work
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "strips").mkdir()
-        paths = draw_strips(Path(scratch) / "strips", args.strips)
-        if args.keep_race:
-            results = read_json(kept)
-        else:
-            real = sample_strips(args.real, args.strips, args.seed) if args.real else []
-            results = measure_race(dataset, paths, args.rounds, real)
-            write_results(results, args.out)  # a quarter of an hour, which --keep-race goes on from
+        paths = write_strips(Path(scratch) / "strips", args.strips)
+        real = sample_strips(args.real, args.strips, args.seed) if args.real else []
+        results = measure_race(dataset, paths, args.rounds, real)
+        write_results(results, args.out)  # what a quarter of an hour measured
         results |= measure_processes(dataset, paths, Path(scratch))
     write_results(results, args.out)
     print(table(results))

@@ -14,14 +14,14 @@ import numpy as np
 import processes
 import pytest
 import race
+import strips
 import torch
-from helpers import change_manifest, save_strips
+from helpers import SMALL, change_manifest, save_strips
 from torch import Tensor
 
 from kernel.competition import SEVERSTAL
 from kernel.images import read_image
 from kernel.manifest import load_manifest
-from training import synthetic
 
 
 def test_a_small_race_ends_with_its_three_files(
@@ -35,8 +35,8 @@ def test_a_small_race_ends_with_its_three_files(
     save_strips(tmp_path / "real", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
     dataset = Path(shutil.copytree(session_light, tmp_path / "dist" / "dataset"))
     change_manifest(dataset, flips=["none", "horizontal", "vertical"])  # as public kernels
-    small = functools.partial(synthetic.synthesize_strip, size=(64, 96))
-    monkeypatch.setattr(synthetic, "synthesize_strip", small)
+    small = functools.partial(strips.draw_strip, size=SMALL)
+    monkeypatch.setattr(strips, "draw_strip", small)
     command = ["race.py", "--bundle", str(dataset.parent), "--out", str(tmp_path / "out")]
     real = ["--real", str(tmp_path / "real")]
     monkeypatch.setattr(sys, "argv", [*command, "--strips", "2", "--rounds", "2", *real])
@@ -83,9 +83,12 @@ def test_the_way_of_public_kernels_finds_the_kernels_own_masks(
         coarse = cv2.resize(rng.uniform(0, 255, (4, 5)).astype(np.float32), (96, 64))
         paths.append(tmp_path / f"{seed}.png")
         cv2.imwrite(str(paths[-1]), coarse.astype(np.uint8))
-    found = candidates.as_public_kernels(dataset)(paths)
+    found, _ = candidates.as_public_kernels(dataset)(paths)
     image = read_image(paths[0], SEVERSTAL)
-    expected = candidates.ours(dataset, image, early_exit=True)(paths)
+    expected, shares = candidates.ours(dataset, image, early_exit=True)(paths)
+    assert (
+        shares.keys() == expected.keys() and 0 < min(shares.values()) <= max(shares.values()) <= 1
+    )
     assert 0.01 < np.mean([masks.mean() for masks in expected.values()]) < 0.99
     assert found.keys() == expected.keys()
     assert race.agreement(found, expected) > 0.999
