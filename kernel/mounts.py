@@ -112,48 +112,51 @@ def find_loose(tops: Iterable[Path], names: Set[str], competition: Competition) 
 
 
 def _find_below(
-    tops: Iterable[Path], names: Set[str], competition: Competition
+    tops: Sequence[Path], names: Set[str], competition: Competition
 ) -> dict[str, Place]:
     """Name → place of some images below folders, of one that is in several the first's.
 
-    In each a loose image goes before a zipped one, which may be damaged; those that are nowhere are
-    looked for under other suffixes.
+    In each a loose image goes before a zipped one, which may be damaged. Where none is found, a
+    test set is looked for whose images have another suffix.
     """
     steps = [(find, top) for top in tops for find in (_find_loose, _find_zipped)]
-    steps += [(_find_other_suffix, top) for top in tops]
     found: dict[str, Place] = {}
     for find, top in steps:
         if missing := names - found.keys():
             found |= find(top, missing, competition)
-    return found
+    others = (_find_other_suffix(top, names, competition) for top in tops)
+    return found or next(filter(None, others), {})
 
 
 def _find_loose(top: Path, names: Set[str], competition: Competition) -> dict[str, Path]:
-    """Those of some images that lie loose, each from the folder that holds most."""
+    """Those of some images that lie loose, each from the first of `_rank`."""
     if competition.image_path:
         paths = image_paths(top, competition, names)
         return {name: paths[name] for name in paths.keys() & names}
-    held = _most_first({folder: names & set(files) for folder, files in walk_folders(top)})
+    held = _rank(top, {folder: names & set(files) for folder, files in walk_folders(top)})
     return {name: folder / name for folder in reversed(held) for name in held[folder]}
 
 
 def _find_zipped(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
-    """Those of some images that are in zips, each from the zip that holds most."""
+    """Those of some images that are in zips, each from the first of `_rank`."""
     zips = [path for path in _list_files(top) if path.suffix == ".zip"]
     listed = {archive: list_zip(archive, names, competition.name_of_file) for archive in zips}
-    held = _most_first({archive: found.keys() for archive, found in listed.items()})
+    held = _rank(top, {archive: found.keys() for archive, found in listed.items()})
     return {name: InZip(each, listed[each][name]) for each in reversed(held) for name in held[each]}
 
 
 def _find_other_suffix(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
-    """Those of some images that have another suffix; where several files have one's stem, none."""
+    """Those of a test set that have another suffix; where several of its files have a stem, none.
+
+    Of files elsewhere one may be a mask.
+    """
     suffixes = {PurePosixPath(name).suffix for name in names}
     suffixes = {suffix for suffix in suffixes if suffix.lower() in IMAGE_SUFFIXES}
     places: dict[str, list[Place]] = {}
     for path, place in _list_contents(top):
         for suffix in suffixes if path.suffix.lower() in IMAGE_SUFFIXES else ():
             name = competition.name_of_file(str(path.with_suffix(suffix)))
-            if name in names:
+            if name in names and _is_test_set(str(place).rpartition("/")[0], top):
                 places.setdefault(name, []).append(place)
     found = {name: each[0] for name, each in places.items() if len(each) == 1}
     if found:
@@ -181,11 +184,16 @@ def _list_contents(top: Path) -> Iterator[tuple[PurePosixPath, Place]]:
             yield PurePosixPath(path), InZip(file, path)
 
 
-def _most_first(held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:
-    """Sort places by how many of a sample's images they hold; of equals a test set is first."""
+def _is_test_set(place: Path | str, top: Path) -> bool:
+    """Whether a folder or zip is a test set's, by its path below `top`."""
+    return bool(TEST_SET.search(str(place).removeprefix(str(top)).lower()))
 
-    def order(place: Path) -> tuple[int, int, Path]:
-        return -len(held[place]), -len(TEST_SET.findall(str(place).lower())), place
+
+def _rank(top: Path, held: Mapping[Path, Set[str]]) -> dict[Path, Set[str]]:
+    """Sort places: test sets first, then by how many of a sample's images they hold."""
+
+    def order(place: Path) -> tuple[bool, int, Path]:
+        return not _is_test_set(place, top), -len(held[place]), place
 
     ranked = sorted(filter(held.get, held), key=order)
     if len(ranked) > 1 and (both := held[ranked[0]] & held[ranked[1]]):

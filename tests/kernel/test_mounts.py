@@ -242,6 +242,12 @@ def test_of_two_folders_that_hold_the_same_names_it_is_the_test_set_and_both_are
     assert line.endswith("like 'a.jpg': the first's are taken; name the right folder with --images")
 
 
+def test_a_missing_test_image_leaves_the_others_to_the_test_set(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "test/a.jpg", "train/a.jpg", "train/b.jpg", "train/c.jpg")
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
+    assert found == {"a.jpg": "test/a.jpg", "b.jpg": "train/b.jpg"}
+
+
 OTHER_NAMES = ("sample_submission_v2.csv", "sampleSubmission.csv", "stage1_Submission.CSV")
 
 
@@ -457,31 +463,37 @@ def test_a_damaged_zip_of_a_sample_costs_no_other(
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_images_with_another_suffix_than_the_csvs_names_are_predicted(
+def test_a_test_set_with_another_suffix_than_the_csvs_names_is_predicted(
     zipped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ["a.png", "slice_1.50.png", "c.png", "d.png"]
+    names = ["a.png", "slice_1.50.png", "c.png", "d.png", "e.png"]
     rows = "".join(f"{name},1 1,0\n" for name in names)
     write(tmp_path / COMPETITION / SAMPLE, f"ImageId,EncodedPixels,ClassId\n{rows}")
-    held = ["a.jpeg", "slice_1.50.PNG", "c.png", "c.jpg", "d.txt", "x.jpeg"]
+    held = ["a.jpeg", "slice_1.50.PNG", "c.bmp", "c.jpg", "d.txt", "x.jpeg"]
     files = {f"test/{file}": file for file in held}
     if zipped:
         write_zip(tmp_path / COMPETITION / "test.zip", files)
     else:
         for place, text in files.items():
             write(tmp_path / COMPETITION / place, text)
+    write(tmp_path / COMPETITION / "masks" / "e.jpeg")
     found = contents(unpacked(tmp_path).images)
-    assert found == {"a.png": "a.jpeg", "slice_1.50.png": "slice_1.50.PNG", "c.png": "c.png"}
+    assert found == {"a.png": "a.jpeg", "slice_1.50.png": "slice_1.50.PNG"}
     [line] = [line for line in caplog.messages if "another suffix" in line]
     assert ": 2 images have another suffix than the sample" in line
     assert line.endswith("a.jpeg for 'a.png': they are predicted")
 
 
-def test_of_two_images_of_a_stem_none_is_taken(tmp_path: Path) -> None:
-    mount_test_set(tmp_path, "images/a.png", "masks/a.bmp", "images/b.png")
-    assert contents(find_task(Options(input=tmp_path), SEVERSTAL).images) == {
-        "b.jpg": "images/b.png"
-    }
+def test_where_one_image_has_its_name_no_file_of_another_suffix_is_taken(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "test/a.jpg", "test_masks/b.png")
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
+    assert found == {"a.jpg": "test/a.jpg"}
+
+
+def test_a_file_of_another_suffix_that_is_no_test_sets_is_not_taken(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "train_masks/a.png", "train_masks/test_b.png")
+    with pytest.raises(ValueError, match=r"no folder or zip below .* holds the images"):
+        find_task(Options(input=tmp_path), SEVERSTAL)
 
 
 def test_image_path_names_images_with_another_suffix_too(tmp_path: Path) -> None:
