@@ -26,7 +26,7 @@ MASKS = ("rle", "mask", "pixel", "predict", "segment", "encod")  # in a mask col
 SEEN = 32  # images that are looked at
 SHOWN = 6  # classes that are listed
 ASK = {  # what neither a sample nor images show
-    "run_order": "down the columns, as most have it",
+    "run_order": "down the columns; a fit warns where train.csv's masks look as if along the rows",
     "first_index": "1, as most have it",
     "starts": "absolute; relative ones, which count from the run before, are not written",
     "mask_size": "null, the image's own",

@@ -3,6 +3,7 @@
 import difflib
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,11 @@ from kernel.images import Size, read_image, size_of
 from kernel.logs import log, progress
 from kernel.rle import decode_rle, join_rles, rle_fault
 from kernel.rows import Row, read_rows
+from kernel.validator import check_image, unlikely_masks
 from training.metrics import Masks
 
 NEAREST = cv2.INTER_NEAREST
+LOOKED_AT = 32  # images whose masks are looked at before a fit or a score
 
 Rles = dict[str, dict[int, str]]  # image → class → RLE; one without a mask may be missing
 Truth = Rles  # an image that it does not name is clean
@@ -72,6 +75,18 @@ def check_names(truth: Truth, names: Collection[str], path: Path, folder: Path) 
     )
 
 
+def warn_of_unlikely_masks(
+    truth: Truth, names: Collection[str], path: Path, folder: Path, competition: Competition
+) -> None:
+    """Log what real masks do not have, of some, as where the description has another order."""
+    masked = sorted(name for name in names if truth.get(name))
+    own = replace(competition, mask_size=None)  # here they are of their image's size
+    some = masked[:: max(len(masked) // LOOKED_AT, 1)]
+    stats = [each for name in some for each in check_image(folder, name, truth[name], own)[1]]
+    for text in unlikely_masks(stats, own):
+        log.warning("%s, read as %s's description says: %s", path, competition.slug, text)
+
+
 def decode_masks(truth: Truth, name: str, size: Size, competition: Competition) -> Masks:
     """Return the masks (classes, H, W) of one image; one that `truth` does not name is clean.
 
@@ -96,7 +111,8 @@ def check_masks(
 ) -> None:
     """Raise ValueError for a mask that leaves its image; images that cannot be read are skipped.
 
-    The message names the csv at `path`. Every image of `folder` that has a mask is read.
+    The message names the csv at `path`. Every image of `folder` that has a mask is read, and
+    `warn_of_unlikely_masks` called.
     """
     for name in progress(sorted(truth.keys() & set(names)), "ground truth", "image"):
         try:
@@ -107,6 +123,7 @@ def check_masks(
             decode_masks(truth, name, size, competition)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+    warn_of_unlikely_masks(truth, names, path, folder, competition)
 
 
 def decode_scored_masks(truth: Truth, name: str, size: Size, competition: Competition) -> Masks:

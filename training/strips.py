@@ -11,7 +11,13 @@ from kernel.faults import one_line
 from kernel.image_folders import open_images
 from kernel.images import Image, read_image, size_of
 from kernel.logs import log
-from training.ground_truth import Truth, check_names, decode_masks, read_truth
+from training.ground_truth import (
+    Truth,
+    check_names,
+    decode_masks,
+    read_truth,
+    warn_of_unlikely_masks,
+)
 from training.metrics import Masks
 
 Pair = tuple[Image, Masks]  # an image, and its masks (classes, H, W)
@@ -87,7 +93,7 @@ def read_each(paths: Iterable[Path], what: str, competition: Competition) -> Ite
 
 
 def read_strips(data: Path, competition: Competition) -> Strips:
-    """Read what train.csv says of every image of `data`/train_images.
+    """Read what train.csv says of every image of `data`/train_images; log masks that look odd.
 
     Raises:
         ValueError: train.csv is missing, cannot be read, or names an image that is not there; or an
@@ -103,6 +109,7 @@ def read_strips(data: Path, competition: Competition) -> Strips:
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(f"{data}: train.csv names {missing[0]}{others}, which train_images lacks")
+    warn_of_unlikely_masks(truth, names, path, folder, competition)
     return Strips(folder, names, truth, competition)
 
 

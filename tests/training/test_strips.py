@@ -9,6 +9,8 @@ from helpers import CLASSES, LABELS, SMALL, draw_image, save_image
 
 from kernel import images
 from kernel.competition import SEVERSTAL
+from kernel.rle import encode_rle
+from training.ground_truth import check_masks
 from training.strips import Strips, check_classes, read_each, read_strips
 
 
@@ -73,6 +75,24 @@ def test_a_truth_of_other_names_is_refused_with_one_of_each(tmp_path: Path) -> N
     data = write_data(tmp_path, "a.jpg,1,1 2\n")
     with pytest.raises(ValueError, match=r"it names 'a\.jpg', the folder has 'a\.png'"):
         read_strips(data, SEVERSTAL)
+
+
+def test_masks_that_the_description_reads_in_the_other_order_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = replace(SEVERSTAL, run_order="rows", mask_size=(16, 24))  # of a submission's masks
+    mask = np.zeros(SMALL, bool)
+    mask[10:40, 20:70] = True
+    code = encode_rle(mask, rows)
+    data = write_data(tmp_path, f"a.png,1,{code}\nb.png,2,{code}\n")
+    for competition in (rows, replace(rows, run_order="columns")):
+        assert not caplog.messages
+        strips = read_strips(data, competition)
+        check_masks(strips.truth, strips.names, data / "train.csv", strips.folder, competition)
+    assert len(caplog.messages) == 2
+    for line in caplog.messages:
+        assert line.startswith(f"{data / 'train.csv'}, read as {rows.slug}'s description says: ")
+        assert "is the RLE written along the rows" in line
 
 
 def test_only_images_are_strips(tmp_path: Path) -> None:
