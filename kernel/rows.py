@@ -261,7 +261,8 @@ def _pattern(template: str, competition: Competition) -> re.Pattern[str]:
     names = [*competition.classes, competition.any_class or competition.classes[0]]
     names.sort(key=len, reverse=True)  # of two that a cell begins with, the longer
     slots = {name: f"(?P<{name}>.*)" for name in ("image", "mask")}
-    slots["class"] = f"(?P<class>{'|'.join(map(re.escape, names))})"
+    blanks = r"\s*" if template == "{class}" else ""  # of the image's name they may be a part
+    slots["class"] = f"{blanks}(?P<class>{'|'.join(map(re.escape, names))}){blanks}"
     parts = SLOT.split(template)  # literal, slot, literal, …
     text = [slots[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)]
     return re.compile("".join(text), re.DOTALL)

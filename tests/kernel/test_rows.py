@@ -64,6 +64,7 @@ def test_what_pandas_writes_is_read_as_pandas_reads_it(
         ("EncodedPixels,ImageId_ClassId", "1 3,b.jpg_2", ("b.jpg", 2, "1 3")),
         ("ImageId,EncodedPixels,ClassId", "b.jpg,1 3,0", ("b.jpg", 0, "1 3")),
         ("ImageId,ClassId,EncodedPixels", "b.jpg,2,1 3", ("b.jpg", 2, "1 3")),
+        ("ImageId,ClassId,EncodedPixels", " b.jpg, 2 ,1 3", (" b.jpg", 2, "1 3")),
         ("ImageId_ClassId,EncodedPixels", "a_b_1.jpg_4,", ("a_b_1.jpg", 4, "")),
         ("ImageId,EncodedPixels,ClassId", '"NA",,"3"', ("NA", 3, "")),
     ],
