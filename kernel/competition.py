@@ -206,12 +206,14 @@ def parse_competition(entries: dict[str, Any], path: Path) -> Competition:
     """Return the description in the JSON object of the file `path`.
 
     Raises:
-        ValueError: a field is unknown or of another type, or a rule is broken.
+        ValueError: a field is unknown or of another type, `slug` is missing, or a rule is broken.
     """
     sequences = ("classes", "image_size", "images_with_class", "layouts", "mask_size",
                  "median_areas")  # fmt: skip
     try:
         check_fields(entries, Competition, "the description")
+        if "slug" not in entries:  # its default is the competition that the kernel would mount
+            raise ValueError("lacks slug, the competition's name in its address")
         competition = Competition(**with_tuples(entries, sequences))
         check_competition(competition)
     except ValueError as error:

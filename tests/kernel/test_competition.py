@@ -224,10 +224,15 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_description_is_refused_for(case: str, tmp_path: Path) -> None:
     changes, message = FAULTS[case]
-    (tmp_path / "competition.json").write_text(json.dumps(changes))
+    (tmp_path / "competition.json").write_text(json.dumps({"slug": "mine"} | changes))
     with pytest.raises(ValueError, match=message) as error:
         load_competition(tmp_path)
     assert str(error.value).startswith(str(tmp_path / "competition.json"))
+
+
+def test_a_description_without_a_slug_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mine\.json: lacks slug, the competition's name in its"):
+        parse_competition({"classes": ["a"]}, Path("mine.json"))
 
 
 def test_classes_that_only_look_alike_or_stand_apart_are_taken() -> None:
@@ -285,8 +290,9 @@ def test_the_schema_has_every_field_with_its_default_and_the_shipped_ones_keep_t
     assert defaults == json.loads(json.dumps(asdict(Competition())))
     for path in sorted((ROOT / "competitions").glob("*.json")):
         jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"clases": []}, schema)
+    for faulty in ({"slug": "mine", "clases": []}, {}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(faulty, schema)
 
 
 def test_a_suffix_that_no_image_has_is_what_the_message_speaks_of(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def errors_in(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 # --- samples that the description does not fit ----------------------------------------------------
 
 DESCRIPTION: dict[str, Any] = {
+    "slug": "severstal-steel-defect-detection",
     "layouts": [{"id": "{image}_{class}", "rle": "{mask}", "set": "public"}],
     "empty": "-1",
 }
