@@ -28,6 +28,8 @@ Size = tuple[int, int]  # (H, W)
 
 JPEG = b"\xff\xd8"  # its first bytes
 ORIENTATION = 0x112  # EXIF's and TIFF's tag
+BITS, PLANES, ALPHA = 258, 284, 338  # TIFF's: bits a sample, 2 where each colour lies apart, …
+STRAIGHT = 2  # … and its colours are not multiplied by it
 MAX_PIXELS = 50_000_000  # 122 strips' worth; a larger image would take the run's memory
 
 
@@ -150,6 +152,8 @@ def decode_image(
             _check_whole(data, colour)
         if data.startswith(JPEG) and competition.image_size not in (None, size_of(pixels)):
             check_height(data)
+        if mode == "RGBA" and pixels.dtype == np.uint8:
+            pixels = _without_alpha(data, pixels)
         if colour and mode in GREY_MODES:
             _log_other(name, "grey", "channels 3", "its grey stands for each")
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if colour else pixels
@@ -165,16 +169,27 @@ def check_header(data: bytes) -> str:
             warnings.simplefilter("ignore")  # of a large image, which is judged here
             header = PIL.Image.open(io.BytesIO(data))
             width, height = header.size
-            turned = header.format == "TIFF" and header.getexif().get(ORIENTATION, 1) != 1
+            tags = header.getexif() if header.format == "TIFF" else {}
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     except (OSError, SyntaxError) as error:  # what Pillow raises for a header that is none
         raise ValueError(f"{len(data)} bytes that are no image") from error
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are decoded")
-    if turned:  # OpenCV turns these whatever it is told
+    if tags.get(ORIENTATION, 1) != 1:  # OpenCV turns these whatever it is told
         raise ValueError("a TIFF that is to be shown turned; save it as its masks lie")
+    if tags.get(PLANES) == 2 and header.mode[:3] == "RGB" and np.max(tags.get(BITS, 8)) > 8:
+        raise ValueError("a TIFF of 16 bits whose colours lie apart, misread; save it as PNG")
     return header.mode
+
+
+def _without_alpha(data: bytes, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What a TIFF with 8-bit alpha stores; OpenCV, of the same shape, multiplies it by that."""
+    image = PIL.Image.open(io.BytesIO(data))
+    if image.format != "TIFF" or image.getexif().get(ALPHA) != STRAIGHT:
+        return pixels
+    code = cv2.COLOR_RGBA2GRAY if pixels.ndim == 2 else cv2.COLOR_RGBA2BGR
+    return cv2.cvtColor(np.asarray(image), code)
 
 
 def _check_whole(data: bytes, colour: bool) -> None:

@@ -1,9 +1,11 @@
 """Images: any file of a strip becomes the same grey pixels, or is refused by its name."""
 
 import contextlib
+import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -71,6 +73,21 @@ def test_an_odd_file_has_the_greys_of_the_plain_one(case: str, tmp_path: Path) -
     assert found.dtype == np.uint8
     assert SMOOTH.std() > 20
     assert np.abs(found.astype(int) - SMOOTH).max() <= tolerance
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_colours_beside_an_alpha_channel_are_those_that_are_stored(
+    suffix: str, channels: int, tmp_path: Path
+) -> None:
+    stored = np.dstack([SMOOTH, SMOOTH.T[:64, :64].repeat(2, 1)[:, :96], 255 - SMOOTH, SMOOTH // 2])
+    path = tmp_path / f"a{suffix}"
+    PIL.Image.fromarray(stored).save(path)
+    found = read_image(path, replace(SEVERSTAL, channels=channels))
+    plain = PIL.Image.fromarray(stored[..., :3])
+    expected = np.asarray(plain if channels == 3 else plain.convert("L"), int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= (channels == 1)
 
 
 @pytest.mark.parametrize("name", ["a strip.png", "Stahl-Bänder_№1.png", "鋼.png"])
@@ -190,6 +207,19 @@ def test_a_tiff_that_is_to_be_shown_turned_is_refused(orientation: int, tmp_path
         read_image(tmp_path / "a.jpg", SEVERSTAL)
 
 
+def test_a_tiff_of_16_bits_whose_colours_lie_apart_is_refused(tmp_path: Path) -> None:
+    shades = np.dstack([draw_image(seed) for seed in range(3)]).astype(np.uint16) * 257
+    data, together = encode_image(".tif", shades), struct.pack("<HHIHH", 284, 3, 1, 1, 0)
+    (tmp_path / "a.tif").write_bytes(data)
+    colour = replace(SEVERSTAL, channels=3, bits=16)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", colour)[..., ::-1], shades)
+    assert data.count(together) == 1
+    apart = data.replace(together, struct.pack("<HHIHH", 284, 3, 1, 2, 0))
+    (tmp_path / "a.tif").write_bytes(apart)
+    with pytest.raises(ValueError, match=r"a\.tif: a TIFF of 16 bits whose colours lie apart"):
+        read_image(tmp_path / "a.tif", colour)
+
+
 # --- padding --------------------------------------------------------------------------------------
 
 
@@ -258,12 +288,12 @@ KINDS: dict[str, tuple[np.ndarray, Competition, str]] = {
 @pytest.mark.parametrize("case", KINDS)
 def test_a_look_at_the_images_tells_another_colour_or_depth(case: str, tmp_path: Path) -> None:
     image, competition, fault = KINDS[case]
-    names = [f"{number:02}.png" for number in range(40)]
+    names = [f"{number:02}.tif" for number in range(40)]
     for name in names[:-2]:
-        save_image(tmp_path / name, image)
+        cv2.imwrite(str(tmp_path / name), image)
     (tmp_path / names[-1]).write_text("no image: the run names it")
     if fault:
-        with pytest.raises(ValueError, match=rf"00\.png: {fault}: correct it there"):
+        with pytest.raises(ValueError, match=rf"00\.tif: {fault}: correct it there"):
             check_kinds(tmp_path, names, competition)
     else:
         check_kinds(tmp_path, names, competition)
