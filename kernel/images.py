@@ -105,9 +105,11 @@ def _kind_fault(data: bytes, competition: Competition) -> str:
     except ValueError:
         return ""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+    if pixels is None:
         return ""
     says, bits = f"{competition.slug}'s competition.json says", 8 * pixels.dtype.itemsize
+    if pixels.dtype not in (np.uint8, np.uint16):
+        return f"of {pixels.dtype}, {says} bits {competition.bits}"
     if competition.channels == 1 and is_coloured(pixels):
         return f"in colour, {says} channels 1"
     if competition.channels == 3 and mode in GREY_MODES:

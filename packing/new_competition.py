@@ -267,6 +267,7 @@ def _look_at_images(folder: Path, names: list[str]) -> tuple[dict[str, Any], lis
             continue
         pixels = cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED)
         if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+            unread.append(f"{name}: pixels are {getattr(pixels, 'dtype', 'not decoded')}")
             continue
         sizes[pixels.shape[0], pixels.shape[1]] += 1
         depths.add(8 * pixels.dtype.itemsize)

@@ -282,6 +282,7 @@ KINDS: dict[str, tuple[np.ndarray, Competition, str]] = {
     "grey for colour": (GREY, RGB, "grey, .* says channels 3"),
     "16 bits for 8": (DEEP_GREY, Competition(), "of 16 bits, .* says bits 8"),
     "8 bits for 16": (GREY, DEEP, "of 8 bits, .* says bits 16"),
+    "floats for 8": (GREY.astype(np.float32), Competition(), "of float32, .* says bits 8"),
 }
 
 

@@ -198,7 +198,6 @@ def test_images_that_the_kernel_does_not_decode_are_named(side: int, tmp_path: P
     huge[16:24] = side.to_bytes(4, "big") * 2  # its width and height
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     (images / "huge.png").write_bytes(huge)
-    cv2.imwrite(str(images / "float.tiff"), draw_image(0).astype(np.float32))
     proposal = propose(sample, images)
     assert proposal.competition.image_size == (64, 96)
     [line] = [line for line in proposal.unsure if line.startswith("images: ")]
@@ -231,6 +230,17 @@ def test_images_of_several_kinds_are_named(other: np.ndarray, kinds: str, tmp_pa
                 open_images(images, competition)
         else:
             open_images(images, competition)
+
+
+def test_images_of_other_values_than_the_kernel_reads_are_named(tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    cv2.imwrite(str(images / "float.tiff"), draw_image(0).astype(np.float32))
+    said = "images: 1 of those looked at cannot be read, float.tiff: pixels are float32; the rows "
+    assert any(line.startswith(said) for line in propose(sample, images).unsure)
+    (images / "a_1.png").unlink()
+    (images / "float.tiff").rename(images / "a_1.tiff")
+    with pytest.raises(ValueError, match=r"is read, like a_1\.tiff: pixels are float32"):
+        propose(sample, images)
 
 
 def test_a_competition_of_images_that_are_not_read_does_not_fit(tmp_path: Path) -> None:
