@@ -124,8 +124,8 @@ def read_rows(
     An image is named as its file is, suffix and all. A row for every class of its image has class
     0. An index column is ignored. Bytes that are not UTF-8 are kept as they are. A mask of
     `SPREADSHEET_CELL` characters is what a spreadsheet has left of a longer one, but in a file
-    `from_kernel`, which none has saved. In the scored run a cell of a template without a slot may
-    be any: the layout keeps the row's own; and a row that does not fit stays, as one without image,
+    `from_kernel`, which none has saved. A cell of a template without a slot may be any: the layout
+    keeps the row's own. In the scored run a row that does not fit stays, as one without image,
     where another fits.
 
     Raises:
@@ -234,7 +234,7 @@ def _parse_header(
         own = dict[str, str]()
         for column, pattern in patterns.items():
             match = pattern.fullmatch(row[column])
-            if not match and not pattern.groups and is_scored_run():
+            if not match and not pattern.groups:
                 own[column] = row[column]
                 continue
             if not match:

@@ -118,7 +118,7 @@ def _doubt_table(
 ) -> list[str]:
     """What a sample's header and `rows` leave open; the masks' column has the number `mask`."""
     doubts = [
-        f"column {column}: always {cell!r}, as the sample's {len(rows)} rows have it"
+        f"column {column}: no class, each row's cell is kept, like {cell!r}"
         for column, cell in competition.layouts[0].items()
         if not SLOT.search(cell)
     ]
@@ -206,16 +206,21 @@ def _find_layout(
             cells = [row[column] for row in rows]
             template, classes = _split_cells(cells, known)
             if template:
-                layout = {header[column]: template, header[mask]: "{mask}"}
+                layout = {
+                    name: cell.strip() or "-" for name, cell in zip(header, rows[0], strict=True)
+                }
+                layout |= {header[column]: template, header[mask]: "{mask}"}
                 found: dict[str, Any] = {"suffix": suffix, "classes": classes or ("mask",)}
-                for other in set(others) - {column}:
-                    found |= _read_other(header[other], [row[other] for row in rows], layout)
+                rest = {header[i]: [row[i] for row in rows] for i in others if i != column}
+                if not classes and (named := _class_column(rest, len(set(cells)))):
+                    found |= _read_classes(rest[named])
+                    layout[named] = "{class}"
                 masks = [row[mask].strip() for row in rows]
                 tokens = Counter(filter(is_empty_mark, masks))
                 found["empty"] = tokens.most_common(1)[0][0] if tokens else ""
                 starts = (cell.split()[0] for cell in masks if not is_empty_mark(cell))
                 found["first_index"] = 0 if "0" in starts else 1
-                return found | {"layouts": ({name: layout[name] for name in header},)}
+                return found | {"layouts": (layout,)}
     raise ValueError(
         f"{sample}: line 2: {','.join(rows[0])[:60]} names no image of the folder, which has "
         f"{names[0]!r}; give a folder with some of the sample's images, each one file; {NESTED_YET}"
@@ -240,13 +245,21 @@ def _split_cells(cells: list[str], known: set[str]) -> tuple[str, tuple[str, ...
     return "", ()
 
 
-def _read_other(name: str, cells: list[str], layout: dict[str, str]) -> dict[str, Any]:
-    """Add a column that names no image to the layout; return what it says of the classes."""
+def _class_column(columns: dict[str, list[str]], images: int) -> str | None:
+    """Which column, name → cells, has the classes: one so called, or the first of a few values."""
+    called = [name for name in columns if "class" in name.lower()]
+    counts = {name: len(set(cells)) for name, cells in columns.items()}
+    few = [  # not a number of the row, or the like
+        name
+        for name, count in counts.items()
+        if 1 < count < len(columns[name]) or 1 == images < count
+    ]
+    return next(iter(called + few), None)
+
+
+def _read_classes(cells: list[str]) -> dict[str, Any]:
+    """What the cells of the classes' column say of them; a single one stands for all."""
     values = tuple(dict.fromkeys(cells))
-    if len(values) == 1 and "class" not in name.lower():
-        layout[name] = values[0]  # the same in every row
-        return {}
-    layout[name] = "{class}"
     if len(values) > 1:
         return {"classes": values}
     return {"classes": ("1",) if values[0] != "1" else ("2",), "any_class": values[0]}

@@ -173,14 +173,14 @@ def test_a_row_that_does_not_fit_is_refused_elsewhere(
     assert f"{sample}: line {n_lines}: names no class" in error_of(capsys.readouterr().err)
 
 
-def test_a_constant_cell_that_differs_stays_the_rows_own(
-    light_bundle: Path, mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_cell_that_a_template_does_not_fill_in_stays_the_rows_own(
+    scored: bool, light_bundle: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(SCORED, "1" if scored else "")
     description = DESCRIPTION | {"any_class": "all"}
     (light_bundle / "competition.json").write_text(json.dumps(description))
     (mounted / SAMPLE).write_text("id,rle,set\na.png_1,-1,public\na.png_2,-1,\nb.png_all,-1,new\n")
-    assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 2
-    monkeypatch.setenv(SCORED, "1")
     assert exit_code(inference.main, *words_of(light_bundle, mounted)) == 0
     rows = [line.split(",") for line in output_of(mounted).read_text().splitlines()[1:]]
     public, new = [["a.png_1", "public"], ["a.png_2", ""]], [f"b.png_{label}" for label in LABELS]
@@ -188,10 +188,7 @@ def test_a_constant_cell_that_differs_stays_the_rows_own(
     assert len({row[1] for row in rows}) > 1  # masks
 
 
-def test_a_rows_own_cell_goes_through_a_workers_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(SCORED, "1")
+def test_a_rows_own_cell_goes_through_a_workers_files(tmp_path: Path) -> None:
     competition = Competition(layouts=tuple(DESCRIPTION["layouts"]))
     sample, shard = tmp_path / "sample.csv", tmp_path / "1.sample"
     sample.write_text("id,rle,set\na.png_1,,public\na.png_2,,private\n")

@@ -61,7 +61,7 @@ def test_a_sample_and_an_image_show_what_a_shipped_description_says(
     else:
         assert "classes: " in unsure
     assert all(f"{name}: " in unsure for name in ("run_order", "first_index", "starts"))
-    assert "mask_size" in unsure and "always" not in unsure
+    assert "mask_size" in unsure and "no class" not in unsure
 
 
 def test_every_shipped_competition_is_proposed_here() -> None:
@@ -168,13 +168,50 @@ def test_a_run_from_0_shows_the_first_index(tmp_path: Path) -> None:
     assert not [line for line in proposal.unsure if "first_index" in line]
 
 
-def test_a_cell_that_is_the_same_in_every_row_is_asked_for(tmp_path: Path) -> None:
+def test_a_column_of_something_else_is_asked_for(tmp_path: Path) -> None:
     sample, images = draw(tmp_path, "salt")
     sample.write_text("id,height,rle\na_1,512,1 1\nb_2,512,1 1\n")
-    assert (
-        "column height: always '512', as the sample's 2 rows have it"
-        in propose(sample, images).unsure
-    )
+    unsure = propose(sample, images).unsure
+    assert "column height: no class, each row's cell is kept, like '512'" in unsure
+
+
+OTHER_COLUMNS = {  # csv → its layout, the classes
+    "figures of each image": (
+        "id,organ,height,note,rle\na_1,lung,512,,1 1\nb_2,lung,300,,1 1\nc_3,skin,512,,1 1\n",
+        {"id": "{image}", "organ": "{class}", "height": "512", "note": "-", "rle": "{mask}"},
+        ("lung", "skin"),
+    ),
+    "figures before the class": (
+        "id,height,class,rle\na_1,512,1,1 1\na_1,512,2,1 1\nb_2,300,1,1 1\nb_2,300,2,1 1\n",
+        {"id": "{image}", "height": "512", "class": "{class}", "rle": "{mask}"},
+        ("1", "2"),
+    ),
+    "figures beside a class in the image's cell": (
+        "id,height,rle\na_1_x,512,1 1\na_1_y,512,1 1\nb_2_x,300,1 1\nb_2_y,300,1 1\n",
+        {"id": "{image}_{class}", "height": "512", "rle": "{mask}"},
+        ("x", "y"),
+    ),
+    "a number of the row": (
+        "row,id,rle\n0,a_1,1 1\n1,b_2,1 1\n",
+        {"row": "0", "id": "{image}", "rle": "{mask}"},
+        ("mask",),
+    ),
+    "one image": (
+        "id,kind,rle\na_1,x,\na_1,y,\n",
+        {"id": "{image}", "kind": "{class}", "rle": "{mask}"},
+        ("x", "y"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_columns_beside_the_classes_are_kept_as_they_are(case: str, tmp_path: Path) -> None:
+    sample, images = draw(tmp_path, "salt")
+    text, layout, classes = OTHER_COLUMNS[case]
+    sample.write_text(text)
+    found = propose(sample, images).competition
+    assert list(found.layouts[0].items()) == list(layout.items())
+    assert found.classes == classes
 
 
 def test_a_table_as_pandas_writes_it_and_with_a_long_mask_is_read(tmp_path: Path) -> None:
