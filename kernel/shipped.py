@@ -15,6 +15,7 @@ INSTANCES = {  # slug → how they are written
     "data-science-bowl-2018": "a row a nucleus",
     "sartorius-cell-instance-segmentation": "a row a cell",
     "hubmap-hacking-the-human-vasculature": "a code a vessel",
+    "recodai-luc-scientific-image-forgery-detection": "a code a copied region",
 }
 RELATIVE = ("siim", "siim-acr-pneumothorax-segmentation")  # slugs
 

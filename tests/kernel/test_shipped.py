@@ -1,5 +1,6 @@
 """Descriptions by name: what does not ship, and what does not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ def test_a_competition_of_instances_is_refused_with_the_reason(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"airbus: scores instances.*one mask of each class"):
         find_competition("airbus")
     mine = tmp_path / "mine.json"
-    mine.write_text('{"slug": "data-science-bowl-2018"}')
-    message = rf"{mine}: slug data-science-bowl-2018: scores instances, a row a nucleus"
-    with pytest.raises(ValueError, match=message):
-        find_competition(str(mine))
+    for slug, unit in (
+        ("data-science-bowl-2018", "a row a nucleus"),
+        ("recodai-luc-scientific-image-forgery-detection", "a code a copied region"),
+    ):
+        mine.write_text(json.dumps({"slug": slug}))
+        with pytest.raises(ValueError, match=rf"{mine}: slug {slug}: scores instances, {unit}"):
+            find_competition(str(mine))
 
 
 def test_a_competition_that_reads_relative_codes_is_refused_with_the_reason(
