@@ -136,7 +136,8 @@ def time_on_kaggle(
     limit = "the hour" if limit_s == 3600 else "the limit"
     plan_s = usable_s(budget_s, estimate.workers)
     fits = estimate.seconds <= plan_s
-    sure = low_s is None or high_s is None or not low_s < plan_s < high_s
+    spread = low_s is not None and high_s is not None
+    sure = spread and not low_s < plan_s < high_s
     words = f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s"
     words += f"{_interval(low_s, high_s)}; "
     if budget_s == limit_s:
@@ -146,7 +147,8 @@ def time_on_kaggle(
     if not fits:
         words += ", so it would drop passes there to end in time"
     if not sure:
-        words += f"; {plan_s:,.0f} s lies within the interval: give more --images to be sure"
+        why = f"{plan_s:,.0f} s lies within the interval" if spread else "so few have no interval"
+        words += f"; {why}: give more --images to be sure"
     if budget_s != limit_s:
         words += (
             f"; the kernel as built plans with the description's time_limit_s, {limit_s:,.0f} s: "
@@ -190,7 +192,8 @@ def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float, run: MeasuredRun)
         strips = f"{run.begun:,} of {run.record.strips:,} strips"
         verdict += f"; judged by {strips} alone: no time was left here for the others"
     elif not kaggle.sure:
-        verdict += f"; {len(run.full_work):,} strips are too few to be sure"
+        count = len(run.full_work)
+        verdict += f"; {count:,} {'strip is' if count == 1 else 'strips are'} too few to be sure"
     return verdict
 
 

@@ -37,7 +37,8 @@ def a_report(
     **changes: Any,
 ) -> Report:
     """The report of `run_json`, whose one fault is gone unless `changes` says otherwise."""
-    run, defective = a_run(**{"faults": {}} | changes), np.array([False, True, True])
+    run = a_run(**{"faults": {}} | changes)
+    defective = np.array([False, True, True][: len(run.work)])
     checks = [*check_process(result), *check_record(run.record), answer]
     report = build_report(run, result, checks, defective, calibration, budget_s)
     return replace(report, dice=dice, ablation=ablation)
@@ -81,6 +82,7 @@ def test_the_page_begins_with_the_verdict_and_its_parts() -> None:
 READY_FOR = "Ready for Kaggle: the run was clean, and 2×T4 would take {} ({})"
 READY = READY_FOR.format("572 s of 3,600 s", "calibrated")
 FEW = "; 3 strips are too few to be sure"
+FEW_WHOLE = "; 1 strip is too few to be sure"  # for which no pass was dropped
 TOO_LONG = "Not ready for Kaggle: the run was clean, but 2×T4 would take {} ({}) and drop passes"
 NOT_CLEAN = "Not ready for Kaggle: the run was not clean"
 
@@ -133,12 +135,12 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
             id="Kaggle would refuse the submission",
         ),
         pytest.param(
-            DROPPED, READY_FOR.format("834 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
-            id="passes were dropped here",
+            DROPPED, READY_FOR.format("834 s of 3,600 s", "calibrated") + FEW_WHOLE, True,
+            "✓✓✓–✓––", id="passes were dropped here",
         ),
         pytest.param(
             DROPPED | {"calibration": {"2×T4": FAST["2×T4"] | {"rate": 220.0}}},
-            TOO_LONG.format("3,762 s of 3,600 s", "calibrated"), False, "✓✓✓–✓✗–",
+            TOO_LONG.format("3,762 s of 3,600 s", "calibrated") + FEW_WHOLE, False, "✓✓✓–✓✗–",
             id="passes were dropped here, and all of them are too long there",
         ),
         pytest.param(
@@ -229,9 +231,13 @@ def test_the_verdict_is_of_the_machine_that_was_calibrated_last() -> None:
     assert a_report(calibration={"Kaggle's CPU": slow} | FAST).ready
 
 
-def test_of_one_strip_no_interval_is_named() -> None:
-    words = a_report(strip_s={"1.jpg": 2.0}).here.words
-    assert words.startswith("5,506 strips would take 16,526 s, so here the kernel would drop")
+def test_of_one_strip_no_interval_is_named_and_it_is_too_few_to_be_sure() -> None:
+    report = a_report(strip_s={"1.jpg": 2.0}, work={"1.jpg": strip_work([0], [])}, strips=1)
+    words = report.here.words
+    assert words.startswith("5,506 strips would take 66,080 s, so here the kernel would drop")
+    assert (report.kaggle.fits, report.kaggle.sure) == (True, False)
+    assert report.kaggle.words.endswith("; so few have no interval: give more --images to be sure")
+    assert report.verdict.endswith("; 1 strip is too few to be sure")
 
 
 @pytest.mark.parametrize(
