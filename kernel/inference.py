@@ -16,15 +16,17 @@ from pathlib import Path
 from kernel.backends import predict_here
 from kernel.budget import margin_s
 from kernel.command import end_process, end_with_parent, run_command
-from kernel.competition import SEVERSTAL, Competition, load_competition
+from kernel.competition import COMPETITION, SEVERSTAL, Competition, load_competition
 from kernel.contact_sheet import Picture, draw_submission
 from kernel.device import GPU_LOST, DeviceLost, share_freed_memory
 from kernel.faults import one_line
+from kernel.files import retried
 from kernel.hangs import ends_within
 from kernel.images import check_kinds
 from kernel.kaggle import enter_working_folder, is_scored_run, run_began
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
+from kernel.members import hash_file
 from kernel.mounts import find_one
 from kernel.options import Options, check_options, parse_options
 from kernel.outcome import Outcome
@@ -139,10 +141,13 @@ def log_summary(record: RunRecord, output: Path) -> None:
     )
 
 
-def log_members(manifest: Manifest) -> None:
-    """Log which checkpoints these are: the dry run's log and Kaggle's can be compared."""
-    members = ", ".join(f"{spec.name} {spec.sha256[:12]}" for spec in manifest.members)
-    log.info("members, by their sha256: %s", members)
+def log_bundle(bundle: Path, manifest: Manifest) -> None:
+    """Log which settings and members these are: the dry run's log and Kaggle's can be compared."""
+    files = [bundle / name for name in (MANIFEST, COMPETITION) if (bundle / name).is_file()]
+    hashes = {path.name: retried(hash_file)(path) for path in files}
+    hashes |= {spec.name: spec.sha256 for spec in manifest.members}
+    found = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in hashes.items())
+    log.info("bundle, by sha256: %s", found)
 
 
 def find_bundle(options: Options) -> Path:
@@ -165,7 +170,7 @@ def run(options: Options, start: float | None = None, hangs: ExitStack | None = 
     stages, bundle = Stages(options.last_image), find_bundle(options)
     manifest = load_manifest(bundle)
     if not options.worker:
-        log_members(manifest)
+        log_bundle(bundle, manifest)
     seen = not (options.worker or is_scored_run())  # whether anybody reads what only informs
     competition = manifest.competition
     if hangs:

@@ -44,7 +44,7 @@ def assert_rows(rles: dict[tuple[str, int], str], bundle: Path, images: dict[str
             assert_masks(found, mean[label - 1], threshold_of(bundle))
 
 
-def test_the_log_names_the_members_by_their_files_hashes(
+def test_the_log_names_the_bundle_by_the_hashes_of_its_settings_and_members(
     built_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = built_bundle / "dataset"
@@ -52,10 +52,12 @@ def test_the_log_names_the_members_by_their_files_hashes(
     save_strips(tmp_path / "images", ["a.jpg"])
     predict(dataset, tmp_path / "images", tmp_path / "out.csv")
     hashes = {
-        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        for path in dataset.glob("*.safetensors")
+        path.name.removesuffix(".safetensors"): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in dataset.iterdir()
+        if path.suffix == ".safetensors" or path.name in ("ensemble.json", "competition.json")
     }
-    [line] = [line for line in caplog.messages if line.startswith("members, by their sha256: ")]
+    assert len(hashes) == 5
+    [line] = [line for line in caplog.messages if line.startswith("bundle, by sha256: ")]
     assert dict(each.split() for each in line.partition(": ")[2].split(", ")) == hashes
 
 

@@ -154,7 +154,7 @@ def test_what_the_client_sends_runs_on_kaggle(
     before = all_bytes(tmp_path / "input")
     ended = run_as_kaggle(tmp_path, script)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    for line in (" INFO members, by their sha256: ", " INFO valid\n"):
+    for line in (" INFO bundle, by sha256: ensemble.json ", " INFO valid\n"):
         assert ended.stdout.count(line) == 1
     assert (tmp_path / "kaggle.log").read_text() == ""  # there nobody would see them
     assert all_bytes(tmp_path / "input") == before
