@@ -37,6 +37,10 @@ T4 = (
     "65 TFLOP/s fp16 in NVIDIA's data sheet; attained: ResNet-50 in PyTorch's mixed precision, "
     "1,190 images/s of 8.2 GFLOP (NVIDIA DeepLearningExamples, resnet50v1.5, inference on T4)"
 )
+# How many times slower than the assumed rate a network may be: on an RTX 3090 ResNet-34 attains 48
+# TFLOP/s, ResNet-50 31, DenseNet-121 17 and EfficientNet-B0 to B2 7 (timm's
+# results/benchmark-infer-amp-nhwc-pt240-cu124-rtx3090.csv). Assumed of a T4 and of the CPU, too.
+SLOWEST = 5
 # Of the flops that a GPU runs, those that strips need: the rest pads partial batches, and no run on
 # the CPU has any. Assumed: a simulated T4 came to 0.95, a card of 8 GB to 0.81 (docs/speed.md).
 GPU_FILL = 0.9

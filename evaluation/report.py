@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluation.checks import Check, ProcessResult, is_clean
 from evaluation.drawing import AnnotatedStrip
-from evaluation.machines import CPU_MACHINE, MACHINES, Estimate, list_estimates
+from evaluation.machines import CPU_MACHINE, MACHINES, SLOWEST, Estimate, list_estimates
 from evaluation.measured import MIN_GPU_STRIPS, MeasuredRun
 from evaluation.page import render_page
 from evaluation.projection import Projection, drop_to_fit, list_drops, project, usable_s
@@ -39,7 +39,8 @@ class KaggleTime(Estimate):
 
     usable_s: float  # what the kernel plans with there
     fits: bool  # it would run every pass in time
-    sure: bool  # other strips of the same kind would hardly say otherwise
+    enough: bool  # there were strips enough: others of the same kind would hardly say otherwise
+    sure: bool  # and a slower rate than was assumed would not either
     words: str
 
 
@@ -137,7 +138,8 @@ def time_on_kaggle(
     plan_s = usable_s(budget_s, estimate.workers)
     fits = estimate.seconds <= plan_s
     spread = low_s is not None and high_s is not None
-    sure = spread and not low_s < plan_s < high_s
+    enough = spread and not low_s < plan_s < high_s
+    known = estimate.calibrated or SLOWEST * estimate.seconds <= plan_s
     words = f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s"
     words += f"{_interval(low_s, high_s)}; "
     if budget_s == limit_s:
@@ -146,15 +148,21 @@ def time_on_kaggle(
         words += f"of the budget's {budget_s:,.0f} s it would plan with {plan_s:,.0f} s"
     if not fits:
         words += ", so it would drop passes there to end in time"
-    if not sure:
+    if not enough:
         why = f"{plan_s:,.0f} s lies within the interval" if spread else "so few have no interval"
         words += f"; {why}: give more --images to be sure"
+    if not known:
+        words += f"; the rate is assumed, a network's may be {SLOWEST} times lower, or higher: "
+        words += "--calibrate it to be sure"
     if budget_s != limit_s:
         words += (
             f"; the kernel as built plans with the description's time_limit_s, {limit_s:,.0f} s: "
             "to change that set it there and build again"
         )
-    return KaggleTime(**vars(estimate), usable_s=plan_s, fits=fits, sure=sure, words=words)
+    sure = enough and known
+    return KaggleTime(
+        **vars(estimate), usable_s=plan_s, fits=fits, enough=enough, sure=sure, words=words
+    )
 
 
 def time_here(run: MeasuredRun, plan_s: float) -> HereTime:
@@ -191,9 +199,11 @@ def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float, run: MeasuredRun)
     if len(run.late) > run.begun:
         strips = f"{run.begun:,} of {run.record.strips:,} strips"
         verdict += f"; judged by {strips} alone: no time was left here for the others"
-    elif not kaggle.sure:
+    elif not kaggle.enough:
         count = len(run.full_work)
         verdict += f"; {count:,} {'strip is' if count == 1 else 'strips are'} too few to be sure"
+    elif not kaggle.sure:
+        verdict += f"; the rate is assumed, a network's may be {SLOWEST} times lower"
     return verdict
 
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers import Page
-from run_records import a_record, a_run, strip_work
+from run_records import PASSES, a_record, a_run, strip_work
 
 from evaluation.checks import Check, ProcessResult, check_process, check_record
 from evaluation.drawing import AnnotatedStrip
@@ -272,6 +272,20 @@ def test_an_interval_that_the_plan_lies_in_leaves_open_whether_there_is_time() -
             "; 3,324 s lies within the interval: give more --images to be sure"
         )
         assert said is not sure
+
+
+def test_a_rate_that_is_assumed_is_sure_only_far_from_the_limit() -> None:
+    """A run there, of the same seconds, is."""
+    for flops, fits, sure in ((10**9, True, True), (10**12, True, False), (10**13, False, False)):
+        passes = [entry | {"flops": [flops, flops]} for entry in PASSES]
+        estimated = a_report(calibration={}, work=EVERY_PASS, passes=passes)
+        assert (estimated.kaggle.fits, estimated.kaggle.sure) == (fits, sure)
+        words = "; the rate is assumed, a network's may be 5 times lower"
+        assert estimated.verdict.endswith(words) is not sure
+        said = estimated.kaggle.words.endswith(f"{words}, or higher: --calibrate it to be sure")
+        assert said is not sure
+        rate = {"rate": 8 * flops * 5506 / estimated.kaggle.seconds, "fixed_s": 0.0, "strips": 9}
+        assert a_report(calibration={"2×T4": rate}, work=EVERY_PASS, passes=passes).kaggle.sure
 
 
 def test_an_interval_without_width_is_not_shown() -> None:
