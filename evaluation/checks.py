@@ -16,6 +16,7 @@ from kernel.task import read_sample
 from kernel.validator import check_submission
 from packing.metadata import MACHINE_SHAPE, PLACEHOLDER, check_kernel
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
+from packing.wheels import WHEELS, lacking_wheels
 
 KILLED = -9  # the exit code of a process that the system ended
 
@@ -109,6 +110,15 @@ def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
         words = f"the owner is still {PLACEHOLDER}: build again with --owner NAME"
         checks.append(Check(None, words))
     return checks
+
+
+def check_wheels(dataset: Path) -> Check:
+    """Check that the dataset has its wheels: here the kernel runs without, as they are installed."""
+    if lacking := lacking_wheels(WHEELS, dataset):
+        names = ", ".join(lacking)
+        words = f"{dataset} lacks {names}, or has them damaged: build again"
+        return Check(False, words)
+    return Check(True, "the wheels that Kaggle's image lacks are packed")
 
 
 def check_ended(working: Path) -> Check:

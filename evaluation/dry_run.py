@@ -27,6 +27,7 @@ from evaluation.checks import (
     check_metadata,
     check_process,
     check_record,
+    check_wheels,
     failed_words,
     has_gpu,
     how_it_ended,
@@ -200,7 +201,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
         return 1
     for name in ("submission.csv", "run.json"):
         shutil.copy(working / name, run.out / name)
-    checks += check_metadata(run.bundle, run.competition)
+    checks += [*check_metadata(run.bundle, run.competition), check_wheels(run.dataset)]
     record = read_run_record(working / "run.json")
     if run.drawn:
         what = "Dice and early exit"

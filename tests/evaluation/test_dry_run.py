@@ -41,6 +41,7 @@ from kernel.rows import SPREADSHEET_CELL
 from packing.metadata import PLACEHOLDER, read_metadata
 from packing.notebook import build_notebook
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
+from packing.wheels import WHEELS, fetch_wheels
 from training.synthetic import Drawing, write_competition
 
 
@@ -266,6 +267,8 @@ def concluded(folder: Path) -> tuple[dry_run.DryRun, Path, Path]:
     working = folder / "working"
     for each in (run.dataset, run.out, working):
         each.mkdir()
+    for wheel in fetch_wheels():
+        shutil.copy(wheel, run.dataset)
     metadata = read_metadata("somebody", Manifest([]))
     (folder / "kernel").mkdir()
     write_json(run.dataset / DATASET_METADATA.name, metadata.dataset)
@@ -332,6 +335,19 @@ def test_the_kernel_s_metadata_is_rehearsed_too(
     report = json.loads((run.out / "report.json").read_text(encoding="utf-8"))
     judged = "2×T4" if changes.get("enable_gpu", True) else "Kaggle's CPU"
     assert report["kaggle"]["machine"] == judged
+
+
+def test_a_dataset_without_a_whole_wheel_is_not_ready(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the kernel finds what is installed: it ran."""
+    run, sample, working = concluded(tmp_path)
+    gone, torn = WHEELS
+    (run.dataset / gone).unlink()
+    (run.dataset / torn).write_bytes((run.dataset / torn).read_bytes()[:-1])
+    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 1
+    assert f"NO  {run.dataset} lacks {gone}, {torn}, or has them" in capsys.readouterr().out
 
 
 def test_flops_of_another_size_are_counted_again_and_odd_proportions_named(
