@@ -14,7 +14,7 @@ from kernel.run_record import RunRecord
 from kernel.strip_state import TOO_LATE
 from kernel.task import read_sample
 from kernel.validator import check_submission
-from packing.metadata import MACHINE_SHAPE, PLACEHOLDER, check_kernel
+from packing.metadata import MACHINE_SHAPE, PLACEHOLDER, check_dataset, check_kernel
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS, lacking_wheels
 
@@ -86,34 +86,53 @@ def check_answer(
 
 
 def has_gpu(bundle: Path) -> bool:
-    """Whether the kernel asks Kaggle for a GPU, as built; it may be switched off by hand."""
+    """Whether the kernel asks Kaggle for a GPU, as built; it may be switched off by hand.
+
+    `machine_shape` overrides `enable_gpu`, as Kaggle's client says of its --accelerator.
+    """
     with suppress(ValueError):  # what cannot be read is another check's
-        return read_json(bundle / "kernel" / KERNEL_METADATA.name).get("enable_gpu") is not False
+        meta = read_json(bundle / "kernel" / KERNEL_METADATA.name)
+        return meta.get("enable_gpu") is not False or bool(meta.get("machine_shape"))
     return True
 
 
 def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
-    """Check what Kaggle will be told of the kernel, as the build did: it may have changed since."""
-    folder, dataset = bundle / "kernel", bundle / "dataset" / DATASET_METADATA.name
-    path = folder / KERNEL_METADATA.name
+    """Check what Kaggle will be told, as the build did: it may have changed since."""
+    folder, dataset = bundle / "kernel", bundle / "dataset"
+    path = dataset / DATASET_METADATA.name
     code_file = NOTEBOOK if (folder / NOTEBOOK).is_file() else SCRIPT.name
-    on_gpu = has_gpu(bundle)
     try:
-        meta = read_json(path)
-        if not on_gpu:
-            meta |= {"enable_gpu": True, "machine_shape": MACHINE_SHAPE}
-        check_kernel(meta, read_json(dataset)["id"], competition.slug, code_file)
-    except ValueError as error:
+        uploaded = read_json(path)
+        check_dataset(uploaded, [each.name for each in dataset.iterdir()])
+        path = folder / KERNEL_METADATA.name
+        pushed = read_json(path)
+        switched_off = pushed.get("enable_gpu") is False
+        if switched_off:
+            shape = pushed.get("machine_shape") or MACHINE_SHAPE
+            pushed |= {"enable_gpu": True, "machine_shape": shape}
+        check_kernel(pushed, uploaded["id"], competition.slug, code_file)
+    except (AttributeError, TypeError, ValueError) as error:
         return [Check(False, f"{path}: {error}")]
-    checks = [] if on_gpu else [Check(None, "enable_gpu is false: judged on Kaggle's CPU")]
-    if str(meta["id"]).startswith(f"{PLACEHOLDER}/"):
+    checks = []
+    if switched_off:
+        words = "enable_gpu is false: judged on Kaggle's CPU"
+        if has_gpu(bundle):
+            words = (
+                "enable_gpu is false, but machine_shape overrides it: for Kaggle's CPU empty both"
+            )
+        checks.append(Check(None, words))
+    owners = [str(each["id"]).split("/")[0] for each in (uploaded, pushed)]
+    if PLACEHOLDER in owners:
         words = f"the owner is still {PLACEHOLDER}: build again with --owner NAME"
+        checks.append(Check(None, words))
+    elif len(set(owners)) > 1:
+        words = "the dataset is {}'s, the kernel {}'s, who needs access to it".format(*owners)
         checks.append(Check(None, words))
     return checks
 
 
 def check_wheels(dataset: Path) -> Check:
-    """Check that the dataset has its wheels: here the kernel runs without, as they are installed."""
+    """Check that the dataset has its wheels whole: here the kernel finds what is installed."""
     if lacking := lacking_wheels(WHEELS, dataset):
         names = ", ".join(lacking)
         words = f"{dataset} lacks {names}, or has them damaged: build again"

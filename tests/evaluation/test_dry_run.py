@@ -310,13 +310,24 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"enable_gpu": False}, 0, "–   enable_gpu is false: judged on Kaggle's CPU"),
+        ({"enable_gpu": False, "machine_shape": ""}, 0,
+         "–   enable_gpu is false: judged on Kaggle's CPU"),
+        ({"enable_gpu": False}, 0,
+         "–   enable_gpu is false, but machine_shape overrides it: for Kaggle's CPU empty both"),
+        ({"enable_gpu": False, "machine_shape": "NvidiaTeslaP100"}, 1,
+         "NO  {}: machine_shape 'NvidiaTeslaP100' is not 'NvidiaTeslaT4'; write "
+         '"machine_shape": "NvidiaTeslaT4"'),
         ({"enable_internet": True}, 1,
          'NO  {}: enable_internet True is not False; write "enable_internet": false'),
         ({"id": f"{PLACEHOLDER}/severstal-steel-ensemble-submission"}, 0,
          f"–   the owner is still {PLACEHOLDER}: build again with --owner NAME"),
+        ({"id": "another/severstal-steel-ensemble-submission"}, 0,
+         "–   the dataset is somebody's, the kernel another's, who needs access to it"),
     ],
-    ids=["a GPU that was switched off", "the internet", "nobody's yet"],
+    ids=[
+        "a GPU that was switched off", "a GPU that was not", "another GPU", "the internet",
+        "nobody's yet", "another's",
+    ],
 )  # fmt: skip
 def test_the_kernel_s_metadata_is_rehearsed_too(
     changes: dict[str, Any],
@@ -333,8 +344,23 @@ def test_the_kernel_s_metadata_is_rehearsed_too(
     printed = capsys.readouterr().out
     assert f"   {words.format(path)}\n" in printed
     report = json.loads((run.out / "report.json").read_text(encoding="utf-8"))
-    judged = "2×T4" if changes.get("enable_gpu", True) else "Kaggle's CPU"
+    judged = "2×T4" if changes.get("machine_shape", True) else "Kaggle's CPU"
     assert report["kaggle"]["machine"] == judged
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"title": "abc"}, "title 'abc' has 3 characters"), ({"licenses": ["CC0-1.0"]}, "")],
+)
+def test_the_dataset_s_metadata_is_rehearsed_too(
+    changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, sample, working = concluded(tmp_path)
+    path = run.dataset / DATASET_METADATA.name
+    write_json(path, json.loads(path.read_text()) | changes)
+    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 1
+    assert f"   NO  {path}: {words}" in capsys.readouterr().out
 
 
 def test_a_dataset_without_a_whole_wheel_is_not_ready(
