@@ -90,10 +90,9 @@ def run(args: argparse.Namespace) -> int:
         print_fit_next(args.out, kernel, hours, args.members)
         return 0
     competition = find_competition(args.competition) if args.competition else None
-    metadata, packed = build(
-        args.weights or WEIGHTS, args.out, owner, args.openvino, args.notebook, competition
-    )
-    print_table(packed)
+    weights = args.weights or WEIGHTS
+    metadata, packed = build(weights, args.out, owner, args.openvino, args.notebook, competition)
+    print_table(weights, packed)
     print_next(args.out, metadata)
     return 0
 

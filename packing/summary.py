@@ -12,8 +12,9 @@ from packing.paths import OUT
 ROW = "{:<20} {:<24} {:<12} {:>11} {:>7} {:>11}"
 
 
-def print_table(packed: list[PackedMember]) -> None:
-    """Print one line a member, and the totals."""
+def print_table(folder: Path, packed: list[PackedMember]) -> None:
+    """Print one line a member of the folder of weights, and the totals."""
+    print(f"The members of {folder}:")
     print(ROW.format("member", "encoder", "decoder", "parameters", "MB", "GFLOP/pass"))
     for each in packed:
         model = each.spec.model
@@ -59,6 +60,9 @@ def print_next(out: Path, metadata: Metadata) -> None:
     """Print the commands that upload and submit the bundle, and what must be done before."""
     kernel, slug = metadata.kernel, metadata.kernel["competition_sources"][0]
     _print_owner(metadata.owner)
+    bundle = "" if out == OUT else f" --bundle {shlex.quote(str(out))}"
+    print(f"  python evaluation/dry_run.py{bundle}")
+    print("and when that says Ready for Kaggle:")
     print(f"  kaggle datasets create -p {shlex.quote(str(out / 'dataset'))}")
     print(f"  kaggle datasets status {metadata.dataset['id']}")
     print("and when that says ready (before, the kernel gets no members, or the last version's):")

@@ -59,7 +59,10 @@ def test_the_script_builds_a_flat_bundle_and_says_what_is_next(
         "kernel-metadata.json",
     }
     assert all_bytes(out) == all_bytes(built_bundle)
-    assert f"kaggle datasets create -p {out / 'dataset'}" in done.stdout
+    assert done.stdout.startswith(f"The members of {session_weights}:\n")
+    _, _, told = done.stdout.partition("Next, for somebody:\n")
+    assert told.startswith(f"  python evaluation/dry_run.py --bundle {out}\n")
+    assert f"kaggle datasets create -p {out / 'dataset'}" in told
     assert f"kaggle kernels push -p {out / 'kernel'}" in done.stdout
     assert "-k somebody/severstal-steel-ensemble-submission -v VERSION" in done.stdout
     assert "still your-kaggle-name" not in done.stdout
