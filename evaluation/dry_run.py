@@ -48,7 +48,7 @@ from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
 from kernel.run_record import RunRecord, read_run_record
 from kernel.shipped import add_competition_option, find_competition
-from packing.paths import DATASET_METADATA, LAST_REPORT, REPORT
+from packing.paths import CALIBRATION, DATASET_METADATA, LAST_REPORT, REPORT
 from training.ground_truth import Rles, Truth, check_masks, check_names, read_truth
 from training.metrics import Scores
 from training.synthetic import Drawing, write_competition
@@ -316,7 +316,8 @@ def dry_run(args: argparse.Namespace) -> int:
     manifest, images = check_args(args)
     if args.calibrate:
         machine = keep_rate(args.bundle, args.calibrate)
-        log.info("the verdict is of %s from now on, at the rate of %s", machine, args.calibrate)
+        what = "%s has the rate of %s from now on; to forget it, delete %s"
+        log.info(what, machine, args.calibrate, args.bundle / CALIBRATION)
     with tempfile.TemporaryDirectory(prefix="dry_run_") as root:
         return _run_bundle(args, manifest, images, Path(root))
 

@@ -112,7 +112,7 @@ def _members_of(record: RunRecord) -> list[list[Any]]:
 def keep_rate(bundle: Path, path: Path) -> str:
     """Keep the rate of a run on Kaggle, its run.json at `path`, in the bundle's folder.
 
-    Return the machine's name, by which the report judges from then on.
+    Return the machine's name.
 
     Raises:
         ValueError: the file is no run.json, or not of a whole run there in which strips were

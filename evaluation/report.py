@@ -103,7 +103,7 @@ class Report:
     verdict: str  # the answer in one line
     ready: bool  # the run was clean, and Kaggle's machine runs every pass in time
     clean: Cleanness
-    kaggle: KaggleTime  # of the machine that was calibrated last, or else of two T4
+    kaggle: KaggleTime  # of the CPU without a GPU, else of the T4s calibrated last, or two
     here: HereTime
     budget_s: float  # what the scored run may take, there and here
     run: RunFacts
@@ -290,7 +290,8 @@ def build_report(
     estimates = list_estimates(run, calibration)
     machines = [time_on_kaggle(each, budget_s, competition) for each in estimates]
     plan_s = usable_s(budget_s, run.workers)
-    judged = next(reversed(calibration), MACHINES[0].name) if on_gpu else CPU_MACHINE
+    gpus = [MACHINES[0].name, *(name for name in calibration if name != CPU_MACHINE)]
+    judged = gpus[-1] if on_gpu else CPU_MACHINE
     kaggle = next(machine for machine in machines if machine.machine == judged)
     clean, here = is_clean(checks), time_here(run, plan_s)
     dropped = drop_to_fit(run, here.total_s, plan_s)

@@ -34,13 +34,14 @@ def a_report(
     ablation: Any = None,
     calibration: Any = FAST,
     answer: Check = VALID,
+    on_gpu: bool = True,
     **changes: Any,
 ) -> Report:
     """The report of `run_json`, whose one fault is gone unless `changes` says otherwise."""
     run = a_run(**{"faults": {}} | changes)
     defective = np.array([False, True, True][: len(run.work)])
     checks = [*check_process(result), *check_record(run.record), answer]
-    report = build_report(run, result, checks, defective, calibration, budget_s)
+    report = build_report(run, result, checks, defective, calibration, budget_s, on_gpu=on_gpu)
     return replace(report, dice=dice, ablation=ablation)
 
 
@@ -219,16 +220,24 @@ def test_run_kaggle_and_this_machine_are_kept_apart_with_the_hour_beside() -> No
     assert not [a for t, a in page.tags if t == "li" and a.get("class") == "bad"]
 
 
-def test_the_verdict_is_of_the_machine_that_was_calibrated_last() -> None:
-    """Whatever is assumed of another: a user may have no GPU left, or Kaggle gave none."""
+def test_the_verdict_is_of_the_gpus_that_were_calibrated_last() -> None:
+    slow = {"one T4": {"rate": 1e2, "fixed_s": 8.0, "strips": 9}}
+    assert a_report(calibration=FAST | slow).kaggle.machine == "one T4"
+    assert a_report(calibration=slow | FAST).kaggle.machine == "2×T4"
+
+
+def test_the_verdict_is_of_the_cpu_only_where_the_kernel_asks_for_no_gpu() -> None:
+    """Whatever was calibrated last: a run there may have fallen to the CPU once."""
     slow = {"rate": 1e2, "fixed_s": 8.0, "strips": 9}
-    report = a_report(calibration=FAST | {"Kaggle's CPU": slow})
+    calibration = FAST | {"Kaggle's CPU": slow}
+    assert a_report(calibration=calibration).ready
+    assert a_report(calibration={"Kaggle's CPU": slow}).kaggle.machine == "2×T4"
+    report = a_report(calibration=calibration, on_gpu=False)
     expected = f"5,652 s of 3,600 s (calibrated) and drop passes{FEW}"
     assert report.verdict.endswith(f"but Kaggle's CPU would take {expected}")
     assert not report.ready
     assert "   On Kaggle's CPU, calibrated\n" in as_lines(report)
     assert "On Kaggle's CPU" in Page(as_page(report, [])).said("h2")
-    assert a_report(calibration={"Kaggle's CPU": slow} | FAST).ready
 
 
 def test_of_one_strip_no_interval_is_named_and_it_is_too_few_to_be_sure() -> None:
