@@ -150,9 +150,11 @@ def check_ended(working: Path) -> Check:
 
 def check_record(record: RunRecord) -> list[Check]:
     """Check what run.json says of strips that failed, and of what was dropped to end in time."""
-    dropped, late = record.dropped, list(record.faults.values()).count(TOO_LATE)
-    failed = len(record.faults) - late
-    checks = [Check(not failed, f"strips that failed: {failed}" if failed else "no strip failed")]
+    failed = [f"{name}: {why}" for name, why in record.faults.items() if why != TOO_LATE]
+    dropped, late = record.dropped, len(record.faults) - len(failed)
+    checks = [Check(True, "no strip failed")]
+    if failed:
+        checks = [Check(False, f"strips that failed: {len(failed):,}; the first: {failed[0]}")]
     nan = Counter(pass_id for work in record.work.values() for pass_id in work.nan)
     if nan:
         passes = ", ".join(str(record.passes[pass_id]) for pass_id in sorted(nan))

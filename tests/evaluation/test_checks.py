@@ -75,7 +75,7 @@ def test_a_process_that_a_signal_ended_has_no_exit_code(code: int, words: str) -
 def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
     faults = {"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"}
     said = {check.words: check.ok for check in check_record(a_record(faults=faults))}
-    assert said["strips that failed: 1"] is False
+    assert said["strips that failed: 1; the first: 6.jpg: no image"] is False
     words = "no time was left here for 2 strips: they stay empty"
     assert said[words] is None
     assert Check(False, words) in check_record(a_record(faults=faults, work={}))

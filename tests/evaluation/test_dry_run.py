@@ -231,7 +231,10 @@ def test_a_run_without_openvino_that_this_machine_has_no_memory_for_decides_noth
     ("record", "words"),
     [
         (run_json(faults={}), "the members load on PyTorch, too, as where there is a GPU"),
-        (run_json(), "without OpenVINO, as where there is a GPU, strips that failed: 1"),
+        (
+            run_json(),
+            "without OpenVINO, as where there is a GPU, strips that failed: 1; the first: 4.jpg: no",
+        ),
         (None, "without OpenVINO, as where there is a GPU, the kernel left no run.json: a pass"),
     ],
     ids=["clean", "a strip that fails", "a run that its watchdog ended"],
