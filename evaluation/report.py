@@ -184,10 +184,10 @@ def time_here(run: MeasuredRun, plan_s: float) -> HereTime:
     return HereTime(**vars(projection), usable_s=plan_s, fits=fits, words=words)
 
 
-def _verdict(clean: bool, kaggle: KaggleTime, budget_s: float, run: MeasuredRun) -> str:
+def _verdict(clean: bool, kaggle: KaggleTime, run: MeasuredRun) -> str:
     if not clean:
         return "Not ready for Kaggle: the run was not clean"
-    seconds = f"{kaggle.seconds:,.0f} s of {budget_s:,.0f} s"
+    seconds = f"{kaggle.seconds:,.0f} s of {kaggle.usable_s:,.0f} s"
     time = f"{kaggle.machine} would take {seconds} ({kaggle.how})"
     empty = not run.record.non_empty
     if kaggle.fits:
@@ -296,7 +296,7 @@ def build_report(
     clean, here = is_clean(checks), time_here(run, plan_s)
     dropped = drop_to_fit(run, here.total_s, plan_s)
     return Report(
-        verdict=_verdict(clean, kaggle, budget_s, run),
+        verdict=_verdict(clean, kaggle, run),
         ready=clean and kaggle.fits,
         clean=Cleanness(clean, checks),
         kaggle=kaggle,

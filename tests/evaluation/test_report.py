@@ -81,7 +81,7 @@ def test_the_page_begins_with_the_verdict_and_its_parts() -> None:
 
 
 READY_FOR = "Ready for Kaggle: the run was clean, and 2×T4 would take {} ({})"
-READY = READY_FOR.format("572 s of 3,600 s", "calibrated")
+READY = READY_FOR.format("572 s of 3,324 s", "calibrated")
 FEW = "; 3 strips are too few to be sure"
 FEW_WHOLE = "; 1 strip is too few to be sure"  # for which no pass was dropped
 TOO_LONG = "Not ready for Kaggle: the run was clean, but 2×T4 would take {} ({}) and drop passes"
@@ -107,27 +107,27 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
         pytest.param({"budget_s": 1e9}, READY, True, "✓✓✓✓✓–", id="too long here for the hour"),
         pytest.param({"seconds": 10.0}, READY, True, "✓✓✓✓✓✓", id="in time here as well"),
         pytest.param(
-            {"calibration": {}}, READY_FOR.format("352 s of 3,600 s", "estimated"),
+            {"calibration": {}}, READY_FOR.format("352 s of 3,324 s", "estimated"),
             True, "✓✓✓✓✓–", id="no run on Kaggle is known",
         ),
         pytest.param(
             {"seconds": 10.0, "budget_s": 500.0},
-            TOO_LONG.format("572 s of 500 s", "calibrated") + FEW,
+            TOO_LONG.format("572 s of 429 s", "calibrated") + FEW,
             False, "✓✓✓✓✗–", id="beyond the budget there",
         ),
         pytest.param(
             {"seconds": 10.0, "calibration": SLOW},
-            TOO_LONG.format("5,652 s of 3,600 s", "calibrated") + FEW,
+            TOO_LONG.format("5,652 s of 3,324 s", "calibrated") + FEW,
             False, "✓✓✓✓✗✓", id="too long there only",
         ),
         pytest.param(
             {"seconds": 10.0, "calibration": SLOW, "budget_s": 1e9},
-            TOO_LONG.format("5,652 s of 3,600 s", "calibrated") + FEW,
+            TOO_LONG.format("5,652 s of 3,324 s", "calibrated") + FEW,
             False, "✓✓✓✓✗✓", id="the hour counts, whatever the budget",
         ),
         pytest.param(
             {"seconds": 10.0, "budget_s": 2900.0},
-            READY_FOR.format("572 s of 2,900 s", "calibrated"),
+            READY_FOR.format("572 s of 2,671 s", "calibrated"),
             True, "✓✓✓✓✓–", id="beyond the budget here only",
         ),
         pytest.param({"faults": {"4.jpg": "no image"}}, NOT_CLEAN, False, "✓✓✗✓✓–", id="a fault"),
@@ -136,32 +136,32 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
             id="Kaggle would refuse the submission",
         ),
         pytest.param(
-            DROPPED, READY_FOR.format("834 s of 3,600 s", "calibrated") + FEW_WHOLE, True,
+            DROPPED, READY_FOR.format("834 s of 3,324 s", "calibrated") + FEW_WHOLE, True,
             "✓✓✓–✓––", id="passes were dropped here",
         ),
         pytest.param(
             DROPPED | {"calibration": {"2×T4": FAST["2×T4"] | {"rate": 220.0}}},
-            TOO_LONG.format("3,762 s of 3,600 s", "calibrated") + FEW_WHOLE, False, "✓✓✓–✓✗–",
+            TOO_LONG.format("3,762 s of 3,324 s", "calibrated") + FEW_WHOLE, False, "✓✓✓–✓✗–",
             id="passes were dropped here, and all of them are too long there",
         ),
         pytest.param(
             {"seconds": 10.0, "faults": {"4.jpg": TOO_LATE}},
-            READY_FOR.format("760 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
+            READY_FOR.format("760 s of 3,324 s", "calibrated"), True, "✓✓✓–✓✓–",
             id="no time was left here for a strip",
         ),
         pytest.param(
             {"calibration": {"2×T4": FAST["2×T4"] | {"rate": 220.0}}},
-            READY_FOR.format("2,573 s of 3,600 s", "calibrated") + FEW, True, "✓✓✓✓––",
+            READY_FOR.format("2,573 s of 3,324 s", "calibrated") + FEW, True, "✓✓✓✓––",
             id="in time there, but other strips may not be",
         ),
         pytest.param(
             {"seconds": 10.0, "strips": 8, "faults": dict.fromkeys("4567", TOO_LATE)},
-            READY_FOR.format("572 s of 3,600 s", "calibrated"), True, "✓✓✓–✓✓–",
+            READY_FOR.format("572 s of 3,324 s", "calibrated"), True, "✓✓✓–✓✓–",
             id="no time was left here for half of the strips",
         ),
         pytest.param(
             {"seconds": 10.0, "strips": 9, "faults": dict.fromkeys("45678", TOO_LATE)},
-            READY_FOR.format("572 s of 3,600 s", "calibrated")
+            READY_FOR.format("572 s of 3,324 s", "calibrated")
             + "; judged by 4 of 9 strips alone: no time was left here for the others",
             True, "✓✓✓–✓✓–", id="no time was left here for most strips",
         ),
@@ -175,7 +175,7 @@ DROPPED: dict[str, Any] = {  # all for the first strip; 150 flops a strip with e
         ),
         pytest.param(
             {"non_empty": 0, "seconds": 10.0, "budget_s": 500.0},
-            TOO_LONG.format("572 s of 500 s", "calibrated").replace(
+            TOO_LONG.format("572 s of 429 s", "calibrated").replace(
                 ":", ", and every mask is empty:", 1
             ) + FEW,
             False, "✓✓✓✓✗–", id="every mask is empty, and it is too long there",
@@ -233,7 +233,7 @@ def test_the_verdict_is_of_the_cpu_only_where_the_kernel_asks_for_no_gpu() -> No
     assert a_report(calibration=calibration).ready
     assert a_report(calibration={"Kaggle's CPU": slow}).kaggle.machine == "2×T4"
     report = a_report(calibration=calibration, on_gpu=False)
-    expected = f"5,652 s of 3,600 s (calibrated) and drop passes{FEW}"
+    expected = f"5,652 s of 3,410 s (calibrated) and drop passes{FEW}"
     assert report.verdict.endswith(f"but Kaggle's CPU would take {expected}")
     assert not report.ready
     assert "   On Kaggle's CPU, calibrated\n" in as_lines(report)
