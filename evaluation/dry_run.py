@@ -215,6 +215,7 @@ def _conclude(run: DryRun, working: Path, result: ProcessResult, sample: Path) -
     stages = record.stages | {"start": result.seconds - record.seconds}
     record = replace(record, seconds=result.seconds, stages=stages)  # with the interpreter's start
     report = _report_on(run, record, result, [*checks, *check_record(record)])
+    print(f"\n== {report.verdict}")
     return 0 if report.ready else 1
 
 

@@ -121,12 +121,13 @@ def test_a_dry_run_leaves_submission_picture_and_report(rehearsed: DryRun, strip
     assert 0 < report["dice"]["dice"] < 1
 
 
-def test_the_terminal_begins_with_the_verdict_and_ends_with_the_page(rehearsed: DryRun) -> None:
+def test_the_report_on_the_terminal_begins_and_ends_with_the_verdict(rehearsed: DryRun) -> None:
     report, stdout = rehearsed.report, rehearsed.done.stdout
     page = (rehearsed.bundle / "report" / "index.html").read_text()
     assert report["verdict"].startswith("Ready for Kaggle: the run was clean, and 2×T4 would take")
     assert report["budget_s"] == 3600
-    assert f"\n== {report['verdict']}\n" in stdout
+    assert f"\n\n== {report['verdict']}\n\n   The run was clean\n" in stdout
+    assert stdout.endswith(f"\n\n== {report['verdict']}\n")
     assert f"<h1>{report['verdict']}</h1>" in page
     assert page.count("data:image/jpeg;base64,") == 3
     assert "dist/report/index.html" in stdout
@@ -233,7 +234,7 @@ def test_a_run_without_openvino_that_this_machine_has_no_memory_for_decides_noth
         (run_json(faults={}), "the members load on PyTorch, too, as where there is a GPU"),
         (
             run_json(),
-            "without OpenVINO, as where there is a GPU, strips that failed: 1; the first: 4.jpg: no",
+            "without OpenVINO, as where there is a GPU, strips that failed: 1; the first: 4.jpg",
         ),
         (None, "without OpenVINO, as where there is a GPU, the kernel left no run.json: a pass"),
     ],
