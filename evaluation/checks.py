@@ -19,6 +19,7 @@ from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS, lacking_wheels
 
 KILLED = -9  # the exit code of a process that the system ended
+MEMORY = 25_000_000_000  # bytes of one process, beside which others need some of Kaggle's 30 GB
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,18 @@ def how_it_ended(exit_code: int) -> str:
 
 
 def check_process(result: ProcessResult) -> list[Check]:
-    """Check the kernel's exit code, and whether the network was denied."""
+    """Check the kernel's exit code, whether the network was denied, and its memory."""
     network = "the network was denied"
     if not result.network_denied:
         network = "the network was NOT denied: this system does not allow it"
-    return [
+    checks = [
         Check(result.exit_code == 0, f"the kernel {how_it_ended(result.exit_code)}"),
         Check(result.network_denied or None, network),
     ]
+    if result.peak_bytes > MEMORY:
+        words = f"one of its processes held {result.peak_bytes / 1e9:.0f} GB of memory here"
+        checks.append(Check(None, f"{words}; Kaggle's machine has some 30 GB for all"))
+    return checks
 
 
 def check_answer(

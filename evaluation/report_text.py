@@ -53,7 +53,8 @@ def _run_lines(report: Report) -> list[str]:
         _pass_table(passes, "flip"),
         f"   {run.strips_per_s:.2f} strips/s on {run.device}, {run.workers} process(es);"
         f" {run.non_empty_masks:,} non-empty masks; {run.share_of_full_work:.0%} of the full work"
-        f" ran; {run.peak_bytes / 1e9:.2f} GB of memory, {run.gpu_bytes / 1e9:.2f} GB of a GPU's",
+        f" ran; {run.peak_bytes / 1e9:.2f} GB of memory in one process,"
+        f" {run.gpu_bytes / 1e9:.2f} GB of a GPU's",
     ]
 
 

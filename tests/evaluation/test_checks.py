@@ -72,6 +72,14 @@ def test_a_process_that_a_signal_ended_has_no_exit_code(code: int, words: str) -
     assert ended.words.startswith(words)
 
 
+@pytest.mark.parametrize(("peak_bytes", "named"), [(25 * 10**9, False), (45 * 10**9, True)])
+def test_memory_that_kaggle_may_lack_is_named_and_decides_nothing(
+    peak_bytes: int, named: bool
+) -> None:
+    *_, memory = check_process(ProcessResult(0, 1.0, True, peak_bytes))
+    assert (memory.ok is None) == ("held 45 GB of memory here" in memory.words) == named
+
+
 def test_strips_that_no_time_was_left_for_are_counted_apart() -> None:
     faults = {"4.jpg": TOO_LATE, "5.jpg": TOO_LATE, "6.jpg": "no image"}
     said = {check.words: check.ok for check in check_record(a_record(faults=faults))}
