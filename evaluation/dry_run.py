@@ -46,8 +46,10 @@ from kernel.files import write_json
 from kernel.image_folders import list_images, one_folder, open_images
 from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest, load_manifest
+from kernel.mounts import SAMPLE
 from kernel.run_record import RunRecord, read_run_record
 from kernel.shipped import add_competition_option, find_competition
+from kernel.task import read_sample
 from packing.paths import CALIBRATION, DATASET_METADATA, LAST_REPORT, REPORT
 from training.ground_truth import Rles, Truth, check_masks, check_names, read_truth
 from training.metrics import Scores
@@ -243,7 +245,12 @@ def check_args(args: argparse.Namespace) -> tuple[Manifest, Path | None]:
             f"--competition {args.competition}: {args.bundle} was built for {competition.slug}, or "
             "of another description of it; build it again with the same --competition"
         )
-    return manifest, open_images(args.images, competition)[0] if args.images else None
+    if not args.images:
+        return manifest, None
+    images, sample = open_images(args.images, competition)[0], args.images.resolve().parent / SAMPLE
+    if sample.is_file():  # the competition's own; the run gets one written as described
+        read_sample(sample, competition)
+    return manifest, images
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -521,6 +521,23 @@ def test_a_ground_truth_that_is_none_is_refused_before_anything_runs(
     assert line.startswith(error.format(truth).replace("NAME", name))
 
 
+def test_a_sample_beside_the_images_that_the_description_does_not_fit_is_refused(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel gets one that is written as the description says."""
+    monkeypatch.setattr(dry_run, "_run_bundle", lambda *_: 0)
+    save_strips(tmp_path / "test_images", ["a.jpg"])
+    given = ("--bundle", bundle, "--images", tmp_path / "test_images")
+    sample = write_sample(tmp_path / "sample_submission.csv", ["a.jpg"], "three-column")
+    assert exit_code(dry_run.main, *given) == 0
+    sample.write_text("id,rle\na.jpg,\n")
+    assert exit_code(dry_run.main, *given) == 2
+    assert error_of(capsys.readouterr().err).startswith(f"{sample}: line 1: header id,rle, ")
+
+
 def test_on_windows_it_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
