@@ -111,6 +111,17 @@ def test_a_kernel_that_kaggle_refuses(changes: dict[str, Any], words: str) -> No
         check_kernel(KERNEL | changes, DATASET["id"], COMPETITION)
 
 
+def test_a_kernel_may_have_other_sources_beside_the_bundle_and_the_competition() -> None:
+    sources = {"dataset_sources": ["me/images", DATASET["id"]]}
+    check_kernel(
+        KERNEL | sources | {"competition_sources": [COMPETITION, "titanic"]},
+        DATASET["id"],
+        COMPETITION,
+    )
+    with pytest.raises(ValueError, match="dataset_sources"):
+        check_kernel(KERNEL | {"dataset_sources": ["me/images"]}, DATASET["id"], COMPETITION)
+
+
 # --- both files -----------------------------------------------------------------------------------
 
 
