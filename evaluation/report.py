@@ -137,8 +137,7 @@ def time_on_kaggle(
     limit = "the hour" if limit_s == 3600 else "the limit"
     plan_s = usable_s(budget_s, estimate.workers)
     fits = estimate.seconds <= plan_s
-    spread = low_s is not None and high_s is not None
-    enough = spread and not low_s < plan_s < high_s
+    enough = low_s is not None and high_s is not None and not low_s < plan_s < high_s
     known = estimate.calibrated or SLOWEST * estimate.seconds <= plan_s
     words = f"{competition.n_images:,} strips would take {estimate.seconds:,.0f} s"
     words += f"{_interval(low_s, high_s)}; "
@@ -149,7 +148,8 @@ def time_on_kaggle(
     if not fits:
         words += ", so it would drop passes there to end in time"
     if not enough:
-        why = f"{plan_s:,.0f} s lies within the interval" if spread else "so few have no interval"
+        within = f"{plan_s:,.0f} s lies within the interval"
+        why = "so few have no interval" if low_s is None else within
         words += f"; {why}: give more --images to be sure"
     if not known:
         words += f"; the rate is assumed, a network's may be {SLOWEST} times lower, or higher: "
