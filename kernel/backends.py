@@ -137,7 +137,8 @@ def _attempt(
 def _settle_faults(outcome: Outcome) -> None:
     """Forget the faults of images that another backend has done; log those that stay."""
     outcome.faults = {k: fault for k, fault in outcome.faults.items() if k not in outcome.work}
-    for name in sorted(outcome.faults.keys() & outcome.failed):
+    outcome.failed = sorted(outcome.faults.keys() & outcome.failed)
+    for name in outcome.failed:
         log.warning("%s stays empty: %s", name, outcome.faults[name])
 
 

@@ -12,7 +12,7 @@ class Outcome:
     """What became of every image; its masks are in the submission."""
 
     faults: dict[str, str] = field(default_factory=dict)  # image → why its rows stay empty
-    failed: set[str] = field(default_factory=set)  # those of them that the networks failed on
+    failed: list[str] = field(default_factory=list)  # those of them that the networks failed on
     work: dict[str, StripWork] = field(default_factory=dict)  # image → what ran for it
     passes: list[Pass] = field(default_factory=list)  # that were loaded; `work` has their numbers
     dropped: Counter[str] = field(default_factory=Counter)  # "member/flip" → strips without it
@@ -30,7 +30,7 @@ class Outcome:
         for image, work in other.work.items():
             self.work[image] = work.renumber(number)
         self.faults = other.faults | self.faults  # the first reason stays
-        self.failed |= other.failed
+        self.failed += other.failed
         self.dropped += other.dropped
         self.strip_s |= other.strip_s
         self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)

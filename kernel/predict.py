@@ -158,6 +158,6 @@ def _take_fault(state: StripState, outcome: Outcome) -> None:
     """Take a strip's fault into the outcome; log it where no other engine could mend it."""
     outcome.faults[state.strip.name] = state.fault
     if state.failed:
-        outcome.failed.add(state.strip.name)
+        outcome.failed.append(state.strip.name)
     elif state.fault != TOO_LATE:  # one of many: they are counted
         log.warning("%s stays empty: %s", state.strip.name, state.fault)

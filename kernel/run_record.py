@@ -20,39 +20,19 @@ from kernel.task import Task
 from kernel.tta import Half, Pass
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(kw_only=True)
+class RunRecord(Outcome):
     """What run.json holds; of several workers the seconds are means."""
 
     strips: int
     rows: int  # of the submission
     non_empty: int  # of them
-    faults: dict[str, str]  # image → why its rows stay empty
-    passes: list[Pass]  # of the members that were loaded; a pass id is a position in this list
-    work: dict[str, StripWork]  # image → what ran for it, of those that have no fault
-    strip_s: dict[str, float]  # image → seconds since the one before
-    dropped: dict[str, int]  # "member/flip" → strips without it
     share: float  # mean of the strips' in `work`
-    device: str
-    gpu_bytes: int  # the most that PyTorch held on one GPU
-    workers: int  # that shared the images; 1: the first process, or one beside it
     budget_s: float
     seconds: float
     stages: dict[str, float]  # seconds, without the networks'
     networks: Mapping[str, Mapping[Half, float]]  # member → half → seconds
     kaggle: bool  # whether Kaggle ran it
-
-    def outcome(self) -> Outcome:
-        """Return what became of its images."""
-        return Outcome(
-            faults=self.faults,
-            work=self.work,
-            passes=self.passes,
-            dropped=Counter(self.dropped),
-            strip_s=self.strip_s,
-            device=self.device,
-            gpu_bytes=self.gpu_bytes,
-        )
 
 
 def build_run_record(
@@ -61,18 +41,11 @@ def build_run_record(
     """Return the record of a run that has ended."""
     stages, shares = context.stages, [work.share for work in outcome.work.values()]
     return RunRecord(
+        **vars(outcome),
         strips=len(task.names),
         rows=rows,
         non_empty=len(context.submission.rles),
-        faults=outcome.faults,
-        passes=outcome.passes,
-        work=outcome.work,
-        strip_s=outcome.strip_s,
-        dropped=dict(outcome.dropped),
         share=sum(shares) / max(len(shares), 1),
-        device=outcome.device,
-        gpu_bytes=outcome.gpu_bytes,
-        workers=outcome.workers,
         budget_s=context.budget_s,
         seconds=seconds,
         stages=dict(stages.seconds),
@@ -84,15 +57,10 @@ def build_run_record(
 # --- run.json -------------------------------------------------------------------------------------
 
 
-def record_text(record: RunRecord) -> str:
-    """Return the text of run.json."""
-    return json.dumps(vars(record), default=vars, indent=2, sort_keys=True) + "\n"
-
-
 def write_run_record(path: Path, record: RunRecord) -> None:
     """Write run.json, whole or not at all: the submission is there, and that is what counts."""
     try:
-        write_text(path, record_text(record))
+        write_text(path, json.dumps(vars(record), default=vars, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         log.warning("the submission is written, but not its record: %s", one_line(error))
 
@@ -114,7 +82,7 @@ def parse_run_record(entries: dict[str, Any], path: Path) -> RunRecord:
             for member, halves in entries["networks"].items()
         }
         parsed = {"passes": passes, "work": work, "networks": networks}
-        return RunRecord(**entries | parsed)
+        return RunRecord(**entries | parsed | {"dropped": Counter(entries["dropped"])})
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: not a run.json of this kernel: {error!r}") from error
 

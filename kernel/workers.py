@@ -292,7 +292,7 @@ def predict_by_workers(context: RunContext, task: Task, count: int) -> Outcome:
             log.warning("%s; running all images in this process", died)
             return predict_here(context, task)
         for record in found.records:
-            outcome.add(record.outcome())
+            outcome.add(record)
             context.stages.add(record.stages, record.networks, 1 / len(devices))
         if found.exit_codes:
             number, code = next(iter(found.exit_codes.items()))

@@ -173,7 +173,8 @@ def test_an_engine_that_fails_on_every_strip_costs_none(
     monkeypatch.setattr(ensemble_loading, "check_engine", fail_once_checked)
     monkeypatch.setattr("kernel.backends.MAX_FAILURES", patience)
     record = predict(bundle, images, images.parent / "submission.csv")
-    assert not record["faults"] and record["work"].keys() == set(NAMES)
+    assert not (record["faults"] or record["failed"])
+    assert record["work"].keys() == set(NAMES)
     assert read_submission(images.parent / "submission.csv") == read_submission(whole)
     [line] = [line for line in caplog.messages if line.startswith(reason)]
     assert "the remaining 6 images run on the CPU with plain PyTorch" in line
@@ -630,6 +631,7 @@ def test_strips_that_no_time_is_left_to_run_again_stay_named(
     monkeypatch.setattr("kernel.backends.predict_on", run_late)
     record = predict(bundle, images, images.parent / "submission.csv")
     assert record["faults"].keys() == set(NAMES) and not record["work"]
+    assert record["failed"] == sorted(NAMES)
     assert all("no memory for a strip" in fault for fault in record["faults"].values())
 
 

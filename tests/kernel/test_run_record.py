@@ -7,7 +7,7 @@ ids, schedulers or records.
 import errno
 import json
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -436,7 +436,7 @@ def test_the_record_lies_in_run_json_beside_the_submission(
     assert record.keys() == {
         *("strips", "rows", "non_empty", "faults", "passes", "work", "strip_s", "dropped"),
         *("share", "device", "gpu_bytes", "workers", "budget_s", "seconds", "stages", "networks"),
-        "kaggle",
+        *("failed", "kaggle"),
     }
     assert record["kaggle"] is kaggle
     assert (record["strips"], record["rows"], record["budget_s"]) == (7, 28, 3600)
@@ -450,11 +450,12 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
         strips=3,
         rows=12,
         non_empty=2,
-        faults={"2.jpg": "no image"},
+        faults={"2.jpg": "the networks failed", "3.jpg": "no image"},
+        failed=["2.jpg"],
         passes=passes_of("a/none", "b/vertical"),
         work={"1.jpg": StripWork((1, 0), (1, 0), (0,), (1,), 0.25)},
         strip_s={"1.jpg": 0.5},
-        dropped={"b/vertical": 1},
+        dropped=Counter({"b/vertical": 1}),
         share=0.25,
         device="cpu",
         gpu_bytes=7,
