@@ -116,7 +116,7 @@ class RecordedPasses:
         if state.fault:
             log.warning("%s counts as an empty answer: %s", self.name, state.fault)
             size = self.manifest.competition.size_of_mask(self.size)
-            state.host_masks = np.zeros((self.manifest.classes, *size), np.bool_)
+            state.masks = np.zeros((self.manifest.classes, *size), np.bool_)
         return state
 
 

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -104,6 +103,7 @@ class Scheduler:
             self._run_next_step(going, n_ended)
             done = [state for state in states if state.done]
             if done:
+                self._copy_masks(done)
                 plans = [[self.source.passes[i] for i in state.planned] for state in done]
                 self.deadline.strips_done(plans)
             n_ended += len(done)
@@ -187,7 +187,8 @@ class Scheduler:
         else:
             self._count_seconds(step, pass_id, time.monotonic() - start, len(states))
             with self.source.stages("tally"):
-                self._settle(states, found)
+                for state, row in zip(states, found, strict=True):
+                    state.settle(row)
 
     def _run_in_two(self, step: Step, pass_id: int, states: list[StripState], fault: str) -> None:
         """Run the step of a batch that failed in two; one strip alone has the fault."""
@@ -244,12 +245,12 @@ class Scheduler:
         gates, probabilities = source.run_pass(pass_id, images, size)
         return (gates,), probabilities
 
-    def _settle(self, states: list[StripState], found: npt.NDArray[np.float64]) -> None:
-        """End a step; copy the masks of strips that end with it."""
-        for state, row in zip(states, found, strict=True):
-            state.settle(row)
-            if state.done and not state.fault and state.tally.decoded:
+    def _copy_masks(self, states: list[StripState]) -> None:
+        """Copy the masks of strips that are done to the host; one that fails has a fault."""
+        with self.source.stages("tally"):
+            for state in states:
                 try:
-                    state.host_masks = to_host(state.tally.masks(state.size))
+                    if not state.fault:
+                        state.masks = to_host(state.tally.masks(state.size))
                 except Exception as error:  # out of memory
                     state.fault = self._fault_of(error)

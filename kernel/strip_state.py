@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kernel.device import to_host
 from kernel.early_exit import Tally
 from kernel.images import Size, Strip
 from kernel.logs import log
@@ -32,7 +31,7 @@ class StripState:
     ran: dict[Half, list[int]] = field(default_factory=lambda: {half: [] for half in Half})
     next_step: tuple[Step, int] = (ENCODE, 0)  # which halves of which pass
     pending_features: tuple[Tensor, ...] = ()  # what the step under way encoded
-    host_masks: npt.NDArray[np.bool_] | None = None  # once it has ended and they were copied
+    masks: npt.NDArray[np.bool_] = field(init=False)  # (classes, H, W), once done without fault
     fault: str = ""
     alone: bool = False  # the others wait for its end: beside them memory was too small for it
     planned: list[int] = field(init=False)  # the passes that it began with, those of NaN too
@@ -51,13 +50,6 @@ class StripState:
     def failed(self) -> bool:
         """Whether the networks failed on it."""
         return bool(self.fault) and self.fault != TOO_LATE and self.strip.image is not None
-
-    @property
-    def masks(self) -> npt.NDArray[np.bool_]:
-        """Masks (classes, H, W) of a strip that is done and has no fault."""
-        if self.host_masks is not None:
-            return self.host_masks
-        return to_host(self.tally.masks(self.size))
 
     @property
     def kept_bytes(self) -> int:

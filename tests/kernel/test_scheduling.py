@@ -714,7 +714,7 @@ def test_a_strip_under_way_at_the_end_keeps_the_mean_of_its_passes(
     state = state_of([0.9, second], encoded)
     state.finalize()
     assert state.done and not state.fault
-    assert state.masks.all() == on
+    assert state.tally.masks(state.size).all() == on
 
 
 def test_a_strip_of_which_nothing_is_decoded_at_the_end_fails_for_lack_of_time() -> None:
@@ -732,6 +732,24 @@ def test_when_the_time_is_over_no_half_is_run_any_more(source: DrawnPasses) -> N
     faults = {name: state.fault for name, state in states.items() if state.fault}
     assert faults == dict.fromkeys("45678", "no time was left for it")
     np.testing.assert_array_equal(states["3"].masks, source.masks(3, [0, 1, 2]))
+
+
+def test_a_strip_that_the_deadline_ends_without_memory_for_its_masks_costs_only_itself(
+    source: DrawnPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock ends in the middle of the fourth strip."""
+    expected = torch.from_numpy(source.masks(3, [0, 1, 2]))
+
+    def hungry(tensor: Tensor) -> npt.NDArray[Any]:
+        if tensor.dtype == torch.bool and torch.equal(tensor, expected):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return tensor.numpy()
+
+    monkeypatch.setattr("kernel.scheduling.to_host", hungry)
+    deadline = Deadline(1e6, 0.0, clock=lambda: 1e6 if len(source.encoded) > 20 else 0.0)
+    states = run(Scheduler(source, 1, early_exit=False, deadline=deadline), numbered())
+    assert "OutOfMemoryError" in states["3"].fault
+    assert not any(states[name].fault for name in "012")
 
 
 def test_a_pass_that_the_deadline_drops_does_not_run_for_that_strip(source: DrawnPasses) -> None:
