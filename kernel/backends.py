@@ -14,7 +14,7 @@ from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, first_image, size_of
 from kernel.logs import log
 from kernel.outcome import Outcome
-from kernel.predict import EngineFails, note_names, predict_task
+from kernel.predict import EngineFails, FailuresInARow, note_names, predict_task
 from kernel.read_ahead import read_ahead
 from kernel.run_context import RunContext
 from kernel.scheduling import Scheduler
@@ -64,9 +64,8 @@ def predict_on(
         log.info("%d images of %s on %s", len(task.names), task.images, device)
         patience = math.inf if plain else MAX_FAILURES
         on_engines = [name for name, member in ensemble.members.items() if not member.plain]
-        predict_task(
-            scheduler, task, context.submission, outcome, patience, options.last_image, on_engines
-        )
+        failures = FailuresInARow(patience, ensemble.passes, on_engines)
+        predict_task(scheduler, task, context.submission, outcome, failures, options.last_image)
     except RuntimeError as error:
         if not on_gpu or isinstance(error, DeviceLost):
             raise

@@ -1,6 +1,5 @@
 """Prediction: the images of a task through a scheduler and into the submission."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,30 +66,32 @@ class EngineFails(Exception):
     """The networks fail on one image after another."""
 
 
-class NanInARow:
-    """Counts the strips on which an engine gave NaN, one after another, for each of its members.
+class FailuresInARow:
+    """Counts strips, one after another, that the networks fail on, or that a member gives NaN on.
 
     One for which no pass of the member was decoded says nothing of it, unless its encoder gave NaN.
     """
 
-    def __init__(self, passes: Sequence[Pass], members: Iterable[str]) -> None:
-        self.passes, self.counts = passes, dict.fromkeys(members, 0)
+    def __init__(self, patience: float, passes: Sequence[Pass], members: Iterable[str]) -> None:
+        self.patience, self.passes, self.failed = patience, passes, 0
+        self.nan = dict.fromkeys(members, 0)
 
     def add(self, state: StripState) -> None:
-        """Count a strip that is done."""
+        """Count a strip that is done; raise EngineFails where it is the last of `patience`."""
+        self.failed = self.failed + state.failed if state.fault else 0
+        if self.failed >= self.patience:
+            raise EngineFails(f"on {self.failed} images in a row {state.fault}")
         lost = {self.passes[i].member for i in state.planned if i not in state.pass_ids}
         decoded = {self.passes[i].member for i in state.ran[Half.DECODER]}
-        for member, count in self.counts.items():
+        for member in self.nan:
             if member in lost:
-                self.counts[member] = count + 1
+                self.nan[member] += 1
             elif member in decoded:
-                self.counts[member] = 0
-
-    def check(self, patience: float) -> None:
-        """Raise EngineFails where a member gave NaN on so many."""
-        for member, count in self.counts.items():
-            if count >= patience:
-                raise EngineFails(f"on {count} images in a row member {member} gives NaN")
+                self.nan[member] = 0
+            if self.nan[member] >= self.patience:
+                raise EngineFails(
+                    f"on {self.nan[member]} images in a row member {member} gives NaN"
+                )
 
 
 def predict_task(
@@ -98,19 +99,17 @@ def predict_task(
     task: Task,
     submission: Submission,
     outcome: Outcome,
-    patience: float = math.inf,
-    last_image: Path | None = None,
-    on_engines: Iterable[str] = (),
+    failures: FailuresInARow,
+    last_image: Path | None,
 ) -> None:
     """Predict every image of a task with a scheduler; its masks go to the submission.
 
     A worker writes the name of the image that it begins into `last_image`.
 
     Raises:
-        EngineFails: the networks failed on `patience` images, one after another, or a member of
-            those `on_engines` gave NaN on as many: plain PyTorch may give numbers.
+        EngineFails: `failures` are too many: plain PyTorch may give numbers.
     """
-    stages, competition, in_a_row = scheduler.source.stages, task.layout.competition, 0
+    stages, competition = scheduler.source.stages, task.layout.competition
     # A worker on the CPU decodes no strip ahead: so it is known at which image it dies.
     alone = last_image is not None and scheduler.source.device.type == "cpu"
     ahead = 0 if alone else 4 * scheduler.limits.batch_size
@@ -118,10 +117,8 @@ def predict_task(
     strips = read_ahead(task.images, names, ahead, competition, scheduler.deadline)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
     before, sizes = time.monotonic(), OtherSizes(competition.image_size)
-    nan = NanInARow(scheduler.source.passes, on_engines)
     with closing(strips), progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
-            in_a_row = in_a_row + state.failed if state.fault else 0
             if state.fault:
                 _take_fault(state, outcome)
             else:
@@ -132,10 +129,7 @@ def predict_task(
             before, since = time.monotonic(), before
             outcome.strip_s[state.strip.name] = before - since
             bar.update()
-            if in_a_row >= patience:
-                raise EngineFails(f"on {in_a_row} images in a row {state.fault}")
-            nan.add(state)
-            nan.check(patience)
+            failures.add(state)
     sizes.log_counts()
     late = sum(fault == TOO_LATE for fault in outcome.faults.values())
     if late:
