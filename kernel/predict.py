@@ -1,8 +1,7 @@
 """Prediction: the images of a task through a scheduler and into the submission."""
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -38,28 +37,16 @@ def note_names(names: Iterable[str], last_image: Path | None) -> Iterator[str]:
         yield name
 
 
-class OtherSizes:
-    """Logs images of another size than a competition's usual one; without it, than the first's."""
-
-    def __init__(self, usual: Size | None) -> None:
-        self.usual, self.counts = usual, Counter[Size]()
-
-    def add(self, name: str, size: Size) -> None:
-        """Count an image, and log the first of each other size."""
-        self.usual = self.usual or size
-        self.counts[size] += 1
-        if size != self.usual and self.counts[size] == 1:
-            name = name.encode(errors="backslashreplace").decode()  # it may be no UTF-8
-            what = (
-                "%s is %d×%d, others are %d×%d: predicted as it is; see whether the file is whole"
+def log_other_sizes(sizes: Mapping[Size, Sequence[str]], usual: Size | None) -> None:
+    """Log images of another size than a competition's usual one; without it, than the first's."""
+    usual = usual or next(iter(sizes), (0, 0))
+    for size, names in sizes.items():
+        if size != usual:
+            first = names[0].encode(errors="backslashreplace").decode()  # it may be no UTF-8
+            what = "images of %d×%d, others are %d×%d: %d, first %s; predicted as they are"
+            log.warning(
+                f"{what}; see whether the files are whole", *size, *usual, len(names), first
             )
-            log.warning(what, name, *size, *self.usual)
-
-    def log_counts(self) -> None:
-        """Log how many there were of each other size, if there were more than one."""
-        for size, count in self.counts.items():
-            if size != self.usual and count > 1:
-                log.warning("%d images are %d×%d", count, *size)
 
 
 class EngineFails(Exception):
@@ -116,13 +103,13 @@ def predict_task(
     names = note_names(task.names, last_image)
     strips = read_ahead(task.images, names, ahead, competition, scheduler.deadline)
     states = scheduler.predict_strips(timed(strips, stages, "decode"), len(task.names))
-    before, sizes = time.monotonic(), OtherSizes(competition.image_size)
+    before, sizes = time.monotonic(), dict[Size, list[str]]()
     with closing(strips), progress(task.names, "strips", "strip") as bar, closing(states):
         for state in states:
             if state.fault:
                 _take_fault(state, outcome)
             else:
-                sizes.add(state.strip.name, state.size)
+                sizes.setdefault(state.size, []).append(state.strip.name)
                 _take_masks(state, scheduler, submission, outcome)
             with stages("write"):
                 submission.save_throttled()
@@ -130,7 +117,7 @@ def predict_task(
             outcome.strip_s[state.strip.name] = before - since
             bar.update()
             failures.add(state)
-    sizes.log_counts()
+    log_other_sizes(sizes, competition.image_size)
     late = sum(fault == TOO_LATE for fault in outcome.faults.values())
     if late:
         log.warning("%d images stay empty: %s", late, TOO_LATE)
