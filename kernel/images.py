@@ -45,36 +45,27 @@ LOOKED_AT = 8  # images, before a run
 _LOGGED = set[str]()  # kinds of images that were named already
 
 
-def _log_once(kind: str, text: str) -> None:
-    if kind not in _LOGGED:
-        _LOGGED.add(kind)
-        log.warning("%s", text)
-
-
 def _log_other(name: str, what: str, said: str, instead: str) -> None:
     """Log, once a kind, an image of another colour or depth than the description says."""
-    _log_once(what, f"{name} is {what}, its competition.json says {said}: correct it; {instead}")
+    if what not in _LOGGED:
+        _LOGGED.add(what)
+        told = "%s is %s, its competition.json says %s: correct it; %s"
+        log.warning(told, name, what, said, instead)
 
 
 def _to_bits(pixels: npt.NDArray[Any], bits: int, name: str) -> Image:
-    """Scale to the competition's depth; 16 bits to 8 by what the values need: 10, 12, 14 or 16.
+    """Scale to the competition's depth; 16 bits to 8 are refused.
 
-    Cameras store 10 to 14 bits in 16, and few say so in the file.
+    Cameras store 10 to 14 bits in 16, and few say so in the file: what is white is not known.
     """
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"pixels are {pixels.dtype}, expected 8 or 16 bits")
     if bits == 8 * pixels.dtype.itemsize:
         return pixels
-    if bits == 16:
-        _log_other(name, "of 8 bits", "bits 16", "its white stays white")
-        return pixels.astype(np.uint16) * 257
-    _log_other(name, "of 16 bits", "bits 8", "its values are scaled to 8")
-    highest = int(pixels.max())
-    depth = next(depth for depth in (10, 12, 14, 16) if highest < 2**depth)
-    if depth < 16:
-        text = f"16-bit images without a value above {2**depth - 1}: read as {depth} bits"
-        _log_once(f"{depth} bits", text)
-    return (pixels >> (depth - 8)).astype(np.uint8)
+    if bits == 8:
+        raise ValueError('of 16 bits, its competition.json says bits 8: write "bits": 16 there')
+    _log_other(name, "of 8 bits", "bits 16", "its white stays white")
+    return pixels.astype(np.uint16) * 257
 
 
 def is_coloured(pixels: npt.NDArray[Any]) -> bool:
@@ -140,7 +131,7 @@ def decode_image(
     """Decode a file's bytes as `read_image` does; `name` is for the error.
 
     Raises:
-        ValueError: the bytes are no image, a damaged or too large one, or of another depth.
+        ValueError: the bytes are no image, a damaged or too large one, or of a greater depth.
     """
     try:
         colour = competition.channels == 3

@@ -59,7 +59,6 @@ SMOOTH = cv2.GaussianBlur(draw_image(9), (0, 0), 4)
 ODD: dict[str, tuple[Callable[[Path], object], int]] = {  # and by how much a grey may differ
     "PNG named .jpg": (lambda path: save_image(path, SMOOTH), 0),
     "BMP named .jpg": (lambda path: path.write_bytes(encode_image(".bmp", SMOOTH)), 0),
-    "16 bit": (lambda path: save_image(path, SMOOTH.astype(np.uint16) * 257), 1),
     "RGBA": (lambda path: save_image(path, cv2.cvtColor(SMOOTH, cv2.COLOR_GRAY2BGRA)), 1),
     "CMYK": (lambda path: PIL.Image.fromarray(SMOOTH).convert("CMYK").save(path, "JPEG"), 6),
 }
@@ -329,16 +328,14 @@ def test_a_colour_jpeg_that_is_cut_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
-def test_a_16_bit_png_is_scaled_by_the_depth_that_its_values_need(
-    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_16_bits_where_the_competition_has_8_are_refused_whatever_their_values(
+    bits: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kernel.images._LOGGED", set())
-    image = draw_image(3)
-    cv2.imwrite(str(tmp_path / "a.png"), image.astype(np.uint16) << (bits - 8))
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", SEVERSTAL), image)
-    said = [record.message for record in caplog.records if "read as" in record.message]
-    assert said == ([] if bits == 16 else [said[0]])
-    assert bits == 16 or f"read as {bits} bits" in said[0]
+    save_image(tmp_path / "a.png", draw_image(3).astype(np.uint16) << (bits - 8))
+    strip = read_strip(tmp_path, "a.png", SEVERSTAL)
+    assert strip.image is None
+    told = 'a.png: of 16 bits, its competition.json says bits 8: write "bits": 16 there'
+    assert strip.fault == f"{tmp_path}/{told}"
 
 
 def test_a_strip_that_cannot_be_read_for_a_moment_is_read(
