@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from evaluation.measured import MeasuredRun, spread_of_mean
-from kernel.budget import margin_s, planned_s, worker_budget_s
+from kernel.deadline import margin_s, planned_s, worker_budget_s
 
 # --- this machine ---------------------------------------------------------------------------------
 

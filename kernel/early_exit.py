@@ -1,4 +1,6 @@
-"""The early exit: what a sum of passes proves before the last of them has run."""
+"""Threshold and early exit: what a sum of passes proves before the last of them has run."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -7,7 +9,17 @@ from torch import Tensor
 
 from kernel.images import Size
 from kernel.manifest import Manifest
-from kernel.threshold import apply_threshold, drop_small_masks
+
+
+def apply_threshold(mean: Tensor, threshold: float, min_areas: Sequence[int]) -> Tensor:
+    """Masks (classes, H, W), bool, of mean probabilities (classes, H, W)."""
+    return drop_small_masks(mean > threshold, min_areas)
+
+
+def drop_small_masks(masks: Tensor, min_areas: Sequence[int]) -> Tensor:
+    """Masks (classes, H, W), those of fewer pixels than their class's of `min_areas` emptied."""
+    kept = [mask & (mask.sum() >= least) for mask, least in zip(masks, min_areas, strict=True)]
+    return torch.stack(kept)  # the areas are numbers here: copied to a GPU they would be waited for
 
 
 class Tally:

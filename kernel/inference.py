@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from kernel.backends import predict_here
-from kernel.budget import margin_s
 from kernel.command import end_process, end_with_parent, run_command
 from kernel.competition import COMPETITION, SEVERSTAL, Competition, load_competition
 from kernel.contact_sheet import Picture, draw_submission
+from kernel.deadline import margin_s
 from kernel.device import GPU_LOST, DeviceLost, share_freed_memory
 from kernel.faults import one_line
 from kernel.files import retried
-from kernel.hangs import ends_within
 from kernel.images import check_kinds
 from kernel.kaggle import enter_working_folder, is_scored_run, run_began
 from kernel.logs import log
@@ -37,7 +36,7 @@ from kernel.stages import Stages
 from kernel.submission import Submission
 from kernel.task import Task, find_task, unpack_images
 from kernel.validator import check_submission
-from kernel.watchdog import ended_after, watchdog
+from kernel.watchdog import ended_after, ends_within, watchdog
 from kernel.workers import predict_by_workers
 
 MIN_FREE_BYTES = 50_000_000  # of disk: a submission takes some, and the copy beside it

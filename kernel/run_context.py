@@ -4,8 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.budget import margin_s
-from kernel.deadline import Deadline
+from kernel.deadline import Deadline, margin_s
 from kernel.device import count_gpus
 from kernel.manifest import Manifest
 from kernel.options import Options

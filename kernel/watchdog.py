@@ -1,4 +1,4 @@
-"""The watchdog: ends a hung run shortly before the budget is spent."""
+"""The watchdog: ends a hung run shortly before the budget is spent; an action that may hang."""
 
 import logging
 import os
@@ -8,6 +8,21 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from kernel.logs import log
 from kernel.submission import Submission
+
+
+def ends_within(seconds: float, action: Callable[[], object]) -> bool:
+    """Run an action that may hang, and raises nothing; return whether it ends in time.
+
+    One that does not goes on in a thread that keeps no process alive.
+    """
+    thread = threading.Thread(target=action, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no other thread
+        action()
+        return True
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def after(seconds: float, action: Callable[[], object]) -> threading.Timer:

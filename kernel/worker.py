@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel.budget import worker_budget_s
 from kernel.command import BAD_INPUT
+from kernel.deadline import worker_budget_s
 from kernel.device import GPU_LOST
 from kernel.options import LAST, arguments_of
 from kernel.rows import csv_line, read_rows

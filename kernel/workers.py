@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.backends import predict_here
-from kernel.budget import margin_s
+from kernel.deadline import margin_s
 from kernel.device import GPU_LOST, count_gpus
 from kernel.faults import one_line
 from kernel.logs import log

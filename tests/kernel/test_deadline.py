@@ -14,8 +14,7 @@ from helpers import predict, read_submission, save_strips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.budget import RESERVE, RESERVE_S
-from kernel.deadline import Deadline
+from kernel.deadline import RESERVE, RESERVE_S, Deadline
 from kernel.images import Strip, read_strip
 from kernel.tta import Half, Pass, list_passes
 

@@ -1,4 +1,7 @@
-"""The early exit: a tally ends with the masks of every pass, proven by brute force."""
+"""The early exit: a tally ends with the masks of every pass, proven by brute force.
+
+And the threshold: which pixels of a mean are on.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.competition import Competition
-from kernel.early_exit import Tally
+from kernel.early_exit import Tally, apply_threshold, drop_small_masks
 from kernel.manifest import Manifest, MemberSpec
 
 Floats = npt.NDArray[np.float32]
@@ -346,3 +349,35 @@ def test_masks_that_gates_alone_prove_empty_have_the_competitions_size() -> None
         add_gates(tally, [0.0] * 4)
         assert not tally.open
         assert tally.masks(SIZE).shape == (4, *expected)
+
+
+# --- the threshold --------------------------------------------------------------------------------
+
+
+def test_a_pixel_is_on_only_above_the_threshold() -> None:
+    half = np.float32(0.5)
+    below, above = (float(np.nextafter(half, np.float32(side))) for side in (0, 1))
+    mean = torch.tensor([[[0.0, below, 0.5, above, 1.0]]])
+    assert apply_threshold(mean, 0.5, [0]).tolist() == [[[False, False, False, True, True]]]
+
+
+@pytest.mark.parametrize(
+    ("min_areas", "kept"),
+    [
+        ([0, 0, 0], [2, 3, 0]),
+        ([3, 3, 3], [0, 3, 0]),
+        ([4, 4, 4], [0, 0, 0]),
+        ([2, 4, 0], [2, 0, 0]),
+        ([3, 3, 0], [0, 3, 0]),
+    ],
+)
+def test_a_class_of_fewer_pixels_than_its_min_area_is_emptied(
+    min_areas: list[int], kept: list[int]
+) -> None:
+    mean = torch.zeros(3, 2, 4)
+    mean[0, 0, :2] = mean[1, 1, 1:] = 1.0
+    masks = apply_threshold(mean, 0.5, min_areas)
+    assert masks.dtype == torch.bool
+    assert masks.sum(dim=(-2, -1)).tolist() == kept
+    assert torch.equal(drop_small_masks(mean > 0.5, min_areas), masks)
+    assert not (masks & (mean == 0)).any()

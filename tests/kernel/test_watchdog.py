@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 from helpers import LAYOUTS, predict, read_submission, run_kernel, run_script, save_strips
 
-from kernel import hangs
-from kernel.budget import MIN_MARGIN_S, margin_s
+from kernel import inference
+from kernel.deadline import MIN_MARGIN_S, margin_s
 from kernel.outcome import Outcome
 from kernel.submission import Submission
-from kernel.watchdog import watchdog
+from kernel.task import Task
+from kernel.watchdog import ends_within, watchdog
 
 PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]
 
@@ -202,7 +203,7 @@ def test_where_no_thread_can_be_started_a_run_goes_on_without_it(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with watchdog(submission, 600.0, 60.0):
         submission.set_masks("b.png", {1: "5 6"})
-    assert hangs.ends_within(60, submission.save)
+    assert ends_within(60, submission.save)
     assert read_submission(submission.path)["b.png", 1] == "5 6"
 
 
@@ -252,3 +253,32 @@ def test_a_run_predicts_under_the_watchdog_of_its_budget(
     assert under == [True]
     assert 20 < lefts[0] < 50  # less what the start took
     assert lefts[1:] == [-1]
+
+
+# --- a read that hangs ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def never() -> Iterator[threading.Event]:
+    """What a read that hangs waits for, until the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_an_action_ends_in_time_or_not(never: threading.Event) -> None:
+    assert ends_within(60, lambda: None)
+    assert not ends_within(0.01, never.wait)
+
+
+def test_a_look_at_images_that_hangs_does_not_hold_up_the_run(
+    tmp_path: Path,
+    never: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(inference, "check_kinds", lambda *_: never.wait(60))
+    monkeypatch.setattr(inference, "KINDS_S", 0.01)
+    inference.log_kinds(Task(tmp_path, LAYOUTS["two-column"], [("a.png", 1)]))
+    [line] = caplog.messages
+    assert line.endswith("going on")

@@ -21,8 +21,7 @@ from helpers import LAYOUTS, predict, read_submission, save_strips, write_sample
 from run_records import a_record
 
 from kernel import inference
-from kernel.budget import margin_s
-from kernel.deadline import Deadline
+from kernel.deadline import Deadline, margin_s
 from kernel.device import GPU_LOST, count_gpus
 from kernel.manifest import Manifest
 from kernel.mounts import SAMPLE
