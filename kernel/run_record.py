@@ -44,7 +44,7 @@ def build_run_record(
         **vars(outcome),
         strips=len(task.names),
         rows=rows,
-        non_empty=len(context.submission.rles),
+        non_empty=len(context.submission.masked),
         share=sum(shares) / max(len(shares), 1),
         budget_s=context.budget_s,
         seconds=seconds,

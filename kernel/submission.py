@@ -26,7 +26,7 @@ class Submission:
         self.path, self.layout, self.whole = path, layout, whole
         self.done = set[str]()  # images whose masks are set
         self.lines = {pair: layout.line(*pair, "") for pair in pairs}
-        self.rles: dict[RowKey, str] = {}  # of rows with a mask
+        self.masked = set[RowKey]()  # rows with a mask
         self.n_rows = 0  # of the file
         self.next_s = 0.0  # time.monotonic() of the next save within that share
         self.saving = threading.Lock()  # the watchdog saves too
@@ -36,19 +36,19 @@ class Submission:
         for label, rle in rles.items():
             pair = image, label
             if rle and pair in self.lines:
-                self.rles[pair] = rle
+                self.masked.add(pair)
                 self.lines[pair] = self.layout.line(*pair, rle)
         self.done.add(image)  # last, for the watchdog may save at any moment
 
-    def save(self, empty_rows: bool = True) -> int:
-        """Write every row, or only those with a mask; return their number.
+    def save(self, empty_rows: bool = True) -> None:
+        """Write every row, or only those with a mask.
 
         Raises:
             OSError: the folder is missing or read-only, or the disk is full.
         """
         start = time.monotonic()
         empty_rows = empty_rows and self.layout.competition.empty is not None
-        rows = self.lines if empty_rows else self.rles.keys() & self.lines
+        rows = self.lines if empty_rows else self.masked.copy()
         if not self.whole:
             rows = {pair for pair in self.lines if pair[0] in self.done}
         text = csv_line(self.layout.columns)
@@ -58,7 +58,6 @@ class Submission:
             self.n_rows = len(rows)
         now = time.monotonic()
         self.next_s = now + (now - start) / self.MAX_SAVING_SHARE
-        return self.n_rows
 
     def save_throttled(self) -> None:
         """Save, unless too much time went into that lately; a full disk may have room later."""

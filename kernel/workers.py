@@ -187,8 +187,7 @@ def _read_round(done: Set[str], workers: Sequence[WorkerProcess]) -> Round:
             found.gpus.add(worker.gpu)
         if worker.death_handled or worker.stalled:
             found.suspects |= worker.begun() - done
-    replaced_first = sorted(workers, key=lambda worker: worker.is_replacement)
-    final = {worker.number: worker for worker in replaced_first}
+    final = {worker.number: worker for worker in workers}  # what replaces one is behind it
     died = (final[number] for number in found.exit_codes)
     found.lost = {worker.gpu for worker in died if worker.ended_unasked or worker.stalled}
     found.stalled = {worker.gpu for worker in workers if worker.stalled}

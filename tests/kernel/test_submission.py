@@ -60,7 +60,8 @@ def test_a_mask_that_no_row_asks_for_is_not_written(tmp_path: Path) -> None:
     submission = Submission(tmp_path / "out.csv", LAYOUTS["two-column"], [("a.jpg", 1)])
     submission.set_masks("a.jpg", {1: "3 4", 2: "5 6"})
     submission.set_masks("b.jpg", {1: "7 8"})
-    assert submission.save() == 1
+    submission.save()
+    assert submission.n_rows == 1
     expected = b"ImageId_ClassId,EncodedPixels\na.jpg_1,3 4\n"
     assert (tmp_path / "out.csv").read_bytes() == expected
 
@@ -89,11 +90,13 @@ def test_rows_of_empty_masks_are_left_out_where_asked_or_where_the_competition_h
     full, sparse = "ImageId_ClassId,EncodedPixels\na.jpg_1,\nb.jpg_2,3 4\n", "b.jpg_2,3 4\n"
     made, without = submission_of(tmp_path), submission_of(tmp_path, replace(SEVERSTAL, empty=None))
     for submission, asked, rows in ((made, True, 2), (made, False, 1), (without, True, 1)):
-        assert submission.save(asked) == rows
+        submission.save(asked)
+        assert submission.n_rows == rows
         text = submission.path.read_text()
         assert text == (full if rows == 2 else full.splitlines(keepends=True)[0] + sparse)
     made.set_masks("b.jpg", {2: ""})  # no mask takes none away
-    assert made.save() == 2 and made.path.read_text() == full
+    made.save()
+    assert made.n_rows == 2 and made.path.read_text() == full
 
 
 def test_rows_are_saved_from_the_moment_on_that_the_last_save_allows(
