@@ -57,8 +57,8 @@ def load_members(
     *,
     allow_missing: bool,
     image: Image | None,
-    plain: bool = False,
-    size: Size | None = None,
+    plain: bool,
+    size: Size | None,
 ) -> dict[str, Member]:
     """Load members of a bundle on PyTorch, by their names, checked on `image` if there is one.
 

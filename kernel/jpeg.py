@@ -21,7 +21,7 @@ ALL_COEFFICIENTS = 2**64 - 1  # a bit each
 DAMAGED = "a JPEG whose data end before its last pixel: damaged or cut"
 
 
-def check_jpeg(data: bytes, colour: bool = False) -> None:
+def check_jpeg(data: bytes, colour: bool) -> None:
     """Raise ValueError for a JPEG that breaks off, or whose data end before its last pixel.
 
     A decoder that runs out of data makes zeros of what is missing. Bytes that are put after each

@@ -205,17 +205,6 @@ def gpus_of(count: int) -> list[str]:
     return [gpus[index % len(gpus)] for index in range(count)]
 
 
-def _suspects_last(task: Task, names: Set[str], on_gpu: bool) -> Task:
-    """Put images at which a GPU may have crashed behind the others; on the CPU they run alone.
-
-    One that hangs has the others behind it. Where the task has none of them it stays as it is.
-    """
-    suspects, others = task.only(names), task.without(names)
-    if suspects.names and not on_gpu:
-        return suspects
-    return replace(task, pairs=others.pairs + suspects.pairs)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a round runs and where, and what those before it showed."""
@@ -255,7 +244,11 @@ class Plan:
         else:
             again = set[str]() if found.suspects else hung_once  # no image made them hang
             gpus = [gpu for gpu in self.gpus if gpu not in found.lost - again]
-            rest = _suspects_last(rest, found.suspects, on_gpu=bool(gpus))
+            suspects, others = rest.only(found.suspects), rest.without(found.suspects)
+            if suspects.names and not gpus:
+                rest = suspects  # alone on the CPU
+            else:  # behind the others, which one that hangs would hold up
+                rest = replace(rest, pairs=others.pairs + suspects.pairs)
         return Plan(
             task=rest,
             gpus=gpus[: len(rest.names)],
