@@ -79,13 +79,13 @@ def save_last(submission: Submission, empty_rows: bool) -> None:
 
 
 def log_kinds(task: Task) -> None:
-    """Log an image of another colour or depth than the competition says; it is predicted too."""
+    """Log an image of another colour or depth than the competition says; the run goes on."""
 
     def look() -> None:
         try:
             check_kinds(task.images, task.names, task.layout.competition)
         except Exception as error:  # whatever is wrong with one costs its own rows alone
-            log.warning("%s; read all the same", one_line(error))
+            log.warning("%s; the run goes on", one_line(error))
 
     if not ends_within(KINDS_S, look):
         log.warning("%s: some images take over %.0f s to read: going on", task.images, KINDS_S)
