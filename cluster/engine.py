@@ -29,7 +29,7 @@ class Workers:
 
     count: int
     gpus: int = 0
-    cpus: int = 0  # threads; 0: what the machine gives beside a GPU
+    cpus: int = 1  # threads; beside a GPU they are not asked of Ray
 
     def __str__(self) -> str:
         return f"{self.count} workers of {'a GPU' if self.gpus else f'{self.cpus} threads'} each"
@@ -85,7 +85,8 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
     if gpus:
         if gpus > has_gpus:
             raise ValueError(f"--gpus {gpus}: the cluster has {has_gpus}")
-        return Workers(gpus, gpus=1)
+        beside = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU", 0) >= 1]
+        return Workers(gpus, gpus=1, cpus=max(int(min(beside)), 1))
     sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
         raise ValueError("the cluster has no processors")
@@ -114,6 +115,7 @@ def predict_parts(
     context = DataContext.get_current()
     context.max_errored_blocks = MAX_LOST
     context.raise_original_map_exception = True  # its message is what the run ends with
+    context.execution_no_progress_timeout_s = -1  # a part may take hours, or wait for a machine
     names = images.names
     parts = ray.data.from_blocks(  # `from_arrow` runs a task for each, and keeps ten times as much
         [  # each of its own: a slice of one array is pickled with all of it
@@ -121,14 +123,15 @@ def predict_parts(
             for start in range(0, len(names), per_part)
         ]
     )
-    given = {"images": replace(images, names=[]), "output": output, "cpus": workers.cpus}
+    given = {"images": replace(images, names=[]), "output": output}
+    given |= {"cpus": workers.cpus, "gpu": bool(workers.gpus)}
     waiting = 2 if workers.gpus else 1  # parts a worker has: one that waits may end the run late
     written = parts.map_batches(
         Worker,
-        batch_size=None,
+        batch_size=per_part,  # a block; with GPUs Ray wants the number
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=waiting),
-        num_cpus=workers.cpus,
+        num_cpus=0 if workers.gpus else workers.cpus,
         num_gpus=workers.gpus,
         max_task_retries=RETRIES,
         fn_constructor_kwargs=constructor | given,

@@ -98,10 +98,10 @@ class Worker:
         batch_size: int,
         early_exit: bool,
         cpus: int,
+        gpu: bool = False,
     ) -> None:
-        if cpus:
-            os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too
-            torch.set_num_threads(cpus)
+        os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too; beside a GPU Ray says 1
+        torch.set_num_threads(cpus)
         self.images, self.output = images, output
         self.bundle = Path(open_local(bundle, str(make_folder() / "bundle")))
         if manifest_hash(self.bundle) != sha256:
@@ -110,7 +110,7 @@ class Worker:
         self.batch_size, self.early_exit = batch_size, early_exit
         self.threads = torch.get_num_threads()
         self.readers = ThreadPoolExecutor(READERS)
-        self.scheduler = self._load(torch.device("cpu") if cpus else pick_device())
+        self.scheduler = self._load(pick_device() if gpu else torch.device("cpu"))
 
     @functools.cached_property
     def plain(self) -> Scheduler:

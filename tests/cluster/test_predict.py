@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from helpers import (
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 
 import ray
+from ray.data import DataContext
 from ray.exceptions import AuthenticationError, UserCodeException
 
 from cluster.engine import Workers, connect, predict_parts
@@ -137,6 +139,36 @@ def test_the_summary_says_what_was_done(done: Run) -> None:
     (line,) = [line for line in done.process.stdout.splitlines() if "images/s" in line]
     for words in ("10 images in", "1 faults", "% of the full work", "1 workers of"):
         assert words in line, line
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_cluster_with_gpus_writes_the_kernels_rows_however_long_a_part_takes(
+    session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is declared to Ray; where CUDA is absent its worker runs on the CPU."""
+    shutil.copytree(session_light, tmp_path / "dataset")
+    save_strips(tmp_path / "images", NAMES)
+    sample = write_sample(tmp_path / "sample.csv", NAMES)
+    predict(tmp_path / "dataset", tmp_path / "images", tmp_path / "kernel.csv", sample=sample)
+    for name, text in {
+        "USAGE_STATS_ENABLED": "0",
+        "worker_niceness": "0",
+        "AUTH_MODE": "disabled",
+    }.items():
+        monkeypatch.setenv(f"RAY_{name}", text)  # none that is set on the way stays
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=1, num_gpus=1))
+    # A worker starts in more than a second:
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1)
+    words = [*options_of(tmp_path), "--address", "local", "--images-per-part", "3"]
+    try:
+        assert exit_code(main, *words) == 0
+    finally:
+        ray.shutdown()
+    parts = [pd.read_parquet(path) for path in (tmp_path / "out").glob("part-*.parquet")]
+    assert sorted(part["image"].nunique() for part in parts) == [1, 3, 3, 3]
+    assert (tmp_path / "out" / "submission.csv").read_bytes() == (
+        tmp_path / "kernel.csv"
+    ).read_bytes()
 
 
 def test_a_run_with_nothing_left_to_do_changes_nothing(
@@ -445,8 +477,8 @@ DEAD: dict[str, object] = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0
         ([node(CPU=2)], (None, None, 1), (2, 0, 1)),
         ([node(CPU=8), node(CPU=4), node(memory=1), DEAD], (None, None, None), (3, 0, 4)),
         ([node(CPU=8), node(CPU=8)], (None, 4, None), (4, 0, 4)),
-        ([node(CPU=16, GPU=4), node(CPU=16, GPU=4), DEAD], (None, None, None), (8, 1, 0)),
-        ([node(CPU=16, GPU=4)], (3, None, None), (3, 1, 0)),
+        ([node(CPU=16, GPU=4), node(CPU=16, GPU=4), DEAD], (None, None, None), (8, 1, 4)),
+        ([node(CPU=16, GPU=4)], (3, None, None), (3, 1, 4)),
         ([node(CPU=16, GPU=4)], (0, None, None), (1, 0, 16)),
         ([node(CPU=16, GPU=4)], (None, None, 8), (2, 0, 8)),
     ],

@@ -1,5 +1,6 @@
 """A worker, called here as Ray Data calls it: the kernel's masks, whatever the parts are."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -112,18 +113,21 @@ def test_every_pass_gives_the_same_rows_as_the_early_exit(dataset: Path, tmp_pat
     assert min(early["share"].to_pylist()) < 1
 
 
-@pytest.mark.parametrize(("cpus", "device"), [(0, "meta"), (2, "cpu")])
-def test_only_a_worker_without_processors_of_its_own_takes_the_gpu(
-    cpus: int, device: str, session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gpu", "device"), [(True, "meta"), (False, "cpu")])
+def test_only_a_worker_of_a_gpu_takes_one_and_each_has_its_threads(
+    gpu: bool, device: str, session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that share a machine's processors would all take its first one."""
+    threads = list[int]()
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     devices = list[torch.device]()
     monkeypatch.setattr("cluster.worker.pick_device", lambda: torch.device("meta"))
     monkeypatch.setattr(Worker, "_load", lambda _, device: devices.append(device))
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(session_light)
     images, output = ImageSet("memory://mill", [], "memory://mill"), Output(str(tmp_path))
-    Worker(images, output, str(session_light), sha256, image, 0, True, cpus)
+    Worker(images, output, str(session_light), sha256, image, 0, True, 3, gpu)
+    assert (threads, os.environ["OMP_NUM_THREADS"]) == ([3], "3")
     assert devices == [torch.device(device)]
 
 
