@@ -90,8 +90,10 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
     sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
         raise ValueError("the cluster has no processors")
-    a_node = math.ceil((count or 1) / len(sizes))  # workers
-    cpus = cpus or max(min(sizes) // a_node, 1)
+    if count:
+        a_node = math.ceil(count / len(sizes))  # workers
+        cpus = cpus or max(min(sizes) // a_node, 1)
+    cpus = cpus or _most_threads(sizes)
     room = sum(size // cpus for size in sizes)
     if (count or 1) > room:
         raise ValueError(
@@ -99,6 +101,12 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
             f"processors, room for {room}"
         )
     return Workers(count or room, cpus=cpus)
+
+
+def _most_threads(sizes: list[int]) -> int:
+    """The most threads a worker with which machines of such sizes have hardly less work in all."""
+    used = {size: size * sum(each // size for each in sizes) for size in sizes}
+    return max(size for size in sizes if used[size] >= 0.9 * max(used.values()))
 
 
 def predict_parts(
