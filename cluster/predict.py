@@ -34,7 +34,7 @@ with needs("cluster"):
 
 FIRST_IMAGES = 100  # that are tried for one that can be read
 FIRST_S = 60  # after which no other is: a store may let each wait for minutes
-PredictNames = Callable[[list[str]], Totals]
+PredictNames = Callable[[list[str]], tuple[Totals, set[str]]]
 FAILED_TWICE = "it failed in its part and alone: the log says why"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def predict_lost(
     log.warning(
         "%d images could not be fetched, or their parts failed: each is tried alone", len(lost)
     )
-    totals, done = predict(lost), output.done()
+    totals, done = predict(lost)
     bad = [name for name in lost if name not in done]
     if bad and not done.isdisjoint(names):
         rows = fault_rows(bad, len(images.competition.classes), FAILED_TWICE)
@@ -171,11 +171,19 @@ def predict_rest(
     log.info("%d images, %s", len(names), workers)
     start = time.monotonic()
 
-    def predict(names: list[str], per_part: int) -> Totals:
-        return predict_parts(replace(images, names=names), per_part, workers, constructor, output)
+    def predict(names: list[str], per_part: int) -> tuple[Totals, set[str]]:
+        asked = replace(images, names=names)
+        totals, done = predict_parts(asked, per_part, workers, constructor, output), output.done()
+        unseen = totals.images - len(done.intersection(names))
+        if unseen > 0:
+            raise RuntimeError(
+                f"{output.address}: the rows of {unseen} images were written by other machines and "
+                "are not seen here: name a folder that all of them share"
+            )
+        return totals, done
 
     try:
-        totals, done = predict(names, per_part), output.done()
+        totals, done = predict(names, per_part)
         if lost := [name for name in names if name not in done]:
             check_store(images, lost, done)
             connect_anew(args.address)

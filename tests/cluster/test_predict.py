@@ -3,6 +3,7 @@
 Runs on several nodes are in test_nodes.py.
 """
 
+import itertools
 import json
 import os
 import runpy
@@ -243,6 +244,37 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
     assert (f"b.jpg stays empty: {fault}" in caplog.messages) == (not all_dead)
     error = "5 images have no rows, such as 'a.jpg': start the run again" if all_dead else ""
     assert error in capsys.readouterr().err
+
+
+def test_a_folder_that_the_machines_do_not_share_stops_the_run(
+    session_light: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two folders stand for those of one name on two machines."""
+    shutil.copytree(session_light, tmp_path / "dataset")
+    save_strips(tmp_path / "images", NAMES)
+    write_sample(tmp_path / "sample.csv", NAMES)
+    there = Output(str(tmp_path / "there"))
+    there.begin({})
+
+    def predict_parts(asked: ImageSet, per_part: int, *given: Any) -> Totals:
+        totals, machines = Totals(), itertools.cycle([given[-1], there])
+        for start in range(0, len(asked.names), per_part):
+            part = asked.names[start : start + per_part]
+            rows = fault_rows(part, len(LABELS), "")
+            totals.add(next(machines).write_part(part, rows))
+        return totals
+
+    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    monkeypatch.setattr("cluster.predict.connect_anew", lambda _: None)
+    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
+    monkeypatch.setattr("cluster.predict.predict_parts", predict_parts)
+    assert exit_code(main, *options_of(tmp_path), "--images-per-part", "3") == 2
+    words = "out: the rows of 4 images were written by other machines and are not seen here: name a"
+    assert words in error_of(capsys.readouterr().err)
+    assert Output(str(tmp_path / "out")).faults(9) == {}
 
 
 @pytest.mark.parametrize(
