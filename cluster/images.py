@@ -1,5 +1,6 @@
 """Images: which there are at an address, and their bytes from wherever they lie."""
 
+import contextlib
 import functools
 import os
 import posixpath
@@ -49,17 +50,24 @@ def store_of(name: str) -> str:
     return "/".join(name.split("/", 3)[:3]) if "://" in name else ""
 
 
+@contextlib.contextmanager
+def at_address(address: str, what: str = "read") -> Iterator[None]:
+    """Raise ValueError for whatever is raised inside: each store raises its own."""
+    try:
+        yield
+    except Exception as error:  # no bucket, no right, no package
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{address}: cannot be {what}: {reason}") from error
+
+
 def reach(address: str, look: Callable[[Any, str], T]) -> T:
     """Return what `look` finds with the file system of an address and the path on it.
 
     Raises:
         ValueError: nothing is there, no right to it, or no package for such an address.
     """
-    try:
+    with at_address(address):
         return look(*url_to_fs(address))
-    except Exception as error:  # each store raises its own: no bucket, no right, no package
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ValueError(f"{address}: cannot be read: {reason}") from error
 
 
 def absolute(address: str) -> str:
@@ -144,14 +152,16 @@ def _list_folder(fs: Any, path: str) -> list[str]:
     if not fs.isdir(path):
         fs.info(path)  # says why there is nothing
         raise ValueError("is a file; name its folder, or a list that ends in .csv or .parquet")
-    files = _walk(path) if is_local(fs) else fs.find(path)
-    names = (posixpath.relpath(found, path) for found in files)
-    return sorted(
-        name
-        for name in names
-        if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in name.split("/"))
-    )
+    names = list[str]()
+    for found in _walk(path) if is_local(fs) else fs.find(path):
+        name = posixpath.relpath(found, path)
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or posixpath.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
+            continue
+        if posixpath.join(path, name) != found:  # a//b or a/./b, which an object store may hold
+            raise ValueError(f"{found!r} would have the name of {name!r}: rename it")
+        names.append(name)
+    return sorted(names)
 
 
 def _walk(top: str) -> Iterator[str]:

@@ -6,10 +6,10 @@ import posixpath
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 from fsspec.core import url_to_fs
 
-from cluster.images import absolute, reach
+from cluster.images import absolute, at_address
 from kernel.files import json_text
 from kernel.rows import Layout, RowKey
 from kernel.submission import Submission
@@ -40,6 +40,8 @@ ROWS = pa.schema(
 FIRST_CLASS = pyarrow.dataset.field("class") == 1  # a row an image
 MASK = pyarrow.dataset.field("pixels") > 0
 
+T = TypeVar("T")
+
 
 def move(fs: Any, path: str, place: str) -> None:
     """Move a file, at once where its file system can; both paths are taken as they stand."""
@@ -50,8 +52,17 @@ def move(fs: Any, path: str, place: str) -> None:
     fs.rm_file(path)
 
 
+def is_object_store(fs: Any) -> bool:
+    """Whether a file system has keys alone: no folders, and no file before all of it is there."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
+    return not protocols.isdisjoint(OBJECT_STORES)
+
+
 def write_whole(fs: Any, path: str, data: bytes) -> None:
-    """Write a file beside its place and move it there: a reader finds all of it or nothing."""
+    """Write a file so that a reader finds all of it or nothing: beside its place, then there."""
+    if is_object_store(fs):
+        fs.pipe_file(path, data)
+        return
     beside = f"{path}.{uuid.uuid4().hex}.tmp"
     with fs.open(beside, "wb") as file:
         file.write(data)
@@ -106,8 +117,7 @@ class Output:
     def check(self, record: dict[str, str]) -> None:
         """Raise ValueError where the folder holds other things than parts of what `record` says."""
         self.fs.invalidate_cache()
-        self._check_bucket()
-        there = [name for name in reach(self.address, self._list) if not HALF.fullmatch(name)]
+        there = [name for name in self._list() if not HALF.fullmatch(name)]
         if RECORD not in there:
             if there:
                 raise ValueError(
@@ -122,16 +132,11 @@ class Output:
                     "name another folder"
                 )
 
-    def _check_bucket(self) -> None:
-        """An object store would make a bucket of a typo."""
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
-        bucket = self.path.split("/")[0]
-        if protocols & OBJECT_STORES and not reach(self.address, lambda fs, _: fs.exists(bucket)):
-            raise ValueError(f"{self.address}: there is no bucket {bucket!r}; make it first")
-
     def _read_record(self) -> dict[str, Any]:
+        with at_address(self.address):
+            text = self.fs.cat_file(posixpath.join(self.path, RECORD))
         try:
-            found = json.loads(self.fs.cat_file(posixpath.join(self.path, RECORD)))
+            found = json.loads(text)
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -142,37 +147,42 @@ class Output:
 
     def begin(self, record: dict[str, str]) -> None:
         """Make the folder, or go on in it; what a run that was killed left half written goes."""
-        for name in reach(self.address, self._list):
-            if HALF.fullmatch(name):
-                self.fs.rm_file(posixpath.join(self.path, name))
-        reach(self.address, lambda *_: self._write_record(record))
+        there = self._list()
+        with at_address(self.address, "written"):
+            for name in there:
+                if HALF.fullmatch(name):
+                    self.fs.rm_file(posixpath.join(self.path, name))
+            if not is_object_store(self.fs):  # which would make a bucket of a typo
+                self.fs.makedirs(self.path, exist_ok=True)
+        if RECORD not in there:  # not every store replaces a file
+            self._write(RECORD, json_text(record, sort_keys=True).encode())
 
-    def _list(self, fs: Any, path: str) -> list[str]:
-        if fs.isfile(path):
-            raise ValueError("is a file; name a folder")
-        found = fs.ls(path, detail=False) if fs.exists(path) else []
-        names = (
-            posixpath.basename(each.rstrip("/"))
-            for each in found
-            if each.strip("/") != path.strip("/")
-        )
+    def _list(self) -> list[str]:
+        """What the folder holds, by name."""
+        with at_address(self.address):
+            if self.fs.isfile(self.path):
+                raise ValueError("is a file; name a folder")
+            found = self.fs.ls(self.path, detail=False) if self.fs.exists(self.path) else []
+        own = self.path.strip("/")
+        names = (posixpath.basename(each.rstrip("/")) for each in found if each.strip("/") != own)
         return sorted(names)
 
-    def _write_record(self, record: dict[str, str]) -> None:
-        self.fs.makedirs(self.path, exist_ok=True)
-        text = json_text(record, sort_keys=True)
-        write_whole(self.fs, posixpath.join(self.path, RECORD), text.encode())
+    def _write(self, name: str, data: bytes) -> None:
+        with at_address(self.address, "written"):
+            write_whole(self.fs, posixpath.join(self.path, name), data)
 
-    def _rows(self) -> Any:
-        """All rows so far, a dataset of pyarrow's."""
+    def _read(self, take: Callable[[Any], T]) -> T:
+        """Return what `take` makes of all rows so far, a dataset of pyarrow's."""
         self.fs.invalidate_cache()
-        names = self._list(self.fs, self.path)  # a glob would take [v2] in the address for a set
         parts = [
             posixpath.join(self.path, name)
-            for name in names
+            for name in self._list()  # a glob would take [v2] in the address for a set
             if name.startswith("part-") and name.endswith(".parquet")
         ]
-        return pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
+        with at_address(self.address):
+            return take(
+                pyarrow.dataset.dataset(parts, schema=ROWS, filesystem=self.fs, format="parquet")
+            )
 
     def write_part(self, names: Iterable[str], rows: pa.Table) -> Totals:
         """Write the rows of a part's images as one file; those that were left out have none.
@@ -183,31 +193,36 @@ class Output:
         name = f"part-{asked.hexdigest()[:24]}.parquet"
         data = pa.BufferOutputStream()
         pyarrow.parquet.write_table(rows, data, compression="zstd")
-        write_whole(self.fs, posixpath.join(self.path, name), data.getvalue().to_pybytes())
+        self._write(name, data.getvalue().to_pybytes())
         return Totals.of(rows)
 
     def done(self) -> set[str]:
         """The images that have their rows."""
-        found = self._rows().to_table(columns=["image"], filter=FIRST_CLASS)
+        found = self._read(lambda rows: rows.to_table(columns=["image"], filter=FIRST_CLASS))
         return set(found["image"].to_pylist())
 
     def totals(self) -> Totals:
         """Those of all rows, a batch of them at a time."""
-        totals = Totals()
-        for batch in self._rows().to_batches(columns=["class", "pixels", "fault", "share"]):
-            totals.add(Totals.of(pa.table(batch)))
-        return totals
+
+        def add_up(rows: Any) -> Totals:
+            totals = Totals()
+            for batch in rows.to_batches(columns=["class", "pixels", "fault", "share"]):
+                totals.add(Totals.of(pa.table(batch)))
+            return totals
+
+        return self._read(add_up)
 
     def faults(self, most: int) -> dict[str, str]:
         """Image → why its rows are empty, of the first that have a fault."""
         rule = FIRST_CLASS & (pyarrow.dataset.field("fault") != "")
-        found = self._rows().head(most, columns=["image", "fault"], filter=rule)
+        columns = ["image", "fault"]
+        found = self._read(lambda rows: rows.head(most, columns=columns, filter=rule))
         return dict(zip(found["image"].to_pylist(), found["fault"].to_pylist(), strict=True))
 
     def masks(self, most: int) -> list[dict[str, Any]]:
         """The first rows whose mask is not empty: image, class, rle."""
         columns = ["image", "class", "rle"]
-        found = self._rows().head(most, columns=columns, filter=MASK)
+        found = self._read(lambda rows: rows.head(most, columns=columns, filter=MASK))
         return list(found.to_pylist())
 
     def write_submission(
@@ -221,7 +236,8 @@ class Output:
 
         Of rows that are of none of the `images`, an earlier list's, it takes no mask.
         """
-        found = self._rows().to_table(columns=["image", "class", "rle"], filter=MASK)
+        columns = ["image", "class", "rle"]
+        found = self._read(lambda rows: rows.to_table(columns=columns, filter=MASK))
         wanted = set(images)
         with tempfile.TemporaryDirectory() as scratch:
             submission = Submission(Path(scratch, "submission.csv"), layout, pairs)
@@ -231,6 +247,5 @@ class Output:
                 name = layout.competition.name_of_file(row["image"])
                 submission.set_masks(name, {row["class"]: row["rle"]})
             submission.save(empty_rows)
-            name = posixpath.join(self.path, submission.path.name)
-            write_whole(self.fs, name, submission.path.read_bytes())
+            self._write(submission.path.name, submission.path.read_bytes())
         return f"{self.address}/{submission.path.name}"

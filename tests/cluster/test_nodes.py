@@ -307,8 +307,10 @@ def test_a_folder_that_the_console_made_is_empty_and_no_bucket_is_made(bucket: A
     bucket.pipe("mill/masks/", b"")
     Output("s3://mill/masks").check(record)
     before = bucket.ls("")
-    with pytest.raises(ValueError, match=r"there is no bucket 'mlil'; make it first"):
-        Output("s3://mlil/masks").check(record)
+    output = Output("s3://mlil/masks")
+    output.check(record)
+    with pytest.raises(ValueError, match=r"s3://mlil/masks: cannot be written: .*bucket does not"):
+        output.begin(record)
     bucket.invalidate_cache()
     assert bucket.ls("") == before
 

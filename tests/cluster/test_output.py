@@ -1,11 +1,14 @@
 """The output: whole parts, each image once, and nothing of another bundle."""
 
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from helpers import LABELS, LAYOUTS, all_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
@@ -164,6 +167,80 @@ def test_an_address_with_signs_of_a_pattern_is_taken_as_it_stands(
     write(output, rows_of("a.jpg"))
     assert output.done() == {"a.jpg"}
     assert len(output.fs.ls(output.path, detail=False)) == 2  # the record and one part
+
+
+class StoreError(Exception):
+    """Like gcsfs's own, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("fails", "call", "what"),
+    [
+        ("ls", lambda output: output.done(), "read"),
+        ("open", lambda output: output.done(), "read"),
+        ("open", lambda output: output.totals(), "read"),
+        ("open", lambda output: output.faults(9), "read"),
+        ("open", lambda output: output.masks(9), "read"),
+        ("cat_file", lambda output: output.check(RECORD), "read"),
+        ("rm_file", lambda output: output.begin(RECORD), "written"),
+        ("cp_file", lambda output: write(output, rows_of("b.jpg")), "written"),
+    ],
+)
+def test_whatever_a_store_raises_is_one_line_with_the_address(
+    fails: str, call: Callable[[Output], object], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StoreError("503\nbackend")
+
+    output = Output(f"memory://{uuid.uuid4().hex}")
+    output.begin(RECORD)
+    write(output, rows_of("a.jpg"))
+    output.fs.touch(f"{output.path}/output.json.{uuid.uuid4().hex}.tmp")  # a killed run's
+    monkeypatch.setattr(MemoryFileSystem, fails, fail)
+    with pytest.raises(ValueError, match=f"^{output.address}: cannot be {what}: 503 backend$"):
+        call(output)
+
+
+class Keys(MemoryFileSystem):  # type: ignore[misc] # fsspec has no types
+    """An object store whose user may list, read and put keys below mill/masks, nothing else."""
+
+    protocol = "az"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("az://").rstrip("/")
+
+    def refuse(self, *_: object, **__: object) -> None:
+        """Have no right to it."""
+        raise PermissionError("403")
+
+    makedirs = mkdir = mv = cp_file = rm_file = refuse
+
+    def exists(self, path: str, **_: object) -> bool:
+        """Whether it is there."""
+        if not path.startswith("mill/masks"):
+            self.refuse()
+        return bool(super().exists(path))
+
+
+def test_an_object_store_needs_no_right_but_to_the_keys_of_the_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(_registry, "az", Keys)
+    output = Output("az://mill/masks")
+    for name in ("a.jpg", "b.jpg"):  # a run, and the one that goes on
+        output.check(RECORD)
+        output.begin(RECORD)
+        write(output, rows_of(name))
+    assert output.done() == {"a.jpg", "b.jpg"}
+    assert len(output.fs.ls("mill/masks", detail=False)) == 3
+
+
+def test_the_record_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every store replaces a file."""
+    output = begin(tmp_path / "out")
+    monkeypatch.setattr(output.fs, "mv", lambda *_: pytest.fail("a second time"))
+    begin(tmp_path / "out")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "rows"])
