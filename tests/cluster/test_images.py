@@ -57,6 +57,15 @@ def test_a_folder_that_cannot_be_read_is_refused(
         find_images(str(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["strips//a.jpg", "strips/./a.jpg"])
+def test_keys_that_are_no_paths_are_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images would have one name, or one a name under which nothing is found."""
+    monkeypatch.setattr(MemoryFileSystem, "isdir", lambda *_: True)
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_: ["/strips/a.jpg", f"/{key}"])
+    with pytest.raises(ValueError, match=rf"'/{key}' would have the name of 'a.jpg': rename it"):
+        find_images("memory://strips")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_list_names_images_beside_it_or_anywhere(suffix: str, tmp_path: Path) -> None:
     images = save_strips(tmp_path, ["in/a.jpg", "elsewhere.png"])
