@@ -32,7 +32,7 @@ with needs("cluster"):
     from cluster.report import Run, write_page
     from cluster.worker import manifest_hash
 
-FIRST_IMAGES = 100  # that are tried for one that can be read
+FIRST_IMAGES = 100  # that are tried for one that can be read, from all of the list
 FIRST_S = 60  # after which no other is: a store may let each wait for minutes
 PredictNames = Callable[[list[str]], tuple[Totals, set[str]]]
 FAILED_TWICE = "it failed in its part and alone: the log says why"  # a fault
@@ -54,10 +54,11 @@ def first_image(images: ImageSet) -> Image:
     """Return the first image that can be read: what a worker runs on PyTorch is checked on it.
 
     Raises:
-        ValueError: none of the first can.
+        ValueError: none can of as many from all of the list as are tried.
     """
     faults, start = list[str](), time.monotonic()
-    for name in itertools.islice(images.names, FIRST_IMAGES):
+    step = -(-len(images.names) // FIRST_IMAGES)
+    for name in images.names[::step]:
         try:
             return images.load(name)
         except Exception as error:  # a bad one, as `read` has it, or one that cannot be fetched
@@ -65,7 +66,7 @@ def first_image(images: ImageSet) -> Image:
         if time.monotonic() - start > FIRST_S:
             break
     raise ValueError(
-        f"{images.root}: none of the first {len(faults)} images can be read: {faults[0]}"
+        f"{images.root}: none of {len(faults)} images that were tried can be read: {faults[0]}"
     )
 
 
@@ -209,7 +210,9 @@ def run(args: argparse.Namespace) -> int:
     """
     check_args(args)
     if args.report:
-        check_place(args.report)
+        if store_of(args.report):
+            raise ValueError(f"--report {args.report}: expected a file on this machine")
+        check_place(Path(args.report))
     manifest, sha256 = read_bundle(args.bundle)
     sample = args.submission and read_sample(args.submission, manifest.competition)
     images, output = find_images(args.images, manifest.competition), Output(args.output)
@@ -232,7 +235,7 @@ def run(args: argparse.Namespace) -> int:
         empty_rows = manifest.empty_rows or not layout.may_omit_empty
         log.info("%s", output.write_submission(layout, pairs, images.names, empty_rows))
     if args.report:
-        write_page(args.report, output, images, last)
+        write_page(Path(args.report), output, images, last)
         log.info("%s", args.report)
     return 0
 
@@ -256,7 +259,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "sample submission: its rows are written to submission.csv in the output"
     add("--submission", type=Path, metavar="SAMPLE", help=about)
     about = "HTML page to write: counts, rate, faults and some of the masks"
-    add("--report", type=Path, metavar="PAGE", help=about)
+    add("--report", metavar="PAGE", help=about)
     about = "cluster to join (default: RAY_ADDRESS, or else a cluster that is started here)"
     add("--address", help=about)
     add("--gpus", type=int, help="number of workers with one GPU each; default all GPUs")

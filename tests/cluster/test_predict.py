@@ -310,13 +310,24 @@ def test_lost_images_are_not_tried_alone_while_their_store_is_away(
         check_store(images, lost, done)
 
 
+def test_a_readable_image_is_looked_for_in_all_of_the_list(tmp_path: Path) -> None:
+    """One folder of broken files at its start stops no run."""
+    names = [f"{index:03}.jpg" for index in range(250)]
+    strips = save_strips(tmp_path, names[150:])
+    images = ImageSet(f"file://{tmp_path}", names, f"file://{tmp_path}")
+    np.testing.assert_array_equal(first_image(images), strips["150.jpg"])
+    np.testing.assert_array_equal(
+        first_image(replace(images, names=names[200:])), strips["200.jpg"]
+    )
+
+
 @pytest.mark.parametrize(("patience_s", "tried"), [(60, 100), (-1, 1)])
 def test_a_store_that_lets_each_image_wait_is_not_tried_a_hundred_times(
     patience_s: int, tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.predict.FIRST_S", patience_s)
     images = ImageSet("memory://away", [f"{index}.jpg" for index in range(200)], "memory://away")
-    with pytest.raises(ValueError, match=f"none of the first {tried} images can be read"):
+    with pytest.raises(ValueError, match=f"none of {tried} images that were tried can be read"):
         first_image(images)
 
 
@@ -408,7 +419,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "not one that can be read": (
         lambda folder: [path.write_bytes(b"no") for path in (folder / "images").iterdir()],
         [],
-        "images: none of the first 2 images can be read",
+        "images: none of 2 images that were tried can be read",
     ),
     "a member is missing": (
         lambda folder: (folder / "dataset" / "fpn.safetensors").unlink(),
@@ -442,6 +453,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         lambda folder: save_strips(folder / "images" / "2024", ["b.jpg"]),
         [],
         "images: 2024/b.jpg and b.jpg are both 'b.jpg' in a submission: rename one",
+    ),
+    "a page in a store": (
+        lambda _: None,
+        ["--report", "s3://mill/page.html"],
+        "--report s3://mill/page.html: expected a file on this machine",
     ),
     "no sample": (lambda folder: (folder / "sample.csv").unlink(), [], "sample.csv"),
     "a sample of other images": (
