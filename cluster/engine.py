@@ -48,6 +48,8 @@ def connect(address: str | None) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
+        if address != "local":  # once, for 40 s, and not for a quarter of an hour
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
         dashboard = False if address == "local" else None  # one that is joined has its own
         ray.init(address, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (OSError, ValueError, RuntimeError, RayError) as error:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ def cluster_of(nodes: int) -> Iterator[Cluster]:
         patched.setenv("RAY_worker_niceness", "0")  # other work on this machine goes on
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patched.setenv("OMP_NUM_THREADS", "1")
+        patched.setenv("RAY_gcs_server_port_wait_time_s", "60")  # not that of who joins
         head = {"num_cpus": 1, "object_store_memory": 200_000_000}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
@@ -253,6 +255,15 @@ def test_a_driver_that_is_killed_goes_on_where_it_stood(
         assert_whole(start(cluster, job, out), job, out)
     after = {path: path.stat().st_mtime_ns for path in parts_of(out)}
     assert before.items() <= after.items()  # none was written again
+
+
+def test_what_listens_and_is_no_ray_is_one_line_within_a_minute_or_two() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        code = f"from cluster.engine import connect; connect({address!r})"
+        command = [sys.executable, "-c", code]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert f"ValueError: --address {address}: no cluster answers: " in process.stderr
 
 
 # --- S3 -------------------------------------------------------------------------------------------
