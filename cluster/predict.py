@@ -152,6 +152,12 @@ def predict_lost(
     return totals
 
 
+def passed_images(names: Sequence[str], done: Collection[str]) -> list[str]:
+    """Those without rows before the last that has some."""
+    behind = itertools.dropwhile(lambda name: name not in done, reversed(names))
+    return [name for name in behind if name not in done][::-1]
+
+
 def predict_rest(
     args: argparse.Namespace, images: ImageSet, names: list[str], record: dict[str, str]
 ) -> Run:
@@ -192,9 +198,12 @@ def predict_rest(
     except RayError as error:
         said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
         reason = " ".join(said.split())  # without Ray's advice, which follows
+        if passed := passed_images(names, output.done()):
+            reason += f"; {len(passed)} images have no rows that others behind them have: "
+            reason += ", ".join(map(repr, passed[: MAX_LOST + 1]))
         raise RuntimeError(
-            f"the run stopped: {reason}; start it again to continue, or leave missing images out "
-            "of the list"
+            f"the run stopped: {reason}; start it again to continue, or leave out the images that "
+            "are missing or end their workers: --images-per-part 1 finds them"
         ) from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)

@@ -331,7 +331,19 @@ def test_a_store_that_lets_each_image_wait_is_not_tried_a_hundred_times(
         first_image(images)
 
 
+@pytest.mark.parametrize(
+    ("written", "passed"),
+    [
+        ([], ""),
+        (
+            ["01.jpg", "03.jpg"],
+            "; 2 images have no rows that others behind them have: '00.jpg', '02.jpg'",
+        ),
+    ],
+)
 def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
+    written: list[str],
+    passed: str,
     session_light: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -341,7 +353,9 @@ def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
     save_strips(tmp_path / "images", NAMES)
     write_sample(tmp_path / "sample.csv", NAMES)
 
-    def give_up(*_: object) -> None:
+    def give_up(asked: ImageSet, *given: Any) -> None:
+        for name in written:
+            given[-1].write_part([name], fault_rows([name], len(LABELS), ""))
         said = "none of the 16 images of a part can be fetched:\nno such host"
         raise UserCodeException(
             f"{said}\nFailed to apply UDF transform after 1/1 attempts"
@@ -352,8 +366,9 @@ def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
     monkeypatch.setattr("cluster.predict.predict_parts", give_up)
     assert exit_code(main, *options_of(tmp_path)) == 2
     assert error_of(capsys.readouterr().err) == (
-        "the run stopped: none of the 16 images of a part can be fetched: no such host; "
-        "start it again to continue, or leave missing images out of the list"
+        f"the run stopped: none of the 16 images of a part can be fetched: no such host{passed}; "
+        "start it again to continue, or leave out the images that are missing or end their "
+        "workers: --images-per-part 1 finds them"
     )
 
 
