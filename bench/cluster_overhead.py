@@ -62,8 +62,8 @@ with needs("cluster"):
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PER_PART = 2  # strips of real members: one clean, one not, so that parts take equally long
-WARM_UP = 3  # parts of each worker that do not count
+PER_PART = 8  # strips of real members, every other one clean: parts take equally long
+WARM_UP = 1  # parts of each worker that do not count
 SMALL = (64, 96)  # (H, W) of the million
 STORE_BYTES = 300_000_000  # Ray's object store
 Figures = dict[str, Any]
@@ -230,6 +230,7 @@ def start_ray() -> None:
     """Start a small cluster in this process."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     ray.init(
+        "local",
         num_cpus=2,
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
