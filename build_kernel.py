@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.command import run_command
-from kernel.manifest import MANIFEST
+from kernel.manifest import MANIFEST, load_manifest
 from kernel.shipped import add_competition_option, find_competition
 from packing.bundle import build
 from packing.fit_kernel import build_fit
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     weights = args.weights or WEIGHTS
     metadata, packed = build(weights, args.out, owner, args.openvino, args.notebook, competition)
     print_table(weights, packed)
-    print_next(args.out, metadata)
+    print_next(args.out, metadata, load_manifest(args.out / "dataset").competition.slug)
     return 0
 
 

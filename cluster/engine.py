@@ -1,7 +1,6 @@
 """The engine: Ray, started here or joined where it runs, and the workers that fit on it."""
 
 import logging
-import math
 import os
 import signal
 import socket
@@ -92,10 +91,7 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
     sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
         raise ValueError("the cluster has no processors")
-    if count:
-        a_node = math.ceil(count / len(sizes))  # workers
-        cpus = cpus or max(min(sizes) // a_node, 1)
-    cpus = cpus or _most_threads(sizes)
+    cpus = cpus or (_most_threads_for(count, sizes) if count else _most_threads(sizes))
     room = sum(size // cpus for size in sizes)
     if (count or 1) > room:
         raise ValueError(
@@ -103,6 +99,12 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
             f"processors, room for {room}"
         )
     return Workers(count or room, cpus=cpus)
+
+
+def _most_threads_for(count: int, sizes: list[int]) -> int:
+    """The most threads that each of so many workers can have on machines of such sizes."""
+    fit = (cpus for cpus in range(max(sizes), 1, -1) if sum(s // cpus for s in sizes) >= count)
+    return next(fit, 1)
 
 
 def _most_threads(sizes: list[int]) -> int:

@@ -6,6 +6,7 @@ it is started again; images that have their rows are skipped.
 """
 
 import argparse
+import contextlib
 import itertools
 import tempfile
 import time
@@ -176,11 +177,11 @@ def predict_rest(
     }
     per_part = args.images_per_part or (256 if workers.gpus else 16)
     log.info("%d images, %s", len(names), workers)
-    start = time.monotonic()
+    start, done = time.monotonic(), set[str]()
 
-    def predict(names: list[str], per_part: int) -> tuple[Totals, set[str]]:
-        asked = replace(images, names=names)
-        totals, done = predict_parts(asked, per_part, workers, constructor, output), output.done()
+    def predict(names: list[str], per_part: int, last_try: bool = False) -> tuple[Totals, set[str]]:
+        asked, given = replace(images, names=names), constructor | {"last_try": last_try}
+        totals, done = predict_parts(asked, per_part, workers, given, output), output.done()
         unseen = totals.images - len(done.intersection(names))
         if unseen > 0:
             raise RuntimeError(
@@ -194,11 +195,14 @@ def predict_rest(
         if lost := [name for name in names if name not in done]:
             check_store(images, lost, done)
             connect_anew(args.address)
-            totals.add(predict_lost(lost, names, output, images, partial(predict, per_part=1)))
+            again = partial(predict, per_part=1, last_try=True)
+            totals.add(predict_lost(lost, names, output, images, again))
     except RayError as error:
         said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
         reason = " ".join(said.split())  # without Ray's advice, which follows
-        if passed := passed_images(names, output.done()):
+        with contextlib.suppress(ValueError):  # the output's store may be what failed
+            done = output.done()
+        if passed := passed_images(names, done):
             reason += f"; {len(passed)} images have no rows that others behind them have: "
             reason += ", ".join(map(repr, passed[: MAX_LOST + 1]))
         raise RuntimeError(

@@ -49,7 +49,6 @@ READERS = 8  # threads, and images read ahead: most of a read may be its store's
 class PartState:
     """What is known so far of the images of a part."""
 
-    alone: bool  # one image: no other tells whether it or its store is at fault
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of an image, by its name
     failed: list[Strip] = field(default_factory=list)  # by the networks
     not_fetched: dict[str, str] = field(default_factory=dict)  # image → why
@@ -99,6 +98,7 @@ class Worker:
         early_exit: bool,
         cpus: int,
         gpu: bool = False,
+        last_try: bool = False,
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too; beside a GPU Ray says 1
         torch.set_num_threads(cpus)
@@ -108,6 +108,7 @@ class Worker:
             raise ValueError(f"{bundle}: is not the bundle this run began with: put that one back")
         self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
         self.batch_size, self.early_exit = batch_size, early_exit
+        self.last_try = last_try  # each image alone: what cannot be fetched now is its fault
         self.threads = torch.get_num_threads()
         self.readers = ThreadPoolExecutor(READERS)
         self.scheduler = self._load(pick_device() if gpu else torch.device("cpu"))
@@ -135,13 +136,13 @@ class Worker:
     def predict(self, names: Sequence[str]) -> pa.Table:
         """Return the rows of a part: every class of every image, in the part's order.
 
-        Of several images, one that its store does not give, though not for being missing, has no
-        rows: the run tries it again, alone.
+        Before the last try an image that its store does not give, though not for being missing, has
+        no rows: the run tries it again, alone.
 
         Raises:
-            UserCodeException: there are several, and not one can be fetched: no image's own fault.
+            UserCodeException: before it, not one image can be fetched: no image's own fault.
         """
-        found = PartState(alone=len(names) == 1)
+        found = PartState()
         try:
             self._predict(self.scheduler, self._read(names, found), found)
         except DeviceLost as error:
@@ -149,7 +150,7 @@ class Worker:
             self.scheduler = self._load(torch.device("cpu"))
             rest = [name for name in names if name not in found.rows]
             self._predict(self.scheduler, self._read(rest, found), found)
-        if len(names) == len(found.not_fetched) > 1:
+        if len(names) == len(found.not_fetched) and not self.last_try:
             raise UserCodeException(
                 f"{self.images.root}: none of the {len(names)} images of a part can be fetched: "
                 f"{found.not_fetched[names[0]]}"
@@ -166,7 +167,7 @@ class Worker:
                 yield strip.result()
             except NotFetched as error:
                 found.not_fetched[name] = str(error)
-                if found.alone or error.missing:
+                if self.last_try or error.missing:
                     yield Strip(name, None, str(error))
 
     def _read_ahead(self, names: Sequence[str]) -> Iterator[tuple[str, Future[Strip]]]:

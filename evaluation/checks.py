@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernel.checks import read_json
 from kernel.competition import Competition
@@ -97,8 +98,14 @@ def has_gpu(bundle: Path) -> bool:
     """
     with suppress(ValueError):  # what cannot be read is another check's
         meta = read_json(bundle / "kernel" / KERNEL_METADATA.name)
-        return meta.get("enable_gpu") is not False or bool(meta.get("machine_shape"))
+        return meta.get("enable_gpu") is not False or bool(_shape(meta))
     return True
+
+
+def _shape(meta: dict[str, Any]) -> str:
+    """The machine that a kernel's metadata name; a kernel that was pulled may have "None"."""
+    shape = str(meta.get("machine_shape") or "")
+    return "" if shape == "None" else shape
 
 
 def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
@@ -113,8 +120,7 @@ def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
         pushed = read_json(path)
         switched_off = pushed.get("enable_gpu") is False
         if switched_off:
-            shape = pushed.get("machine_shape") or MACHINE_SHAPE
-            pushed |= {"enable_gpu": True, "machine_shape": shape}
+            pushed |= {"enable_gpu": True, "machine_shape": _shape(pushed) or MACHINE_SHAPE}
         check_kernel(pushed, uploaded["id"], competition.slug, code_file)
     except (AttributeError, TypeError, ValueError) as error:
         return [Check(False, f"{path}: {error}")]

@@ -56,9 +56,9 @@ def _print_owner(owner: str) -> None:
     print(f"\nNext, for {owner}:")
 
 
-def print_next(out: Path, metadata: Metadata) -> None:
-    """Print the commands that upload and submit the bundle, and what must be done before."""
-    kernel, slug = metadata.kernel, metadata.kernel["competition_sources"][0]
+def print_next(out: Path, metadata: Metadata, slug: str) -> None:
+    """Print the commands that upload and submit the bundle to the competition `slug`."""
+    kernel = metadata.kernel
     _print_owner(metadata.owner)
     bundle = "" if out == OUT else f" --bundle {shlex.quote(str(out))}"
     print(f"  python evaluation/dry_run.py{bundle}")

@@ -84,8 +84,8 @@ def test_a_bundle_is_uploaded_and_submitted_as_the_build_prints_it(
     page: str, section: str, competition: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = f"your-kaggle-name/{name}"
-    kernel = {"id": f"{own}-submission", "competition_sources": [competition]}
-    print_next(Path("dist"), Metadata({"id": own}, kernel))
+    kernel = {"id": f"{own}-submission"}
+    print_next(Path("dist"), Metadata({"id": own}, kernel), competition)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     printed = [shlex.split(line, comments=True) for line in lines if line.startswith("kaggle ")]
     text = (ROOT / page).read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]

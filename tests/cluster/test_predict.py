@@ -543,6 +543,7 @@ DEAD: dict[str, object] = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0
         ([node(CPU=2), node(CPU=64), node(CPU=64)], (None, None, None), (2, 0, 64)),
         ([node(CPU=1), node(CPU=16)], (None, None, None), (1, 0, 16)),
         ([node(CPU=64), *[node(CPU=16)] * 40], (None, None, None), (44, 0, 16)),
+        ([node(CPU=2), node(CPU=64), node(CPU=64)], (None, 2, None), (2, 0, 64)),
         ([node(CPU=3), node(CPU=4)], (None, None, None), (2, 0, 3)),
         ([node(CPU=16, GPU=4), node(CPU=16, GPU=4), DEAD], (None, None, None), (8, 1, 4)),
         ([node(CPU=16, GPU=4)], (3, None, None), (3, 1, 4)),

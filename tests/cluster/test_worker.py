@@ -261,14 +261,18 @@ def faults_of(rows: pa.Table) -> dict[str, str]:
     return {row["image"]: row["fault"] for row in rows.to_pylist()}
 
 
-def test_a_part_of_which_nothing_can_be_fetched_fails_and_an_image_alone_says_why(
+def test_a_part_of_which_nothing_can_be_fetched_fails_and_the_last_try_says_why(
     session_light: Path, tmp_path: Path
 ) -> None:
     """The store is away, or this machine lacks a folder that others have."""
     worker = make_worker(session_light, tmp_path, image=draw_image(0))
-    with pytest.raises(UserCodeException, match=r"none of the 7 images .* fetched: .*no such file"):
-        worker.predict(NAMES)
+    for part in (NAMES, NAMES[:1]):
+        words = rf"none of the {len(part)} images .* fetched: .*no such file"
+        with pytest.raises(UserCodeException, match=words):
+            worker.predict(part)
+    worker.last_try = True
     assert "no such file" in faults_of(worker.predict(NAMES[:1]))[NAMES[0]]
+    worker.last_try = False
     (tmp_path / NAMES[2]).write_bytes(b"no image")  # but it is there
     faults = faults_of(worker.predict(NAMES))
     assert list(faults) == NAMES
@@ -308,6 +312,7 @@ def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
         ]
         assert [name for name, fault in faults_of(rows).items() if fault] == [NAMES[2]]
     throttled.add(NAMES[0])
+    worker.last_try = True
     assert faults_of(worker.predict(NAMES[:1])) == {NAMES[0]: "SlowDown"}
 
 

@@ -316,6 +316,8 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
     [
         ({"enable_gpu": False, "machine_shape": ""}, 0,
          "–   enable_gpu is false: judged on Kaggle's CPU"),
+        ({"enable_gpu": False, "machine_shape": "None"}, 0,
+         "–   enable_gpu is false: judged on Kaggle's CPU"),
         ({"enable_gpu": False}, 0,
          "–   enable_gpu is false, but machine_shape overrides it: for Kaggle's CPU empty both"),
         ({"enable_gpu": False, "machine_shape": "NvidiaTeslaP100"}, 1,
@@ -329,8 +331,8 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
          "–   the dataset is somebody's, the kernel another's, who needs access to it"),
     ],
     ids=[
-        "a GPU that was switched off", "a GPU that was not", "another GPU", "the internet",
-        "nobody's yet", "another's",
+        "a GPU that was switched off", "as it is pulled", "a GPU that was not", "another GPU",
+        "the internet", "nobody's yet", "another's",
     ],
 )  # fmt: skip
 def test_the_kernel_s_metadata_is_rehearsed_too(
@@ -348,7 +350,8 @@ def test_the_kernel_s_metadata_is_rehearsed_too(
     printed = capsys.readouterr().out
     assert f"   {words.format(path)}\n" in printed
     report = json.loads((run.out / "report.json").read_text(encoding="utf-8"))
-    judged = "2×T4" if changes.get("machine_shape", True) else "Kaggle's CPU"
+    on_cpu = changes.get("machine_shape") in ("", "None")
+    judged = "Kaggle's CPU" if on_cpu else "2×T4"
     assert report["kaggle"]["machine"] == judged
 
 

@@ -76,7 +76,8 @@ def run_as_kaggle(root: Path, text: str) -> subprocess.CompletedProcess[str]:
 
 def commands_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     """What a build says to type after `kaggle`."""
-    print_next(bundle, read_metadata("somebody", load_manifest(bundle / "dataset")))
+    manifest = load_manifest(bundle / "dataset")
+    print_next(bundle, read_metadata("somebody", manifest), manifest.competition.slug)
     lines = capsys.readouterr().out.splitlines()
     return [shlex.split(line)[1:] for line in lines if line.startswith("  kaggle ")]
 
