@@ -37,7 +37,7 @@ demo: .venv/installed-demo  ## build the bundle and run it as Kaggle does, on sy
 
 test: lint  ## lint, types and every test but those of several nodes: make test-cluster
 	@echo "== tests"
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 lint: .venv/installed  ## ruff, mypy, and the one way that imports run between the rooms
 	@echo "== ruff, mypy and import-linter"
@@ -47,7 +47,7 @@ lint: .venv/installed  ## ruff, mypy, and the one way that imports run between t
 	$(BIN)/mypy
 
 coverage: .venv/installed  ## which lines no test reaches
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 3 --cov --cov-report=term-missing:skip-covered
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1|/' | column -t -s '|'

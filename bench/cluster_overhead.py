@@ -381,7 +381,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="+", choices=PARTS, help="what is measured")
     add("--bundle", type=Path, default=ROOT / "dist" / "dataset", help="of kernel and workers")
-    add("--strips", type=int, default=32, help="of kernel, workers and kernels, even")
+    add("--strips", type=int, default=32, help="of kernel, workers and kernels")
     add("--rounds", type=int, default=2, help="of kernel and workers")
     add("--stub-strips", type=int, default=1600, help="of overhead")
     add("--images", type=int, default=1_000_000, help="of million")
@@ -399,7 +399,9 @@ def measure(args: argparse.Namespace) -> int:
     """
     warm_up = 2 * WARM_UP * PER_PART  # of two workers
     if args.strips <= warm_up or args.strips % PER_PART:
-        raise ValueError(f"--strips {args.strips}: expected an even number above {warm_up}")
+        raise ValueError(
+            f"--strips {args.strips}: expected a multiple of {PER_PART} above {warm_up}"
+        )
     args.bundle, path = args.bundle.resolve(), args.out / "cluster.json"
     results = read_json(path) if path.is_file() else {}
     for name in args.parts:

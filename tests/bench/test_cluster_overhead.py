@@ -48,7 +48,7 @@ def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
     for name, seconds in (("time_kernel", kernel), ("time_workers", worker)):
         timed = lambda *_, seconds=seconds, **__: {"strip_s": next(seconds), "before_s": 1.0}  # noqa: E731
         monkeypatch.setattr(cluster_overhead, name, timed)
-    words = ["kernel", "--rounds", "3", "--strips", "14", "--out", str(tmp_path)]
+    words = ["kernel", "--rounds", "3", "--strips", "24", "--out", str(tmp_path)]
     assert exit_code(cluster_overhead.main, *words) == 0
     found = json.loads((tmp_path / "cluster.json").read_text())["kernel"]
     assert found["ratio"] == 5.0 / 2.5
@@ -56,7 +56,7 @@ def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
     assert line in (tmp_path / "cluster.md").read_text().splitlines()
 
 
-@pytest.mark.parametrize("strips", ["12", "15"])
+@pytest.mark.parametrize("strips", ["16", "30"])
 def test_strips_of_which_none_would_count_are_refused_in_one_line(
     strips: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +64,7 @@ def test_strips_of_which_none_would_count_are_refused_in_one_line(
 
     words = ["kernel", "--strips", strips, "--out", str(tmp_path)]
     assert exit_code(cluster_overhead.main, *words) == 2
-    assert f"--strips {strips}: expected an even number above 12" in capsys.readouterr().err
+    assert f"--strips {strips}: expected a multiple of 8 above 16" in capsys.readouterr().err
 
 
 def test_of_two_kernels_beside_each_other_a_strip_takes_half_its_seconds(
