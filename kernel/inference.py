@@ -143,7 +143,11 @@ def log_summary(record: RunRecord, output: Path) -> None:
 def log_bundle(bundle: Path, manifest: Manifest) -> None:
     """Log which settings and members these are: the dry run's log and Kaggle's can be compared."""
     files = [bundle / name for name in (MANIFEST, COMPETITION) if (bundle / name).is_file()]
-    hashes = {path.name: retried(hash_file)(path) for path in files}
+    try:
+        hashes = {path.name: retried(hash_file)(path) for path in files}
+    except OSError as error:  # a line in the log must not cost the run
+        log.warning("no hash of the bundle's settings: %s", one_line(error))
+        hashes = {}
     hashes |= {spec.name: spec.sha256 for spec in manifest.members}
     found = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in hashes.items())
     log.info("bundle, by sha256: %s", found)

@@ -116,16 +116,21 @@ def _find_below(
 ) -> dict[str, Place]:
     """Name → place of some images below folders, of one that is in several the first's.
 
-    In each a loose image goes before a zipped one, which may be damaged. Where none is found, a
-    test set is looked for whose images have another suffix.
+    In each a loose image goes before a zipped one, which may be damaged. Those that are nowhere are
+    looked for under other suffixes: in the test sets that hold others of them, or where none does
+    in any.
     """
     steps = [(find, top) for top in tops for find in (_find_loose, _find_zipped)]
     found: dict[str, Place] = {}
     for find, top in steps:
         if missing := names - found.keys():
             found |= find(top, missing, competition)
-    others = (_find_other_suffix(top, names, competition) for top in tops)
-    return found or next(filter(None, others), {})
+    homes = {Path(str(place)).parent for place in found.values()}
+    for top in tops:
+        if missing := names - found.keys():
+            tests = {home for home in homes if _is_test_set(home, top)}
+            found |= _find_other_suffix(top, missing, competition, tests)
+    return found
 
 
 def _find_loose(top: Path, names: Set[str], competition: Competition) -> dict[str, Path]:
@@ -145,8 +150,10 @@ def _find_zipped(top: Path, names: Set[str], competition: Competition) -> dict[s
     return {name: InZip(each, listed[each][name]) for each in reversed(held) for name in held[each]}
 
 
-def _find_other_suffix(top: Path, names: Set[str], competition: Competition) -> dict[str, Place]:
-    """Those of a test set that have another suffix; where several of its files have a stem, none.
+def _find_other_suffix(
+    top: Path, names: Set[str], competition: Competition, tests: Set[Path]
+) -> dict[str, Place]:
+    """Those with another suffix in `tests`, or in any test set; of several files of a stem, none.
 
     Of files elsewhere one may be a mask.
     """
@@ -156,7 +163,8 @@ def _find_other_suffix(top: Path, names: Set[str], competition: Competition) -> 
     for path, place in _list_contents(top):
         for suffix in suffixes if path.suffix.lower() in IMAGE_SUFFIXES else ():
             name = competition.name_of_file(str(path.with_suffix(suffix)))
-            if name in names and _is_test_set(str(place).rpartition("/")[0], top):
+            home = Path(str(place)).parent
+            if name in names and (home in tests if tests else _is_test_set(home, top)):
                 places.setdefault(name, []).append(place)
     found = {name: each[0] for name, each in places.items() if len(each) == 1}
     if found:

@@ -224,6 +224,7 @@ def _parse_header(
     layout = Layout(cells, competition, tuple(header))
     empty = (competition.empty or "").strip()
     patterns = {column: _pattern(template, competition) for column, template in known[0].items()}
+    class_columns = [column for column, template in known[0].items() if template == "{class}"]
 
     def parse(cells: list[str]) -> Row:
         if len(cells) != len(header):
@@ -249,6 +250,9 @@ def _parse_header(
                 f"file that no spreadsheet has saved: {_short_line(cells)}"
             )
         image, label = values["image"] + competition.suffix, competition.class_of(values["class"])
+        for column in class_columns if label else ():  # 0 stands for all
+            if row[column] != values["class"]:  # blanks around it
+                own[column] = row[column]
         if own:
             layout.own[image, label] = own
         return image, label, rle

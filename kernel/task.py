@@ -70,7 +70,7 @@ def read_sample(
         log.error(what, sample, len(found.odd), short(found.odd[1].strip()))
     if fault := instances_fault(sample, rows, competition):  # every row is written all the same
         log.warning("%s; each is written once", fault)
-    chosen = replace(asked, odd=found.odd) if asked else found
+    chosen = found if asked in (None, found) else replace(asked, odd=found.odd)
     return chosen, expand_rows(pairs, len(competition.classes))
 
 

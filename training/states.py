@@ -51,6 +51,7 @@ def describe_experiment(config: Config, data: str, start_from: str) -> dict[str,
     """
     teacher = hash_file(Path(config.teacher)) if config.teacher else ""
     described = asdict(config) | {"data": data, "start_from": start_from, "teacher": teacher}
+    described = {k: v for k, v in described.items() if v or k != "teacher"}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
 
 

@@ -484,10 +484,21 @@ def test_a_test_set_with_another_suffix_than_the_csvs_names_is_predicted(
     assert line.endswith("a.jpeg for 'a.png': they are predicted")
 
 
-def test_where_one_image_has_its_name_no_file_of_another_suffix_is_taken(tmp_path: Path) -> None:
+def test_beside_its_other_images_a_test_sets_own_suffixes_are_taken_and_no_others(
+    tmp_path: Path,
+) -> None:
     mount_test_set(tmp_path, "test/a.jpg", "test_masks/b.png")
     found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
     assert found == {"a.jpg": "test/a.jpg"}
+    write(tmp_path / COMPETITION / "test" / "b.JPG", "test/b.JPG")
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
+    assert found == {"a.jpg": "test/a.jpg", "b.jpg": "test/b.JPG"}
+
+
+def test_a_stray_image_hides_no_test_set_with_another_suffix(tmp_path: Path) -> None:
+    mount_test_set(tmp_path, "train/a.jpg", "test/a.png", "test/b.png")
+    found = contents(find_task(Options(input=tmp_path), SEVERSTAL).images)
+    assert found == {"a.jpg": "train/a.jpg", "b.jpg": "test/b.png"}
 
 
 def test_a_file_of_another_suffix_that_is_no_test_sets_is_not_taken(tmp_path: Path) -> None:

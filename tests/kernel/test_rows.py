@@ -79,6 +79,14 @@ def test_a_csv_gives_its_rows_and_keeps_its_columns(
     assert rows == [expected]
 
 
+def test_a_class_is_written_as_its_row_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "sample.csv"
+    path.write_text("ImageId,EncodedPixels,ClassId\na.jpg,, 2\nb.jpg,,2\nc.jpg,, 0\n")
+    layout, _ = read_rows(path, SEVERSTAL)
+    lines = [layout.line(name, 2, "1 3") for name in ("a.jpg", "b.jpg", "c.jpg")]
+    assert lines == ["a.jpg,1 3, 2\n", "b.jpg,1 3,2\n", "c.jpg,1 3,2\n"]
+
+
 @pytest.mark.parametrize("empty", ["-1", " -1", "1 0"])
 def test_an_empty_mask_is_known_with_blanks_around_it(empty: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{HEAD}a.jpg,1,{empty}\nb.jpg,1, {empty.strip()} \n")

@@ -1,5 +1,6 @@
 """A whole run in this process: the rows that are asked for, with the double loop's masks."""
 
+import errno
 import hashlib
 import importlib
 import logging
@@ -59,6 +60,18 @@ def test_the_log_names_the_bundle_by_the_hashes_of_its_settings_and_members(
     assert len(hashes) == 5
     [line] = [line for line in caplog.messages if line.startswith("bundle, by sha256: ")]
     assert dict(each.split() for each in line.partition(": ")[2].split(", ")) == hashes
+
+
+def test_settings_that_cannot_be_hashed_cost_a_line_of_the_log_alone(
+    light_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("kernel.inference.hash_file", fail)
+    save_strips(tmp_path / "images", ["a.jpg"])
+    record = predict(light_bundle, tmp_path / "images", tmp_path / "out.csv")
+    assert record["non_empty"] and not record["faults"]
 
 
 # --- the rows -------------------------------------------------------------------------------------

@@ -195,8 +195,9 @@ def test_a_rows_own_cell_goes_through_a_workers_files(tmp_path: Path) -> None:
     layout, pairs = read_sample(sample, competition)
     write_rows(shard, Task(tmp_path, layout, pairs))
     assert shard.read_text() == sample.read_text()
-    given, _ = read_sample(shard, competition)
-    assert given.line("a.png", 2, "1 3") == "a.png_2,1 3,private\n"
+    for asked in (None, "three-column"):
+        given, _ = read_sample(shard, competition, asked)
+        assert given.line("a.png", 2, "1 3") == "a.png_2,1 3,private\n"
 
 
 # --- images, bundle and options -------------------------------------------------------------------
