@@ -159,6 +159,18 @@ def passed_images(names: Sequence[str], done: Collection[str]) -> list[str]:
     return [name for name in behind if name not in done][::-1]
 
 
+def why_stopped(error: RayError, names: Sequence[str], output: Output) -> str:
+    """What Ray says, without its advice, and which images the run passed."""
+    said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
+    reason, passed = " ".join(said.split()), list[str]()
+    with contextlib.suppress(ValueError):  # the output's store may be what failed
+        passed = passed_images(names, output.done())
+    if passed:
+        reason += f"; {len(passed)} images have no rows that others behind them have: "
+        reason += ", ".join(map(repr, passed[: MAX_LOST + 1]))
+    return reason
+
+
 def predict_rest(
     args: argparse.Namespace, images: ImageSet, names: list[str], record: dict[str, str]
 ) -> Run:
@@ -177,7 +189,7 @@ def predict_rest(
     }
     per_part = args.images_per_part or (256 if workers.gpus else 16)
     log.info("%d images, %s", len(names), workers)
-    start, done = time.monotonic(), set[str]()
+    start = time.monotonic()
 
     def predict(names: list[str], per_part: int, last_try: bool = False) -> tuple[Totals, set[str]]:
         asked, given = replace(images, names=names), constructor | {"last_try": last_try}
@@ -198,16 +210,10 @@ def predict_rest(
             again = partial(predict, per_part=1, last_try=True)
             totals.add(predict_lost(lost, names, output, images, again))
     except RayError as error:
-        said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
-        reason = " ".join(said.split())  # without Ray's advice, which follows
-        with contextlib.suppress(ValueError):  # the output's store may be what failed
-            done = output.done()
-        if passed := passed_images(names, done):
-            reason += f"; {len(passed)} images have no rows that others behind them have: "
-            reason += ", ".join(map(repr, passed[: MAX_LOST + 1]))
         raise RuntimeError(
-            f"the run stopped: {reason}; start it again to continue, or leave out the images that "
-            "are missing or end their workers: --images-per-part 1 finds them"
+            f"the run stopped: {why_stopped(error, names, output)}; start it again to continue, or "
+            "leave out the images that are missing or end their workers: --images-per-part 1 finds "
+            "them"
         ) from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)

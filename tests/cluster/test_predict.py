@@ -47,7 +47,7 @@ from ray.exceptions import AuthenticationError, UserCodeException
 from cluster.engine import Workers, connect, predict_parts
 from cluster.images import ImageSet, NotFetched
 from cluster.output import Output, Totals, fault_rows
-from cluster.predict import check_store, first_image, main
+from cluster.predict import check_store, first_image, main, why_stopped
 from kernel.competition import SEVERSTAL, load_competition
 from kernel.images import read_image
 from kernel.shipped import find_competition
@@ -61,6 +61,20 @@ MASKS = (SMALL[0] // 4, SMALL[1] // 4)  # (H, W), smaller than their images as c
 def options_of(folder: Path) -> list[str]:
     named = {"bundle": "dataset", "images": "images", "output": "out", "submission": "sample.csv"}
     return [word for key, value in named.items() for word in (f"--{key}", str(folder / value))]
+
+
+def lay(folder: Path, bundle: Path, names: list[str]) -> None:
+    """What the options name: the bundle, some strips and their sample."""
+    shutil.copytree(bundle, folder / "dataset")
+    save_strips(folder / "images", names)
+    write_sample(folder / "sample.csv", names)
+
+
+def replace_ray(monkeypatch: pytest.MonkeyPatch, predict_parts: Callable[..., object]) -> None:
+    """Have a function stand for one worker on Ray."""
+    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
+    monkeypatch.setattr("cluster.predict.predict_parts", predict_parts)
 
 
 @dataclass(frozen=True)
@@ -147,10 +161,9 @@ def test_a_cluster_with_gpus_writes_the_kernels_rows_however_long_a_part_takes(
     session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU is declared to Ray; where CUDA is absent its worker runs on the CPU."""
-    shutil.copytree(session_light, tmp_path / "dataset")
-    save_strips(tmp_path / "images", NAMES)
-    sample = write_sample(tmp_path / "sample.csv", NAMES)
-    predict(tmp_path / "dataset", tmp_path / "images", tmp_path / "kernel.csv", sample=sample)
+    lay(tmp_path, session_light, NAMES)
+    sample, output = tmp_path / "sample.csv", tmp_path / "kernel.csv"
+    predict(tmp_path / "dataset", tmp_path / "images", output, sample=sample)
     for name, text in {
         "USAGE_STATS_ENABLED": "0",
         "worker_niceness": "0",
@@ -185,9 +198,7 @@ def test_images_that_came_later_and_are_all_bad_have_their_rows_too(
     session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers are checked on the first image of all, not of those that are left."""
-    shutil.copytree(session_light, tmp_path / "dataset")
-    save_strips(tmp_path / "images", ["a.jpg", "b.jpg"])
-    write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"])
+    lay(tmp_path, session_light, ["a.jpg", "b.jpg"])
     (tmp_path / "images" / "b.jpg").write_bytes(b"torn")
     asked = list[Any]()
 
@@ -195,9 +206,7 @@ def test_images_that_came_later_and_are_all_bad_have_their_rows_too(
         asked.extend([rest.names, constructor["image"]])
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
-    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
-    monkeypatch.setattr("cluster.predict.predict_parts", stop)
+    replace_ray(monkeypatch, stop)
     monkeypatch.setattr("cluster.output.Output.done", lambda _: {"a.jpg"})
     assert exit_code(main, *options_of(tmp_path)) == 2
     assert asked[0] == ["b.jpg"]
@@ -215,9 +224,7 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
 ) -> None:
     """Where all are such it is the workers' fault, and the run can be started again."""
     names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
-    shutil.copytree(session_light, tmp_path / "dataset")
-    save_strips(tmp_path / "images", names)
-    write_sample(tmp_path / "sample.csv", names)
+    lay(tmp_path, session_light, names)
     calls = list[object]()
 
     def predict_parts(rest: ImageSet, per_part: int, *given: Any) -> Totals:
@@ -229,10 +236,8 @@ def test_an_image_at_which_every_worker_dies_is_looked_for_and_stays_empty(
                 totals.add(given[-1].write_part(part, fault_rows(part, len(LABELS), "")))
         return totals
 
-    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    replace_ray(monkeypatch, predict_parts)
     monkeypatch.setattr("cluster.predict.connect_anew", lambda _: calls.append("anew"))
-    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
-    monkeypatch.setattr("cluster.predict.predict_parts", predict_parts)
     words = [*options_of(tmp_path), "--images-per-part", "2"]
     all_dead = len(deadly) == len(names)
     assert exit_code(main, *words) == (2 if all_dead else 0)
@@ -253,9 +258,7 @@ def test_a_folder_that_the_machines_do_not_share_stops_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two folders stand for those of one name on two machines."""
-    shutil.copytree(session_light, tmp_path / "dataset")
-    save_strips(tmp_path / "images", NAMES)
-    write_sample(tmp_path / "sample.csv", NAMES)
+    lay(tmp_path, session_light, NAMES)
     there = Output(str(tmp_path / "there"))
     there.begin({})
 
@@ -267,10 +270,8 @@ def test_a_folder_that_the_machines_do_not_share_stops_the_run(
             totals.add(next(machines).write_part(part, rows))
         return totals
 
-    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
+    replace_ray(monkeypatch, predict_parts)
     monkeypatch.setattr("cluster.predict.connect_anew", lambda _: None)
-    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
-    monkeypatch.setattr("cluster.predict.predict_parts", predict_parts)
     assert exit_code(main, *options_of(tmp_path), "--images-per-part", "3") == 2
     words = "out: the rows of 4 images were written by other machines and are not seen here: name a"
     assert words in error_of(capsys.readouterr().err)
@@ -349,9 +350,7 @@ def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shutil.copytree(session_light, tmp_path / "dataset")
-    save_strips(tmp_path / "images", NAMES)
-    write_sample(tmp_path / "sample.csv", NAMES)
+    lay(tmp_path, session_light, NAMES)
 
     def give_up(asked: ImageSet, *given: Any) -> None:
         for name in written:
@@ -361,15 +360,24 @@ def test_more_parts_than_a_run_may_lose_stop_it_and_say_why(
             f"{said}\nFailed to apply UDF transform after 1/1 attempts"
         )  # Ray's
 
-    monkeypatch.setattr("cluster.predict.connect", lambda _: None)
-    monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
-    monkeypatch.setattr("cluster.predict.predict_parts", give_up)
+    replace_ray(monkeypatch, give_up)
     assert exit_code(main, *options_of(tmp_path)) == 2
     assert error_of(capsys.readouterr().err) == (
         f"the run stopped: none of the 16 images of a part can be fetched: no such host{passed}; "
         "start it again to continue, or leave out the images that are missing or end their "
         "workers: --images-per-part 1 finds them"
     )
+
+
+def test_why_a_run_stopped_is_said_where_its_output_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: object) -> None:
+        raise ValueError("cannot be read")
+
+    monkeypatch.setattr(Output, "done", away)
+    error = UserCodeException("no right to write")
+    assert why_stopped(error, NAMES, Output(str(tmp_path))) == "no right to write"
 
 
 def test_a_signal_is_answered_beside_ray_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,9 +520,7 @@ def test_one_line_refuses(
     case: str, session_light: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil, options, words = REFUSED[case]
-    shutil.copytree(session_light, tmp_path / "dataset")
-    save_strips(tmp_path / "images", ["a.jpg", "b.jpg"])
-    write_sample(tmp_path / "sample.csv", ["a.jpg", "b.jpg"])
+    lay(tmp_path, session_light, ["a.jpg", "b.jpg"])
     spoil(tmp_path)
     before = all_bytes(tmp_path)
     assert exit_code(main, *options_of(tmp_path), *options) == 2
