@@ -3,6 +3,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint coverage bench gpu fuzz soak test-cluster bench-cluster mutants versions clean help
 
+# pip compiles nothing here (see `install`): what Python compiles as it imports it, it has to keep.
+unexport PYTHONDONTWRITEBYTECODE
+
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 DISK := import os, shutil; gb = shutil.disk_usage(".").free / 1e9; gb < 9 and print(f"{gb:.1f} GB are \
@@ -37,7 +40,7 @@ demo: .venv/installed-demo  ## build the bundle and run it as Kaggle does, on sy
 
 test: lint  ## lint, types and every test but those of several nodes: make test-cluster
 	@echo "== tests"
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: .venv/installed  ## ruff, mypy, and the one way that imports run between the rooms
 	@echo "== ruff, mypy and import-linter"
@@ -47,7 +50,7 @@ lint: .venv/installed  ## ruff, mypy, and the one way that imports run between t
 	$(BIN)/mypy
 
 coverage: .venv/installed  ## which lines no test reaches
-	$(BIN)/python -m pytest -n 3 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1|/' | column -t -s '|'

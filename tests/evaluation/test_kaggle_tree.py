@@ -176,11 +176,11 @@ def test_a_rehearsal_in_an_unattended_session_on_kaggle_stays_in_its_own_folder(
 
 
 def test_the_whole_path_runs_without_smp_and_without_a_network(
-    tiny_bundle: Path, labelled_strips: Path, tmp_path: Path
+    built_bundle: Path, labelled_strips: Path, tmp_path: Path
 ) -> None:
     if not may_deny_network():
         pytest.skip("this system does not allow a process to give up its network")
-    make_kaggle_tree(tmp_path, tiny_bundle, labelled_strips / "test_images")
+    make_kaggle_tree(tmp_path, built_bundle, labelled_strips / "test_images")
     python = [getattr(sys, "_base_executable", sys.executable), "-S"]
     bare = {"PYTHONPATH": str(site_without_smp(tmp_path / "site")), "PATH": os.environ["PATH"]}
 
@@ -194,7 +194,7 @@ def test_the_whole_path_runs_without_smp_and_without_a_network(
     assert "No module named" in run("-c", "import timm").stderr
     reach = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
     assert "unreachable" in run("-c", reach).stderr
-    kernel = str(tiny_bundle / "kernel" / "inference.py")
+    kernel = str(built_bundle / "kernel" / "inference.py")
     done = run(kernel, "--input", str(tmp_path / "input"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_table(tmp_path / "working" / "submission.csv")

@@ -56,11 +56,8 @@ def gpus_are_counted() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle without its wheels, from which a worker would import more slowly."""
-    folder = tmp_path_factory.mktemp("workers") / "bundle"
-    no_wheels = shutil.ignore_patterns("*.whl")
-    return Path(shutil.copytree(tiny_bundle / "dataset", folder, ignore=no_wheels))
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle / "dataset"
 
 
 @pytest.fixture(scope="module")

@@ -134,9 +134,9 @@ def check_ran(root: Path, sample: Path) -> None:
 
 
 def test_what_the_client_sends_runs_on_kaggle(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    create, status, push, wait, submit = commands_told(tiny_bundle, capsys)
+    create, status, push, wait, submit = commands_told(built_bundle, capsys)
     with serve() as kaggle:
         said = run_client(kaggle, tmp_path, *create)
         assert "Your private Dataset is being created" in said
@@ -147,7 +147,7 @@ def test_what_the_client_sends_runs_on_kaggle(
         assert "title" not in said and "not valid" not in said
         assert "COMPLETE" in run_client(kaggle, tmp_path, *wait)
         run_client(kaggle, tmp_path, *(version if w == "VERSION" else w for w in submit))
-    dataset = check_created(kaggle, tiny_bundle)
+    dataset = check_created(kaggle, built_bundle)
     script = check_pushed(kaggle, dataset)
     check_submitted(kaggle)
 
