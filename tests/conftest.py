@@ -16,6 +16,8 @@ from packing.bundle import build
 torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)  # however busy it is
 settings.load_profile("any machine")
+CHILD = Path(__file__).parent / "child"  # for every process that a test starts
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(autouse=True)

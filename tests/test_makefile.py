@@ -57,7 +57,7 @@ def test_python_keeps_what_it_compiles_for_pip_compiles_nothing(
 ) -> None:
     """Else every process compiles all of PyTorch that it imports: 12 s instead of 4.5 s."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    write_script(tmp_path / ".venv/bin/python", '#!/bin/sh\nenv > environment\n')
+    write_script(tmp_path / ".venv/bin/python", "#!/bin/sh\nenv > environment\n")
     (tmp_path / ".venv" / "installed-demo").touch()
     make(tmp_path, "demo")
     variables = (tmp_path / "environment").read_text()

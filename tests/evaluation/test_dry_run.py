@@ -1,5 +1,6 @@
 """The dry run: what it leaves, how a run is judged, and what it refuses before one."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -30,13 +31,14 @@ from run_records import PASSES, a_record, repeat, run_json, strip_work
 
 from evaluation import dry_run
 from evaluation.checks import Check, ProcessResult
-from evaluation.kaggle_tree import run_kernel
 from evaluation.recorded import RecordedPasses
 from kernel.competition import SEVERSTAL
 from kernel.contact_sheet import BAR, GAP
 from kernel.files import write_json
 from kernel.image_folders import list_images
+from kernel.inference import run_options
 from kernel.manifest import Manifest, MemberSpec, load_manifest
+from kernel.options import Options
 from kernel.rows import SPREADSHEET_CELL
 from packing.metadata import PLACEHOLDER, read_metadata
 from packing.notebook import build_notebook
@@ -68,10 +70,10 @@ class DryRun:
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+def rehearsed(built_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
     """The real command line, as its own process, with every option that needs a path."""
     bundle = tmp_path_factory.mktemp("rehearsed") / "dist"
-    shutil.copytree(tiny_bundle, bundle)
+    shutil.copytree(built_bundle, bundle)
     passes = [entry | {"flops": [10**12, 10**12]} for entry in PASSES]  # a fast machine
     from_kaggle = repeat(run_json(device="cuda", workers=2, passes=passes))
     (bundle / "from_kaggle.json").write_text(json.dumps(from_kaggle))
@@ -85,9 +87,17 @@ def rehearsed(tiny_bundle: Path, strips: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """The tiny bundle, of this test's own."""
+def bundle(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny bundle, of this test's own; that it has no wheels counts for nothing."""
+    monkeypatch.setattr("evaluation.checks.WHEELS", {})
     return Path(shutil.copytree(tiny_bundle, tmp_path / "dist"))
+
+
+def run_here(root: Path, *_: Any, **__: Any) -> ProcessResult:
+    """Run the kernel as `run_kernel` does, in this process, where all is imported already."""
+    with contextlib.chdir(root / "working"):
+        code = run_options(Options(input=root / "input"))
+    return ProcessResult(code, 25.0, False, 1)
 
 
 # --- what it leaves -------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def test_a_calibration_counts_at_once_and_stays(
 
 
 def test_the_ground_truth_leads_to_a_proposal_and_changes_nothing_of_the_user_s(
-    rehearsed: DryRun, tiny_bundle: Path
+    rehearsed: DryRun, built_bundle: Path
 ) -> None:
     bundle, done = rehearsed.bundle, rehearsed.done
     proposal = load_manifest(bundle / "report")
@@ -154,7 +164,7 @@ def test_the_ground_truth_leads_to_a_proposal_and_changes_nothing_of_the_user_s(
     assert rows["all"]["dice"] == report["dice"]["dice"]  # every pass gives what the kernel gave
     assert "← proposed" in done.stdout
     for folder in ("dataset", "kernel"):
-        assert all_bytes(bundle / folder) == all_bytes(tiny_bundle / folder)
+        assert all_bytes(bundle / folder) == all_bytes(built_bundle / folder)
 
 
 def test_the_picture_colours_just_the_masks_of_the_submission(
@@ -613,8 +623,8 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
 ) -> None:
     """It leaves a valid submission and exit code 0, and no run.json, as a full disk does."""
 
-    def hang(root: Path, *arguments: Any) -> ProcessResult:
-        result = run_kernel(root, *arguments)
+    def hang(root: Path, *_: Any) -> ProcessResult:
+        result = run_here(root)
         (root / "working" / "run.json").unlink()
         return result
 
@@ -627,8 +637,13 @@ def test_a_run_that_its_watchdog_ended_is_not_ready(
 
 
 def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(
-    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(dry_run, "run_kernel", run_here)
     images = tmp_path / "broken"
     images.mkdir()
     for name in ("1.jpg", "2.jpg"):
@@ -638,7 +653,7 @@ def test_a_dry_run_of_strips_that_are_all_broken_is_a_report_of_that(
     options = ("--images", images, "--ground-truth", truth, "--budget-s", 1200)
     assert exit_code(dry_run.main, "--bundle", bundle, *options) == 1
     out = capfd.readouterr().out
-    assert "none of 2 strips could be predicted" in out
+    assert "none of 2 strips could be predicted" in caplog.text
     assert "== Not ready for Kaggle: the run was not clean" in out
     report = json.loads((bundle / "report" / "report.json").read_text())
     assert list(report["faults"]) == ["1.jpg", "2.jpg"]
@@ -655,6 +670,7 @@ def test_report_and_verdict_are_there_when_the_ablation_is_interrupted(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(dry_run, "run_kernel", run_here)
     monkeypatch.setattr(dry_run, "ablate", interrupt)
     options = ("--images", strips / "test_images", "--ground-truth", strips / "test.csv")
     assert exit_code(dry_run.main, "--bundle", bundle, *options) == 130
@@ -691,6 +707,7 @@ def test_an_ablation_that_the_networks_fail_in_costs_no_verdict(
     def fail(_: RecordedPasses) -> None:
         raise RuntimeError("out of memory")
 
+    monkeypatch.setattr(dry_run, "run_kernel", run_here)
     monkeypatch.setattr(RecordedPasses, "record_all", fail)
     options = ("--images", strips / "test_images", "--ground-truth", strips / "test.csv")
     assert exit_code(dry_run.main, "--bundle", bundle, *options) == 0
@@ -701,13 +718,18 @@ def test_an_ablation_that_the_networks_fail_in_costs_no_verdict(
 
 
 def test_a_submission_that_kaggle_would_refuse_is_not_ready(
-    bundle: Path, strips: Path, capfd: pytest.CaptureFixture[str]
+    bundle: Path,
+    strips: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    kernel = bundle / "kernel" / "inference.py"
-    code = kernel.read_text()
-    in_order = "for pair in pairs}"
-    assert code.count(in_order) == 1
-    kernel.write_text(code.replace(in_order, "for pair in list(pairs)[::-1]}"))
+    def turn_round(root: Path, *_: Any) -> ProcessResult:
+        result, path = run_here(root), root / "working" / "submission.csv"
+        header, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([header, *rows[::-1], ""]))
+        return result
+
+    monkeypatch.setattr(dry_run, "run_kernel", turn_round)
     images = strips / "test_images"
     assert exit_code(dry_run.main, "--bundle", bundle, "--images", images) == 1
     out = capfd.readouterr().out

@@ -35,7 +35,7 @@ from packing.members import PackedMember, pack_member
 from packing.sources import read_sources
 
 CASES = settings(
-    max_examples=int(os.environ.get("FUZZ", "1200")) // 4,
+    max_examples=int(os.environ.get("FUZZ", "600")) // 4,
     phases=[
         Phase.explicit,
         Phase.reuse,
