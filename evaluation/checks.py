@@ -17,7 +17,7 @@ from kernel.task import read_sample
 from kernel.validator import check_submission
 from packing.metadata import MACHINE_SHAPE, PLACEHOLDER, check_dataset, check_kernel
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
-from packing.wheels import WHEELS, lacking_wheels
+from packing.wheels import OPENVINO_WHEEL, WHEELS, lacking_wheels
 
 KILLED = -9  # the exit code of a process that the system ended
 MEMORY = 25_000_000_000  # bytes of one process, beside which others need some of Kaggle's 30 GB
@@ -144,7 +144,9 @@ def check_metadata(bundle: Path, competition: Competition) -> list[Check]:
 
 def check_wheels(dataset: Path) -> Check:
     """Check that the dataset has its wheels whole: here the kernel finds what is installed."""
-    if lacking := lacking_wheels(WHEELS, dataset):
+    has_halves = any(dataset.glob("*.encoder.xml"))  # OpenVINO's: on Kaggle nothing else runs them
+    wheels = WHEELS | OPENVINO_WHEEL if has_halves else WHEELS
+    if lacking := lacking_wheels(wheels, dataset):
         names = ", ".join(lacking)
         words = f"{dataset} lacks {names}, or has them damaged: build again"
         return Check(False, words)

@@ -43,7 +43,7 @@ from kernel.rows import SPREADSHEET_CELL
 from packing.metadata import PLACEHOLDER, read_metadata
 from packing.notebook import build_notebook
 from packing.paths import DATASET_METADATA, KERNEL_METADATA, NOTEBOOK, SCRIPT
-from packing.wheels import WHEELS, fetch_wheels
+from packing.wheels import OPENVINO_WHEEL, WHEELS, fetch_wheels
 from training.synthetic import Drawing, write_competition
 
 
@@ -311,6 +311,7 @@ def test_where_openvino_ran_the_members_pytorch_is_rehearsed_and_decides_too(
 
     tried = list[str]()
     monkeypatch.setattr(dry_run, "check_on_pytorch", check_on_pytorch)
+    monkeypatch.setattr("evaluation.checks.OPENVINO_WHEEL", {})
     run, sample, working = concluded(tmp_path)
     if openvino:
         (run.dataset / "unet-a.encoder.xml").write_text("torn")
@@ -386,11 +387,13 @@ def test_a_dataset_without_a_whole_wheel_is_not_ready(
     """Here the kernel finds what is installed: it ran."""
     run, sample, working = concluded(tmp_path)
     gone, torn = WHEELS
+    [openvino] = OPENVINO_WHEEL
+    (run.dataset / "unet-a.encoder.xml").touch()
     (run.dataset / gone).unlink()
     (run.dataset / torn).write_bytes((run.dataset / torn).read_bytes()[:-1])
     (working / "run.json").write_text(json.dumps(run_json(faults={})))
     assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 1
-    assert f"NO  {run.dataset} lacks {gone}, {torn}, or has them" in capsys.readouterr().out
+    assert f"NO  {run.dataset} lacks {gone}, {torn}, {openvino}, or" in capsys.readouterr().out
 
 
 def test_flops_of_another_size_are_counted_again_and_odd_proportions_named(
