@@ -20,6 +20,7 @@ import ttach
 from torch import Tensor, nn
 
 from kernel.competition import SEVERSTAL
+from kernel.engines import import_openvino
 from kernel.ensemble_loading import load_ensemble
 from kernel.images import Image, Size, image_to_tensor, read_image, size_of
 from kernel.logs import progress
@@ -137,8 +138,7 @@ def traced(whole: Whole, images: Sequence[Tensor]) -> Infer:
 
 def openvino(whole: Whole, images: Sequence[Tensor]) -> Infer:
     """OpenVINO for this one shape, fp32: all cores for one image, or two images at once."""
-    import openvino as ov
-
+    ov = import_openvino()
     model = ov.convert_model(whole, example_input=images[0], input=list(images[0].shape))
     ways = []
     for mode in ({"PERFORMANCE_HINT": "LATENCY"}, {"PERFORMANCE_HINT": "THROUGHPUT"}):

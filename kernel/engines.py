@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,18 @@ def openvino_files(file: str) -> list[str]:
     return [f"{Path(file).stem}.{half}.xml" for half in Half]
 
 
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry.
+
+    Where that is installed, an import and each conversion report to OpenVINO's makers: a process
+    is forked beside PyTorch's threads, and waits for a network.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # then it has none
+    import openvino
+
+    return openvino
+
+
 @functools.cache
 def openvino_core() -> Any:
     """Return the one core of this process.
@@ -113,9 +126,7 @@ def openvino_core() -> Any:
     A core gives its thread a stack for signals. Of several that end in the order in which they
     began the last leaves one that is gone, and Python's next signal handler crashes on it.
     """
-    import openvino
-
-    return openvino.Core()
+    return import_openvino().Core()
 
 
 def load_openvino(folder: Path, spec: MemberSpec, stride: int) -> Member:

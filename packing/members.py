@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel.engines import load_checked_openvino, openvino_files
+from kernel.engines import import_openvino, load_checked_openvino, openvino_files
 from kernel.faults import one_line
 from kernel.images import pad_to_multiple
 from kernel.manifest import BUILT_FIELDS, Manifest, MemberSpec, described_size
@@ -128,8 +128,7 @@ def pack_openvino(member: Member, folder: Path, channels: int = 1) -> int:
     In fp32, twice the checkpoint's bytes: batch norm is folded here, and rounded to fp16 once more
     the weights move 0.1 % of a mask's pixels.
     """
-    import openvino
-
+    openvino = import_openvino()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # OpenVINO traces in a way that PyTorch calls deprecated
         images = _noise(member, channels, 2, 3)

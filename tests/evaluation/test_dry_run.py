@@ -391,7 +391,7 @@ def test_a_dataset_without_a_whole_wheel_is_not_ready(
     (run.dataset / "unet-a.encoder.xml").touch()
     (run.dataset / gone).unlink()
     (run.dataset / torn).write_bytes((run.dataset / torn).read_bytes()[:-1])
-    (working / "run.json").write_text(json.dumps(run_json(faults={})))
+    (working / "run.json").write_text(json.dumps(run_json(faults={}, device="cuda")))
     assert dry_run._conclude(run, working, ProcessResult(0, 25.0, True, 1), sample) == 1
     assert f"NO  {run.dataset} lacks {gone}, {torn}, {openvino}, or" in capsys.readouterr().out
 

@@ -215,11 +215,16 @@ def test_where_pip_fails_an_earlier_sessions_output_is_this_ones(tmp_path: Path)
 
 
 def test_what_the_script_unpacks_goes_when_it_ends(tmp_path: Path) -> None:
-    (tmp_path / "fit.py").write_text(join_fit_kernel("", 1.0), encoding="utf-8")
+    """And its exit code is that of what it ran, here of a shorter fit."""
+    fit = "import pathlib\nprint(pathlib.Path(__file__).parents[1])\nraise SystemExit(2)"
+    before, mark, after = join_fit_kernel("", 1.0).rpartition("\nif __name__")
+    script = f"{before}\nFILES['training/kaggle_fit.py'] = {fit!r}\n{mark}{after}"
+    (tmp_path / "fit.py").write_text(script, encoding="utf-8")
+    (tmp_path / "pip.py").touch()  # stands for pip that has everything
     (tmp_path / "scratch").mkdir()
-    ended = run_script(tmp_path / "fit.py", "--input", tmp_path, TMPDIR=str(tmp_path / "scratch"))
-    assert ended.returncode == 2
-    assert error_of(ended.stderr).startswith("no train.csv under")
+    ended = run_script(tmp_path / "fit.py", cwd=tmp_path, TMPDIR=str(tmp_path / "scratch"))
+    assert (ended.returncode, ended.stderr) == (2, "")
+    assert Path(ended.stdout.strip()).parent == tmp_path / "scratch"
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -348,6 +353,7 @@ def test_from_an_account_to_an_ensemble_with_a_kill_between(
         assert process.wait(timeout=300) == 0, (root / "log.txt").read_text()
         assert (root / "log.txt").read_text().count(" INFO going on from ") == 1
         assert all_bytes(earlier) == before
+        assert len(list(scratch.glob("fit-*"))) == 1  # which the killed one left
 
         kaggle.outputs[NAME] = root / "working"
         run_client(kaggle, tmp_path, "kernels", "output", NAME, "-p", weights, "-o")
