@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kernel.faults import one_line, short
 from kernel.files import retried
@@ -204,6 +205,23 @@ def build_network(model: dict[str, Any]) -> nn.Module:
     return network.eval()
 
 
+class _Undrawn(TorchFunctionMode):
+    """Build networks without the random weights that a checkpoint's are to replace."""
+
+    DRAWS = (
+        nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_,
+        Tensor.normal_, Tensor.uniform_,
+    )  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave a tensor as it was allocated where it would be drawn."""
+        if func in self.DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _pad_as(network: Any, version: str) -> None:
     """Pad an EfficientNet's convolutions of stride 2 as a version of efficientnet-pytorch did.
 
@@ -276,7 +294,8 @@ def load_member(folder: Path, spec: MemberSpec, device: torch.device) -> Member:
         raise ValueError(f"{path}: no safetensors file: {error}") from error
     except OSError as error:
         raise ValueError(one_line(error)) from error
-    network = build_network(spec.model)
+    with _Undrawn():
+        network = build_network(spec.model)
     _pad_as(network, spec.efficientnet_pytorch)
     try:
         network.load_state_dict(weights, strict=True)

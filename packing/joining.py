@@ -16,9 +16,15 @@ KERNEL_IMPORT = re.compile(r"^from kernel\.(\w+) import (?:\([^)]*\)|.+)\n", re.
 def module_dependencies(module: Path) -> list[Path]:
     """Return the modules of kernel/ that a module needs, each after its own needs, then itself."""
     found: dict[Path, None] = {}  # an ordered set
-    for name in KERNEL_IMPORT.findall(module.read_text(encoding="utf-8")):
-        found |= dict.fromkeys(module_dependencies(module.with_name(f"{name}.py")))
-    return [*found, module]
+
+    def add(path: Path) -> None:
+        if path not in found:
+            for name in KERNEL_IMPORT.findall(path.read_text(encoding="utf-8")):
+                add(path.with_name(f"{name}.py"))
+            found[path] = None
+
+    add(module)
+    return [*found]
 
 
 def join_modules(script: Path) -> str:

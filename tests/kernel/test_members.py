@@ -38,6 +38,26 @@ def test_a_member_whose_bytes_are_those_packed_is_loaded(session_light: Path) ->
     assert not any(module.training for module in found.encoder.network.modules())
 
 
+@pytest.mark.parametrize(
+    "encoder", ["resnet18", "efficientnet-b0", "mit_b0", "tu-test_resnet", "tu-convnext_atto"]
+)
+def test_a_member_is_loaded_without_drawing_weights_and_is_the_network_that_was_saved(
+    encoder: str, tmp_path: Path
+) -> None:
+    """Buffers that no checkpoint holds, too."""
+    model = tiny_model() | {"encoder_name": encoder}
+    network, images = random_network(model, 1), torch.rand(1, 1, 64, 64)
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    before = torch.random.get_rng_state()
+    found = load_member(tmp_path, MemberSpec(**tiny_entry("a", model)), CPU).encoder.network
+    assert torch.equal(torch.random.get_rng_state(), before)
+    expected = dict(network.named_buffers())
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in found.named_buffers())
+    with torch.inference_mode():
+        for mine, theirs in zip(found(images), network(images), strict=True):
+            assert torch.equal(mine, theirs)
+
+
 def test_statistics_alone_that_fp16_cannot_hold_stay_in_fp32() -> None:
     large, small, counter = torch.tensor([7e4]), torch.tensor([0.1]), torch.tensor(70_000)
     for name in ("bn.running_mean", "bn.running_var"):
