@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ from packing.members import pack_openvino, pack_reference
 @pytest.fixture(scope="module")
 def packed(session_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny members packed with OpenVINO's halves, without its wheel of 59 MB."""
-    pytest.importorskip("openvino")
+    if not find_spec("openvino"):  # not by importing it: with its telemetry
+        pytest.skip("OpenVINO is not installed")
     folder = tmp_path_factory.mktemp("openvino")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundle, "OPENVINO_WHEEL", {})
