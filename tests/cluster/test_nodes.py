@@ -204,7 +204,7 @@ def test_a_store_that_is_away_for_more_than_eight_parts_stops_the_run(
         scheduler: Any = None
 
         def __init__(self, images: ImageSet, output: Output, **_: Any) -> None:
-            self.images, self.output = images, output
+            self.images, self.output, self.last_try = images, output, False
             self.readers = ThreadPoolExecutor(1)
 
         def _predict(self, _: Any, strips: Iterator[Strip], part: PartState) -> None:
