@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def built_bundle(session_weights: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The same, resizing no strip; a test that changes it takes `dataset`.
 
     It has no wheels: a process takes half as long again to start where it imports from them.
@@ -67,7 +68,9 @@ def tiny_bundle(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("tiny") / "dist"
     shutil.copytree(built_bundle, folder, ignore=shutil.ignore_patterns("*.whl"))
     change_manifest(folder / "dataset", image_size=None)
-    return folder
+    before = sorted(folder.rglob("*"))
+    yield folder
+    assert sorted(folder.rglob("*")) == before  # other tests compare it with what was sent
 
 
 @pytest.fixture

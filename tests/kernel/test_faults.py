@@ -405,6 +405,7 @@ def test_engines_are_checked_on_another_image_where_the_read_of_the_first_hangs(
 
 ENDS = """
 import pathlib, sys
+sys.dont_write_bytecode = True
 sys.path.insert(0, sys.argv[1])
 import inference as kernel
 kernel.READ_S = 0.1

@@ -415,6 +415,7 @@ def test_nothing_is_looked_at_again_that_only_informs(
 
 HANG = """
 import sys, threading
+sys.dont_write_bytecode = True
 sys.path.insert(0, sys.argv.pop(1))
 import inference as kernel
 

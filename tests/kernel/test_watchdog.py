@@ -24,6 +24,7 @@ PAIRS = [(name, label) for name in ("a.png", "b.png") for label in (1, 2, 3, 4)]
 
 HANG = """
 import sys, threading
+sys.dont_write_bytecode = True
 sys.path.insert(0, sys.argv.pop(1))
 import inference as kernel
 

@@ -186,6 +186,7 @@ def start_instead(monkeypatch: pytest.MonkeyPatch, script: Path, **environment: 
 
 DEADLY = """
 import os, sys, time
+sys.dont_write_bytecode = True
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
 admit, decode, decoded = kernel.Scheduler._admit, kernel.read_strip, []
@@ -245,6 +246,7 @@ def test_an_image_that_kills_every_process_costs_its_own_rows(
 
 LOST = """
 import os, pathlib, sys
+sys.dont_write_bytecode = True
 sys.path.insert(0, os.environ["BUNDLE"])
 import inference as kernel
 
