@@ -63,7 +63,7 @@ def built_bundle(session_weights: Path, tmp_path_factory: pytest.TempPathFactory
 def tiny_bundle(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The same, resizing no strip; a test that changes it takes `dataset`.
 
-    It has no wheels: a process takes half as long again to start where it imports from them.
+    It has no wheels: a process takes a third longer to start where it imports from them.
     """
     folder = tmp_path_factory.mktemp("tiny") / "dist"
     shutil.copytree(built_bundle, folder, ignore=shutil.ignore_patterns("*.whl"))

@@ -1,6 +1,6 @@
 """What every Python process that a test starts runs first: `torch._dynamo` comes when it is needed.
 
-It is a fourth of the seconds that a process of the kernel takes to start, and hundreds start.
+It is a fourth of the seconds that a process of the kernel takes to start, and many start.
 PyTorch, torchvision and timm import it only to say what is not to be compiled; nothing is.
 """
 
