@@ -86,7 +86,7 @@ test-cluster: .venv/installed  ## several Ray nodes here, and what dies half-way
 bench-cluster: .venv/installed  ## one worker against the plain kernel, two against one, the engine's overhead
 	@echo "== packing with OpenVINO's halves: minutes"
 	$(BIN)/python build_kernel.py --openvino --out dist-bench
-	$(BIN)/python bench/cluster_overhead.py kernel workers kernels overhead --bundle dist-bench/dataset
+	$(BIN)/python bench/cluster_overhead.py kernel thread workers kernels overhead --bundle dist-bench/dataset
 
 mutants: .venv/installed  ## change the kernel in 160 places, one at a time, and see a test fail: an hour
 	@echo "== installing mutmut"

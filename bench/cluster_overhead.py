@@ -1,9 +1,10 @@
 """What Ray Data costs beside the plain kernel, in parts that can be asked for by name.
 
-    python bench/cluster_overhead.py kernel workers kernels overhead
+    python bench/cluster_overhead.py kernel thread workers kernels overhead
     python bench/cluster_overhead.py million
 
 - kernel: seconds a strip with one worker on all processors, and with the plain kernel
+- thread: the same with one thread each, so that Ray's own processes have another processor
 - workers: seconds a strip with one worker of one thread, and with two
 - kernels: the same with plain kernels beside each other, which is what the machine allows
 - overhead: ms that the engine adds to a strip of stub members, by strips a part
@@ -146,12 +147,19 @@ def _race(args: argparse.Namespace, ways: dict[str, Way]) -> Figures:
         for name, runs in found.items()
     }
     one, other = (medians[name]["strip_s"] for name in medians)
-    return {"strips": args.strips, "rounds": args.rounds, "ratio": one / other, "ways": medians}
+    rounds = {name: [run["strip_s"] for run in runs] for name, runs in found.items()}
+    return {"strips": args.strips, "rounds": rounds, "ratio": one / other, "ways": medians}
 
 
 def measure_kernel(args: argparse.Namespace) -> Figures:
     """One worker against the plain kernel, each on all processors: at most 1.05 is asked."""
     return _race(args, {"one worker": partial(time_workers, workers=1), "kernel": time_kernel})
+
+
+def measure_thread(args: argparse.Namespace) -> Figures:
+    """One worker of one thread against the plain kernel with one."""
+    worker, kernel = partial(time_workers, workers=1, cpus=1), partial(time_kernel, threads=1)
+    return _race(args, {"one worker": worker, "kernel": kernel})
 
 
 def measure_workers(args: argparse.Namespace) -> Figures:
@@ -337,6 +345,7 @@ def measure_million(args: argparse.Namespace) -> Figures:
 
 RATIOS = {
     "kernel": "one worker ÷ the plain kernel",
+    "thread": "one worker ÷ the plain kernel, one thread each",
     "workers": "one worker ÷ two workers of one thread",
     "kernels": "one plain kernel ÷ two of one thread",
 }
@@ -368,6 +377,7 @@ def table(results: Figures) -> str:
 
 PARTS = {
     "kernel": measure_kernel,
+    "thread": measure_thread,
     "workers": measure_workers,
     "kernels": measure_kernels,
     "overhead": measure_overhead,
@@ -380,9 +390,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("parts", nargs="+", choices=PARTS, help="what is measured")
-    add("--bundle", type=Path, default=ROOT / "dist" / "dataset", help="of kernel and workers")
-    add("--strips", type=int, default=32, help="of kernel, workers and kernels")
-    add("--rounds", type=int, default=2, help="of kernel and workers")
+    add("--bundle", type=Path, default=ROOT / "dist" / "dataset", help="of the races")
+    add("--strips", type=int, default=32, help="of the races")
+    add("--rounds", type=int, default=2, help="of the races")
     add("--stub-strips", type=int, default=1600, help="of overhead")
     add("--images", type=int, default=1_000_000, help="of million")
     add("--images-per-part", type=int, default=2048, help="of million")

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,20 +40,30 @@ def test_a_few_images_go_through_stub_members_and_are_a_line_of_the_table(tmp_pa
     assert "| one worker ÷" not in table  # was not asked for
 
 
+@pytest.mark.parametrize(
+    ("part", "threads", "what"), [("kernel", None, ""), ("thread", 1, ", one thread each")]
+)
 def test_a_race_gives_the_ratio_of_the_medians_and_a_line_of_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, threads: int | None, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cluster_overhead
 
-    kernel, worker = iter([2.0, 9.0, 2.5]), iter([5.0, 4.0, 6.0])
-    for name, seconds in (("time_kernel", kernel), ("time_workers", worker)):
-        timed = lambda *_, seconds=seconds, **__: {"strip_s": next(seconds), "before_s": 1.0}  # noqa: E731
+    kernel, worker = [2.0, 9.0, 2.5], [5.0, 4.0, 6.0]
+    asked = set()
+    for name, seconds in (("time_kernel", iter(kernel)), ("time_workers", iter(worker))):
+
+        def timed(*_: Path, seconds: Iterator[float] = seconds, **given: int) -> dict[str, float]:
+            asked.add(given.get("threads", given.get("cpus")))
+            return {"strip_s": next(seconds), "before_s": 1.0}
+
         monkeypatch.setattr(cluster_overhead, name, timed)
-    words = ["kernel", "--rounds", "3", "--strips", "24", "--out", str(tmp_path)]
+    words = [part, "--rounds", "3", "--strips", "24", "--out", str(tmp_path)]
     assert exit_code(cluster_overhead.main, *words) == 0
-    found = json.loads((tmp_path / "cluster.json").read_text())["kernel"]
+    assert asked == {threads}
+    found = json.loads((tmp_path / "cluster.json").read_text())[part]
     assert found["ratio"] == 5.0 / 2.5
-    line = "| one worker ÷ the plain kernel, seconds a strip | 5.00 ÷ 2.50 = 2.00 |"
+    assert found["rounds"] == {"one worker": worker, "kernel": kernel}
+    line = f"| one worker ÷ the plain kernel{what}, seconds a strip | 5.00 ÷ 2.50 = 2.00 |"
     assert line in (tmp_path / "cluster.md").read_text().splitlines()
 
 
