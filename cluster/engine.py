@@ -17,8 +17,12 @@ from ray.util.annotations import RayDeprecationWarning
 from cluster.images import ImageSet
 from cluster.output import Output, Totals
 from cluster.worker import Worker
+from kernel.logs import log
 
 RETRIES = 3  # of a part whose process died; Ray Data itself would try for ever
+# Ray runs parts in a thread. By itself this has a heap of its own, which keeps nothing large that a
+# pass frees, whatever `keep_freed_memory` asks for: the next gets hundreds of MB page by page.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}  # of every worker
 MAX_LOST = 8  # parts that a run may go on without; more are no image's fault
 
 
@@ -50,7 +54,12 @@ def connect(address: str | None) -> None:
         if address != "local":  # once, for 40 s, and not for a quarter of an hour
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
         dashboard = False if address == "local" else None  # one that is joined has its own
-        ray.init(address, logging_level=logging.WARNING, include_dashboard=dashboard)
+        ray.init(
+            address,
+            logging_level=logging.WARNING,
+            include_dashboard=dashboard,
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ValueError(f"--address {address}: no cluster answers: {error}") from error
     signal.signal(signal.SIGTERM, before)  # Ray's handler ends the process without a word
@@ -99,6 +108,17 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
             f"processors, room for {room}"
         )
     return Workers(count or room, cpus=cpus)
+
+
+def warn_if_busy(workers: Workers) -> None:
+    """Log that other jobs have what workers need: Ray lets them wait without a word."""
+    kind, each = ("GPU", 1) if workers.gpus else ("CPU", workers.cpus)
+    free, asked = int(ray.available_resources().get(kind, 0)), workers.count * each
+    if free < asked:
+        log.warning(
+            "%d of the %d %ss that %s need are free: the others wait until other jobs end",
+            *(free, asked, kind, workers),
+        )
 
 
 def _most_threads_for(count: int, sizes: list[int]) -> int:

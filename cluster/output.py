@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import posixpath
 import re
 import tempfile
@@ -18,7 +19,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 from fsspec.core import url_to_fs
 
-from cluster.images import absolute, at_address
+from cluster.images import absolute, at_address, is_local
 from kernel.files import json_text
 from kernel.rows import Layout, RowKey
 from kernel.submission import Submission
@@ -156,6 +157,14 @@ class Output:
                 self.fs.makedirs(self.path, exist_ok=True)
         if RECORD not in there:  # not every store replaces a file
             self._write(RECORD, json_text(record, sort_keys=True).encode())
+
+    def check_shared(self) -> None:
+        """Raise ValueError where this machine does not see the folder that `begin` made."""
+        if is_local(self.fs) and not self.fs.exists(posixpath.join(self.path, RECORD)):
+            raise ValueError(
+                f"{self.address}: {platform.node()} does not see what the run wrote there: name a "
+                "folder that all machines share"
+            )
 
     def _list(self) -> list[str]:
         """What the folder holds, by name."""

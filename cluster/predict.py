@@ -27,7 +27,14 @@ from kernel.task import read_sample
 with needs("cluster"):
     from ray.exceptions import RayError
 
-    from cluster.engine import MAX_LOST, connect, connect_anew, plan_workers, predict_parts
+    from cluster.engine import (
+        MAX_LOST,
+        connect,
+        connect_anew,
+        plan_workers,
+        predict_parts,
+        warn_if_busy,
+    )
     from cluster.images import ImageSet, NotFetched, absolute, find_images, open_local, store_of
     from cluster.output import Output, Totals, fault_rows
     from cluster.report import Run, write_page
@@ -178,6 +185,7 @@ def predict_rest(
     image = first_image(images)
     connect(args.address)
     workers = plan_workers(args.gpus, args.workers, args.cpus_per_worker)
+    warn_if_busy(workers)
     output = Output(args.output)
     output.begin(record)
     constructor = {

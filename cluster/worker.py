@@ -103,6 +103,7 @@ class Worker:
         os.environ["OMP_NUM_THREADS"] = str(cpus)  # OpenVINO's, too; beside a GPU Ray says 1
         torch.set_num_threads(cpus)
         self.images, self.output = images, output
+        self.output.check_shared()
         self.bundle = Path(open_local(bundle, str(make_folder() / "bundle")))
         if manifest_hash(self.bundle) != sha256:
             raise ValueError(f"{bundle}: is not the bundle this run began with: put that one back")

@@ -6,6 +6,7 @@ Runs on several nodes are in test_nodes.py.
 import itertools
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -20,7 +21,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 from helpers import (
     LABELS,
     ROOT,
@@ -48,6 +51,7 @@ from cluster.engine import Workers, connect, predict_parts
 from cluster.images import ImageSet, NotFetched
 from cluster.output import Output, Totals, fault_rows
 from cluster.predict import check_store, first_image, main, why_stopped
+from cluster.worker import Worker
 from kernel.competition import SEVERSTAL, load_competition
 from kernel.images import read_image
 from kernel.shipped import find_competition
@@ -74,6 +78,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, predict_parts: Callable[..., ob
     """Have a function stand for one worker on Ray."""
     monkeypatch.setattr("cluster.predict.connect", lambda _: None)
     monkeypatch.setattr("cluster.predict.plan_workers", lambda *_: Workers(1, 0, 1))
+    monkeypatch.setattr("cluster.predict.warn_if_busy", lambda _: None)
     monkeypatch.setattr("cluster.predict.predict_parts", predict_parts)
 
 
@@ -159,7 +164,21 @@ def test_the_summary_says_what_was_done(done: Run) -> None:
 def test_a_cluster_with_gpus_writes_the_kernels_rows_however_long_a_part_takes(
     session_light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU is declared to Ray; where CUDA is absent its worker runs on the CPU."""
+    """A GPU is declared to Ray; where CUDA is absent its worker runs on the CPU.
+
+    There the memory that one pass frees is the next one's, in Ray's own thread, too.
+    """
+
+    class Counting(Worker):  # in this function: it is pickled whole
+        def __call__(self, part: pa.Table) -> pa.Table:
+            for _ in range(2):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                torch.ones(50_000_000)  # 200 MB, 48,828 pages
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            (tmp_path / "faults").write_text(str(faults))
+            return super().__call__(part)
+
+    monkeypatch.setattr("cluster.engine.Worker", Counting)
     lay(tmp_path, session_light, NAMES)
     sample, output = tmp_path / "sample.csv", tmp_path / "kernel.csv"
     predict(tmp_path / "dataset", tmp_path / "images", output, sample=sample)
@@ -177,6 +196,8 @@ def test_a_cluster_with_gpus_writes_the_kernels_rows_however_long_a_part_takes(
         assert exit_code(main, *words) == 0
     finally:
         ray.shutdown()
+    if not torch.cuda.is_available():
+        assert int((tmp_path / "faults").read_text()) < 10_000
     parts = [pd.read_parquet(path) for path in (tmp_path / "out").glob("part-*.parquet")]
     assert sorted(part["image"].nunique() for part in parts) == [1, 3, 3, 3]
     assert (tmp_path / "out" / "submission.csv").read_bytes() == (
@@ -584,3 +605,26 @@ def test_more_than_the_cluster_has_is_refused(
     monkeypatch.setattr("ray.nodes", lambda: [node(CPU=16, GPU=4), DEAD])
     with pytest.raises(ValueError, match=words):
         plan_workers(*asked)
+
+
+@pytest.mark.parametrize(
+    ("workers", "free", "words"),
+    [
+        (Workers(4, gpus=1, cpus=4), {"GPU": 1.0}, "1 of the 4 GPUs that 4 workers of a GPU each "),
+        (Workers(2, cpus=4), {}, "0 of the 8 CPUs that 2 workers of 4 threads each need are free"),
+        (Workers(4, gpus=1, cpus=4), {"GPU": 4.0}, ""),  # their threads are not asked of Ray
+        (Workers(2, cpus=4), {"CPU": 8.0, "GPU": 1.0}, ""),
+    ],
+)
+def test_workers_that_wait_for_other_jobs_are_said(
+    workers: Workers,
+    free: dict[str, float],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from cluster.engine import warn_if_busy
+
+    monkeypatch.setattr("ray.available_resources", lambda: free)
+    warn_if_busy(workers)
+    assert words in caplog.text and bool(caplog.text) == bool(words)

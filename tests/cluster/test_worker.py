@@ -60,7 +60,14 @@ def make_worker(
         images = ImageSet(f"file://{images}", [], f"file://{images}")
     assert image is not None
     given = str(bundle), manifest_hash(bundle), image, batch_size, early_exit
-    return Worker(images, Output(str(output or bundle.parent / "out")), *given, cpus=1)
+    return Worker(images, begin_at(output or bundle.parent / "out"), *given, cpus=1)
+
+
+def begin_at(folder: Path) -> Output:
+    """An output as the driver leaves it to the workers."""
+    output = Output(str(folder))
+    output.begin({})
+    return output
 
 
 def rles_of(rows: pa.Table) -> dict[tuple[str, int], str]:
@@ -125,7 +132,7 @@ def test_only_a_worker_of_a_gpu_takes_one_and_each_has_its_threads(
     monkeypatch.setattr(Worker, "_load", lambda _, device: devices.append(device))
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(session_light)
-    images, output = ImageSet("memory://mill", [], "memory://mill"), Output(str(tmp_path))
+    images, output = ImageSet("memory://mill", [], "memory://mill"), begin_at(tmp_path)
     Worker(images, output, str(session_light), sha256, image, 0, True, 3, gpu)
     assert (threads, os.environ["OMP_NUM_THREADS"]) == ([3], "3")
     assert devices == [torch.device(device)]
@@ -227,10 +234,21 @@ def test_a_bundle_that_changed_under_way_is_refused(
 ) -> None:
     save_strips(tmp_path, NAMES[:1])
     image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(light_bundle)
-    images, output = ImageSet("memory://mill", [], "memory://mill"), Output(str(tmp_path))
+    images, output = ImageSet("memory://mill", [], "memory://mill"), begin_at(tmp_path)
     change(light_bundle)
     with pytest.raises(ValueError, match="is not the bundle this run began with"):
         Worker(images, output, str(light_bundle), sha256, image, 0, True, 1)
+
+
+def test_an_output_that_a_worker_does_not_see_is_refused(
+    session_light: Path, tmp_path: Path
+) -> None:
+    """A folder that is there on each machine, but another one on this."""
+    save_strips(tmp_path, NAMES[:1])
+    image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(session_light)
+    images, output = ImageSet("memory://mill", [], "memory://mill"), Output(str(tmp_path))
+    with pytest.raises(ValueError, match="does not see what the run wrote there: name a folder"):
+        Worker(images, output, str(session_light), sha256, image, 0, True, 1)
 
 
 def test_a_bundle_elsewhere_is_copied_here(light_bundle: Path, tmp_path: Path) -> None:
@@ -287,7 +305,6 @@ def test_what_a_store_does_not_give_has_no_rows_and_its_part_keeps_its_name(
     """As a fault it would never be tried again; read again, the part may have others left out."""
     save_strips(tmp_path, NAMES)
     throttled, out = set[str](), tmp_path / "out"
-    out.mkdir()
 
     def fetch(_: object, path: str) -> bytes:
         name = Path(path).name
