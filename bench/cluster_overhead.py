@@ -56,7 +56,7 @@ with needs("dev"):
 with needs("cluster"):
     import ray
 
-    from cluster.engine import Workers, predict_parts
+    from cluster.engine import ENVIRONMENT, Workers, predict_parts
     from cluster.images import ImageSet
     from cluster.output import Output
     from cluster.worker import Worker, manifest_hash
@@ -243,7 +243,7 @@ def start_ray() -> None:
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": str(ROOT)}},
     )
 
 
@@ -265,8 +265,9 @@ def run_stubs(images: StubImages, per_part: int, workers: Workers, scratch: Path
 def time_stub_alone(images: StubImages, scratch: Path) -> float:
     """Seconds a strip of a stub worker in this process."""
     torch.set_num_threads(1)
-    constructor = write_stub_bundle(scratch / "bundle")
-    worker = StubWorker(images, Output(str(scratch)), **constructor, cpus=1)
+    constructor, output = write_stub_bundle(scratch / "bundle"), Output(str(scratch / "out"))
+    output.begin({})
+    worker = StubWorker(images, output, **constructor, cpus=1)
     start = time.monotonic()
     worker.predict(images.names)
     return (time.monotonic() - start) / len(images.names)
@@ -407,10 +408,10 @@ def measure(args: argparse.Namespace) -> int:
     Raises:
         ValueError: too few strips: none would be left to count.
     """
-    warm_up = 2 * WARM_UP * PER_PART  # of two workers
-    if args.strips <= warm_up or args.strips % PER_PART:
+    warm_up = 2 * WARM_UP * PER_PART  # of two workers, which then get as many parts each
+    if args.strips <= warm_up or args.strips % (2 * PER_PART):
         raise ValueError(
-            f"--strips {args.strips}: expected a multiple of {PER_PART} above {warm_up}"
+            f"--strips {args.strips}: expected a multiple of {2 * PER_PART} above {warm_up}"
         )
     args.bundle, path = args.bundle.resolve(), args.out / "cluster.json"
     results = read_json(path) if path.is_file() else {}
