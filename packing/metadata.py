@@ -13,6 +13,7 @@ from typing import Any
 from kernel.checks import read_json
 from kernel.competition import SEVERSTAL, Competition
 from kernel.faults import short
+from kernel.logs import log
 from kernel.manifest import MANIFEST, Manifest
 from packing.paths import DATASET_METADATA, FIT_SCRIPT, KERNEL_METADATA, NOTEBOOK, SCRIPT
 from packing.wheels import WHEELS
@@ -165,6 +166,7 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
         ValueError: Kaggle would refuse one; names the file, the rule, the value and the remedy.
     """
     dataset, kernel = read_json(DATASET_METADATA), read_json(KERNEL_METADATA)
+    committed = dataset.get("id")
     sources = kernel.get("competition_sources")
     if isinstance(sources, list) and manifest.competition.slug not in sources:
         dataset, kernel = _renamed(dataset, kernel, manifest.competition)
@@ -174,12 +176,28 @@ def read_metadata(owner: str | None, manifest: Manifest, notebook: bool = False)
     with _naming(DATASET_METADATA):
         check_dataset(dataset, files)
     owner, code_file = dataset["id"].split("/")[0], NOTEBOOK if notebook else SCRIPT.name
+    _warn_of_other_sources(kernel.get("dataset_sources"), (committed, dataset["id"]))
     kernel |= {"id": _owned(kernel, owner), "dataset_sources": [dataset["id"]]}
     if notebook:
         kernel |= {"code_file": NOTEBOOK, "kernel_type": "notebook"}
     with _naming(KERNEL_METADATA):
         check_kernel(kernel, dataset["id"], manifest.competition.slug, code_file)
     return Metadata(dataset, kernel)
+
+
+def _warn_of_other_sources(sources: object, own: tuple[Any, ...]) -> None:
+    """Log which datasets the submission kernel will not have: only the bundle is its own."""
+    others = [
+        each
+        for each in (sources if isinstance(sources, list) else [])
+        if each not in own and not str(each).startswith(f"{PLACEHOLDER}/")
+    ]
+    if others:
+        log.warning(
+            "%s: dataset_sources %s are left out; if the kernel needs them, add them to the file "
+            "beside the packed script before the push",
+            *(KERNEL_METADATA, others),
+        )
 
 
 def read_fit_metadata(owner: str | None, resume: bool) -> dict[str, Any]:

@@ -151,6 +151,25 @@ def test_without_an_owner_the_dataset_file_gives_it(files: dict[str, Path]) -> N
     assert found.kernel["dataset_sources"] == ["smith/steel-members"]
 
 
+@pytest.mark.parametrize(
+    ("sources", "left_out"),
+    [
+        (["me/images", "smith/steel-members"], "['me/images'] are left out"),
+        (["smith/steel-members"], ""),
+        (["your-kaggle-name/severstal-steel-ensemble"], ""),
+        ("smith/steel-members", ""),
+    ],
+)
+def test_sources_that_the_kernel_will_not_have_are_named(
+    sources: object, left_out: str, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    files["dataset"].write_text(json.dumps(DATASET | {"id": "smith/steel-members"}))
+    files["kernel"].write_text(json.dumps(KERNEL | {"dataset_sources": sources}))
+    found = read_metadata("jones", MANIFEST)
+    assert found.kernel["dataset_sources"] == ["jones/steel-members"]
+    assert left_out in caplog.text and bool(caplog.text) == bool(left_out)
+
+
 def test_an_owner_that_is_no_kaggle_name_is_refused() -> None:
     with pytest.raises(ValueError, match="id 'Two Words/"):
         read_metadata("Two Words", MANIFEST)
