@@ -8,8 +8,8 @@ section each, this one last.
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def run(options: Options, start: float | None = None, hangs: ExitStack | None = 
 
     Raises:
         ValueError: the bundle, the sample or the images are not usable, or the disk is full.
-        KeyboardInterrupt: as it came, when the submission holds what was done.
+        KeyboardInterrupt: once the submission is begun, with what it holds.
     """
     start = time.monotonic() if start is None else start
     stages, bundle = Stages(options.last_image), find_bundle(options)
@@ -182,7 +182,8 @@ def run(options: Options, start: float | None = None, hangs: ExitStack | None = 
     task = find_task(options, competition)
     submission = open_submission(options, task)
     context = RunContext(options, bundle, manifest, submission, stages, start)
-    with watchdog(submission, context.until_watchdog_s(), margin_s(context.budget_s)):
+    guard = watchdog(submission, context.until_watchdog_s(), margin_s(context.budget_s))
+    with _saying_what_stands(options.output), guard:
         try:
             task = unpack_images(task)
             if seen:
@@ -198,6 +199,15 @@ def run(options: Options, start: float | None = None, hangs: ExitStack | None = 
     record = build_run_record(context, task, outcome, submission.n_rows, seconds)
     log_summary(record, options.output)
     return record
+
+
+@contextmanager
+def _saying_what_stands(output: Path) -> Iterator[None]:
+    """Have an interrupt say what is in the submission; one that comes earlier has left none."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{output} is whole and holds what was done") from None
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -238,8 +248,6 @@ def run_options(
     except DeviceLost as error:  # in a worker alone
         log.error("%s", one_line(error))
         return GPU_LOST
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{options.output} is whole and holds what was done") from None
     write_run_record(options.record, record)
     if options.strict and record.faults:
         log.error("--strict: %d strips failed", len(record.faults))

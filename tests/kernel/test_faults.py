@@ -990,3 +990,22 @@ def test_an_interrupted_run_ends_with_a_line_and_what_it_has_done(
     rows = read_submission(output)
     assert len(rows) == 4 * len(names)
     assert 0 < sum(1 for rle in rows.values() if rle) < len(rows)
+
+
+def test_a_run_interrupted_before_its_submission_says_nothing_of_an_earlier_one(
+    bundle: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "find_task", interrupt)
+    output = tmp_path / "out.csv"
+    output.write_text("of an earlier run")
+    words = ["--bundle", str(bundle), "--images", str(images), "--output", str(output)]
+    assert exit_code(inference.main, *words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert output.read_text() == "of an earlier run"
