@@ -42,18 +42,21 @@ def connect(address: str | None) -> None:
     """Join the cluster at an address, by default RAY_ADDRESS; without both start one here.
 
     Raises:
-        ValueError: no cluster answers.
+        ValueError: no cluster answers, or none can be started.
     """
+    option = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    here = address == "local"
+    fault = "Ray does not start" if here else f"{option} {address}: no cluster answers"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_worker_niceness", "0")  # of what starts here; by itself it is 15
     warnings.simplefilter("ignore", RayDeprecationWarning)  # of retries, which nothing else bounds
     before = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
-        if address != "local":  # once, for 40 s, and not for a quarter of an hour
+        if not here:  # once, for 40 s, and not for a quarter of an hour
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-        dashboard = False if address == "local" else None  # one that is joined has its own
+        dashboard = False if here else None  # one that is joined has its own
         ray.init(
             address,
             logging_level=logging.WARNING,
@@ -61,7 +64,7 @@ def connect(address: str | None) -> None:
             runtime_env={"env_vars": ENVIRONMENT},
         )
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise ValueError(f"--address {address}: no cluster answers: {error}") from error
+        raise ValueError(f"{fault}: {error}") from error
     signal.signal(signal.SIGTERM, before)  # Ray's handler ends the process without a word
 
 
@@ -94,18 +97,21 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
         gpus = has_gpus
     if gpus:
         if gpus > has_gpus:
-            raise ValueError(f"--gpus {gpus}: the cluster has {has_gpus}")
+            raise ValueError(
+                f"--gpus {gpus}: the cluster has {has_gpus}: give fewer, or leave it out"
+            )
         beside = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU", 0) >= 1]
         return Workers(gpus, gpus=1, cpus=max(int(min(beside)), 1))
     sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
-        raise ValueError("the cluster has no processors")
+        raise ValueError("the cluster has no processors: start Ray on it without --num-cpus=0")
     cpus = cpus or (_most_threads_for(count, sizes) if count else _most_threads(sizes))
     room = sum(size // cpus for size in sizes)
     if (count or 1) > room:
+        asked = f"--workers {count} of {cpus} threads" if count else f"--cpus-per-worker {cpus}"
         raise ValueError(
-            f"--workers {count or 1} of {cpus} threads: the cluster's machines have {sizes} "
-            f"processors, room for {room}"
+            f"{asked}: the cluster's machines have {sizes} processors, room for {room} workers: "
+            "give fewer"
         )
     return Workers(count or room, cpus=cpus)
 

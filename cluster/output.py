@@ -128,9 +128,10 @@ class Output:
         found = self._read_record()
         for key, value in record.items():
             if found.get(key) != value:
+                what = "the bundle with sha256" if key == "manifest" else key
                 raise ValueError(
-                    f"{self.address}: its rows are of {key} {found.get(key)}, not {value}; "
-                    "name another folder"
+                    f"{self.address}: its rows are of {what} {found.get(key)}, not {value}; "
+                    "give that one, or name another folder"
                 )
 
     def _read_record(self) -> dict[str, Any]:

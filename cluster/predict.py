@@ -43,6 +43,7 @@ with needs("cluster"):
 FIRST_IMAGES = 100  # that are tried for one that can be read, from all of the list
 FIRST_S = 60  # after which no other is: a store may let each wait for minutes
 PredictNames = Callable[[list[str]], tuple[Totals, set[str]]]
+FAILED_START = "error raised in its creation task"  # Ray's words for a worker that never began
 FAILED_TWICE = "it failed in its part and alone: the log says why"  # a fault
 
 # --- before work begins ---------------------------------------------------------------------------
@@ -168,6 +169,8 @@ def passed_images(names: Sequence[str], done: Collection[str]) -> list[str]:
 
 def why_stopped(error: RayError, names: Sequence[str], output: Output) -> str:
     """What Ray says, without its advice, and which images the run passed."""
+    if FAILED_START in str(error):  # behind a traceback
+        return str(error).strip().splitlines()[-1]
     said, *_ = str(getattr(error, "cause", None) or error).split("\nFailed to apply")
     reason, passed = " ".join(said.split()), list[str]()
     with contextlib.suppress(ValueError):  # the output's store may be what failed
@@ -218,11 +221,13 @@ def predict_rest(
             again = partial(predict, per_part=1, last_try=True)
             totals.add(predict_lost(lost, names, output, images, again))
     except RayError as error:
-        raise RuntimeError(
-            f"the run stopped: {why_stopped(error, names, output)}; start it again to continue, or "
-            "leave out the images that are missing or end their workers: --images-per-part 1 finds "
-            "them"
-        ) from error
+        advice = (
+            "; start it again to continue, or leave out the images that are missing or end their "
+            "workers: --images-per-part 1 finds them"
+        )
+        reason = why_stopped(error, names, output)
+        advice = "" if FAILED_START in str(error) else advice
+        raise RuntimeError(f"the run stopped: {reason}{advice}") from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)
     return run

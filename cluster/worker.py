@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -106,7 +107,10 @@ class Worker:
         self.output.check_shared()
         self.bundle = Path(open_local(bundle, str(make_folder() / "bundle")))
         if manifest_hash(self.bundle) != sha256:
-            raise ValueError(f"{bundle}: is not the bundle this run began with: put that one back")
+            raise ValueError(
+                f"{bundle}: on {platform.node()} it is not the bundle this run began with: put "
+                "that one there"
+            )
         self.image = image.copy()  # what Ray hands over cannot be written to, as PyTorch wants
         self.batch_size, self.early_exit = batch_size, early_exit
         self.last_try = last_try  # each image alone: what cannot be fetched now is its fault

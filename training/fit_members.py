@@ -102,7 +102,8 @@ def read_jobs(path: Path, common: list[str]) -> list[Job]:
         try:
             args = train.parse_args(options)
         except SystemExit as error:  # argparse has said why
-            raise ValueError(f"{path}: no options of train.py: {line.strip()}") from error
+            given = " ".join(options)
+            raise ValueError(f"{path}: no options of train.py: {given}") from error
         folder = args.runs / args.name
         jobs.append(Job(args.name, options, folder / "train.log"))
     names = [job.name for job in jobs]

@@ -98,7 +98,8 @@ def fill_minutes(
         raise ValueError(
             f"{config.name}: --minutes leaves {seconds:.0f} s, of which {n_strips} strips of the "
             f"last fit and the validation take {n_strips * pace.strip:.0f} s and a step "
-            f"{pace.crop_step:.2f} s: give more minutes, or fewer --presence-strips"
+            f"{pace.crop_step:.2f} s on crops, {pace.whole_step:.2f} s on strips: give more "
+            "minutes, or fewer --presence-strips or --validation-strips"
         )
     return crop, whole
 

@@ -120,4 +120,7 @@ def check_classes(sources: Sequence[Strips]) -> None:
     for label in range(1, sources[0].classes + 1):
         if not any(strips.with_class(label) for strips in sources):
             folder, name = sources[0].folder, sources[0].competition.name_of(label)
-            raise ValueError(f"{folder}: no strip to train on has class {name}; see --competition")
+            raise ValueError(
+                f"{folder}: no strip to train on has class {name}: take another --fold or none, "
+                "add strips with --extra, or see --competition"
+            )

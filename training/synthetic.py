@@ -261,8 +261,19 @@ def read_real_parts(args: argparse.Namespace) -> RealParts:
     return RealParts(outlines, backgrounds, args.background_share)
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that mean nothing."""
+    for option, least in (("train", 0), ("test", 0), ("jobs", 1)):
+        if getattr(args, option) < least:
+            raise ValueError(f"--{option} {getattr(args, option)}: expected {least} or more")
+    if min(args.shares) < 0 or sum(share > 0 for share in args.shares) < 2:
+        shown = " ".join(f"{share:g}" for share in args.shares)
+        raise ValueError(f"--shares {shown}: expected none below 0, and two or more above it")
+
+
 def synthesize(args: argparse.Namespace) -> int:
     """Write the strips that the command line asks for."""
+    check_args(args)
     competition = find_competition(args.competition)
     size = args.size or competition.image_size or IMAGE_SIZE
     drawing = Drawing(args.seed, size, real=read_real_parts(args), competition=competition)

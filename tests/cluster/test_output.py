@@ -96,7 +96,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"manifest": "def"}, "its rows are of manifest abc, not def; name another folder"),
+        ({"manifest": "def"}, "its rows are of the bundle with sha256 abc, not def; give that"),
         ({"images": "file:///other"}, "its rows are of images file:///strips, not file:///other"),
     ],
 )

@@ -45,7 +45,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[clust
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import AuthenticationError, UserCodeException
+from ray.exceptions import AuthenticationError, RayError, UserCodeException
 
 from cluster.engine import Workers, connect, predict_parts
 from cluster.images import ImageSet, NotFetched
@@ -400,6 +400,27 @@ def test_why_a_run_stopped_is_said_where_its_output_cannot_be_read(
     assert why_stopped(error, NAMES, Output(str(tmp_path))) == "no right to write"
 
 
+def test_what_a_worker_refuses_at_its_start_is_what_the_run_ends_with(
+    session_light: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ray has it behind a traceback, and no image is to blame."""
+    refusal = "ValueError: file:///out: mill-2 does not see what the run wrote there"
+
+    def predict_parts(*_: object) -> Totals:
+        raise RayError(
+            "The actor died because of an error raised in its creation task, ray::MapWorker\n"
+            f"  File worker.py, line 106, in __init__\n{refusal}\n"
+        )
+
+    lay(tmp_path, session_light, NAMES[:1])
+    replace_ray(monkeypatch, predict_parts)
+    assert exit_code(main, *options_of(tmp_path)) == 2
+    assert error_of(capsys.readouterr().err).endswith(f"the run stopped: {refusal}")
+
+
 def test_a_signal_is_answered_beside_ray_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     ignore = lambda *_, **__: signal.signal(signal.SIGTERM, signal.SIG_IGN)  # noqa: E731
@@ -592,8 +613,9 @@ def test_workers_are_one_a_gpu_or_one_a_machine_or_as_asked(
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ((8, None, None), "--gpus 8: the cluster has 4"),
+        ((8, None, None), "--gpus 8: the cluster has 4: give fewer, or leave it out"),
         ((None, 3, 8), "--workers 3 of 8 threads: the cluster's machines have .16. processors"),
+        ((None, None, 32), "--cpus-per-worker 32: .* have .16. processors, room for 0 workers: g"),
         ((None, 17, None), "--workers 17 of 1 threads"),
     ],
 )

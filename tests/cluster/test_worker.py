@@ -236,7 +236,7 @@ def test_a_bundle_that_changed_under_way_is_refused(
     image, sha256 = read_image(tmp_path / NAMES[0], SEVERSTAL), manifest_hash(light_bundle)
     images, output = ImageSet("memory://mill", [], "memory://mill"), begin_at(tmp_path)
     change(light_bundle)
-    with pytest.raises(ValueError, match="is not the bundle this run began with"):
+    with pytest.raises(ValueError, match="it is not the bundle this run began with"):
         Worker(images, output, str(light_bundle), sha256, image, 0, True, 1)
 
 

@@ -185,6 +185,7 @@ def test_a_sheet_that_cannot_be_drawn_is_refused_in_one_line(
             "a.png",
         ),
         "cannot be written": (steel, "gone/a.png"),
+        "a.txt: cannot be written": (steel, "a.txt"),
     }
     for message, (data, out) in cases.items():
         assert run_sheet("--data", data, "--out", tmp_path / out, "--count", 4) == 2

@@ -157,7 +157,7 @@ def test_a_class_that_no_source_has_is_refused() -> None:
     whole = Strips(Path("nowhere"), list(truth), truth, SEVERSTAL)
     three = replace(whole, names=[name for name in whole.names if name != "2.jpg"])
     check_classes([three, whole])
-    with pytest.raises(ValueError, match="no strip to train on has class 2; see --competition"):
+    with pytest.raises(ValueError, match="no strip to train on has class 2: take another --fold"):
         check_classes([three, three])
     with pytest.raises(ValueError, match="leaves no strip to train on"):
         check_classes([replace(whole, names=[])])

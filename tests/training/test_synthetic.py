@@ -162,6 +162,23 @@ def test_an_unknown_layout_is_refused_before_anything_is_drawn(tmp_path: Path) -
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--shares", "0", "0", "1", "0"], "--shares 0 0 1 0: expected none below 0, and two"),
+        (["--shares", "-1", "1", "1", "1"], "--shares -1 1 1 1: expected none below 0"),
+        (["--jobs", "0"], "--jobs 0: expected 1 or more"),
+        (["--test", "-3"], "--test -3: expected 0 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    words: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(synthetic.main, "--out", tmp_path / "a", *words) == 2
+    assert fault in error_of(capsys.readouterr().err)
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_layout_that_another_competition_lacks_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
