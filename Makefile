@@ -104,5 +104,5 @@ versions: .venv-oldest/installed  ## the kernel's tests with the oldest versions
 	.venv-oldest/bin/python -m pip install --requirement requirements-oldest.txt
 	@touch $@
 
-clean:
-	rm -rf dist dist-bench data runs mutants .cache
+clean:  ## remove what was built and cached; data/, runs/ and my_weights/ stay
+	rm -rf dist dist-bench mutants .cache

@@ -119,7 +119,8 @@ def plan_workers(gpus: int | None, count: int | None, cpus: int | None) -> Worke
 def warn_if_busy(workers: Workers) -> None:
     """Log that other jobs have what workers need: Ray lets them wait without a word."""
     kind, each = ("GPU", 1) if workers.gpus else ("CPU", workers.cpus)
-    free, asked = int(ray.available_resources().get(kind, 0)), workers.count * each
+    there = ray.available_resources()  # type: ignore[no-untyped-call] # Ray gives it no type
+    free, asked = int(there.get(kind, 0)), workers.count * each
     if free < asked:
         log.warning(
             "%d of the %d %ss that %s need are free: the others wait until other jobs end",

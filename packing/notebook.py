@@ -1,4 +1,4 @@
-"""The kernel as a notebook: a cell a module, then one that runs it and one that shows the masks."""
+"""The kernel as a notebook: a cell a section, then one that runs it and one that shows the masks."""
 
 import json
 import re
