@@ -1,4 +1,4 @@
-"""The kernel as a notebook: a cell a section, then one that runs it and one that shows the masks."""
+"""The kernel as a notebook: a cell a section, then one that runs it, then one with the masks."""
 
 import json
 import re
