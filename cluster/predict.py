@@ -221,13 +221,13 @@ def predict_rest(
             again = partial(predict, per_part=1, last_try=True)
             totals.add(predict_lost(lost, names, output, images, again))
     except RayError as error:
-        advice = (
-            "; start it again to continue, or leave out the images that are missing or end their "
-            "workers: --images-per-part 1 finds them"
-        )
         reason = why_stopped(error, names, output)
-        advice = "" if FAILED_START in str(error) else advice
-        raise RuntimeError(f"the run stopped: {reason}{advice}") from error
+        if FAILED_START not in str(error):
+            reason += (
+                "; start it again to continue, or leave out the images that are missing or end "
+                "their workers: --images-per-part 1 finds them"
+            )
+        raise RuntimeError(f"the run stopped: {reason}") from error
     run = Run(totals, workers, time.monotonic() - start)
     log.info("%s", run)
     return run

@@ -215,11 +215,8 @@ def draw_sheet(args: argparse.Namespace) -> int:
         pictures += draw_example(strips, rng)
     if not pictures:
         raise ValueError(f"{args.data}: no defect fits on another strip's clean steel")
-    try:
-        written = cv2.imwrite(str(args.out), stack(pictures))
-    except cv2.error:  # of a suffix that it does not know
-        written = False
-    if not written:
+    out = str(args.out)
+    if not (cv2.haveImageWriter(out) and cv2.imwrite(out, stack(pictures))):
         raise ValueError(f"{args.out}: cannot be written; the folder and a suffix like .png?")
     print(f"{args.out}: {len(pictures)} pictures")
     return 0
